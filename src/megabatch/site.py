@@ -1,0 +1,37 @@
+"""`Site`: where a recipe runs. Nothing here may change the weights in exact arithmetic. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
+Wire = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where it runs: workers, micro-batch, precision, gradient exchange, threads and paths."""
+
+    workers: int | None = None  # None: as many as the machine bears
+    micro_batch_size: int | None = None  # samples of one forward and backward on one worker; None: chosen
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    threads_per_worker: int | None = None
+
+    all_reduce: AllReduce = "auto"
+    wire: Wire = "fp32"
+    bucket_mib: float = 25.0
+    timeout_s: float = 300.0
+
+    data: Path | None = None  # a folder with train/ and val/, used instead of the recipe's data set
+    cache: Path | None = None  # where fetched data sets are kept; None: ~/.cache/megabatch
+    output: Path | None = None  # the run folder; None: runs/RECIPE-DATE
+    decode_threads: int | None = None
+    prefetch_batches: int = 4
+
+    checkpoint_every_steps: int = 0  # 0: at each evaluation
+    keep_checkpoints: int = 2
+    resume: bool = False
