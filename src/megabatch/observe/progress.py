@@ -1,0 +1,146 @@
+"""What a person sees while a run goes on: a live bar on a terminal, a few plain lines elsewhere."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Shows a run: epoch, step, images/s, loss, top-1 and time left.
+
+    On a terminal it is one live line, with each evaluation left above it. Elsewhere (a pipe, a log file) it is one
+    plain line at most every ten seconds, and one for each evaluation. `enabled=False` shows nothing, for all workers
+    but the first; `quiet` leaves only `note`.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        total_epochs: float,
+        enabled: bool = True,
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self.total_epochs = total_epochs
+        self._enabled = enabled
+        self._quiet = quiet or not enabled
+        self._clock = clock
+        self._pace = _Pace(clock)
+        self._top1: float | None = None
+        self._last_line_s = -math.inf
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._bar = None if self._quiet or not self._console.is_terminal else _bar(self._console)
+        self._task = self._bar.add_task("", total=total_epochs, status="starting") if self._bar else None
+
+    def step(
+        self, step: int, epoch: float, loss: float, images_per_s: float, *, total_steps: int | None = None
+    ) -> None:
+        """Tell that `step` updates are done, `epoch` passes over the data behind them."""
+        self.total_steps = total_steps or self.total_steps
+        self._pace.reached(epoch)
+        if self._quiet:
+            return
+        status = self._status(step, epoch, loss, images_per_s)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=epoch, status=status)
+        elif self._clock() - self._last_line_s >= PLAIN_LINE_EVERY_S:
+            self._last_line_s = self._clock()
+            self._line(status)
+
+    def evaluation(self, epoch: float, top1: float, top5: float | None = None, remark: str = "") -> None:
+        """Tell the exact accuracy, in [0, 1], at `epoch`; `remark` stands behind it."""
+        self._top1 = top1
+        if self._quiet:
+            return
+        parts = [f"epoch {epoch:.2f}", f"top1 {top1:.4f}"]
+        parts += [f"top5 {top5:.4f}"] if top5 is not None else []
+        parts += [remark] if remark else []
+        self._line("evaluation  " + "  ".join(parts))
+
+    def note(self, text: str) -> None:
+        """Show one line above the bar."""
+        if self._enabled:
+            self._line(text)
+
+    def close(self) -> None:
+        """End the live line; the last state stays on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _status(self, step: int, epoch: float, loss: float, images_per_s: float) -> str:
+        parts = [
+            f"epoch {epoch:.2f}/{self.total_epochs:g}",
+            f"step {step:,}/{self.total_steps:,}",
+            f"{images_per_s:,.0f} images/s",
+            f"loss {loss:.3f}",
+        ]
+        parts += [f"top1 {self._top1:.4f}"] if self._top1 is not None else []
+        left_s = self._pace.left_s(self.total_epochs)
+        parts += [f"{duration(left_s)} left"] if left_s is not None else []
+        return "  ".join(parts)
+
+
+class _Pace:
+    """Time left, from epochs rather than steps: with a growing batch later steps hold more work."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._start: tuple[float, float] | None = None
+        self._epoch = 0.0
+
+    def reached(self, epoch: float) -> None:
+        self._epoch = epoch
+        if self._start is None:  # the first step is left out: it compiles, allocates and waits for data
+            self._start = (self._clock(), epoch)
+
+    def left_s(self, total_epochs: float) -> float | None:
+        if self._start is None:
+            return None
+        start_s, start_epoch = self._start
+        done = self._epoch - start_epoch
+        return (self._clock() - start_s) * (total_epochs - self._epoch) / done if done > 0 else None
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `48 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = round(max(seconds, 0.0))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _bar(console: Console) -> RichProgress:
+    return RichProgress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[status]}", markup=False),
+        console=console,
+        refresh_per_second=4,
+    )
