@@ -1,0 +1,128 @@
+"""One optimizer step: forward and backward over micro-batches, one exchange of gradients, one update.
+
+The loss of a micro-batch is the sum over its samples divided by the true global count, so the gradient that the
+optimizer sees is the mean over the global batch however the batch was cut among workers and micro-batches.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megabatch.comm.launch import World, sum_over_workers
+from megabatch.data.loader import Batch
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.train.precision import Precision
+
+
+class NoiseSample(NamedTuple):
+    """What the noise-scale estimator needs of one step (McCandlish et al. 2018, arXiv:1812.06162, appendix A)."""
+
+    mean_local_sq_norm: float  # mean over micro-batches of |g_b|^2
+    local_count: float  # b
+    global_sq_norm: float  # |g_B|^2
+    global_count: float  # B
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    num_micro_batches: int,
+    *,
+    global_count: int,
+    world_size: int,
+    label_smoothing: float,
+    precision: Precision,
+) -> Tensor:
+    """Leaves the global mean gradient in `.grad` on every worker; returns this worker's loss sum (0-d, float64).
+
+    DistributedDataParallel averages over workers, hence the factor `world_size`; it exchanges during the last
+    micro-batch's backward alone.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    for number in range(num_micro_batches):
+        batch = next(batches)
+        exchanges = number == num_micro_batches - 1
+        with contextlib.nullcontext() if exchanges else _without_exchange(model):
+            loss = forward_loss(model, batch, label_smoothing=label_smoothing, precision=precision)
+            precision.scale(loss * (world_size / global_count)).backward()
+        loss_sum = loss_sum + loss.detach().to("cpu", torch.float64)
+    return loss_sum
+
+
+def accumulate_and_measure(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    num_micro_batches: int,
+    *,
+    global_count: int,
+    world: World,
+    label_smoothing: float,
+    precision: Precision,
+) -> tuple[Tensor, NoiseSample]:
+    """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
+
+    The micro-batch is the estimator's small batch; it is a recipe value (one batch-norm span), so that the measured
+    noise scale does not depend on the number of workers.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, sum of |g_b|^2, micro-batches, samples in them
+    for _ in range(num_micro_batches):
+        batch = next(batches)
+        with _without_exchange(model):
+            loss = forward_loss(model, batch, label_smoothing=label_smoothing, precision=precision)
+            (loss / global_count).backward()
+        gradients = [_gradient(p) for p in parameters]
+        torch._foreach_add_(total, gradients)
+        share = global_count / max(1, batch.count)
+        norm = _squared_norm(gradients) * share**2
+        sums += torch.tensor([float(loss.detach()), norm, 1.0, batch.count], dtype=torch.float64)
+        for parameter in parameters:
+            parameter.grad = None
+    for parameter, gradient in zip(parameters, total, strict=True):
+        parameter.grad = sum_over_workers(gradient, world)
+    loss_sum = sums[0].clone()
+    sum_over_workers(sums, world)
+    count = float(sums[2])
+    sample = NoiseSample(float(sums[1]) / count, float(sums[3]) / count, _squared_norm(total), float(global_count))
+    return loss_sum, sample
+
+
+def forward_loss(model: nn.Module, batch: Batch, *, label_smoothing: float, precision: Precision) -> Tensor:
+    """Sum over the micro-batch of the cross entropy, in fp32 (or in the logits' type where that is wider)."""
+    with precision.autocast():
+        logits = model(batch.images)
+    return cross_entropy_sum(
+        logits,
+        batch.labels,
+        label_smoothing=label_smoothing,
+        mixed_labels=batch.mixed_labels,
+        mix_weight=batch.mix_weight,
+    )
+
+
+def first_not_finite(module: nn.Module) -> str:
+    """Name of the first parameter, from the input on, whose gradient or value is not finite; "the loss" if none is."""
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name}"
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the weights of {name}"
+    return "the loss"
+
+
+def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    no_sync: Callable[[], AbstractContextManager[None]] | None = getattr(model, "no_sync", None)
+    return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _squared_norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(tensors)).double().square().sum())
