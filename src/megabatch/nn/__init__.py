@@ -1,1 +1,94 @@
-""""""
+"""Models, batch norm with a span, evaluation statistics, initialisation and loss; each works in any PyTorch script."""
+
+from torch import nn
+
+from megabatch.errors import UserError
+from megabatch.nn.alexnet import AlexNet, alexnet, alexnet_bn
+from megabatch.nn.batch_norm import SpanBatchNorm2d, convert
+from megabatch.nn.evaluation_statistics import (
+    begin_precise,
+    collect_statistics,
+    discard_step,
+    finish_precise,
+    finish_step,
+)
+from megabatch.nn.initialize import initialize, weights_digest
+from megabatch.nn.loss import correct_counts, cross_entropy_sum
+from megabatch.nn.resnet import Norm, ResNet, resnet18, resnet34, resnet50
+from megabatch.nn.small import ResNet8, resnet8
+from megabatch.nn.span_groups import new_span_group, span_groups
+
+__all__ = [
+    "AlexNet",
+    "ResNet",
+    "ResNet8",
+    "SpanBatchNorm2d",
+    "alexnet",
+    "alexnet_bn",
+    "begin_precise",
+    "collect_statistics",
+    "convert",
+    "correct_counts",
+    "create",
+    "cross_entropy_sum",
+    "discard_step",
+    "finish_precise",
+    "finish_step",
+    "initialize",
+    "new_span_group",
+    "resnet8",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "span_groups",
+    "weights_digest",
+]
+
+SMALL_IMAGE = 64
+"""Up to this many pixels a side, ResNet-18, 34 and 50 begin with a small stem."""
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    norm: Norm = nn.BatchNorm2d,
+    zero_gamma: bool = True,
+    blur_pool: bool = False,
+    width: int = 16,
+    image_size: int = 224,
+) -> nn.Module:
+    """The model of that name, for images of `image_size` px a side.
+
+    `width` counts for resnet8 alone, `zero_gamma` and `blur_pool` for the ResNets.
+
+    Raises:
+        UserError: no such model.
+    """
+    small_stem = image_size <= SMALL_IMAGE
+    match name:
+        case "resnet8":
+            return resnet8(
+                num_classes=num_classes,
+                in_channels=in_channels,
+                width=width,
+                norm=norm,
+                zero_gamma=zero_gamma,
+                blur_pool=blur_pool,
+            )
+        case "resnet18" | "resnet34" | "resnet50":
+            make = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}[name]
+            return make(
+                num_classes=num_classes,
+                in_channels=in_channels,
+                norm=norm,
+                zero_gamma=zero_gamma,
+                blur_pool=blur_pool,
+                small_stem=small_stem,
+            )
+        case "alexnet":
+            return alexnet(num_classes=num_classes, in_channels=in_channels)
+        case "alexnet_bn":
+            return alexnet_bn(num_classes=num_classes, in_channels=in_channels, norm=norm)
+    raise UserError(f"no model is called {name}; resnet50, resnet34, resnet18, resnet8, alexnet or alexnet_bn works")

@@ -1,0 +1,241 @@
+"""Batch norm whose statistics cover a fixed number of samples, its *span*, however the batch is cut over workers.
+
+A span may be smaller than the micro-batch (ghost batch norm, Hoffer et al. 2017, arXiv:1705.08741), equal to it
+(plain batch norm), or larger (shared by a group of ranks, Ying et al. 2018, arXiv:1811.06992). How the statistics
+become those of evaluation is the matter of `megabatch.nn.evaluation_statistics`.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megabatch.errors import UserError
+from megabatch.nn.shared_span import shared_span_norm
+
+
+class SpanBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` over spans of `span` samples; parameters, buffers and state dict are the same, both ways.
+
+    Input and output are (N, C, ...) of one dtype; statistics are in the dtype of the running buffers (float32 under
+    autocast). Training normalises x by the mean m and biased variance v of its own span:
+
+        y = weight * (x - m) / sqrt(v + eps) + bias
+
+    With `group_size=1` a forward of N samples is N // span whole spans and, if some samples remain, one short span.
+    With `group_size=G` the G ranks of `process_group` share one span: each brings its samples, as many as it has and
+    possibly none, and all G must call forward and backward together. A layer then sends one all-gather of
+    2C + 1 values forward and one all-reduce of 2C values backward. Gradients of weight and bias are those of the
+    local samples: sum them over ranks as every other gradient.
+
+    On its own the layer keeps running averages in forward, as nn.BatchNorm2d does, from the mean over the forward's
+    spans. With `accumulate_statistics` (set by `collect_statistics`) forward only adds to sums, and `finish_step`
+    updates the averages once a step, so that they do not depend on the number of workers or micro-batches.
+
+    Raises:
+        UserError: span or group_size below 1, or a group without a process group of that size; in forward, more
+            local samples than the span that a group shares.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    span_sum: Tensor
+    first_span: Tensor
+    span_count: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        span: int,
+        eps: float = 1e-5,
+        stats_momentum: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+        group_size: int = 1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_group(span, process_group, group_size)
+        super().__init__(num_features, eps, stats_momentum, affine, device=device, dtype=dtype)
+        self.span = span
+        self.process_group = process_group
+        self.group_size = group_size
+        self.accumulate_statistics = False
+        self.pooled_moments: Tensor | None = None  # set while evaluation statistics are recomputed
+        for name in ("span_sum", "first_span"):  # rows: mean, unbiased variance
+            self.register_buffer(name, self.running_mean.new_zeros(2, num_features), persistent=False)
+        self.register_buffer("span_count", self.running_mean.new_zeros(()), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.pooled_moments is None:
+            if not self.training:
+                return self._normalise(input, self.running_mean, self.running_var, training=False, momentum=0.0)
+            if self._is_plain(input):
+                self.num_batches_tracked.add_(1)
+                return self._normalise(input, self.running_mean, self.running_var, momentum=self.momentum)
+        output, statistics, counts = self._normalise_spans(input)
+        if self.pooled_moments is not None:
+            self._add_pooled(statistics, counts)
+        elif self.accumulate_statistics:
+            self._add_spans(statistics)
+        elif len(statistics):
+            self._update_running(statistics.mean(0))
+        return output
+
+    def extra_repr(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size > 1 else ""
+        return f"{self.num_features}, span={self.span}{group}, eps={self.eps}, stats_momentum={self.momentum}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpanBatchNorm2d":
+        memo[id(self.process_group)] = self.process_group  # cannot be copied, and the copy lives in the same group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether this forward is exactly that of nn.BatchNorm2d."""
+        return (
+            self.group_size == 1
+            and not self.accumulate_statistics
+            and _num_values(input) > 1 <= len(input) <= self.span
+        )
+
+    def _normalise_spans(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output; mean and unbiased variance by span (spans, 2, C); values per channel by span (spans,)."""
+        if self.group_size > 1:
+            return self._normalise_shared_span(input)
+        spans = torch.split(input, self.span) if len(input) else ()
+        statistics = self.running_mean.new_zeros(len(spans), 2, self.num_features)
+        outputs = [self._normalise_span(x, *rows) for x, rows in zip(spans, statistics, strict=True)]
+        counts = self.running_mean.new_tensor([float(_num_values(x)) for x in spans])
+        if not spans:
+            return self._affine(input), statistics, counts
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), statistics, counts
+
+    def _normalise_span(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Normalises one span and writes its statistics into `mean` and `variance`."""
+        if _num_values(input) == 1:  # no variance: y = bias, with the gradient that batch norm has there
+            mean.copy_(input.detach().reshape(-1))
+            return self._affine(input - input)
+        # With momentum 1 the "running" buffers receive exactly this span's mean and unbiased variance.
+        return self._normalise(input, mean, variance, momentum=1.0)
+
+    def _normalise(
+        self, input: Tensor, mean: Tensor, variance: Tensor, *, momentum: float, training: bool = True
+    ) -> Tensor:
+        return functional.batch_norm(input, mean, variance, self.weight, self.bias, training, momentum, self.eps)
+
+    def _normalise_shared_span(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(input) > self.span:
+            raise UserError(
+                f"a forward of {len(input)} samples does not fit into the span of {self.span} that {self.group_size} "
+                f"ranks share; a micro-batch of {max(1, self.span // self.group_size)} works"
+            )
+        output, statistics, count = shared_span_norm(
+            input, self.weight, self.bias, self.running_mean, self.eps, self.process_group
+        )
+        return output, statistics[None], count[None]
+
+    def _affine(self, input: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        if self.affine:
+            return (input * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        return input
+
+    def _add_spans(self, statistics: Tensor) -> None:
+        """Adds spans to the step's sums. No Python state, so that a captured graph can replay it."""
+        if not len(statistics) or not self._speaks_for_group():
+            return
+        torch.where(self.span_count == 0, statistics[0], self.first_span, out=self.first_span)
+        self.span_sum.add_(statistics.sum(0))
+        self.span_count.add_(len(statistics))
+
+    def _add_pooled(self, statistics: Tensor, counts: Tensor) -> None:
+        """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""
+        assert self.pooled_moments is not None
+        if not self._speaks_for_group():
+            return
+        mean, variance = statistics.double().unbind(1)
+        count = counts.double()[:, None]
+        biased = variance * (count - 1).clamp(min=0)
+        parts = [count * mean, biased + count * mean.square(), count]
+        self.pooled_moments.add_(torch.cat(parts, dim=1).sum(0))
+
+    def _update_running(self, statistics: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(statistics[0], self.momentum)
+        self.running_var.lerp_(statistics[1], self.momentum)
+
+    def _speaks_for_group(self) -> bool:
+        """Whether this rank is the one of its group that counts the shared span."""
+        return self.group_size == 1 or dist.get_rank(self.process_group) == 0
+
+
+def convert(
+    model: nn.Module, *, span: int, process_group: dist.ProcessGroup | None = None, group_size: int = 1
+) -> nn.Module:
+    """`model` with every nn.BatchNorm1d, 2d and 3d replaced by a SpanBatchNorm2d, in place, keeping its tensors.
+
+    The same parameters and buffers are reused, so an optimizer made before stays valid. Returns the new layer where
+    `model` is itself a batch norm.
+
+    Raises:
+        UserError: a layer without running statistics, or with momentum=None (a cumulative average).
+    """
+    if isinstance(model, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+        return _convert_layer(model, span, process_group, group_size)
+    for name, child in model.named_children():
+        setattr(model, name, convert(child, span=span, process_group=process_group, group_size=group_size))
+    return model
+
+
+def _convert_layer(
+    layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d,
+    span: int,
+    process_group: dist.ProcessGroup | None,
+    group_size: int,
+) -> SpanBatchNorm2d:
+    if layer.running_mean is None or layer.momentum is None:
+        raise UserError(
+            f"{layer} keeps no exponential running average, which a span layer needs; "
+            "track_running_stats=True, momentum=0.1 works"
+        )
+    twin = SpanBatchNorm2d(
+        layer.num_features,
+        span=span,
+        eps=layer.eps,
+        stats_momentum=layer.momentum,
+        process_group=process_group,
+        group_size=group_size,
+        affine=layer.affine,
+        device=layer.running_mean.device,
+        dtype=layer.running_mean.dtype,
+    )
+    twin._parameters.update(layer._parameters)
+    twin._buffers.update(layer._buffers)
+    return twin.train(layer.training)
+
+
+def _num_values(input: Tensor) -> int:
+    """Values per channel."""
+    return input.numel() // input.shape[1]
+
+
+def _check_group(span: int, process_group: dist.ProcessGroup | None, group_size: int) -> None:
+    if span < 1 or group_size < 1:
+        raise UserError(f"span={span}, group_size={group_size} were given, both must be 1 or more; span=32 works")
+    if group_size > 1 and process_group is None:
+        raise UserError(
+            f"group_size={group_size} needs the process group of the ranks that share a span; "
+            f"process_group=new_span_group({group_size}) works"
+        )
+    if process_group is not None and dist.get_world_size(process_group) != group_size:
+        size = dist.get_world_size(process_group)
+        raise UserError(f"group_size={group_size} was given with a process group of {size}; group_size={size} works")
