@@ -1,1 +1,122 @@
-""""""
+"""Recipes: functions without arguments that return a complete `Recipe`. Imports no torch.
+
+A recipe's docstring says what command runs it, what was published, what this project measured, and how certain each
+number is: *read* in a public source, *recalled* from memory of it, *derived* by arithmetic, or *chosen* here.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from megabatch.errors import RecipeError
+from megabatch.recipe import Recipe, validate
+from megabatch.recipes import (
+    akiba2017,
+    best_accuracy,
+    cifar10,
+    fashion_mnist,
+    fast,
+    goyal2017,
+    mikami2018,
+    mlperf,
+    photos,
+    yamazaki2019,
+    ying2018,
+    you2017,
+)
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "fashion_mnist": fashion_mnist.fashion_mnist,
+    "cifar10": cifar10.cifar10,
+    "photos": photos.photos,
+    "fast_16": fast.fast_16,
+    "fast_32": fast.fast_32,
+    "fast_88": fast.fast_88,
+    "best_accuracy": best_accuracy.best_accuracy,
+    "goyal2017_8k": goyal2017.goyal2017_8k,
+    "you2017_alexnet_32k": you2017.you2017_alexnet_32k,
+    "you2017_resnet50_32k": you2017.you2017_resnet50_32k,
+    "akiba2017_32k": akiba2017.akiba2017_32k,
+    "mikami2018_34k_68k": mikami2018.mikami2018_34k_68k,
+    "mikami2018_54k": mikami2018.mikami2018_54k,
+    "ying2018_32k": ying2018.ying2018_32k,
+    "ying2018_65k": ying2018.ying2018_65k,
+    "yamazaki2019_81k": yamazaki2019.yamazaki2019_81k,
+    "mlperf_1632": mlperf.mlperf_1632,
+    "mlperf_3264": mlperf.mlperf_3264,
+    "mlperf_4096": mlperf.mlperf_4096,
+    "mlperf_8192": mlperf.mlperf_8192,
+    "mlperf_13056": mlperf.mlperf_13056,
+    "mlperf_32768": mlperf.mlperf_32768,
+    "mlperf_49152": mlperf.mlperf_49152,
+    "mlperf_58880": mlperf.mlperf_58880,
+    "mlperf_65536": mlperf.mlperf_65536,
+    "mlperf_67840": mlperf.mlperf_67840,
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a recipe's docstring says of it."""
+
+    title: str  # what is trained
+    source: str  # the paper or project it follows
+    command: str
+    published: str
+    measured: str
+    sources: str  # where each number is from
+
+    @property
+    def measured_top1(self) -> float | None:
+        """The first `top-1 0.xxx` in what was measured; None while it is not measured."""
+        found = re.search(r"top-1 (0\.\d+)", self.measured)
+        return float(found[1]) if found else None
+
+
+def names() -> tuple[str, ...]:
+    """Names of all recipes: small ones first, then papers by year, then MLPerf by batch."""
+    return tuple(RECIPES)
+
+
+def get(name: str) -> Recipe:
+    """The recipe called `name`, validated.
+
+    Raises:
+        RecipeError: there is none of that name; the nearest is named.
+    """
+    return validate(_function(name)())
+
+
+def docstring(name: str) -> str:
+    """The recipe's docstring without its indentation."""
+    return inspect.getdoc(_function(name)) or ""
+
+
+def summary(name: str) -> Summary:
+    """The parts of a recipe's docstring; RecipeError for an unknown name."""
+    text = docstring(name)
+    title, _, source = text.partition("\n")[0].removesuffix(").").rpartition(" (")
+    return Summary(
+        title=title,
+        source=source,
+        command=_line(text, "Command"),
+        published=_line(text, "Published"),
+        measured=_line(text, "Measured"),
+        sources=text.partition("Sources:\n")[2],
+    )
+
+
+def _function(name: str) -> Callable[[], Recipe]:
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "`megabatch recipes` lists them all; fashion_mnist works"
+        raise RecipeError(f"unknown recipe '{name}'; {hint}")
+    return RECIPES[name]
+
+
+def _line(text: str, label: str) -> str:
+    """What stands behind `label:`, with its continuation lines."""
+    found = re.search(rf"^{label}: (.+(?:\n[ ]+\S.*)*)", text, flags=re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
