@@ -32,7 +32,7 @@ def shared_span_norm(
 
     Sends 2C + 1 values to each other rank forward, and an all-reduce of 2C backward.
     """
-    output, statistics, count = _SharedSpanNorm.apply(input, weight, bias, like, eps, group)
+    output, statistics, count = _SharedSpanNorm.apply(input, weight, bias, like, eps, group)  # type: ignore[no-untyped-call]
     return output, statistics, count
 
 
@@ -56,7 +56,7 @@ class _SharedSpanNorm(torch.autograd.Function):
         return _normalise(input, weight, bias, mean, variance, eps), statistics, count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, variance, count = ctx.saved_tensors
         bias_grad, weight_grad = _local_gradients(grad, input, mean, variance, ctx.eps)
