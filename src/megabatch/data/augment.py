@@ -1,0 +1,119 @@
+"""Augmentation of whole batches on their device. Every function takes what was drawn; none draws anything."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
+
+
+def shift_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
+    """Each image moved by its own (rows, columns), then mirrored where `flip`: pad-and-crop as one gather.
+
+    Moving by (dy, dx) with reflection at the edges is "pad by reflection, then crop", without the padded copy:
+    output (y, x) is input (y + dy, x + dx). Shapes: images [n, C, H, W], the others [n]; shifts are less than H, W.
+    """
+    count, channels, height, width = images.shape
+    source_rows = _reflect(torch.arange(height, device=images.device) + rows[:, None], height)
+    source_columns = _reflect(torch.arange(width, device=images.device) + columns[:, None], width)
+    source_columns = torch.where(flip[:, None], source_columns.flip(1), source_columns)
+    pixels = (source_rows[:, :, None] * width + source_columns[:, None, :]).view(count, 1, height * width)
+    flat = images.reshape(count, channels, height * width)
+    return flat.gather(2, pixels.expand(count, channels, height * width)).view(count, channels, height, width)
+
+
+def flip_some(images: Tensor, which: Tensor) -> Tensor:
+    """Mirror the images whose indices are in `which` left to right, in place; returns `images`."""
+    if len(which):
+        images[which] = images[which].flip(3)
+    return images
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Each image's box (top, left, height, width) at `size` x `size`, antialiased bilinear, as float32 in [0, 255].
+
+        out = R(rows) @ image @ R(columns)^T,   R[i, j] = triangle(|j + 1/2 - centre_i| / max(1, scale)) / row sum
+
+    For small images that are in memory whole: two batched matrix products, cost size * H * (W + size) per channel.
+    Equal to Pillow's BILINEAR on the cropped image, but without its rounding to 8 bits.
+    """
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size)
+    return rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Whole images at `size` x `size`, antialiased bilinear, float32; unchanged if they have that size already."""
+    if images.shape[2:] == (size, size):
+        return images
+    return functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+
+
+def jitter(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    """Float images in [0, 255] times `brightness`, then about their mean grey by `contrast`, both [n]; clamped."""
+    brighter = (images * brightness.view(-1, 1, 1, 1)).clamp_(0, 255)
+    grey = _mean_grey(brighter)
+    factor = contrast.view(-1, 1, 1, 1)
+    return torch.lerp(grey, brighter, factor).clamp_(0, 255)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(x / 255 - mean) / std per channel, as `dtype`; the memory format is kept. `mean`, `std` are of [0, 1] pixels."""
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    floats = images.float() if images.dtype != torch.float32 else images.clone()
+    return floats.mul_(_per_channel(scale, images)).add_(_per_channel(shift, images)).to(dtype)
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Zero in each image's box [n, 4] = (top, left, bottom, right), in place; after `normalize` zero is the mean."""
+    return images.masked_fill_(_inside(boxes, images), 0)
+
+
+def mix(images: Tensor, partners: Tensor, weights: Tensor) -> Tensor:
+    """weight * image + (1 - weight) * partner (mixup, Zhang et al. 2017, arXiv:1710.09412); `weights` [n]."""
+    return torch.lerp(partners, images, weights.to(images.dtype).view(-1, 1, 1, 1))
+
+
+def paste(images: Tensor, partners: Tensor, boxes: Tensor) -> Tensor:
+    """The partner's pixels in each box (top, left, bottom, right), else the image's (cutmix, arXiv:1905.04899)."""
+    return torch.where(_inside(boxes, images), partners, images)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices outside 0..size-1 mirrored at the edge pixel, which is not repeated: -1 is 1, size is size - 2."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def _resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
+    """[n, out_size, in_size]: what each input line contributes to each output line; rows add up to 1."""
+    start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
+    scale = length / out_size
+    lines = torch.arange(in_size, device=start.device, dtype=torch.float64) + 0.5
+    centres = start + (torch.arange(out_size, device=start.device, dtype=torch.float64)[:, None] + 0.5) * scale
+    weights = (1 - (lines - centres).abs() / scale.clamp(min=1)).clamp_(min=0)
+    weights = weights * ((lines > start) & (lines < start + length))
+    return (weights / weights.sum(2, keepdim=True)).float()
+
+
+def _mean_grey(images: Tensor) -> Tensor:
+    """[n, 1, 1, 1]: the mean of the grey image."""
+    means = images.mean((2, 3), keepdim=True)
+    if images.shape[1] != 3:
+        return means.mean(1, keepdim=True)
+    return (means * means.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _inside(boxes: Tensor, images: Tensor) -> Tensor:
+    """[n, 1, H, W]: True inside each (top, left, bottom, right)."""
+    top, left, bottom, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
+    rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(images.shape[3], device=images.device)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def _per_channel(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

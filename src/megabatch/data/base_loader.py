@@ -1,0 +1,102 @@
+"""What the training and the evaluation loader share: threads, the way to the device, pixels by index."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megabatch.data import augment
+from megabatch.data.arrays import ArraySource
+from megabatch.data.batch import Batch, Staging
+from megabatch.data.prefetch import in_order, usable_cores
+from megabatch.data.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
+from megabatch.data.source import EncodedSource
+from megabatch.errors import DataError
+
+Int64 = NDArray[np.int64]
+Replaced = NDArray[np.bool_]
+Source: TypeAlias = ArraySource | EncodedSource
+Request = TypeVar("Request")
+
+
+class BaseLoader:
+    """Pixels of a source by index, normalised on the device, made ahead by threads. Use its two children."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        image_channels: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        channels_last: bool,
+        decode_threads: int | None,
+        prefetch_batches: int,
+        max_bad_share: float,
+        on_bad_sample: OnBadSample | None,
+    ) -> None:
+        self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
+        self._staging = Staging(torch.device(device))
+        self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
+        self._dtype = dtype
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._prefetch = max(1, prefetch_batches)
+        self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
+        self._decode_threads = ThreadPoolExecutor(
+            decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
+        )
+        self._check_channels()
+        self._bad: BadSamples | None = None
+        if not isinstance(source, ArraySource):
+            self._bad = BadSamples(source, max_share=max_bad_share, on_bad_sample=on_bad_sample)
+            self._reader = BatchReader(
+                source, channels=image_channels, executor=self._decode_threads, bad_samples=self._bad
+            )
+
+    @property
+    def num_bad(self) -> int:
+        """Different samples that could not be read so far."""
+        return len(self._bad) if self._bad is not None else 0
+
+    def close(self) -> None:
+        """Stop the threads; batches not yet handed out are dropped."""
+        self._batch_threads.shutdown(cancel_futures=True)
+        self._decode_threads.shutdown(cancel_futures=True)
+
+    def _check_channels(self) -> None:
+        if isinstance(self.source, ArraySource) and self.source.images.shape[1] != self._channels:
+            have = self.source.images.shape[1]
+            raise DataError(
+                f"the images have {have} channels, the recipe {self._channels}; image_channels={have} works"
+            )
+        if not len(self._mean) == len(self._std) == self._channels:
+            raise DataError(f"pixel_mean and pixel_std need one value for each of the {self._channels} channels")
+
+    def _labels(self, indices: Int64) -> Tensor:
+        if isinstance(self.source, ArraySource):
+            return self.source.labels[self._staging.to_device(indices)]
+        return self._staging.to_device(np.asarray(self.source.labels[indices], dtype=np.int64))
+
+    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> tuple[Tensor, Replaced]:
+        """Pixels [n, channels, resolution, resolution] on the host, in channels_last memory, and what was replaced."""
+        pixels = self._staging.host_images(len(indices), resolution, self._channels)
+        replaced = self._reader.read(indices, resolution, draw_boxes, pixels.numpy())
+        return pixels.permute(0, 3, 1, 2), replaced
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self._memory_format)
+        return augment.normalize(images, self._mean, self._std, self._dtype)
+
+    def _in_background(self, load: Callable[[Request], Batch], requests: Iterable[Request]) -> Iterator[Batch]:
+        batches = in_order(load, requests, executor=self._batch_threads, depth=self._prefetch)
+        try:
+            for batch in batches:
+                yield batch.take()
+        finally:
+            batches.close()

@@ -1,0 +1,89 @@
+"""Batches for evaluation, in index order."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megabatch.data import augment, crops
+from megabatch.data.arrays import ArraySource
+from megabatch.data.base_loader import BaseLoader, Int64, Source
+from megabatch.data.batch import Batch
+from megabatch.data.reader import OnBadSample
+
+
+class EvalLoader(BaseLoader):
+    """Batches for evaluation: samples in index order, central crops, no augmentation.
+
+    Files, and arrays that are not of size `resolution`, give "resize the shorter side to resolution / crop_ratio, cut
+    the centre"; arrays of that size are taken whole. Other arguments are those of `TrainLoader`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        resolution: int,
+        crop_ratio: float = 0.875,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        image_channels: int = 3,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        decode_threads: int | None = None,
+        prefetch_batches: int = 4,
+        max_bad_share: float = 0.01,
+        on_bad_sample: OnBadSample | None = None,
+    ) -> None:
+        super().__init__(
+            source,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            image_channels=image_channels,
+            device=device,
+            dtype=dtype,
+            channels_last=channels_last,
+            decode_threads=decode_threads,
+            prefetch_batches=prefetch_batches,
+            max_bad_share=max_bad_share,
+            on_bad_sample=on_bad_sample,
+        )
+        self._resolution, self._crop_ratio = resolution, crop_ratio
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def load(self, indices: range) -> Batch:
+        """The samples at consecutive indices."""
+        return self._load(indices).take()
+
+    def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
+        """Samples `first` .. `last - 1` in batches of `batch_size`, the last one shorter, made ahead."""
+        starts = range(first, last, batch_size)
+        return self._in_background(self._load, (range(start, min(start + batch_size, last)) for start in starts))
+
+    def _load(self, indices: range) -> Batch:
+        return self._staging.run(lambda: self._make(np.asarray(indices, dtype=np.int64)))
+
+    def _make(self, indices: Int64) -> Batch:
+        num_replaced = 0
+        if isinstance(self.source, ArraySource):
+            images = self._from_arrays(self.source, indices)
+        else:
+            pixels, replaced = self._decode(indices, self._resolution, self._boxes)
+            images, num_replaced = self._staging.to_device(pixels), int(replaced.sum())
+        return Batch(self._normalize(images), self._labels(indices), len(indices), num_replaced=num_replaced)
+
+    def _from_arrays(self, source: ArraySource, indices: Int64) -> Tensor:
+        images = source.images.index_select(0, self._staging.to_device(indices))
+        if images.shape[2:] == (self._resolution, self._resolution):
+            return images
+        heights, widths = (np.full(len(images), side) for side in images.shape[2:])
+        boxes = crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)
+        return augment.crop_and_resize(images, self._staging.to_device(boxes), self._resolution)
+
+    def _boxes(self, _chunk: slice, heights: Int64, widths: Int64) -> Int64:
+        return crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)
