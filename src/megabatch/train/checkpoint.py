@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle  # only its error class: torch.load raises it for what is not plain tensors
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def newest_intact(
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """The checkpoint at `path`: a `.pt` or its `.json`, a run folder, or its checkpoints folder (best top-1, else newest).
+    """The checkpoint at `path`: a `.pt` or its `.json`, or of a run folder the best (without accuracies the newest).
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -150,7 +151,10 @@ def load_state(info: CheckpointInfo) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {info.path.name} is missing")
     if info.path.stat().st_size != info.num_bytes or _sha256(info.path) != info.sha256:
         raise CheckpointError(f"checkpoint {info.path.name} is damaged: its checksum differs from the one written")
-    state: dict[str, Any] = torch.load(info.path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(info.path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"checkpoint {info.path.name} could not be read as plain tensors: {error}") from error
     return state
 
 

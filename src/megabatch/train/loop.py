@@ -44,9 +44,7 @@ def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
     while run.state.samples_seen < run.total_samples:
         planned_batch = run.state.batch_policy and run.state.batch_policy.global_batch_size
         batches = run.loader.batches(
-            (positions, settings.resolution)
-            for settings in _plan(run)
-            for positions in run.micro_batches(settings)
+            (positions, settings.resolution) for settings in _plan(run) for positions in run.micro_batches(settings)
         )
         for settings in _plan(run):
             yield settings, batches
@@ -73,9 +71,7 @@ def _step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> float:
     num_micro_batches = len(run.micro_batches(settings))
     how = {"global_count": settings.count, "label_smoothing": run.label_smoothing, "precision": state.precision}
     if state.batch_policy is None:
-        loss_sum = accumulate_gradients(
-            run.model, batches, num_micro_batches, world_size=run.world.world_size, **how
-        )
+        loss_sum = accumulate_gradients(run.model, batches, num_micro_batches, world_size=run.world.world_size, **how)
     else:
         loss_sum, noise = accumulate_and_measure(run.model, batches, num_micro_batches, world=run.world, **how)
         state.batch_policy.observe(*noise)
@@ -95,8 +91,8 @@ def _require_finite(run: Run, settings: StepSettings, loss: float) -> None:
     if not math.isfinite(loss):
         raise DivergedError(
             f"the loss is {loss} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): "
-            f"{first_not_finite(run.state.module)} is not finite; a smaller peak_lr (here half), or more warmup_epochs, "
-            "may help; earlier checkpoints are kept"
+            f"{first_not_finite(run.state.module)} is not finite; a smaller peak_lr, half of it say, or more "
+            "warmup_epochs may help; earlier checkpoints are kept"
         )
 
 

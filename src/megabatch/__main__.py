@@ -1,0 +1,5 @@
+"""`python -m megabatch`: the same as the `megabatch` command."""
+
+from megabatch.cli.main import main
+
+main()

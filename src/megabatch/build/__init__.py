@@ -1,0 +1,1 @@
+"""Recipe + Site -> a run. The one place that knows every component; components know neither Recipe nor Site."""

@@ -1,0 +1,99 @@
+"""The recipe's model and optimizer."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megabatch import nn as models
+from megabatch import optim
+from megabatch.build.schedule import peak_lr
+from megabatch.comm.launch import World
+from megabatch.nn.batch_norm import SpanBatchNorm2d
+from megabatch.recipe import Recipe
+from megabatch.site import Site
+from megabatch.train.state import StepSettings
+
+
+def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: int) -> nn.Module:
+    """The recipe's model, initialised alike on every worker from the seed alone."""
+    group, group_size = _span_group(recipe, world, micro_batch_size)
+    norm = functools.partial(
+        SpanBatchNorm2d,
+        span=recipe.bn_span,
+        eps=recipe.bn_eps,
+        stats_momentum=1.0 if recipe.eval_stats == "last_batch" else recipe.stats_momentum,
+        process_group=group,
+        group_size=group_size,
+    )
+    model = models.create(
+        recipe.model,
+        num_classes=recipe.num_classes,
+        in_channels=recipe.image_channels,
+        norm=norm,
+        zero_gamma=recipe.zero_gamma,
+        blur_pool=recipe.blur_pool,
+        width=recipe.width,
+        image_size=int(max(value for _, value in recipe.resolution)),
+    )
+    models.initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
+    models.collect_statistics(model, True)
+    memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
+    return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def _span_group(recipe: Recipe, world: World, micro_batch_size: int) -> tuple[dist.ProcessGroup | None, int]:
+    """The process group that shares each of this worker's spans; None where a worker holds whole spans."""
+    group_size = recipe.bn_span // micro_batch_size if micro_batch_size < recipe.bn_span else 1
+    mine: dist.ProcessGroup | None = None
+    if group_size > 1:
+        for ranks in models.span_groups(world.world_size, group_size):
+            group = dist.new_group(ranks)  # every worker makes every group: new_group is collective
+            mine = group if world.rank in ranks else mine
+    return mine, group_size
+
+
+def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed."""
+    groups = optim.param_groups(
+        module, weight_decay=recipe.weight_decay, decay_norm_and_bias=recipe.decay_norm_and_bias
+    )
+    lr = peak_lr(recipe)
+    match recipe.optimizer:
+        case "lars":
+            return optim.LARS(
+                groups,
+                lr,
+                momentum=recipe.momentum,
+                trust_coefficient=recipe.trust_coefficient,
+                eps=recipe.trust_eps,
+                momentum_form=recipe.momentum_form,
+                denominator=recipe.trust_denominator,
+                trust_clip=recipe.trust_clip,
+                nesterov=recipe.nesterov,
+            )
+        case "lamb":
+            return optim.LAMB(groups, lr, betas=(recipe.momentum, recipe.beta2))
+        case "sgd":
+            return optim.SGD(
+                groups,
+                lr,
+                momentum=recipe.momentum,
+                nesterov=recipe.nesterov,
+                momentum_form=recipe.momentum_form,
+            )
+        case "rmsprop_warmup":
+            return optim.RMSpropWarmup(groups, lr, momentum=recipe.momentum, rmsprop_lr=recipe.rmsprop_lr)
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Writes a step's rates into every parameter group."""
+    for group in optimizer.param_groups:
+        group.setdefault("base_weight_decay", group["weight_decay"])
+        group["lr"] = settings.lr
+        group["weight_decay"] = group["base_weight_decay"] * settings.weight_decay_factor
+        if "momentum" in group:
+            group["momentum"] = settings.momentum
+        if "sgd_share" in group and settings.sgd_share is not None:
+            group["sgd_share"] = settings.sgd_share

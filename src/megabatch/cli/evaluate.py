@@ -1,0 +1,74 @@
+"""`megabatch evaluate CHECKPOINT`: exact top-1 and top-5, whatever the number of workers."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from megabatch.cli.options import parse_workers, require_choice
+from megabatch.site import Precision, Site
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt, or a run folder (its best checkpoint).")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train/ and val/, instead of the recipe's data.")
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Local workers.")] = "1",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets are kept.")] = None,
+) -> None:
+    """Counts the checkpoint's right answers over the whole evaluation set, every sample once."""
+    from megabatch.comm import launch
+    from megabatch.train.checkpoint import open_checkpoint
+
+    site = Site(
+        workers=parse_workers(workers),
+        device=require_choice("--device", device, ("auto", "cpu", "cuda")),
+        precision=cast(Precision, require_choice("--precision", precision, get_args(Precision))),
+        data=data,
+        cache=cache,
+    )
+    if not launch.started_by_launcher():
+        open_checkpoint(checkpoint)  # a mistake is said once, not by every worker
+        if (site.workers or 1) > 1:
+            if code := launch.run_local_workers(site.workers or 1, sys.argv[1:]):
+                raise typer.Exit(code)
+            return
+    _evaluate(checkpoint, site)
+
+
+def _evaluate(checkpoint: Path, site: Site) -> None:
+    from megabatch.build.data import build_eval_loader, eval_block_size, fit_to_data, open_data
+    from megabatch.build.run import load_for_evaluation
+    from megabatch.build.site import choose_precision
+    from megabatch.comm.launch import join
+    from megabatch.errors import DataError
+    from megabatch.recipe import from_json
+    from megabatch.train.checkpoint import open_checkpoint
+    from megabatch.train.evaluate import evaluate as count
+
+    with join(device=site.device) as world:
+        info, state = open_checkpoint(checkpoint)
+        recipe = from_json(info.recipe)
+        data = open_data(recipe, site)
+        found = fit_to_data(recipe, data).num_classes
+        if found != recipe.num_classes:
+            raise DataError(
+                f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was of"
+            )
+        module = load_for_evaluation(recipe, site, state, world=world)
+        result = count(
+            module,
+            build_eval_loader(recipe, site, data.evaluation, world=world),
+            world=world,
+            precision=choose_precision(site, world.device),
+            block_size=eval_block_size(recipe),
+        )
+        if world.is_first:
+            typer.echo(
+                f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
+                f"top1 {result.top1:.4f} ({result.correct1:,} of {result.num_samples:,})"
+            )

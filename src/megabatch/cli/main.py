@@ -1,0 +1,60 @@
+"""The `megabatch` command: its verbs, and how errors reach a person (one line, and the exit code)."""
+
+import os
+import sys
+
+import typer
+
+from megabatch import __version__
+from megabatch.cli.evaluate import evaluate
+from megabatch.cli.recipes import recipes
+from megabatch.cli.report import report
+from megabatch.cli.train import train
+from megabatch.errors import MegabatchError, UserError
+
+app = typer.Typer(
+    name="megabatch",
+    help="Trains image classifiers to full accuracy with extremely large minibatches. Batch sizes are global, always.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(evaluate)
+app.command()(recipes)
+app.command()(report)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"megabatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Runs the command line; ends the process with its exit code."""
+    try:
+        app()
+    except UserError as error:
+        _say(error)
+        sys.exit(2)
+    except MegabatchError as error:
+        _say(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _say(error: MegabatchError) -> None:
+    """One line on stderr; a worker other than the first says which it is."""
+    rank = os.environ.get("RANK", "0")
+    who = "megabatch" if rank == "0" else f"megabatch (worker {rank})"
+    sys.stderr.write(f"{who}: {' '.join(str(error).split())}\n")

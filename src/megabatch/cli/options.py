@@ -1,0 +1,38 @@
+"""What several verbs share: `KEY=VALUE` pairs and choices, refused with a value that works."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from megabatch.errors import RecipeError, SiteError
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`["peak_lr=2", ...]` as a dict; RecipeError for what is no pair or given twice."""
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {pair}: needed KEY=VALUE, for example --set total_epochs=5")
+        if key in settings:
+            raise RecipeError(f"--set {key} was given twice ({settings[key]} and {value}); give it once")
+        settings[key] = value
+    return settings
+
+
+def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice:
+    """`given`, if it is one of `choices`; SiteError naming them otherwise."""
+    for choice in choices:
+        if choice == given:
+            return choice
+    raise SiteError(f"{option} {given}: needed one of {', '.join(choices)}; {option} {choices[0]} works")
+
+
+def parse_workers(text: str) -> int | None:
+    """A number of workers, or None for `auto`; SiteError otherwise."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise SiteError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
+    return int(text)

@@ -1,0 +1,190 @@
+"""`megabatch train RECIPE`: starts its own local workers, or joins those that torchrun started."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, cast, get_args
+
+import typer
+
+from megabatch import recipes
+from megabatch.cli.options import parse_settings, parse_workers, require_choice
+from megabatch.errors import SiteError
+from megabatch.recipe import Recipe, override
+from megabatch.site import AllReduce, Precision, Site, Wire
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train/ and val/, instead of the recipe's data.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE-TIME.")] = None,
+    workers: Annotated[str, typer.Option(help="Local workers, or auto.")] = "auto",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(help="End after this many steps.", min=1)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Samples of one forward and backward.", min=1)] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
+    wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
+    channels_last: Annotated[bool, typer.Option(help="Memory layout of images and weights.")] = True,
+    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets are kept.")] = None,
+    checkpoint_every_steps: Annotated[int, typer.Option(help="Checkpoints besides those at evaluations.", min=0)] = 0,
+    keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints kept, besides the best.", min=1)] = 2,
+    timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the last line.")] = False,
+) -> None:
+    """Trains a recipe. The last line holds the top-1 accuracy and where the run folder is."""
+    chosen = override(recipes.get(recipe), parse_settings(settings or []))
+    site = Site(
+        workers=parse_workers(workers),
+        micro_batch_size=micro_batch_size,
+        device=require_choice("--device", device, ("auto", "cpu", "cuda")),
+        precision=cast(Precision, require_choice("--precision", precision, get_args(Precision))),
+        all_reduce=cast(AllReduce, require_choice("--all-reduce", all_reduce, get_args(AllReduce))),
+        wire=cast(Wire, require_choice("--wire", wire, get_args(Wire))),
+        channels_last=channels_last,
+        data=data,
+        cache=cache,
+        checkpoint_every_steps=checkpoint_every_steps,
+        keep_checkpoints=keep_checkpoints,
+        timeout_s=timeout_s,
+        resume=resume,
+    )
+    _train(chosen, site, output, max_steps=steps, quiet=quiet)
+
+
+def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
+    from megabatch.comm import launch
+
+    if launch.started_by_launcher():
+        _work(recipe, site, output, max_steps=max_steps, quiet=quiet)
+        return
+    folder = _run_folder(recipe, site, output)
+    num_workers = _check_before_start(recipe, site)
+    if num_workers == 1:
+        _work(recipe, site, folder, max_steps=max_steps, quiet=quiet)
+        return
+    arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
+    code = launch.run_local_workers(num_workers, arguments)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check_before_start(recipe: Recipe, site: Site) -> int:
+    """The number of local workers; whatever the user got wrong is said here, before anything is written."""
+    import torch
+
+    from megabatch.build.data import fit_to_data, open_data
+    from megabatch.build.site import check, default_workers
+
+    fitted = fit_to_data(recipe, open_data(recipe, site, on_progress=_say, probe=True))
+    num_workers = site.workers or default_workers(fitted, site)
+    check(fitted, site, world_size=num_workers, device=torch.device("cpu"))
+    return num_workers
+
+
+def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
+    """One worker's whole life."""
+    from megabatch.build.data import fit_to_data, open_data
+    from megabatch.build.run import open_run
+    from megabatch.comm.launch import from_first, join
+    from megabatch.train.loop import train as run_loop
+
+    with join(device=site.device, timeout_s=site.timeout_s, threads=site.threads_per_worker) as world:
+        folder = from_first(output or _run_folder(recipe, site, None), world)
+        data = open_data(recipe, site)
+        fitted = fit_to_data(recipe, data)
+        started = time.perf_counter()
+        with (
+            _stop_on_signal() as stop_requested,
+            open_run(
+                fitted,
+                site,
+                data,
+                world=world,
+                folder=folder,
+                stop_requested=stop_requested,
+                max_steps=max_steps,
+                quiet=quiet,
+            ) as run,
+        ):
+            first_sample = run.state.samples_seen
+            evaluation = run_loop(run)
+            seconds = time.perf_counter() - started
+            images_per_s = (run.state.samples_seen - first_sample) / seconds
+            top1 = evaluation.top1 if evaluation else None
+            run.log({"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds})
+        if world.is_first:
+            _finish(folder, evaluation is None, top1, images_per_s, seconds, run.state.step)
+        if evaluation is None:
+            raise typer.Exit(1)
+
+
+def _finish(folder: Path, stopped: bool, top1: float | None, images_per_s: float, seconds: float, step: int) -> None:
+    from megabatch.observe.report import write_report
+
+    report = write_report([folder], folder / "report.html")
+    if stopped:
+        _say(f"stopped at step {step:,}; the same command with --output {folder} --resume goes on")
+        return
+    _say(f"trained {seconds:.1f} s, evaluations included; run folder {folder}, report {report}")
+    _say(f"top1 {top1:.4f}  {images_per_s:,.0f} images/s  report {report}")
+
+
+def _run_folder(recipe: Recipe, site: Site, output: Path | None) -> Path:
+    if output is None:
+        if site.resume:
+            raise SiteError("--resume needs the run folder to go on from; --output runs/NAME names it")
+        return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if output.exists() and not output.is_dir():
+        raise SiteError(f"--output {output} is a file; a folder that is new or empty works")
+    holds_run = (output / "events.jsonl").exists()
+    if holds_run and not site.resume:
+        raise SiteError(f"{output} holds a run already; --resume goes on with it, another --output starts anew")
+    if site.resume and not holds_run:
+        raise SiteError(f"{output} holds no run to resume; without --resume a new one starts there")
+    return output
+
+
+def _without_option(arguments: list[str], option: str) -> list[str]:
+    """`arguments` less `option VALUE` and `option=VALUE`."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(f"{option}="):
+            skip = False
+            continue
+        if argument == option:
+            skip = True
+            continue
+        kept.append(argument)
+    return kept
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT and SIGTERM ask for a stop at the next step; a SIGINT 2 s later ends at once."""
+    asked_at: list[float] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and asked_at and time.monotonic() - asked_at[0] > 2:
+            raise KeyboardInterrupt
+        asked_at.append(time.monotonic())
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked_at)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
