@@ -1,0 +1,196 @@
+"""Curves as SVG that takes its colours from the page, so that one drawing serves light and dark."""
+
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+NUM_COLORS = 6
+MAX_POINTS = 600
+INK, MUTED, GRID = "#010101", "#010102", "#010103"
+SERIES = tuple(f"#0202{index:02x}" for index in range(NUM_COLORS))
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
+    color: f"var(--series-{index})" for index, color in enumerate(SERIES)
+}
+"""Colours that are drawn and the page's variables that take their place."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.use_mathtext": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": INK,
+    "text.parse_math": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's curve; `color` counts runs. Dashed lines are what others published."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int
+    dashed: bool = False
+    steps: bool = False
+    smooth: bool = False
+
+
+def chart(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    percent: bool = False,
+    from_zero: bool = False,
+    level: float | None = None,
+) -> str | None:
+    """SVG of the curves against the epoch; None if no line holds a finite point.
+
+    Args:
+        name: a word that no other chart on the page has.
+        percent: y in [0, 1] is shown as a percentage.
+        level: a value to mark with a thin line across.
+    """
+    if not any(_finite(line).any() for line in lines):
+        return None
+    with _axes(name) as (figure, axes):
+        for line in lines:
+            _draw(axes, line)
+        if level is not None:
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+        _frame(axes, percent=percent, from_zero=from_zero)
+        axes.set_xlabel("epoch")
+        return _svg(figure, name)
+
+
+def timeline_chart(events: Sequence[dict[str, Any]], *, name: str) -> str | None:
+    """SVG of one worker's step: what ran when, one lane per `cat` (or thread), in milliseconds."""
+    spans = [(_lane(event), float(event["ts"]), float(event.get("dur", 0))) for event in events if "ts" in event]
+    if not spans:
+        return None
+    lanes = list(dict.fromkeys(lane for lane, _, _ in spans))
+    first = min(start for _, start, _ in spans)
+    with _axes(name, height=0.9 + 0.38 * len(lanes)) as (figure, axes):
+        for row, lane in enumerate(lanes):
+            bars = [((start - first) / 1e3, length / 1e3) for where, start, length in spans if where == lane]
+            axes.broken_barh(bars, (row - 0.32, 0.64), color=SERIES[row % NUM_COLORS], alpha=0.85, linewidth=0)
+        axes.set_yticks(range(len(lanes)), labels=lanes)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("milliseconds")
+        return _svg(figure, name)
+
+
+def _lane(event: dict[str, Any]) -> str:
+    return str(event.get("cat") or event.get("tid") or "step")
+
+
+@contextmanager
+def _axes(name: str, height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
+    """An empty drawing in the page's style. `name` makes the ids of its marks differ from other drawings'."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says so when it first lists the fonts
+    settings: Any = STYLE | {"svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(6.0, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _draw(axes: Axes, line: Line) -> None:
+    color = SERIES[line.color % NUM_COLORS]
+    finite = _finite(line)
+    x, y = _thinned(np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float))
+    few = np.count_nonzero(finite) <= 40 and not line.steps
+    how: dict[str, Any] = {"color": color, "linewidth": 1.7}
+    if line.dashed:
+        how |= {"color": MUTED, "linestyle": (0, (4, 2)), "linewidth": 1.4}
+    if few:
+        how |= {"marker": "o", "markersize": 3.2 if not line.dashed else 2.4}
+    if line.steps:
+        how["drawstyle"] = "steps-post"
+    if line.smooth and len(y) > 60:
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+        y = _running_mean(y, window=max(3, len(y) // 30))
+    axes.plot(x, y, **how)
+
+
+def _frame(axes: Axes, *, percent: bool, from_zero: bool) -> None:
+    if from_zero:
+        axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
+    axes.margins(x=0.02)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %") if percent else FuncFormatter(_plain))
+
+
+def _plain(value: float, _: int | None = None) -> str:
+    """Ticks as people write them: 20,000 and 0.05."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def _finite(line: Line) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.isfinite(np.asarray(line.x, dtype=float) + np.asarray(line.y, dtype=float))
+    return finite
+
+
+def _thinned(x: Values, y: Values) -> tuple[Values, Values]:
+    """At most `MAX_POINTS` points, each the mean of its neighbours: a page must not grow with the run."""
+    if len(x) <= MAX_POINTS:
+        return x, y
+    edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)[:-1]
+    counts = np.diff(np.append(edges, len(x)))
+    return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
+
+
+def _running_mean(y: Values, window: int) -> Values:
+    """Mean over the `window` nearest points, over fewer at the ends, leaving out what is not finite."""
+    finite = np.isfinite(y)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.where(finite, total / np.maximum(count, 1.0), np.nan)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The drawing as an element for an HTML page: no header, no ids that clash, no colours of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href", "href")
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;? ?", lambda found: _font_size(found[1]), text)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
+    return text
+
+
+def _font_size(size: str | None) -> str:
+    """The family is the page's; what is left of a `font` is its size."""
+    return f"font-size: {size}" if size else ""

@@ -1,0 +1,212 @@
+"""One self-contained HTML page about one or several runs: curves, recipe, environment. Opens without a network."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from megabatch.observe.curve import curve_text
+from megabatch.observe.figures import NUM_COLORS, Line, chart, timeline_chart
+from megabatch.observe.progress import duration
+from megabatch.observe.run_folder import RunRecord, load_runs
+from megabatch.recipe import Recipe
+
+REQUIRED = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A curve with its heading."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one cell per run."""
+
+    name: str
+    cells: tuple[str, ...]
+    changed: bool = False  # differs from the field's default
+    differs: bool = False  # the runs do not agree
+
+
+def write_report(run_folders: Sequence[Path], output: Path) -> Path:
+    """Writes the page about the runs in `run_folders` to `output`, whose path it returns.
+
+    A run that is under way, ended early, or was never evaluated is shown as far as it got.
+
+    Raises:
+        UserError: a folder holds no run, or its event file is damaged.
+    """
+    runs = load_runs(run_folders)
+    template = _environment().get_template("report.html")
+    page = template.render(
+        title=" · ".join(run.label for run in runs),
+        runs=[_headline(run, index) for index, run in enumerate(runs)],
+        several=len(runs) > 1,
+        figures=_figures(runs),
+        published=any(run.recipe and len(run.recipe.published_curve) > 1 for run in runs),
+        recipe_rows=_recipe_rows(runs),
+        environment_rows=_environment_rows(runs),
+        warnings=[(run.label, text) for run in runs for text in run.warnings],
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def _environment() -> jinja2.Environment:
+    source = (files("megabatch.observe") / "report.html").read_text(encoding="utf-8")
+    return jinja2.Environment(
+        loader=jinja2.DictLoader({"report.html": source}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _headline(run: RunRecord, index: int) -> dict[str, Any]:
+    """What stands at the top of the page for a run."""
+    last = run.steps[-1] if run.steps else {}
+    facts = [
+        ("images/s", f"{run.images_per_s:,.0f}" if run.images_per_s else "–"),
+        ("epochs", f"{last['epoch']:.4g}" if last.get("epoch") is not None else "–"),
+        ("updates", f"{last['step']:,}" if last.get("step") is not None else "–"),
+        ("training time", duration(run.end["train_s"]) if run.end and run.end.get("train_s") else "not ended"),
+        ("global batch", _batch(run)),
+        ("workers", str(run.environment.get("workers", "–"))),
+    ]
+    return {
+        "label": run.label,
+        "color": index % NUM_COLORS,
+        "model": run.recipe.model if run.recipe else "",
+        "top1": f"{100 * run.top1:.2f}" if run.top1 is not None else None,
+        "best": f"{100 * run.best_top1:.2f}" if run.best_top1 is not None and run.best_top1 != run.top1 else None,
+        "remark": _remark(run),
+        "facts": facts,
+    }
+
+
+def _batch(run: RunRecord) -> str:
+    sizes = [size for size in run.column("global_batch_size") if math.isfinite(size)]
+    if not sizes:
+        return f"{run.recipe.global_batch_size:,}" if run.recipe else "–"
+    largest = max(sizes)
+    return f"{largest:,.0f}" if sizes[0] == largest else f"{sizes[0]:,.0f} to {largest:,.0f}"
+
+
+def _remark(run: RunRecord) -> str:
+    """How the last evaluation stands to what was published."""
+    if run.recipe is None or run.top1 is None:
+        return ""
+    epoch = run.evaluation_column("epoch")[-1]
+    if math.isfinite(epoch) and (text := curve_text(run.recipe.published_curve, epoch, run.top1)):
+        return text
+    published = run.recipe.published_top1
+    return f"published: {100 * published:.2f} % after {run.recipe.total_epochs:g} epochs" if published else ""
+
+
+def _figures(runs: list[RunRecord]) -> list[Figure]:
+    """Every curve that has something to show."""
+    candidates = [
+        ("Top-1 accuracy", "share of evaluation images whose likeliest class is right", _accuracy(runs)),
+        ("Training loss", "mean over the global batch, faint: every update", _curve(runs, "loss", smooth=True)),
+        ("Learning rate", "", _curve(runs, "lr", from_zero=True)),
+        ("Momentum", "", _curve(runs, "momentum", only_if_moving=True)),
+        ("Global batch", "images per update", _curve(runs, "global_batch_size", steps=True, from_zero=True)),
+        ("Resolution", "pixels of a training image", _curve(runs, "resolution", steps=True, only_if_moving=True)),
+        ("Throughput", "images/s, all workers together", _curve(runs, "images_per_s", smooth=True, from_zero=True)),
+        (
+            "Exposed communication",
+            "ms per update that computing does not hide",
+            _curve(runs, "exposed_communication_ms", smooth=True, from_zero=True),
+        ),
+    ]
+    candidates += [
+        (f"One update of {run.label}", "what ran when", timeline_chart(run.timeline, name=f"timeline-{index}"))
+        for index, run in enumerate(runs)
+    ]
+    return [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (drawn here)
+
+
+def _curve(
+    runs: list[RunRecord],
+    field: str,
+    *,
+    smooth: bool = False,
+    steps: bool = False,
+    from_zero: bool = False,
+    only_if_moving: bool = False,
+) -> str | None:
+    lines = [
+        Line(run.column("epoch"), run.column(field), index, steps=steps, smooth=smooth)
+        for index, run in enumerate(runs)
+    ]
+    moving = any(len({value for value in line.y if math.isfinite(value)}) > 1 for line in lines)
+    if only_if_moving and not moving:
+        return None
+    return chart(lines, name=field, from_zero=from_zero)
+
+
+def _accuracy(runs: list[RunRecord]) -> str | None:
+    """Each run's evaluations, with the published curves behind them and the target across."""
+    curves = {run.recipe.published_curve for run in runs if run.recipe and len(run.recipe.published_curve) > 1}
+    lines = [
+        Line([epoch for epoch, _ in curve], [top1 for _, top1 in curve], 0, dashed=True) for curve in sorted(curves)
+    ]
+    lines += [
+        Line(run.evaluation_column("epoch"), run.evaluation_column("top1"), index) for index, run in enumerate(runs)
+    ]
+    if all(run.top1 is None for run in runs):
+        return None
+    targets = {run.recipe.target_top1 for run in runs if run.recipe and run.recipe.target_top1}
+    return chart(lines, name="top1", percent=True, level=max(targets, default=None))
+
+
+def _recipe_rows(runs: list[RunRecord]) -> list[Row]:
+    recipes = [run.recipe for run in runs]
+    if not any(recipes):
+        return []
+    rows = []
+    for field in dataclasses.fields(Recipe):
+        values = [getattr(recipe, field.name) if recipe else None for recipe in recipes]
+        changed = field.default is not REQUIRED and any(value != field.default for value in values)
+        rows.append(
+            Row(field.name, tuple(_text(value) for value in values), changed, differs=len(set(map(repr, values))) > 1)
+        )
+    return rows
+
+
+def _environment_rows(runs: list[RunRecord]) -> list[Row]:
+    names = dict.fromkeys(name for run in runs for name in run.environment)
+    rows = []
+    for name in names:
+        cells = tuple(_text(run.environment.get(name)) for run in runs)
+        rows.append(Row(name.replace("_", " "), cells, differs=len(set(cells)) > 1))
+    return rows
+
+
+def _text(value: Any) -> str:
+    """A value as people write it."""
+    if value is None or value in ((), []):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, list | tuple):
+        pairs = [":".join(f"{v:g}" for v in x) if isinstance(x, list | tuple) else _text(x) for x in value]
+        return ", ".join(pairs) if len(pairs) <= 12 else ", ".join([*pairs[:5], "…", *pairs[-3:]])
+    return str(value)
