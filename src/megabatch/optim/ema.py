@@ -1,0 +1,107 @@
+"""An average of the weights whose memory is counted in epochs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megabatch.errors import UserError
+from megabatch.optim.multi_tensor import wide_dtype
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights with a half-life in epochs.
+
+        d = 0.5^(step_epochs / half_life_epochs);   average = d average + (1 - d) weights,   bias-corrected
+
+    The decay follows the share of an epoch that a step covers, so the average looks back over the same number of
+    samples when the batch size changes (a decay per step, as in timm or torch.optim.swa_utils, does not; Busbridge et
+    al. 2023, arXiv:2307.13813, give the same rule). The correction divides by the weight seen so far, as Adam does: the
+    initial weights never count, and a short run's average is not dominated by its start.
+
+    Parameters and floating-point buffers (batch norm's running averages, which belong to the weights they were measured
+    with) are averaged, in fp32 or wider; other buffers (counters) are copied.
+
+    Args:
+        model: is read at each `update`; may be moved or loaded in between.
+    """
+
+    def __init__(self, model: nn.Module, half_life_epochs: float) -> None:
+        if not half_life_epochs > 0:
+            raise UserError(
+                f"half_life_epochs={half_life_epochs} was given, needed: above 0; half_life_epochs=1.0 works"
+            )
+        self._half_life = half_life_epochs
+        self._weight = 0.0  # of all updates so far, in [0, 1)
+        self._model = model
+        floats, others = _tensors(model)
+        self._averages = {name: _wide_copy(tensor) for name, tensor in floats.items()}
+        self._copies = {name: tensor.detach().clone() for name, tensor in others.items()}
+
+    @torch.no_grad()
+    def update(self, step_epochs: float) -> None:
+        """Moves the average towards the weights after a step that covered `step_epochs` of an epoch.
+
+        Costs one multi-tensor operation over the weights; waits for no device.
+        """
+        if not step_epochs > 0:
+            raise UserError(f"step_epochs={step_epochs} was given, needed: above 0; batch / num_train_images works")
+        newest = 1 - 0.5 ** (step_epochs / self._half_life)
+        self._weight += newest * (1 - self._weight)
+        floats, others = _tensors(self._model)
+        averages = list(self._averages.values())
+        current = [floats[name].to(average) for name, average in self._averages.items()]
+        torch._foreach_lerp_(averages, current, newest / self._weight)
+        for name, tensor in others.items():
+            self._copies[name].copy_(tensor)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model holds the average inside the `with` block, and its own weights again after it.
+
+        What happens to the model's tensors inside is undone. Before the first update the average is the initial model.
+        """
+        floats, others = _tensors(self._model)
+        live = [*floats.values(), *others.values()]
+        saved = [tensor.detach().clone() for tensor in live]
+        try:
+            _copy_(live, [*self._averages.values(), *self._copies.values()])
+            yield
+        finally:
+            _copy_(live, saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of the averages by name, and the weight seen so far."""
+        tensors = {name: tensor.clone() for name, tensor in (self._averages | self._copies).items()}
+        return {"weight": self._weight, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; UserError where the names are not this model's."""
+        own = self._averages | self._copies
+        if own.keys() != state["tensors"].keys():
+            differing = sorted(own.keys() ^ state["tensors"].keys())
+            raise UserError(
+                f"the average is of another model: {', '.join(differing[:5])} differ; the model it is of works"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state["tensors"][name])
+        self._weight = float(state["weight"])
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers by name: floating-point ones, and others. Read anew, since `.to` replaces buffers."""
+    named = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    floats = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+    return floats, {name: tensor for name, tensor in named.items() if name not in floats}
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(wide_dtype(tensor.dtype), copy=True)
+
+
+@torch.no_grad()
+def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

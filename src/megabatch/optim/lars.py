@@ -1,0 +1,113 @@
+"""LARS: momentum SGD with a learning rate per layer."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
+from megabatch.optim.multi_tensor import Group, Number, check_choice, check_number, plus_scaled
+from megabatch.optim.trust import clip_to_rate, norms, trust_ratios
+
+
+class LARS(MomentumOptimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888), for batches of thousands of samples.
+
+        u = g + beta w;   ratio = eta |w| / denominator                                   one ratio per tensor
+        outside            v = m v + u                           w -= lr ratio v          tf.contrib 2018, MLPerf
+        inside             v = m v + lr ratio u                  w -= v                   You et al., Caffe, nnabla
+        inside_corrected   v = m lr_t/lr_(t-1) v + lr ratio u    w -= v                   NVIDIA
+        denominator        sum: |g| + beta |w| + eps   update: |u| + eps   gradient: |g| + eps
+
+    Kumar et al. (arXiv:1909.09756) call `outside` scaled and `inside` unscaled momentum. g is the mean gradient over
+    the global batch. A tensor whose weight norm or denominator norm is 0 gets ratio 1. Norms, state and update are
+    fp32 (float64 for float64 parameters) whatever the parameters' dtype; fp16 and bf16 parameters are rounded after
+    the update, and a master copy is the caller's. No value is read back to the host.
+
+    It departs from timm's `Lars` and pytorch_optimizer's `LARS` in what they leave out: they have the ratio inside the
+    buffer and the global rate outside, v = m v + ratio u, w -= lr v, and no other form.
+
+    Args:
+        params: parameters or groups; `param_groups(model, weight_decay=...)` makes the usual two. A group may set any
+            of the values below, and `adapt`: False means ratio 1, plain momentum SGD at the same rate.
+        lr: a float or a 0-d tensor.
+        trust_coefficient: eta; 0.001 (You et al., MLPerf), 0.0025 (Fujitsu), 0.01 (Sony).
+        trust_clip: min(ratio / lr, 1), so that no layer's rate exceeds `lr` (LARC).
+        foreach: False takes one tensor after another, as reference; None and True work on all together.
+        capturable: the step may be captured in a CUDA graph; `lr` must be a tensor then.
+
+    Raises:
+        UserError: a value out of range, an unknown form, a sparse or complex gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        momentum: float | Tensor = 0.9,
+        weight_decay: float | Tensor = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 0.0,
+        momentum_form: MomentumForm = "outside",
+        denominator: Literal["sum", "update", "gradient"] = "sum",
+        trust_clip: bool = False,
+        nesterov: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "momentum_form": momentum_form,
+            "denominator": denominator,
+            "trust_clip": trust_clip,
+            "nesterov": nesterov,
+            "foreach": foreach,
+            "capturable": capturable,
+            "adapt": True,
+            "previous_lr": 0.0,
+        }
+        super().__init__(params, defaults)
+
+    def check(self, group: Group) -> None:
+        """Raises UserError for a group whose values cannot work."""
+        super().check(group)
+        check_number(group, "trust_coefficient", low=0.0, example=0.001)
+        check_number(group, "eps", low=0.0, example=0.0)
+        check_choice(group, "denominator", ("sum", "update", "gradient"))
+
+    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number:
+        """lr * ratio of each tensor as one vector; the group's rate where it does not adapt."""
+        lr: Number = group["lr"]
+        if not group["adapt"]:
+            return lr
+        weight_norms, other_norms = _norms(group, weights, gradients)
+        ratios = trust_ratios(
+            weight_norms,
+            other_norms,
+            trust_coefficient=group["trust_coefficient"],
+            weight_decay=group["weight_decay"] if group["denominator"] == "sum" else 0.0,
+            eps=group["eps"],
+        )
+        if group["trust_clip"]:
+            ratios = clip_to_rate(ratios, weight_norms, other_norms, lr)
+        return ratios * lr
+
+
+def _norms(group: Group, weights: list[Tensor], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Norms of the weights and of what the denominator measures."""
+    others = gradients
+    if group["denominator"] == "update":
+        others = plus_scaled(gradients, weights, group["weight_decay"])
+    if group["foreach"] is False:
+        return _norms_each(weights), _norms_each(others)
+    return norms(weights), norms(others)
+
+
+def _norms_each(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])

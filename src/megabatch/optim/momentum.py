@@ -1,0 +1,152 @@
+"""Momentum SGD with a rate per tensor: what SGD and LARS share.
+
+    u = g + beta w                                        weight decay, counted once
+    outside            v = m v + u                        w -= s v
+    inside             v = m v + s u                      w -= v
+    inside_corrected   v = m (lr_t / lr_(t-1)) v + s u    w -= v
+
+with s the learning rate, times the trust ratio under LARS. Under a constant s all three agree. When the rate jumps,
+`outside` rescales the whole history at once, `inside` keeps the history at the old rate, and the correction (Goyal
+et al. 2017, arXiv:1706.02677, 3; NVIDIA's LARS) brings it to the new global rate while trust ratios stay in the buffer.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megabatch.errors import UserError
+from megabatch.optim.multi_tensor import (
+    Group,
+    MultiTensorOptimizer,
+    Number,
+    TensorLists,
+    add_scaled_,
+    blocks,
+    check_capturable,
+    check_choice,
+    check_number,
+    plus_scaled,
+    scaled,
+)
+
+MomentumForm = Literal["outside", "inside", "inside_corrected"]
+
+
+class MomentumOptimizer(MultiTensorOptimizer):
+    """A step of momentum SGD; a subclass may give each tensor its own rate in `rates`."""
+
+    state_names: tuple[str, ...] = ("momentum_buffer",)
+
+    def check(self, group: Group) -> None:
+        """Raises UserError for a group whose values cannot work."""
+        check_number(group, "lr", low=0.0, example=0.1)
+        check_number(group, "momentum", low=0.0, below=1.0, example=0.9)
+        check_number(group, "weight_decay", low=0.0, example=1e-4)
+        check_choice(group, "momentum_form", ("outside", "inside", "inside_corrected"))
+        check_capturable(group)
+        if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
+            raise UserError("nesterov=True with momentum=0 does nothing; needed: momentum above 0; momentum=0.9 works")
+
+    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number | Tensor:
+        """Step sizes: one for all (a float or a 0-d tensor), or a vector with one for each tensor."""
+        del weights, gradients
+        rate: Number = group["lr"]
+        return rate
+
+    def update(self, group: Group, tensors: TensorLists) -> None:
+        """Moves weights and momentum by one step."""
+        rates = self.rates(group, tensors.weights, tensors.gradients)
+        options = {
+            "momentum": corrected_momentum(group),
+            "weight_decay": group["weight_decay"],
+            "inside": group["momentum_form"] != "outside",
+            "nesterov": group["nesterov"],
+        }
+        lists = (tensors.weights, tensors.gradients, tensors.state("momentum_buffer"))
+        if group["foreach"] is False:
+            _update_each(*lists, rates, **options)
+        else:
+            _update_together(*lists, rates, **options)
+
+    def finish(self, group: Group) -> None:
+        """Remembers the rate for the next step's momentum correction."""
+        if group["momentum_form"] == "inside_corrected":
+            remember_rate(group)
+
+
+def corrected_momentum(group: Group) -> Number:
+    """m, or m lr_t / lr_(t-1) for `inside_corrected`; after a step at rate 0 the buffer holds zeros, and m will do."""
+    momentum, lr, previous = group["momentum"], group["lr"], group["previous_lr"]
+    if group["momentum_form"] != "inside_corrected":
+        return _number(momentum)
+    if isinstance(lr, Tensor) or isinstance(previous, Tensor):
+        previous = torch.as_tensor(previous, dtype=torch.float32, device=getattr(lr, "device", None))
+        corrected: Tensor = momentum * torch.where(previous > 0, lr / previous, 1.0)
+        return corrected
+    return _number(momentum * lr / previous if previous > 0 else momentum)
+
+
+def remember_rate(group: Group) -> None:
+    """Stores this step's rate in the group; a tensor is overwritten in place, as a CUDA graph needs it."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        group["previous_lr"] = lr
+    elif isinstance(group["previous_lr"], Tensor):
+        group["previous_lr"].copy_(lr)
+    else:
+        group["previous_lr"] = lr.detach().clone()
+
+
+def _number(value: Any) -> Number:
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def _update_together(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    rates: Number,
+    *,
+    momentum: Number,
+    weight_decay: Number,
+    inside: bool,
+    nesterov: bool,
+) -> None:
+    """One step in multi-tensor operations; no operation is started per tensor from Python."""
+    negative: list[Tensor] | Number = -rates
+    if isinstance(negative, Tensor) and negative.ndim == 1:
+        negative = list(negative.unbind())
+    for indices, (w, g, v) in blocks(weights, gradients, buffers):
+        scale = [negative[i] for i in indices] if isinstance(negative, list) else negative
+        u = plus_scaled(g, w, weight_decay)
+        if inside:
+            u = scaled(u, scale)
+        torch._foreach_mul_(v, momentum)
+        torch._foreach_add_(v, u, alpha=-1 if inside else 1)
+        direction = v
+        if nesterov:
+            direction = plus_scaled(scaled(u, -1.0) if inside else u, v, momentum)
+        add_scaled_(w, direction, -1.0 if inside else scale)
+
+
+def _update_each(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    rates: Number,
+    *,
+    momentum: Number,
+    weight_decay: Number,
+    inside: bool,
+    nesterov: bool,
+) -> None:
+    """The same step, one tensor after another, as the equations stand: the reference for the multi-tensor path."""
+    each = list(rates.unbind()) if isinstance(rates, Tensor) and rates.ndim == 1 else [rates] * len(weights)
+    for w, g, v, rate in zip(weights, gradients, buffers, each, strict=True):
+        u = g + weight_decay * w
+        if inside:
+            u = rate * u
+        v.mul_(momentum).add_(u)
+        direction = u + momentum * v if nesterov else v
+        w.sub_(direction if inside else rate * direction)

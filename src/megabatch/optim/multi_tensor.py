@@ -1,0 +1,236 @@
+"""Lists of tensors on which one operation works at once, and the optimizer class that keeps them.
+
+torch's multi-tensor operations (`torch._foreach_*`) spare a GPU thousands of launches. On a CPU they read all tensors
+from memory again for each operation, so there the lists are cut into blocks that stay in cache from one operation
+to the next.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from megabatch.errors import UserError
+
+Number = float | Tensor
+"""A rate or factor: a float, or a 0-d tensor that may change between replays of a CUDA graph."""
+
+Group = dict[str, Any]
+
+BLOCK_ELEMENTS = 2**18
+"""1 MiB of fp32 for each of weight, gradient and state; timed in benchmarks/optimizer.py."""
+
+
+@dataclass(frozen=True)
+class TensorLists:
+    """Tensors of one parameter group on one device, index by index, all in `wide_dtype`.
+
+    `weights` are the parameters themselves, or fp32 copies of them where the parameters are fp16 or bf16.
+    """
+
+    parameters: list[Tensor]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    states: list[dict[str, Tensor]]
+
+    def state(self, name: str) -> list[Tensor]:
+        """One state tensor of each parameter."""
+        return [state[name] for state in self.states]
+
+    def write_back(self) -> None:
+        """Rounds fp32 copies to the parameters they were made from."""
+        if self.weights is not self.parameters:
+            torch._foreach_copy_(self.parameters, self.weights)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which norms, state and the update are computed: fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class MultiTensorOptimizer(Optimizer):
+    """An optimizer whose step works on `TensorLists`, with state in fp32 whatever the parameters' dtype.
+
+    A subclass names its state tensors in `state_names`, checks a group in `check` and updates lists in `update`.
+    """
+
+    state_names: tuple[str, ...] = ()
+
+    def check(self, group: Group) -> None:
+        """Raises UserError for a group whose values cannot work."""
+        raise NotImplementedError
+
+    def update(self, group: Group, tensors: TensorLists) -> None:
+        """Moves `tensors.weights` and the state by one step."""
+        raise NotImplementedError
+
+    def finish(self, group: Group) -> None:
+        """What a group remembers of a step."""
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch; UserError for values that cannot work."""
+        super().add_param_group(param_group)
+        self.check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the parameters' `.grad`; returns the closure's loss, if there is a closure.
+
+        Reads nothing back to the host.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _refuse_capture(group)
+            for tensors in self._gather(group):
+                self.update(group, tensors)
+                tensors.write_back()
+            self.finish(group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its own dtype: torch would round fp32 state of a bf16 parameter to bf16."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in saved.get(number, {}).items():
+                if name in self.state_names:
+                    self.state[parameter][name] = value.detach().to(
+                        device=parameter.device, dtype=wide_dtype(parameter.dtype), copy=True
+                    )
+
+    def _gather(self, group: Group) -> list[TensorLists]:
+        lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        return [self._lists(parameters, wide_dtype(dtype)) for (_, dtype), parameters in lists.items()]
+
+    def _lists(self, parameters: list[Tensor], dtype: torch.dtype) -> TensorLists:
+        gradients = [_dense_gradient(p) for p in parameters]
+        if any(gradient.dtype != dtype for gradient in gradients):
+            gradients = [gradient.to(dtype) for gradient in gradients]
+        weights = parameters if parameters[0].dtype == dtype else [p.to(dtype) for p in parameters]
+        states = [self._state_of(p, dtype) for p in parameters]
+        return TensorLists(parameters, weights, gradients, states)
+
+    def _state_of(self, parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            for name in self.state_names:
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+
+def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Cuts parallel lists into blocks for one multi-tensor operation each: `(indices, lists)`.
+
+    On a GPU one block of everything. On a CPU blocks of about `BLOCK_ELEMENTS` elements: small tensors share one, a
+    large one is cut into flat pieces that all carry its index.
+    """
+    first = lists[0]
+    if not first or first[0].device.type != "cpu":
+        yield list(range(len(first))), list(lists)
+        return
+    indices: list[int] = []
+    filled = 0
+    for index, tensors in enumerate(zip(*lists, strict=True)):
+        size = tensors[0].numel()
+        if size > BLOCK_ELEMENTS and all(map(_is_flat, tensors)) and _same_layout(tensors):
+            for pieces in zip(*(torch.split(_flat(t), BLOCK_ELEMENTS) for t in tensors), strict=True):
+                yield [index], [[piece] for piece in pieces]
+            continue
+        if filled + size > BLOCK_ELEMENTS and indices:
+            yield indices, [[tensors[i] for i in indices] for tensors in lists]
+            indices, filled = [], 0
+        indices.append(index)
+        filled += size
+    if indices:
+        yield indices, [[tensors[i] for i in indices] for tensors in lists]
+
+
+def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | list[Tensor]) -> None:
+    """target += scale * other, with one scale for all or one 0-d tensor for each."""
+    if isinstance(scale, list):
+        torch._foreach_addcmul_(targets, others, scale)
+    elif isinstance(scale, Tensor):
+        torch._foreach_add_(targets, torch._foreach_mul(others, scale))
+    else:
+        torch._foreach_add_(targets, others, alpha=scale)
+
+
+def scaled(tensors: list[Tensor], scale: Number | list[Tensor]) -> list[Tensor]:
+    """scale * tensor, with one scale for all or one 0-d tensor for each."""
+    return list(torch._foreach_mul(tensors, scale))
+
+
+def plus_scaled(tensors: list[Tensor], others: list[Tensor], scale: Number) -> list[Tensor]:
+    """tensor + scale * other; the tensors themselves where the scale is the float 0."""
+    if isinstance(scale, Tensor):
+        return list(torch._foreach_add(tensors, torch._foreach_mul(others, scale)))
+    return list(torch._foreach_add(tensors, others, alpha=scale)) if scale else tensors
+
+
+def check_number(group: Group, name: str, *, low: float, below: float = float("inf"), example: float) -> None:
+    """UserError unless low <= group[name] < below. Tensors are not read: that would wait for the device."""
+    value = group[name]
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise UserError(
+                f"{name} has {value.numel()} elements, needed: a number or a 0-d tensor; {name}={example} works"
+            )
+        return
+    if not low <= value < below:
+        raise UserError(
+            f"{name}={value} was given, needed: at least {low}, below {below}; for example {name}={example}"
+        )
+
+
+def check_choice(group: Group, name: str, choices: tuple[str, ...]) -> None:
+    """UserError unless group[name] is one of `choices`."""
+    if group[name] not in choices:
+        raise UserError(
+            f"{name}={group[name]!r} was given, needed one of {', '.join(choices)}; {name}={choices[0]!r} works"
+        )
+
+
+def check_capturable(group: Group) -> None:
+    """UserError where a CUDA graph would freeze the rate."""
+    if group["capturable"] and not isinstance(group["lr"], Tensor):
+        raise UserError(
+            "capturable=True with a float rate, which a CUDA graph would freeze; needed: a tensor on the parameters' "
+            "device, for example lr=torch.tensor(0.1, device='cuda')"
+        )
+
+
+def _refuse_capture(group: Group) -> None:
+    if not group["capturable"] and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UserError("a step inside a CUDA graph needs capturable=True and lr=torch.tensor(..., device='cuda')")
+
+
+def _dense_gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided or parameter.is_complex():
+        raise UserError("needed dense real gradients; for a sparse embedding, nn.Embedding(..., sparse=False) works")
+    return gradient
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return channels_last or tensor.is_contiguous()
+
+
+def _same_layout(tensors: tuple[Tensor, ...]) -> bool:
+    return all(tensor.stride() == tensors[0].stride() for tensor in tensors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1).view(-1)

@@ -1,0 +1,147 @@
+"""RMSprop that turns into momentum SGD during the first epochs."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabatch.errors import UserError
+from megabatch.optim.momentum import MomentumOptimizer
+from megabatch.optim.multi_tensor import Group, Number, TensorLists, blocks, check_number, plus_scaled, scaled
+
+
+def sgd_share(epoch: float, center_epoch: float = 10.0, period_epochs: float = 5.0) -> float:
+    """alpha_SGD, the share of SGD in the update: from nearly 0 to 1, continuous with its slope.
+
+        epoch < center                          exp(2 (epoch - center) / period) / 2
+        center <= epoch < center + period / 2   1/2 + (epoch - center) / period
+        after                                   1                    Akiba et al. 2017, arXiv:1711.04325, section 3.1
+
+    The middle branch as it is usually quoted has twice this slope; it overshoots to 1.5 and then drops to 1. The slope
+    here is the one that joins both neighbours: (1 + ELU(2 (epoch - center) / period)) / 2, cut at 1.
+    """
+    if period_epochs <= 0:
+        raise UserError(f"period_epochs={period_epochs} was given, needed: above 0; for example period_epochs=5.0")
+    if epoch < center_epoch:
+        return 0.5 * math.exp(2 * (epoch - center_epoch) / period_epochs)
+    return min(1.0, 0.5 + (epoch - center_epoch) / period_epochs)
+
+
+class RMSpropWarmup(MomentumOptimizer):
+    """Akiba et al. 2017, arXiv:1711.04325: RMSprop first, then momentum SGD, blended in between.
+
+        u = g + beta w
+        n = mu2 n + (1 - mu2) u^2                                          not bias-corrected, as published
+        v = m v + (alpha + (1 - alpha) (rmsprop_lr / lr) / (sqrt(n) + eps)) u
+        w -= lr v
+
+    alpha is the group key `sgd_share`, set by `set_epoch` before a step. RMSprop's part moves the weights by
+    (1 - alpha) rmsprop_lr, whatever `lr` is. Where alpha is 1 the step is that of `SGD` to the bit.
+
+    Args:
+        params: parameters or groups; their key `adapt` has no meaning here and is ignored.
+        rmsprop_lr: eta_RMSprop.
+        decay: mu2.
+
+    Raises:
+        UserError: a value out of range; or lr = 0 while alpha < 1, since RMSprop's share is relative to `lr`.
+    """
+
+    state_names = ("momentum_buffer", "mean_square")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        rmsprop_lr: float = 3e-4,
+        decay: float = 0.99,
+        eps: float = 1e-8,
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "rmsprop_lr": rmsprop_lr,
+            "decay": decay,
+            "eps": eps,
+            "sgd_share": sgd_share(0.0),
+            "nesterov": False,
+            "momentum_form": "outside",
+            "foreach": foreach,
+            "capturable": False,
+            "previous_lr": 0.0,
+        }
+        super().__init__(params, defaults)
+
+    def check(self, group: Group) -> None:
+        """Raises UserError for a group whose values cannot work."""
+        super().check(group)
+        check_number(group, "rmsprop_lr", low=0.0, example=3e-4)
+        check_number(group, "decay", low=0.0, below=1.0, example=0.99)
+        check_number(group, "eps", low=0.0, example=1e-8)
+
+    def set_epoch(self, epoch: float, *, center_epoch: float = 10.0, period_epochs: float = 5.0) -> None:
+        """Sets every group's `sgd_share` for steps at the fractional `epoch`."""
+        share = sgd_share(epoch, center_epoch, period_epochs)
+        for group in self.param_groups:
+            group["sgd_share"] = share
+
+    def update(self, group: Group, tensors: TensorLists) -> None:
+        """Moves weights, momentum and mean squares by one step."""
+        if group["sgd_share"] >= 1:
+            super().update(group, tensors)
+            return
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) and lr == 0:
+            raise UserError(
+                f"lr=0 with sgd_share={group['sgd_share']:g}: RMSprop's share is divided by lr; "
+                "RMSprop warm-up needs no ramp of the rate, lr=0.1 works"
+            )
+        lists = (tensors.weights, tensors.gradients, tensors.state("momentum_buffer"), tensors.state("mean_square"))
+        step = _blend_each if group["foreach"] is False else _blend_together
+        step(group, *lists, adaptive_share=(1 - group["sgd_share"]) * group["rmsprop_lr"] / lr)
+
+
+def _blend_together(
+    group: Group,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    mean_squares: list[Tensor],
+    *,
+    adaptive_share: Number,
+) -> None:
+    for _, (w, g, v, n) in blocks(weights, gradients, buffers, mean_squares):
+        u = plus_scaled(g, w, group["weight_decay"])
+        torch._foreach_mul_(n, group["decay"])
+        torch._foreach_addcmul_(n, u, u, value=1 - group["decay"])
+        root = torch._foreach_sqrt(n)
+        torch._foreach_add_(root, group["eps"])
+        normalised = scaled(list(torch._foreach_div(u, root)), adaptive_share)
+        torch._foreach_mul_(v, group["momentum"])
+        torch._foreach_add_(v, u, alpha=group["sgd_share"])
+        torch._foreach_add_(v, normalised)
+        torch._foreach_add_(w, scaled(v, -group["lr"]))
+
+
+def _blend_each(
+    group: Group,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    mean_squares: list[Tensor],
+    *,
+    adaptive_share: Number,
+) -> None:
+    for w, g, v, n in zip(weights, gradients, buffers, mean_squares, strict=True):
+        u = g + group["weight_decay"] * w
+        n.mul_(group["decay"]).add_((1 - group["decay"]) * u**2)
+        factor = group["sgd_share"] + adaptive_share / (n.sqrt() + group["eps"])
+        v.mul_(group["momentum"]).add_(factor * u)
+        w.sub_(group["lr"] * v)
