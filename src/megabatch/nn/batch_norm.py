@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.nn.shared_span import shared_span_norm
+from megabatch.nn.own_spans import Normalised, normalise_own_spans
+from megabatch.nn.shared_span import normalise_shared_span
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class SpanBatchNorm2d(nn.BatchNorm2d):
@@ -73,20 +76,20 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("span_count", self.running_mean.new_zeros(()), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.pooled_moments is None:
-            if not self.training:
-                return self._normalise(input, self.running_mean, self.running_var, training=False, momentum=0.0)
-            if self._is_plain(input):
-                self.num_batches_tracked.add_(1)
-                return self._normalise(input, self.running_mean, self.running_var, momentum=self.momentum)
-        output, statistics, counts = self._normalise_spans(input)
-        if self.pooled_moments is not None:
-            self._add_pooled(statistics, counts)
+        recompute = self.pooled_moments is not None
+        if not (self.training or recompute):
+            return self._plain_batch_norm(input)
+        if self.group_size == 1 and not (self.accumulate_statistics or recompute) and self._is_one_span(input):
+            self.num_batches_tracked.add_(1)
+            return self._plain_batch_norm(input)
+        normalised = self._normalise(input)
+        if recompute:
+            self._add_pooled(normalised)
         elif self.accumulate_statistics:
-            self._add_spans(statistics)
-        elif len(statistics):
-            self._update_running(statistics.mean(0))
-        return output
+            self._add_spans(normalised)
+        else:
+            self._update_running(normalised)
+        return normalised.output
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size > 1 else ""
@@ -99,79 +102,55 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
-    def _is_plain(self, input: Tensor) -> bool:
-        """Whether this forward is exactly that of nn.BatchNorm2d."""
-        return (
-            self.group_size == 1
-            and not self.accumulate_statistics
-            and _num_values(input) > 1 <= len(input) <= self.span
+    def _is_one_span(self, input: Tensor) -> bool:
+        return len(input) <= self.span and input.numel() > self.num_features
+
+    def _plain_batch_norm(self, input: Tensor) -> Tensor:
+        """What nn.BatchNorm2d does: updates the running averages in training, uses them in evaluation."""
+        return functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
 
-    def _normalise_spans(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output; mean and unbiased variance by span (spans, 2, C); values per channel by span (spans,)."""
-        if self.group_size > 1:
-            return self._normalise_shared_span(input)
-        spans = torch.split(input, self.span) if len(input) else ()
-        statistics = self.running_mean.new_zeros(len(spans), 2, self.num_features)
-        outputs = [self._normalise_span(x, *rows) for x, rows in zip(spans, statistics, strict=True)]
-        counts = self.running_mean.new_tensor([float(_num_values(x)) for x in spans])
-        if not spans:
-            return self._affine(input), statistics, counts
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), statistics, counts
-
-    def _normalise_span(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """Normalises one span and writes its statistics into `mean` and `variance`."""
-        if _num_values(input) == 1:  # no variance: y = bias, with the gradient that batch norm has there
-            mean.copy_(input.detach().reshape(-1))
-            return self._affine(input - input)
-        # With momentum 1 the "running" buffers receive exactly this span's mean and unbiased variance.
-        return self._normalise(input, mean, variance, momentum=1.0)
-
-    def _normalise(
-        self, input: Tensor, mean: Tensor, variance: Tensor, *, momentum: float, training: bool = True
-    ) -> Tensor:
-        return functional.batch_norm(input, mean, variance, self.weight, self.bias, training, momentum, self.eps)
-
-    def _normalise_shared_span(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalise(self, input: Tensor) -> Normalised:
+        if self.group_size == 1:
+            return normalise_own_spans(
+                input, self.weight, self.bias, like=self.running_mean, span=self.span, eps=self.eps
+            )
         if len(input) > self.span:
             raise UserError(
                 f"a forward of {len(input)} samples does not fit into the span of {self.span} that {self.group_size} "
                 f"ranks share; a micro-batch of {max(1, self.span // self.group_size)} works"
             )
-        output, statistics, count = shared_span_norm(
-            input, self.weight, self.bias, self.running_mean, self.eps, self.process_group
+        shared: Normalised = normalise_shared_span(
+            input, self.weight, self.bias, like=self.running_mean, eps=self.eps, group=self.process_group
         )
-        return output, statistics[None], count[None]
+        return shared
 
-    def _affine(self, input: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (input.dim() - 2)
-        if self.affine:
-            return (input * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
-        return input
-
-    def _add_spans(self, statistics: Tensor) -> None:
+    def _add_spans(self, normalised: Normalised) -> None:
         """Adds spans to the step's sums. No Python state, so that a captured graph can replay it."""
-        if not len(statistics) or not self._speaks_for_group():
-            return
-        torch.where(self.span_count == 0, statistics[0], self.first_span, out=self.first_span)
-        self.span_sum.add_(statistics.sum(0))
-        self.span_count.add_(len(statistics))
+        statistics = normalised.statistics
+        if len(statistics) and self._speaks_for_group():
+            torch.where(self.span_count == 0, statistics[0], self.first_span, out=self.first_span)
+            self.span_sum.add_(statistics.sum(0))
+            self.span_count.add_(normalised.num_spans())
 
-    def _add_pooled(self, statistics: Tensor, counts: Tensor) -> None:
+    def _add_pooled(self, normalised: Normalised) -> None:
         """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""
         assert self.pooled_moments is not None
-        if not self._speaks_for_group():
-            return
-        mean, variance = statistics.double().unbind(1)
-        count = counts.double()[:, None]
-        biased = variance * (count - 1).clamp(min=0)
-        parts = [count * mean, biased + count * mean.square(), count]
-        self.pooled_moments.add_(torch.cat(parts, dim=1).sum(0))
+        if self._speaks_for_group():
+            mean, variance = normalised.statistics.double().unbind(1)
+            count = torch.as_tensor(normalised.counts, dtype=torch.float64, device=mean.device)[:, None]
+            squares = variance * (count - 1).clamp(min=0) + count * mean.square()
+            self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))
 
-    def _update_running(self, statistics: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(statistics[0], self.momentum)
-        self.running_var.lerp_(statistics[1], self.momentum)
+    def _update_running(self, normalised: Normalised) -> None:
+        """One step of the running averages towards the mean over spans; none where there is no span."""
+        if len(normalised.statistics):
+            self.num_batches_tracked.add_(1)
+            mean, variance = normalised.statistics.mean(0)
+            weight = torch.as_tensor(normalised.num_spans()).clamp(max=1) * self.momentum
+            self.running_mean.lerp_(mean, weight.to(mean))
+            self.running_var.lerp_(variance, weight.to(mean))
 
     def _speaks_for_group(self) -> bool:
         """Whether this rank is the one of its group that counts the shared span."""
@@ -181,27 +160,29 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
 def convert(
     model: nn.Module, *, span: int, process_group: dist.ProcessGroup | None = None, group_size: int = 1
 ) -> nn.Module:
-    """`model` with every nn.BatchNorm1d, 2d and 3d replaced by a SpanBatchNorm2d, in place, keeping its tensors.
+    """`model` with every batch norm of torch's (1d, 2d, 3d, Sync) replaced by a SpanBatchNorm2d, in place.
 
     The same parameters and buffers are reused, so an optimizer made before stays valid. Returns the new layer where
-    `model` is itself a batch norm.
+    `model` itself is a batch norm.
 
     Raises:
         UserError: a layer without running statistics, or with momentum=None (a cumulative average).
     """
-    if isinstance(model, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        return _convert_layer(model, span, process_group, group_size)
-    for name, child in model.named_children():
-        setattr(model, name, convert(child, span=span, process_group=process_group, group_size=group_size))
-    return model
+    twins: dict[nn.Module, SpanBatchNorm2d] = {}
+    for layer in model.modules():
+        if isinstance(layer, BATCH_NORMS):
+            twins[layer] = _twin(layer, span, process_group, group_size)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in twins:
+                parent._modules[name] = twins[child]
+    return twins.get(model, model)
 
 
-def _convert_layer(
-    layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d,
-    span: int,
-    process_group: dist.ProcessGroup | None,
-    group_size: int,
+def _twin(
+    layer: nn.modules.batchnorm._BatchNorm, span: int, process_group: dist.ProcessGroup | None, group_size: int
 ) -> SpanBatchNorm2d:
+    """A span layer that holds the tensors of `layer` themselves."""
     if layer.running_mean is None or layer.momentum is None:
         raise UserError(
             f"{layer} keeps no exponential running average, which a span layer needs; "
@@ -219,13 +200,10 @@ def _convert_layer(
         dtype=layer.running_mean.dtype,
     )
     twin._parameters.update(layer._parameters)
-    twin._buffers.update(layer._buffers)
+    twin._buffers.update(
+        {name: layer._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")}
+    )
     return twin.train(layer.training)
-
-
-def _num_values(input: Tensor) -> int:
-    """Values per channel."""
-    return input.numel() // input.shape[1]
 
 
 def _check_group(span: int, process_group: dist.ProcessGroup | None, group_size: int) -> None:

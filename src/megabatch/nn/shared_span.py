@@ -7,20 +7,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megabatch.nn.own_spans import Normalised, num_values
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the only graph break of a span layer: its collectives
-def shared_span_norm(
+def normalise_shared_span(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
     like: Tensor,
     eps: float,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised local samples; the span's mean and unbiased variance (2, C); its number of values per channel (0-d).
+) -> Normalised:
+    """The local samples of one span that all ranks of `group` bring together, each some and maybe none.
 
-    The span is what the ranks of `group` bring together; a rank may bring no sample. Statistics have the dtype of
-    `like`. Every rank combines the same gathered values in the same order, so all get the same bits:
+    Statistics have the dtype of `like`. Every rank combines the same gathered values in the same order, so all get
+    the same bits:
 
         n = sum n_r,  m = sum n_r m_r / n,  M2 = sum M2_r + sum n_r (m_r - m)^2,  v = M2 / n
 
@@ -33,7 +36,7 @@ def shared_span_norm(
     Sends 2C + 1 values to each other rank forward, and an all-reduce of 2C backward.
     """
     output, statistics, count = _SharedSpanNorm.apply(input, weight, bias, like, eps, group)  # type: ignore[no-untyped-call]
-    return output, statistics, count
+    return Normalised(output, statistics[None], count[None])
 
 
 class _SharedSpanNorm(torch.autograd.Function):
@@ -78,11 +81,10 @@ def _local_moments(input: Tensor, like: Tensor) -> Tensor:
     channels = input.shape[1]
     moments = like.new_zeros(2 * channels + 1)
     if len(input):
-        num_values = input.numel() // channels
         mean, scratch = moments[:channels], like.new_zeros(channels)
         variance = torch.batch_norm_update_stats(input.detach(), mean, scratch, 1.0)[1]  # momentum 1: mean is written
-        moments[channels : 2 * channels] = variance * num_values
-        moments[-1] = num_values
+        moments[channels : 2 * channels] = variance * num_values(input)
+        moments[-1] = num_values(input)
     return moments
 
 

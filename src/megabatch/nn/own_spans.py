@@ -1,0 +1,70 @@
+"""Batch norm of a micro-batch that holds its spans alone, one span or several."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Normalised(NamedTuple):
+    """What a training forward yields."""
+
+    output: Tensor  # as the input
+    statistics: Tensor  # (spans, 2, C): mean and unbiased variance of each span
+    counts: Tensor | list[int]  # values per channel in each span; on the device where only the group knows them
+
+    def num_spans(self) -> Tensor | int:
+        """Spans that hold a value; a group of ranks that brought no sample has none."""
+        return (self.counts > 0).sum() if isinstance(self.counts, Tensor) else len(self.counts)
+
+
+def normalise_own_spans(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, like: Tensor, span: int, eps: float
+) -> Normalised:
+    """Each `span` consecutive samples by their own statistics, and what remains by its own; statistics as `like`.
+
+    Costs one native batch norm a span, and beyond one span a copy of the output and one of the gradient (10 to 60 %
+    of a batch norm's own time on a CPU). No sample gives no span. A span with one value per channel has variance 0:
+    its output is the bias.
+    """
+    spans = _split(input, span)
+    statistics = like.new_zeros(len(spans), 2, len(like))
+    counts = [num_values(x) for x in spans]
+    outputs = [_normalise(x, weight, bias, rows, eps) for x, rows in zip(spans, statistics, strict=True)]
+    match len(outputs):
+        case 0:
+            return Normalised(_affine(input, weight, bias), statistics, counts)
+        case 1:
+            return Normalised(outputs[0], statistics, counts)
+    return Normalised(torch.cat(outputs), statistics, counts)
+
+
+def num_values(input: Tensor) -> int:
+    """Values per channel."""
+    return input.numel() // input.shape[1]
+
+
+def _split(input: Tensor, span: int) -> tuple[Tensor, ...]:
+    """Whole spans and what remains; a single span is the input itself, since a split copies in backward."""
+    if len(input) <= span:
+        return (input,) if len(input) else ()
+    return torch.split(input, span)
+
+
+def _normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float) -> Tensor:
+    """One span's output; its mean and unbiased variance go into the rows of `statistics`."""
+    mean, variance = statistics
+    if num_values(input) == 1:
+        mean.copy_(input.detach().flatten())
+        return _affine(input - input, weight, bias)
+    # With momentum 1 the "running" buffers receive exactly this span's statistics.
+    return functional.batch_norm(input, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
+
+
+def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight * input + bias: what is left of batch norm where nothing can be normalised; keeps the graph whole."""
+    if weight is None or bias is None:
+        return input.clone()
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    return (input * weight.view(shape) + bias.view(shape)).to(input.dtype)
