@@ -10,6 +10,7 @@ with s the learning rate, times the trust ratio under LARS. Under a constant s a
 et al. 2017, arXiv:1706.02677, 3; NVIDIA's LARS) brings it to the new global rate while trust ratios stay in the buffer.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from megabatch.optim.multi_tensor import (
     check_capturable,
     check_choice,
     check_number,
+    laid_out_alike,
     plus_scaled,
     scaled,
 )
@@ -47,6 +49,8 @@ class MomentumOptimizer(MultiTensorOptimizer):
         check_capturable(group)
         if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             raise UserError("nesterov=True with momentum=0 does nothing; needed: momentum above 0; momentum=0.9 works")
+        if isinstance(group["lr"], Tensor) and not isinstance(group["previous_lr"], Tensor):
+            group["previous_lr"] = torch.full_like(group["lr"], group["previous_lr"], requires_grad=False)
 
     def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number | Tensor:
         """Step sizes: one for all (a float or a 0-d tensor), or a vector with one for each tensor."""
@@ -57,17 +61,19 @@ class MomentumOptimizer(MultiTensorOptimizer):
     def update(self, group: Group, tensors: TensorLists) -> None:
         """Moves weights and momentum by one step."""
         rates = self.rates(group, tensors.weights, tensors.gradients)
-        options = {
-            "momentum": corrected_momentum(group),
-            "weight_decay": group["weight_decay"],
-            "inside": group["momentum_form"] != "outside",
-            "nesterov": group["nesterov"],
-        }
+        options = _Options(
+            momentum=corrected_momentum(group),
+            weight_decay=group["weight_decay"],
+            inside=group["momentum_form"] != "outside",
+            nesterov=group["nesterov"],
+        )
         lists = (tensors.weights, tensors.gradients, tensors.state("momentum_buffer"))
         if group["foreach"] is False:
-            _update_each(*lists, rates, **options)
+            _update_each(*lists, rates, options)
+        elif group["foreach"] is None and _fused_kernel_fits(*lists, options):
+            _update_fused(*lists, rates, options)
         else:
-            _update_together(*lists, rates, **options)
+            _update_together(*lists, rates, options)
 
     def finish(self, group: Group) -> None:
         """Remembers the rate for the next step's momentum correction."""
@@ -80,8 +86,7 @@ def corrected_momentum(group: Group) -> Number:
     momentum, lr, previous = group["momentum"], group["lr"], group["previous_lr"]
     if group["momentum_form"] != "inside_corrected":
         return _number(momentum)
-    if isinstance(lr, Tensor) or isinstance(previous, Tensor):
-        previous = torch.as_tensor(previous, dtype=torch.float32, device=getattr(lr, "device", None))
+    if isinstance(previous, Tensor):
         corrected: Tensor = momentum * torch.where(previous > 0, lr / previous, 1.0)
         return corrected
     return _number(momentum * lr / previous if previous > 0 else momentum)
@@ -89,29 +94,27 @@ def corrected_momentum(group: Group) -> Number:
 
 def remember_rate(group: Group) -> None:
     """Stores this step's rate in the group; a tensor is overwritten in place, as a CUDA graph needs it."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        group["previous_lr"] = lr
-    elif isinstance(group["previous_lr"], Tensor):
-        group["previous_lr"].copy_(lr)
+    lr, previous = group["lr"], group["previous_lr"]
+    if isinstance(lr, Tensor) and isinstance(previous, Tensor):
+        previous.copy_(lr)
     else:
-        group["previous_lr"] = lr.detach().clone()
+        group["previous_lr"] = lr.detach().clone() if isinstance(lr, Tensor) else lr
 
 
 def _number(value: Any) -> Number:
     return value if isinstance(value, Tensor) else float(value)
 
 
+@dataclass(frozen=True)
+class _Options:
+    momentum: Number
+    weight_decay: Number
+    inside: bool
+    nesterov: bool
+
+
 def _update_together(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    rates: Number,
-    *,
-    momentum: Number,
-    weight_decay: Number,
-    inside: bool,
-    nesterov: bool,
+    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
 ) -> None:
     """One step in multi-tensor operations; no operation is started per tensor from Python."""
     negative: list[Tensor] | Number = -rates
@@ -119,34 +122,65 @@ def _update_together(
         negative = list(negative.unbind())
     for indices, (w, g, v) in blocks(weights, gradients, buffers):
         scale = [negative[i] for i in indices] if isinstance(negative, list) else negative
-        u = plus_scaled(g, w, weight_decay)
-        if inside:
+        u = plus_scaled(g, w, options.weight_decay)
+        if options.inside:
             u = scaled(u, scale)
-        torch._foreach_mul_(v, momentum)
-        torch._foreach_add_(v, u, alpha=-1 if inside else 1)
+        torch._foreach_mul_(v, options.momentum)
+        torch._foreach_add_(v, u, alpha=-1 if options.inside else 1)
         direction = v
-        if nesterov:
-            direction = plus_scaled(scaled(u, -1.0) if inside else u, v, momentum)
-        add_scaled_(w, direction, -1.0 if inside else scale)
+        if options.nesterov:
+            direction = plus_scaled(scaled(u, -1.0) if options.inside else u, v, options.momentum)
+        add_scaled_(w, direction, -1.0 if options.inside else scale)
 
 
 def _update_each(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    rates: Number,
-    *,
-    momentum: Number,
-    weight_decay: Number,
-    inside: bool,
-    nesterov: bool,
+    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
 ) -> None:
-    """The same step, one tensor after another, as the equations stand: the reference for the multi-tensor path."""
-    each = list(rates.unbind()) if isinstance(rates, Tensor) and rates.ndim == 1 else [rates] * len(weights)
-    for w, g, v, rate in zip(weights, gradients, buffers, each, strict=True):
-        u = g + weight_decay * w
-        if inside:
+    """The same step, one tensor after another, as the equations stand: the reference for the other paths."""
+    for w, g, v, rate in zip(weights, gradients, buffers, _each(rates, len(weights)), strict=True):
+        u = g + options.weight_decay * w
+        if options.inside:
             u = rate * u
-        v.mul_(momentum).add_(u)
-        direction = u + momentum * v if nesterov else v
-        w.sub_(direction if inside else rate * direction)
+        v.mul_(options.momentum).add_(u)
+        direction = u + options.momentum * v if options.nesterov else v
+        w.sub_(direction if options.inside else rate * direction)
+
+
+def _update_fused(
+    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
+) -> None:
+    """The same step in torch's fused SGD kernel, which passes over memory once.
+
+    The kernel takes one rate, so tensors with rates of their own are handed to it one by one: on a CPU, where that
+    costs microseconds and memory traffic is what counts.
+    """
+    lists: list[tuple[list[Tensor], list[Tensor], list[Tensor], Any]] = [(weights, gradients, buffers, rates)]
+    if isinstance(rates, Tensor) and rates.ndim == 1:
+        lists = [([w], [g], [v], r) for w, g, v, r in zip(weights, gradients, buffers, rates.unbind(), strict=True)]
+    for w, g, v, rate in lists:
+        torch._fused_sgd_(
+            w,
+            g,
+            v,
+            lr=rate,
+            momentum=float(options.momentum),
+            weight_decay=float(options.weight_decay),
+            nesterov=options.nesterov,
+            dampening=0.0,
+            maximize=False,
+            is_first_step=False,  # the buffers start as zeros
+        )
+
+
+def _fused_kernel_fits(
+    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], options: _Options
+) -> bool:
+    """Whether torch's fused kernel computes this step: a CPU, rate outside, plain numbers, one layout."""
+    numbers = isinstance(options.momentum, float) and isinstance(options.weight_decay, float | int)
+    if options.inside or not numbers or not options.momentum or weights[0].device.type != "cpu":
+        return False
+    return all(map(laid_out_alike, zip(weights, gradients, buffers, strict=True)))
+
+
+def _each(rates: Number, count: int) -> list[Number]:
+    return list(rates.unbind()) if isinstance(rates, Tensor) and rates.ndim == 1 else [rates] * count

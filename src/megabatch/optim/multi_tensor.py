@@ -94,8 +94,14 @@ class MultiTensorOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state keeps its own dtype: torch would round fp32 state of a bf16 parameter to bf16."""
+        """As in torch, but state keeps its own dtype (torch would round fp32 state of a bf16 parameter to bf16), and a
+        group's tensors, such as the rate, are overwritten in place: a captured CUDA graph goes on reading them.
+        """
+        own_tensors = [_tensor_values(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, values in zip(self.param_groups, own_tensors, strict=True):
+            for name, tensor in values.items():
+                group[name] = tensor.copy_(torch.as_tensor(group[name]))
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -143,7 +149,7 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
     filled = 0
     for index, tensors in enumerate(zip(*lists, strict=True)):
         size = tensors[0].numel()
-        if size > BLOCK_ELEMENTS and all(map(_is_flat, tensors)) and _same_layout(tensors):
+        if size > BLOCK_ELEMENTS and laid_out_alike(tensors):
             for pieces in zip(*(torch.split(_flat(t), BLOCK_ELEMENTS) for t in tensors), strict=True):
                 yield [index], [[piece] for piece in pieces]
             continue
@@ -154,6 +160,12 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
         filled += size
     if indices:
         yield indices, [[tensors[i] for i in indices] for tensors in lists]
+
+
+def laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether element i in memory is the same element of all of them, with no gaps."""
+    strides = tensors[0].stride()
+    return _is_flat(tensors[0]) and all(tensor.stride() == strides for tensor in tensors[1:])
 
 
 def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | list[Tensor]) -> None:
@@ -210,6 +222,10 @@ def check_capturable(group: Group) -> None:
         )
 
 
+def _tensor_values(group: Group) -> dict[str, Tensor]:
+    return {name: value for name, value in group.items() if isinstance(value, Tensor)}
+
+
 def _refuse_capture(group: Group) -> None:
     if not group["capturable"] and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise UserError("a step inside a CUDA graph needs capturable=True and lr=torch.tensor(..., device='cuda')")
@@ -226,10 +242,6 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
 def _is_flat(tensor: Tensor) -> bool:
     channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return channels_last or tensor.is_contiguous()
-
-
-def _same_layout(tensors: tuple[Tensor, ...]) -> bool:
-    return all(tensor.stride() == tensors[0].stride() for tensor in tensors)
 
 
 def _flat(tensor: Tensor) -> Tensor:
