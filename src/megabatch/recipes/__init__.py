@@ -56,6 +56,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "mlperf_67840": mlperf.mlperf_67840,
 }
 
+MAX_PAIRS = 12
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -66,6 +68,7 @@ class Summary:
     command: str
     published: str
     measured: str
+    notes: str  # what else there is to say
     sources: str  # where each number is from
 
     @property
@@ -104,8 +107,21 @@ def summary(name: str) -> Summary:
         command=_line(text, "Command"),
         published=_line(text, "Published"),
         measured=_line(text, "Measured"),
+        notes=" ".join(_between(text, "Measured").split()),
         sources=text.partition("Sources:\n")[2],
     )
+
+
+def value_text(value: object) -> str:
+    """A field's value as `--set` takes it; of more than `MAX_PAIRS` pairs only the first and the last."""
+    if isinstance(value, tuple):
+        parts = [":".join(f"{v:.6g}" for v in x) if isinstance(x, tuple) else f"{x:.6g}" for x in value]
+        if len(parts) > MAX_PAIRS:
+            parts = [*parts[:3], "...", parts[-1]]
+        return ",".join(parts) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _function(name: str) -> Callable[[], Recipe]:
@@ -114,6 +130,11 @@ def _function(name: str) -> Callable[[], Recipe]:
         hint = f"did you mean {near[0]}?" if near else "`megabatch recipes` lists them all; fashion_mnist works"
         raise RecipeError(f"unknown recipe '{name}'; {hint}")
     return RECIPES[name]
+
+
+def _between(text: str, label: str) -> str:
+    """The paragraphs after that of `label`, up to the sources."""
+    return text.partition(f"\n{label}: ")[2].partition("\n\n")[2].partition("Sources:\n")[0]
 
 
 def _line(text: str, label: str) -> str:

@@ -4,7 +4,7 @@ from megabatch.recipe import Recipe
 
 
 def best_accuracy() -> Recipe:
-    """ResNet-50 in 600 epochs with mixup, cutmix and averaged weights (after torchvision's second recipe, 2021).
+    """ResNet-50 in 600 epochs with mixup, cutmix and averaged weights (after torchvision, 2021).
 
     Command: megabatch train best_accuracy --data PATH
     Published: nothing for exactly this; torchvision's recipe, which has more augmentation, reports top-1 0.80858

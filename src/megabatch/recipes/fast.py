@@ -4,14 +4,14 @@ from megabatch.recipe import Recipe
 
 
 def fast_16() -> Recipe:
-    """ResNet-50 in 16 epochs with progressive resizing (after FFCV's rn50_16_epochs, 2022).
+    """ResNet-50 in 16 epochs with progressive resizing (after FFCV, 2022).
 
     Command: megabatch train fast_16 --data PATH
     Published: top-1 0.738 with a flipped second view at evaluation, 14.9 minutes on 8 A100
     Measured: not measured
 
     Sources:
-        read (libffcv/ffcv-imagenet, configuration and training script): batch 8 x 512, rate 1.7 reached in straight
+        read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate 1.7 reached in straight
             line from 0.00017 at epoch 2 and falling in straight line to 0, momentum 0.9, weight decay 1e-4 but not on
             batch norm, label smoothing 0.1, 160 pixels until epoch 11, a ramp to 192 at epoch 13, evaluation at 256,
             blur-pool, batch norm over one GPU's 512 images, accuracy and time.
@@ -22,28 +22,28 @@ def fast_16() -> Recipe:
 
 
 def fast_32() -> Recipe:
-    """ResNet-50 in 32 epochs with progressive resizing (after FFCV's rn50_32_epochs, 2022).
+    """ResNet-50 in 32 epochs with progressive resizing (after FFCV, 2022).
 
     Command: megabatch train fast_32 --data PATH
     Published: top-1 0.766 with a flipped second view at evaluation, 28.7 minutes on 8 A100
     Measured: not measured
 
     Sources:
-        read (libffcv/ffcv-imagenet): as `fast_16`, with the ramp from epoch 23 to 27.
+        read (libffcv/ffcv-imagenet, its ResNet-50 configurations): as `fast_16`, with the ramp from epoch 23 to 27.
         departs: as `fast_16`.
     """
     return _fast("fast_32", epochs=32, ramp=(23.0, 27.0), published_top1=0.766)
 
 
 def fast_88() -> Recipe:
-    """ResNet-50 in 88 epochs with progressive resizing (after FFCV's rn50_88_epochs, 2022).
+    """ResNet-50 in 88 epochs with progressive resizing (after FFCV, 2022).
 
     Command: megabatch train fast_88 --data PATH
     Published: top-1 0.784 with a flipped second view at evaluation, 77.2 minutes on 8 A100
     Measured: not measured
 
     Sources:
-        read (libffcv/ffcv-imagenet): as `fast_16`, with the ramp from epoch 65 to 76.
+        read (libffcv/ffcv-imagenet, its ResNet-50 configurations): as `fast_16`, with the ramp from epoch 65 to 76.
         departs: as `fast_16`.
     """
     return _fast("fast_88", epochs=88, ramp=(65.0, 76.0), published_top1=0.784)

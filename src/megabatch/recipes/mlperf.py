@@ -17,14 +17,15 @@ from megabatch.recipe import Recipe
 
 
 def mlperf_1632() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 1,632 (MLPerf Training, reference convergence by NVIDIA, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 1,632 (MLPerf Training v1.0, NVIDIA).
 
     Command: megabatch train mlperf_1632 --data PATH
     Published: top-1 0.759 after 35 epochs on average (33 to 37 in 17 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 27,476 decay steps, counted after warm-up, are 35 epochs, so that the run ends at 37. Counted from
             the first step they would end at 35, before the slowest listed run.
     """
@@ -42,14 +43,15 @@ def mlperf_1632() -> Recipe:
 
 
 def mlperf_3264() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 3,264 (MLPerf Training, reference convergence by NVIDIA, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 3,264 (MLPerf Training v1.0, NVIDIA).
 
     Command: megabatch train mlperf_3264 --data PATH
     Published: top-1 0.759 after 35.2 epochs on average (34 to 37 in 15 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 14,523 decay steps, counted from the first step, are 37 epochs, warm-up included. The submitter's
             published settings say 37 epochs too.
     """
@@ -67,14 +69,14 @@ def mlperf_3264() -> Recipe:
 
 
 def mlperf_4096() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 4,096 (MLPerf Training, reference convergence by Google, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 4,096 (MLPerf Training v1.0, Google).
 
     Command: megabatch train mlperf_4096 --data PATH
     Published: top-1 0.759 after 40 epochs on average (39 to 42 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public code of v0.7).
+        read: all numbers of the row; momentum form, initialisation and zero-gamma (the submitter's public code).
         derived: 13,137 decay steps, counted from the first step, are 42 epochs, warm-up included. The least certain
             row: counted after warm-up it would end at 47, with 3 % of the peak rate left at epoch 40.
     """
@@ -92,14 +94,14 @@ def mlperf_4096() -> Recipe:
 
 
 def mlperf_8192() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 8,192 (MLPerf Training, reference convergence by Google, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 8,192 (MLPerf Training v1.0, Google).
 
     Command: megabatch train mlperf_8192 --data PATH
     Published: top-1 0.759 after 42 epochs on average (41 to 44 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public code of v0.7).
+        read: all numbers of the row; momentum form, initialisation and zero-gamma (the submitter's public code).
         derived: 6,095 decay steps, counted after warm-up, are 39 epochs, so that the run ends at 44.
     """
     return _row(
@@ -116,14 +118,15 @@ def mlperf_8192() -> Recipe:
 
 
 def mlperf_13056() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 13,056 (MLPerf Training, reference convergence by NVIDIA, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 13,056 (MLPerf Training v1.0, NVIDIA).
 
     Command: megabatch train mlperf_13056 --data PATH
     Published: top-1 0.759 after 45.4 epochs on average (44 to 46 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 4,710 decay steps, counted from the first step, are 48 epochs, warm-up included.
     """
     return _row(
@@ -140,14 +143,14 @@ def mlperf_13056() -> Recipe:
 
 
 def mlperf_32768() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 32,768 (MLPerf Training, reference convergence by Google, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 32,768 (MLPerf Training v1.0, Google).
 
     Command: megabatch train mlperf_32768 --data PATH
     Published: top-1 0.759 after 56 epochs on average (55 to 57 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public code of v0.7).
+        read: all numbers of the row; momentum form, initialisation and zero-gamma (the submitter's public code).
         derived: 2,267 decay steps, counted from the first step, are 58 epochs, warm-up included. The same rate and
             warm-up are published elsewhere for 58 epochs, converging in 56.
     """
@@ -165,14 +168,15 @@ def mlperf_32768() -> Recipe:
 
 
 def mlperf_49152() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 49,152 (MLPerf Training, reference convergence by NVIDIA, v1.1).
+    """ResNet-50 to 75.9 % with LARS at batch 49,152 (MLPerf Training v1.1, NVIDIA).
 
     Command: megabatch train mlperf_49152 --data PATH
     Published: top-1 0.759 after 68 epochs on average (67 to 69 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 1,846 decay steps, counted from the first step at 26 steps per epoch, are 71 epochs, warm-up
             included.
     """
@@ -190,14 +194,15 @@ def mlperf_49152() -> Recipe:
 
 
 def mlperf_58880() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 58,880 (MLPerf Training, reference convergence by NVIDIA, v1.1).
+    """ResNet-50 to 75.9 % with LARS at batch 58,880 (MLPerf Training v1.1, NVIDIA).
 
     Command: megabatch train mlperf_58880 --data PATH
     Published: top-1 0.759 after 79.9 epochs on average (78 to 81 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 1,785 decay steps, counted from the first step at 21 steps per epoch, are 85 epochs, warm-up
             included.
     """
@@ -215,14 +220,14 @@ def mlperf_58880() -> Recipe:
 
 
 def mlperf_65536() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 65,536 (MLPerf Training, reference convergence by Google, v1.0).
+    """ResNet-50 to 75.9 % with LARS at batch 65,536 (MLPerf Training v1.0, Google).
 
     Command: megabatch train mlperf_65536 --data PATH
     Published: top-1 0.759 after 84.5 epochs on average (83 to 86 in 10 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public code of v0.7).
+        read: all numbers of the row; momentum form, initialisation and zero-gamma (the submitter's public code).
         derived: 1,133 decay steps, counted after warm-up, are 58 epochs, so that the run ends at 89.
     """
     return _row(
@@ -239,14 +244,15 @@ def mlperf_65536() -> Recipe:
 
 
 def mlperf_67840() -> Recipe:
-    """ResNet-50 to 75.9 % with LARS at batch 67,840 (MLPerf Training, reference convergence by NVIDIA, v2.0).
+    """ResNet-50 to 75.9 % with LARS at batch 67,840 (MLPerf Training v2.0, NVIDIA).
 
     Command: megabatch train mlperf_67840 --data PATH
     Published: top-1 0.759 after 85.9 epochs on average (85 to 87 in 28 runs)
     Measured: not measured
 
     Sources:
-        read: all numbers of the row; momentum form and initialisation (the submitter's public MXNet code).
+        read: all numbers of the row; momentum form, initialisation, no zero-gamma and crops of 5 to 100 % of the
+            area (the submitter's public MXNet code and launch script).
         derived: 1,133 decay steps, counted after warm-up, are 60 epochs, so that the run ends at 91.
     """
     return _row(
@@ -283,6 +289,7 @@ def _row(
         dataset="imagenet",
         num_train_images=1_281_167,
         num_classes=1000,
+        min_crop_area=0.05 if submitter == "nvidia" else 0.08,
         global_batch_size=batch,
         total_epochs=warmup_epochs + decay_epochs,
         bn_span=bn_span,

@@ -1,0 +1,165 @@
+"""`megabatch recipes [NAME]`: the list of recipes; or one with its whole schedule, as a table and a plot."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megabatch import recipes as shelf
+from megabatch.cli.options import parse_settings
+from megabatch.recipe import Recipe, override, value_at
+
+WIDTH_OF_FILES = 118
+MAX_TABLE_ROWS = 50
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One recipe, with its schedule; without it, all of them.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeatable.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the schedule to this .svg or .png file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
+) -> None:
+    """Lists the recipes, or shows one with its schedule epoch by epoch."""
+    if markdown:
+        from megabatch.recipes.markdown import as_markdown
+
+        typer.echo(as_markdown(), nl=False)
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH_OF_FILES)
+    if name is None:
+        if plot or settings:
+            raise typer.BadParameter("needs the NAME of a recipe, for example `megabatch recipes fashion_mnist`")
+        console.print(_list())
+        return
+    recipe = override(shelf.get(name), parse_settings(settings or []))
+    _show(console, recipe, name)
+    if plot:
+        from megabatch.observe.schedule_plot import plot_schedule
+
+        plot_schedule(list(schedule(recipe)), plot, title=name)
+        typer.echo(f"schedule drawn to {plot}")
+
+
+def _list() -> Table:
+    """One row per recipe. Imports no torch: the list must come at once."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("recipe", "paper", "model"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("batch", "epochs", "published", "measured"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in shelf.names():
+        recipe, told = shelf.get(name), shelf.summary(name)
+        cells = (name, told.source.partition(", arXiv:")[0], recipe.model, _batch(recipe), f"{recipe.total_epochs:g}")
+        table.add_row(*map(Text, cells), _top1(recipe.published_top1), _top1(told.measured_top1))
+    return table
+
+
+def _batch(recipe: Recipe) -> str:
+    sizes = [int(size) for _, size in recipe.batch_sizes] or [recipe.global_batch_size]
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{min(sizes):,}..{max(sizes):,}"
+
+
+def _top1(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None else "-"
+
+
+def _show(console: Console, recipe: Recipe, name: str) -> None:
+    """The docstring, the fields that are not at their default, and the schedule."""
+    console.print(Text(shelf.docstring(name)))
+    console.print()
+    console.print(_fields(recipe))
+    console.print()
+    console.print(_schedule_table(list(schedule(recipe))))
+
+
+def _fields(recipe: Recipe) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for field in dataclasses.fields(Recipe):
+        value = getattr(recipe, field.name)
+        if value != field.default:
+            table.add_row(field.name, Text(shelf.value_text(value)))
+    table.add_row("(all else)", "at its default", style="dim")
+    return table
+
+
+def schedule(recipe: Recipe) -> Iterator[dict[str, float]]:
+    """What holds at the start of each epoch, and at the end: rates, batch, pixels, and the epoch's updates."""
+    from megabatch.build.schedule import settings_at, total_samples
+
+    updates = _updates_by_epoch(recipe, total_samples(recipe))
+    for index, num_updates in enumerate(updates):
+        last = index == len(updates) - 1
+        settings = settings_at(recipe, step=0, first=index * recipe.num_train_images)
+        row: dict[str, float] = {
+            "epoch": float(index),
+            "updates": num_updates,
+            "lr": settings.lr,
+            "momentum": settings.momentum,
+            "global_batch_size": _batch_at(recipe, index),
+            "resolution": settings.resolution,
+            "weight_decay": recipe.weight_decay * settings.weight_decay_factor,
+        }
+        if settings.sgd_share is not None:
+            row["sgd_share"] = settings.sgd_share
+        yield row
+        if last:
+            yield _at_end(recipe, row, total_samples(recipe))
+
+
+def _at_end(recipe: Recipe, row: dict[str, float], total: int) -> dict[str, float]:
+    """The last update's values, an instant before the end of the run."""
+    from megabatch.build.schedule import settings_at
+
+    settings = settings_at(recipe, step=0, first=total - 1)
+    return row | {
+        "epoch": recipe.total_epochs,
+        "updates": 0,
+        "lr": settings.lr,
+        "momentum": settings.momentum,
+        "resolution": settings.resolution,
+        "weight_decay": recipe.weight_decay * settings.weight_decay_factor,
+    }
+
+
+def _batch_at(recipe: Recipe, epoch: float) -> int:
+    return int(value_at(recipe.batch_sizes, epoch)) if recipe.batch_sizes else recipe.global_batch_size
+
+
+def _updates_by_epoch(recipe: Recipe, total: int) -> list[int]:
+    """Updates that start in each epoch. A batch may straddle two epochs, so neighbours can differ by one."""
+    counts = [0] * math.ceil(recipe.total_epochs - 1e-9)
+    first = 0
+    while first < total:
+        counts[first // recipe.num_train_images] += 1
+        first += _batch_at(recipe, first / recipe.num_train_images)
+    return counts
+
+
+def _schedule_table(rows: list[dict[str, float]]) -> Table:
+    """The schedule's columns that move, and those that everybody asks for; long runs show every so many epochs."""
+    stride = max(1, math.ceil(len(rows) / MAX_TABLE_ROWS))
+    always = ("epoch", "updates", "lr", "momentum", "global_batch_size")
+    columns = [key for key in rows[0] if key in always or len({row[key] for row in rows}) > 1]
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for key in columns:
+        table.add_column(key, justify="right")
+    shown = [row for index, row in enumerate(rows) if index % stride == 0 or index == len(rows) - 1]
+    for row in shown:
+        table.add_row(*(_cell(key, row[key]) for key in columns))
+    return table
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "updates":
+        return f"{value:,}" if value else "end"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
