@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from megabatch.optim.lars import LARS
     from megabatch.optim.noise_scale import GradientNoiseScale
     from megabatch.optim.param_groups import param_groups
-    from megabatch.optim.rmsprop_warmup import RMSpropWarmup, sgd_share
+    from megabatch.optim.rmsprop_warmup import RMSpropWarmup
     from megabatch.optim.schedule import (
         lars_sqrt_peak_lr,
         learning_rate,
         resolution_at,
         scaled_peak_lr,
+        sgd_share,
         weight_decay_at,
     )
     from megabatch.optim.sgd import SGD
@@ -38,7 +39,7 @@ _HOMES = {
     "param_groups": "param_groups",
     "resolution_at": "schedule",
     "scaled_peak_lr": "schedule",
-    "sgd_share": "rmsprop_warmup",
+    "sgd_share": "schedule",
     "weight_decay_at": "schedule",
 }
 

@@ -25,8 +25,8 @@ class LARS(MomentumOptimizer):
     fp32 (float64 for float64 parameters) whatever the parameters' dtype; fp16 and bf16 parameters are rounded after
     the update, and a master copy is the caller's. No value is read back to the host.
 
-    It departs from timm's `Lars` and pytorch_optimizer's `LARS` in what they leave out: they have the ratio inside the
-    buffer and the global rate outside, v = m v + ratio u, w -= lr v, and no other form.
+    timm's `Lars` and pytorch_optimizer's `LARS` keep the ratio inside the buffer and the global rate outside
+    (v = m v + ratio u, w -= lr v), which is `inside_corrected`; they have neither of the other two forms.
 
     Args:
         params: parameters or groups; `param_groups(model, weight_decay=...)` makes the usual two. A group may set any

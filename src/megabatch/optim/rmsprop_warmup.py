@@ -1,6 +1,5 @@
 """RMSprop that turns into momentum SGD during the first epochs."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,23 +9,7 @@ from torch import Tensor
 from megabatch.errors import UserError
 from megabatch.optim.momentum import MomentumOptimizer
 from megabatch.optim.multi_tensor import Group, Number, TensorLists, blocks, check_number, plus_scaled, scaled
-
-
-def sgd_share(epoch: float, center_epoch: float = 10.0, period_epochs: float = 5.0) -> float:
-    """alpha_SGD, the share of SGD in the update: from nearly 0 to 1, continuous with its slope.
-
-        epoch < center                          exp(2 (epoch - center) / period) / 2
-        center <= epoch < center + period / 2   1/2 + (epoch - center) / period
-        after                                   1                    Akiba et al. 2017, arXiv:1711.04325, section 3.1
-
-    The middle branch as it is usually quoted has twice this slope; it overshoots to 1.5 and then drops to 1. The slope
-    here is the one that joins both neighbours: (1 + ELU(2 (epoch - center) / period)) / 2, cut at 1.
-    """
-    if period_epochs <= 0:
-        raise UserError(f"period_epochs={period_epochs} was given, needed: above 0; for example period_epochs=5.0")
-    if epoch < center_epoch:
-        return 0.5 * math.exp(2 * (epoch - center_epoch) / period_epochs)
-    return min(1.0, 0.5 + (epoch - center_epoch) / period_epochs)
+from megabatch.optim.schedule import sgd_share
 
 
 class RMSpropWarmup(MomentumOptimizer):

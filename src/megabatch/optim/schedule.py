@@ -137,6 +137,22 @@ def resolution_at(epoch: float, resolution: ByEpoch, ramp: bool = False, multipl
     return round(min(max(sizes), max(min(sizes), rounded)))
 
 
+def sgd_share(epoch: float, center_epoch: float = 10.0, period_epochs: float = 5.0) -> float:
+    """alpha_SGD, the share of SGD in the update: from nearly 0 to 1, continuous with its slope.
+
+        epoch < center                          exp(2 (epoch - center) / period) / 2
+        center <= epoch < center + period / 2   1/2 + (epoch - center) / period
+        after                                   1                    Akiba et al. 2017, arXiv:1711.04325, section 3.1
+
+    The middle branch as it is usually quoted has twice this slope; it overshoots to 1.5 and then drops to 1. The slope
+    here is the one that joins both neighbours: (1 + ELU(2 (epoch - center) / period)) / 2, cut at 1.
+    """
+    _require(period_epochs > 0, f"period_epochs={period_epochs} was given, needed: above 0; for example 5.0")
+    if epoch < center_epoch:
+        return 0.5 * math.exp(2 * (epoch - center_epoch) / period_epochs)
+    return min(1.0, 0.5 + (epoch - center_epoch) / period_epochs)
+
+
 def value_at(by_epoch: ByEpoch, epoch: float) -> float:
     """The value of the last entry that starts at or before `epoch`; of the first one before that."""
     value = by_epoch[0][1]
