@@ -1,0 +1,219 @@
+"""The 2-D grid of ranks that the torus and the hierarchy run on, and the process groups of its axes.
+
+A *row* is X ranks joined by fast links, as a rule those of one host; a *column* is the Y ranks that hold the same
+place in each row. The world is X * Y ranks (Mikami et al. 2018, arXiv:1811.05233, where X is the horizontal size).
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from megabatch.errors import SiteError
+
+Axis = Literal["row", "column", "world"]
+log = logging.getLogger(__name__)
+
+
+class Grid:
+    """Ranks in rows and columns, seen from one of them; groups are made on first use, by all ranks together.
+
+    `rows[y][x]` is the rank at place x of row y. `group(axis, lane)` is the process group of this rank's row or
+    column. Lanes are separate groups over the same ranks: collectives of one group must start in the same order on
+    every rank, so whatever may start in another order on another rank needs a lane of its own.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        rank: int | None = None,
+        timeout_s: float | None = None,
+        why: str = "given",
+    ) -> None:
+        self.rows = tuple(tuple(row) for row in rows)
+        self.why = why
+        self._rank = dist.get_rank() if rank is None else rank
+        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self._groups: dict[tuple[Axis, int], dist.ProcessGroup] = {}
+        _check_rows(self.rows)
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, *, timeout_s: float | None = None) -> "Grid":
+        """The grid of a 2-D mesh with axes ("column", "row"), as `init_device_mesh(..., (Y, X), ...)` makes it."""
+        if mesh.mesh_dim_names != ("column", "row"):
+            raise SiteError(
+                f"the mesh has axes {mesh.mesh_dim_names}, needed ('column', 'row'); for example "
+                "init_device_mesh('cpu', (2, 4), mesh_dim_names=('column', 'row')) for two rows of four ranks"
+            )
+        rows: Tensor = mesh.mesh
+        grid = cls(rows.tolist(), timeout_s=timeout_s, why="of a device mesh")
+        for axis in ("row", "column"):
+            grid._groups[axis, 0] = mesh.get_group(axis)
+        return grid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(X, Y): ranks in a row, ranks in a column."""
+        return len(self.rows[0]), len(self.rows)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @cached_property
+    def position(self) -> tuple[int, int]:
+        """(x, y) of this rank."""
+        for y, row in enumerate(self.rows):
+            if self._rank in row:
+                return row.index(self._rank), y
+        raise SiteError(f"rank {self._rank} is not in the grid of ranks {self.rows}")
+
+    def size(self, axis: Axis) -> int:
+        return {"row": self.shape[0], "column": self.shape[1], "world": self.num_ranks}[axis]
+
+    def index(self, axis: Axis) -> int:
+        """This rank's place along `axis`, which is its rank in `group(axis)`."""
+        return self.ranks(axis).index(self._rank)
+
+    def ranks(self, axis: Axis) -> tuple[int, ...]:
+        """The global ranks along `axis` through this rank, in the order of their places."""
+        x, y = self.position
+        if axis == "row":
+            return self.rows[y]
+        if axis == "column":
+            return tuple(row[x] for row in self.rows)
+        return tuple(sorted(rank for row in self.rows for rank in row))
+
+    def group(self, axis: Axis, lane: int = 0) -> dist.ProcessGroup:
+        """The process group along `axis`; a new lane is made by all its ranks calling this in the same order."""
+        if (axis, lane) not in self._groups:
+            self._groups[axis, lane] = self._make_group(axis)
+        return self._groups[axis, lane]
+
+    def _make_group(self, axis: Axis) -> dist.ProcessGroup:
+        if axis == "world" and self.num_ranks == dist.get_world_size():
+            return _default_group()
+        ranks = list(self.ranks(axis))
+        options: dict[str, Any] = {"timeout": self._timeout, "use_local_synchronization": True}
+        if ranks != sorted(ranks):
+            options["sort_ranks"] = _unsorted_or_raise(ranks)
+        group = dist.new_group(ranks, **options)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """This grid as a `DeviceMesh` with axes ("column", "row")."""
+        import torch
+
+        groups = [self.group("column"), self.group("row")]
+        return DeviceMesh.from_group(
+            groups, device_type, mesh=torch.tensor(self.rows, dtype=torch.int), mesh_dim_names=("column", "row")
+        )
+
+    def __repr__(self) -> str:
+        x, y = self.shape
+        return f"Grid({x} x {y}, {self.why})"
+
+
+def make_grid(
+    world_size: int | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    local_world_size: int | None = None,
+    hosts: Sequence[str] | None = None,
+    timeout_s: float | None = None,
+) -> Grid:
+    """The grid of this job: rows are hosts where that is known, else near-square.
+
+    `shape` (X, Y) decides if given. Else `hosts`, one name per rank, in any order of ranks: ranks of a host form
+    rows (several equal rows per host where hosts differ in size). Else `local_world_size`: each run of that many
+    ranks is a host. Else, and where one host or one rank per host leaves no choice, the divisor of `world_size`
+    closest to its square root, which has the fewest hops. A prime world becomes one column. `Grid.why` tells.
+    Of `hosts` and `shape` together, `shape` must fit the hosts' ranks or its rows are runs of ranks.
+    """
+    world_size = dist.get_world_size() if world_size is None else world_size
+    rows, why = choose_rows(world_size, shape=shape, local_world_size=local_world_size, hosts=hosts)
+    grid = Grid(rows, timeout_s=timeout_s, why=why)
+    log.info("%r", grid)
+    return grid
+
+
+def choose_rows(
+    world_size: int,
+    *,
+    shape: tuple[int, int] | None = None,
+    local_world_size: int | None = None,
+    hosts: Sequence[str] | None = None,
+) -> tuple[list[list[int]], str]:
+    """The rows of `make_grid` and the reason for them; needs no process group."""
+    by_host = _ranks_by_host(world_size, local_world_size, hosts)
+    order = [rank for ranks in by_host for rank in ranks]
+    if shape is not None:
+        return _cut(order, _checked_shape(world_size, shape)), "shape given"
+    row = math.gcd(*(len(ranks) for ranks in by_host))
+    if 1 < row < world_size:
+        even = all(len(ranks) == row for ranks in by_host)
+        return _cut(
+            order, row
+        ), "rows are hosts" if even else f"hosts differ in size: rows of their common divisor {row}"
+    side = max(x for x in range(1, math.isqrt(world_size) + 1) if world_size % x == 0)
+    why = "near-square" if side > 1 else f"{world_size} ranks do not form rows: one column"
+    return _cut(order, side), why
+
+
+def _ranks_by_host(world_size: int, local_world_size: int | None, hosts: Sequence[str] | None) -> list[list[int]]:
+    if hosts is not None:
+        if len(hosts) != world_size:
+            raise SiteError(f"{len(hosts)} host names for {world_size} ranks; needed one name per rank, in rank order")
+        return [[rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)]
+    local = local_world_size or world_size
+    if world_size % local:
+        raise SiteError(
+            f"{world_size} ranks are not a whole number of hosts with {local} ranks each; "
+            f"give the host of every rank, or a shape such as (1, {world_size})"
+        )
+    return _cut(list(range(world_size)), local)
+
+
+def _checked_shape(world_size: int, shape: tuple[int, int]) -> int:
+    x, y = shape
+    if x < 1 or y < 1 or x * y != world_size:
+        side = max(d for d in range(1, math.isqrt(world_size) + 1) if world_size % d == 0)
+        raise SiteError(
+            f"a grid of {x} x {y} does not hold {world_size} ranks; for example ({side}, {world_size // side}) does"
+        )
+    return x
+
+
+def _cut(ranks: list[int], size: int) -> list[list[int]]:
+    return [ranks[start : start + size] for start in range(0, len(ranks), size)]
+
+
+def _check_rows(rows: tuple[tuple[int, ...], ...]) -> None:
+    ranks = [rank for row in rows for rank in row]
+    if not ranks or len({len(row) for row in rows}) != 1 or len(set(ranks)) != len(ranks):
+        raise SiteError(f"rows must be equally long and hold every rank once, got {rows}; for example ((0, 1), (2, 3))")
+
+
+def _unsorted_or_raise(ranks: list[int]) -> bool:
+    """False, the value of `sort_ranks`, where this torch lets a group keep the order of its ranks."""
+    if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+        raise SiteError(
+            f"this torch cannot make a group of ranks in the order {ranks}; "
+            "start the hosts so that ranks are in block or round-robin order, for example 0 1 2 3 on two hosts of two"
+        )
+    return False
+
+
+def _default_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group

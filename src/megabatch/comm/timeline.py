@@ -1,0 +1,137 @@
+"""When each bucket was ready, sent and done, and how long backward waited: overlap made visible.
+
+    exposed = last bucket done - last bucket ready
+
+A bucket is ready when the last of its gradients exists, so after the last bucket is ready backward has nothing left
+to compute: what follows is communication that nothing hides.
+"""
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Stamp = float | torch.cuda.Event
+
+
+@dataclass
+class BucketTimes:
+    """One bucket in one step. Stamps are `perf_counter` seconds, or CUDA events until the step is finished."""
+
+    index: int
+    numel: int
+    sent_bytes: float
+    ready: Stamp
+    sent: Stamp = 0.0
+    done: Stamp = 0.0
+    phases: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+class Timeline:
+    """Collects the buckets of each step; give one to `ExchangeState` or `wrap`, and call `finish_step` per step.
+
+    On a GPU the stamps are events, and `finish_step` waits for the last of them; leave the timeline out where that
+    matters. `keep_steps` bounds what `to_chrome_trace` remembers.
+    """
+
+    def __init__(self, *, keep_steps: int = 100) -> None:
+        self._keep_steps = keep_steps
+        self._steps: list[list[BucketTimes]] = []
+        self._open: list[BucketTimes] = []
+        self._lock = threading.Lock()
+        self._wall_offset_s = time.time() - time.perf_counter()
+
+    def ready(self, index: int, numel: int, sent_bytes: float, device: torch.device) -> BucketTimes:
+        """Open a bucket's record: its gradients exist."""
+        times = BucketTimes(index, numel, sent_bytes, stamp(device))
+        with self._lock:
+            self._open.append(times)
+        return times
+
+    def finish_step(self) -> dict[str, Any]:
+        """Close the step after backward and tell about it.
+
+        `exposed_ms`, `num_buckets`, `bytes_on_wire` (sent by this rank, by formula) and `buckets`: a list of
+        {index, numel, ready_ms, sent_ms, done_ms}, from the first bucket's ready. Without a bucket all is zero.
+        """
+        with self._lock:
+            step, self._open = self._open, []
+        if not step:
+            return {"exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": []}
+        _settle(step)
+        self._steps = [*self._steps, step][-self._keep_steps :]
+        start = min(_s(b.ready) for b in step)
+        exposed = max(_s(b.done) for b in step) - max(_s(b.ready) for b in step)
+        return {
+            "exposed_ms": 1e3 * max(exposed, 0.0),
+            "num_buckets": len(step),
+            "bytes_on_wire": round(sum(b.sent_bytes for b in step)),
+            "buckets": [_describe(bucket, start) for bucket in step],
+        }
+
+    def to_chrome_trace(self, path: Path | str, *, rank: int = 0) -> None:
+        """Write the kept steps as a trace for chrome://tracing or ui.perfetto.dev, one row per bucket."""
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}: gradient exchange"}}
+        ]
+        for number, step in enumerate(self._steps):
+            for bucket in step:
+                events += self._events(bucket, rank, number)
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+    def _events(self, bucket: BucketTimes, rank: int, step: int) -> list[dict[str, Any]]:
+        common = {"ph": "X", "pid": rank, "tid": bucket.index, "cat": "gradients"}
+        arguments = {"step": step, "numel": bucket.numel, "sent_bytes": round(bucket.sent_bytes)}
+        spans = [(f"bucket {bucket.index}", _s(bucket.ready), _s(bucket.done)), *bucket.phases]
+        return [
+            {**common, "name": name, "ts": self._us(start), "dur": max(1e6 * (end - start), 0.0), "args": arguments}
+            for name, start, end in spans
+        ]
+
+    def _us(self, seconds: float) -> float:
+        return 1e6 * (seconds + self._wall_offset_s)
+
+
+def stamp(device: torch.device) -> Stamp:
+    """Now, on `device`: the host's clock, or an event on the current CUDA stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _settle(step: list[BucketTimes]) -> None:
+    """Replace events by seconds on the host's clock; the last event's completion is taken as now."""
+    if isinstance(step[0].ready, float):
+        return
+    events = [event for bucket in step for event in (bucket.ready, bucket.sent, bucket.done)]
+    cuda_events = [event for event in events if not isinstance(event, float)]
+    for event in cuda_events:
+        event.synchronize()
+    base, now = cuda_events[0], time.perf_counter()
+    seconds = {id(event): 1e-3 * base.elapsed_time(event) for event in cuda_events}
+    last = max(seconds.values())
+    for bucket in step:
+        bucket.ready, bucket.sent, bucket.done = (
+            event if isinstance(event, float) else now - last + seconds[id(event)]
+            for event in (bucket.ready, bucket.sent, bucket.done)
+        )
+
+
+def _s(value: Stamp) -> float:
+    assert isinstance(value, float)
+    return value
+
+
+def _describe(bucket: BucketTimes, start_s: float) -> dict[str, Any]:
+    times = {"ready_ms": bucket.ready, "sent_ms": bucket.sent, "done_ms": bucket.done}
+    return {
+        "index": bucket.index,
+        "numel": bucket.numel,
+        **{name: 1e3 * (_s(value) - start_s) for name, value in times.items()},
+    }
