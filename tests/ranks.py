@@ -12,7 +12,8 @@ Both bound every wait, surface the first failure with its rank, and leave nothin
     assert run_processes(2, total, 1)[1].tolist() == [1, 1, 1]
 
 Threads share one memory, so their "wire" is a copy and their collectives are exact sums in rank order. A helper
-thread started by a rank belongs to that rank. What a rank of `run_processes` returns is pickled.
+thread started by a rank belongs to that rank. Threads also share torch's global random generator: two ranks that
+seed it disturb each other, so give each rank a `torch.Generator` of its own. What a process returns is pickled.
 """
 
 import contextlib
@@ -119,7 +120,7 @@ def run_processes(
 def _server() -> Any:
     """A fork server that has imported torch once: a rank starts in 20 ms, not in 2 s."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
     return context
 
 

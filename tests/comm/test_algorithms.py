@@ -6,10 +6,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabatch.comm.algorithms import ALGORITHMS, all_reduce, routes, sent_bytes
+from megabatch.comm.algorithms import ALGORITHMS, all_reduce
 from megabatch.comm.grid import make_grid
-from megabatch.errors import SiteError
-from ranks import run_processes, run_threads
+from ranks import run_threads
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
@@ -35,7 +34,8 @@ def check_against_the_sum(results, numel, dtype, unit):
 @settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, numel=st.integers(1, 300), algorithm=st.sampled_from(ALGORITHMS), data=st.data())
 def test_any_length_type_and_grid_gives_the_sum_with_equal_bits_on_all_ranks(shape, numel, algorithm, data):
-    dtype, unit = data.draw(st.sampled_from([(torch.float32, 2**-23), (torch.float64, 2**-52), (torch.bfloat16, 2**-7)]))
+    units = [(torch.float32, 2**-23), (torch.float64, 2**-52), (torch.bfloat16, 2**-7)]
+    dtype, unit = data.draw(st.sampled_from(units))
     chunk_mib = data.draw(st.sampled_from([1.0, 16 / 2**20, 200 / 2**20]))
     results = run_threads(shape[0] * shape[1], reduced, shape, numel, dtype, algorithm, None, chunk_mib)
     check_against_the_sum(results, numel, dtype, unit * len(results))
@@ -43,6 +43,5 @@ def test_any_length_type_and_grid_gives_the_sum_with_equal_bits_on_all_ranks(sha
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_sixteen_by_sixteen_ranks_sum_without_losing_the_remainder(algorithm):
-    check_against_the_sum(
-        run_threads(256, reduced, (16, 16), 1021, torch.float32, algorithm, None, 1.0), 1021, torch.float32, 256 * 2**-23
-    )
+    results = run_threads(256, reduced, (16, 16), 1021, torch.float32, algorithm, None, 1.0)
+    check_against_the_sum(results, 1021, torch.float32, 256 * 2**-23)

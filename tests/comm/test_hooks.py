@@ -4,19 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from megabatch.comm import ExchangeState, Timeline, make_grid, torus_hook, wrap
+from megabatch.comm import wrap
 from megabatch.comm.algorithms import ALGORITHMS
-from megabatch.errors import SiteError
-from ranks import RankError, run_processes, run_threads
+from ranks import run_processes, run_threads
 
 BOTH = pytest.mark.parametrize("run", [run_threads, pytest.param(run_processes, marks=pytest.mark.multiprocess)])
 
 
 def small_net():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(11, 37), nn.Tanh(), nn.Linear(37, 23), nn.Tanh(), nn.Linear(23, 5))
+    model = nn.Sequential(nn.Linear(11, 37), nn.Tanh(), nn.Linear(37, 23), nn.Tanh(), nn.Linear(23, 5))
+    generator = torch.Generator().manual_seed(3)  # the global one is shared by ranks that are threads
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model
 
 
 def batch_of(rank, step):
