@@ -8,10 +8,11 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
-OnProgress = Callable[[str, int, int | None], None]
-"""(what, bytes so far, bytes in all if known)"""
+OnProgress = Callable[[str], None]
+"""Takes one line of news for a person."""
 
 _BLOCK = 1 << 18
+_NEWS_EVERY_BYTES = 16 << 20
 
 
 class DownloadError(Exception):
@@ -73,8 +74,12 @@ def _continue(url: str, part: Path, timeout_s: float, on_progress: OnProgress | 
         with part.open("ab" if resumed else "wb") as file:
             while block := answer.read(_BLOCK):
                 file.write(block)
+                if on_progress is not None and done // _NEWS_EVERY_BYTES != (done + len(block)) // _NEWS_EVERY_BYTES:
+                    on_progress(_news(url, done + len(block), total))
                 done += len(block)
-                if on_progress is not None:
-                    on_progress(url, done, total)
     if total is not None and done < total:
         raise OSError(f"the connection ended after {done} of {total} bytes")
+
+
+def _news(url: str, done: int, total: int | None) -> str:
+    return f"{url}: {done >> 20}" + (f" of {total >> 20} MiB" if total is not None else " MiB")

@@ -260,4 +260,4 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
 
 def _tell(on_progress: OnProgress | None, what: str) -> None:
     if on_progress is not None:
-        on_progress(what, 0, None)
+        on_progress(what)
