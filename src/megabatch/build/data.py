@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megabatch.comm.launch import World, available_cores
-from megabatch.data import folder, known, parquet, shards
+from megabatch.data import fetch
 from megabatch.data.arrays import ArraySource
 from megabatch.data.loader import EvalLoader, TrainLoader
 from megabatch.data.source import EncodedSource
@@ -29,15 +29,19 @@ class Data:
 
 
 def open_data(
-    recipe: Recipe, site: Site, *, on_progress: Callable[[str], None] | None = None, probe: bool = False
+    recipe: Recipe,
+    site: Site,
+    *,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
+    probe: bool = False,
 ) -> Data:
     """The recipe's data set, or the folder the site names instead; DataError or FetchError if it cannot be had.
 
     `probe` looks for damaged files too (at most `PROBED_FILES` a set).
     """
     if site.data is None:
-        fetched = known.load(recipe.dataset, cache=site.cache, on_progress=on_progress)
-        return Data(fetched.train, fetched.test, fetched.origin)
+        fetched = fetch.fetch(recipe.dataset, cache=site.cache, on_progress=on_progress)
+        return Data(*fetch.load(recipe.dataset, cache=site.cache), fetched.source)
     if not site.data.is_dir():
         raise DataError(
             f"no folder {site.data}; --data needs a folder with train/ and val/, a class per folder in each"
@@ -47,6 +51,8 @@ def open_data(
 
 
 def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource]:
+    from megabatch.data import folder, parquet, shards
+
     if any(path.rglob("*.tar")) or any(path.rglob("*.tar.gz")):
         return shards.open_shards(path)
     if any(path.rglob("*.parquet")):

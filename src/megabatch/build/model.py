@@ -74,7 +74,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
                 nesterov=recipe.nesterov,
             )
         case "lamb":
-            return optim.LAMB(groups, lr, betas=(recipe.momentum, recipe.beta2))
+            return optim.LAMB(groups, lr, momentum=recipe.momentum, beta2=recipe.beta2)
         case "sgd":
             return optim.SGD(
                 groups,

@@ -127,7 +127,7 @@ def _build_state(recipe: Recipe, site: Site, *, world: World, micro_batch_size: 
     policy = None
     if recipe.max_global_batch_size:
         policy = optim.NoiseScaleBatchPolicy(
-            recipe.global_batch_size, maximum=recipe.max_global_batch_size, unit=recipe.bn_span
+            recipe.global_batch_size, unit=recipe.bn_span, max_batch_size=recipe.max_global_batch_size
         )
     average = optim.WeightAverage(module, recipe.ema_half_life_epochs) if recipe.ema_half_life_epochs else None
     precision = choose_precision(site, world.device)
@@ -170,9 +170,7 @@ def _check_same_weights(module: nn.Module, world: World) -> None:
         )
 
 
-def _wrap(
-    module: nn.Module, site: Site, *, world: World
-) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
+def _wrap(module: nn.Module, site: Site, *, world: World) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
     """The module as it is called in training: alone, or with gradients exchanged as they become ready."""
     if world.world_size == 1:
         return module, None
@@ -257,7 +255,7 @@ def _evaluator(
 
     def evaluate_now() -> Evaluation:
         started = time.perf_counter()
-        with state.average.swapped_in() if state.average else contextlib.nullcontext():
+        with state.average.swapped() if state.average else contextlib.nullcontext():
             if recipe.eval_stats == "precise":
                 _recompute_statistics(recipe, state, loader, split)
             result = evaluate(
@@ -341,5 +339,7 @@ def load_for_evaluation(recipe: Recipe, site: Site, state: dict[str, Any], *, wo
     if state["average"]:
         average = optim.WeightAverage(module, recipe.ema_half_life_epochs)
         average.load_state_dict(state["average"])
-        average.swap()
+        with average.swapped():
+            averaged = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        module.load_state_dict(averaged)
     return module

@@ -88,7 +88,7 @@ def write_checkpoint(
     info = CheckpointInfo(path, step, epoch, top1, _sha256(part), part.stat().st_size, dict(recipe))
     _sync(part)
     os.replace(part, path)
-    facts = {"format": FORMAT, "step": step, "epoch": epoch, "top1": top1, "sha256": info.sha256}
+    facts: dict[str, Any] = {"format": FORMAT, "step": step, "epoch": epoch, "top1": top1, "sha256": info.sha256}
     facts |= {"num_bytes": info.num_bytes, "recipe": info.recipe}
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(facts, indent=1))

@@ -18,7 +18,7 @@ from megabatch.comm.launch import sum_over_workers
 from megabatch.data.loader import Batch
 from megabatch.errors import DivergedError
 from megabatch.train.state import Evaluation, Run, StepSettings
-from megabatch.train.step import accumulate_and_measure, accumulate_gradients, first_not_finite
+from megabatch.train.step import Objective, accumulate_and_measure, accumulate_gradients, first_not_finite
 
 
 def train(run: Run) -> Evaluation | None:
@@ -69,11 +69,13 @@ def _step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> float:
     state.optimizer.zero_grad(set_to_none=True)
     run.apply_settings(settings)
     num_micro_batches = len(run.micro_batches(settings))
-    how = {"global_count": settings.count, "label_smoothing": run.label_smoothing, "precision": state.precision}
+    objective = Objective(settings.count, run.label_smoothing, state.precision)
     if state.batch_policy is None:
-        loss_sum = accumulate_gradients(run.model, batches, num_micro_batches, world_size=run.world.world_size, **how)
+        loss_sum = accumulate_gradients(
+            run.model, batches, num_micro_batches, objective, world_size=run.world.world_size
+        )
     else:
-        loss_sum, noise = accumulate_and_measure(run.model, batches, num_micro_batches, world=run.world, **how)
+        loss_sum, noise = accumulate_and_measure(run.model, batches, num_micro_batches, objective, world=run.world)
         state.batch_policy.observe(*noise)
     loss = float(sum_over_workers(loss_sum, run.world)) / settings.count
     _require_finite(run, settings, loss)

@@ -1,6 +1,7 @@
 """What a run holds while it trains, and what of it a checkpoint keeps."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,8 +47,8 @@ class BatchPolicy(Protocol):
 
     global_batch_size: int
 
-    def observe(self, local_sq_norm: float, local_count: float, global_sq_norm: float, global_count: float) -> None:
-        """Takes in one step's gradient norms; may change `global_batch_size`."""
+    def observe(self, local_sq_norm: float, local_count: float, global_sq_norm: float, global_count: float) -> int:
+        """Takes in one step's gradient norms; the global batch from the next step on."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,6 +65,10 @@ class WeightAverage(Protocol):
 
     def update(self, step_epochs: float) -> None:
         """Moves the average towards the weights."""
+        ...
+
+    def swapped(self) -> AbstractContextManager[None]:
+        """Within the block the module holds the average."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ optimizer sees is the mean over the global batch however the batch was cut among
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,15 @@ from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loader import Batch
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.train.precision import Precision
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`."""
+
+    global_count: int
+    label_smoothing: float
+    precision: Precision
 
 
 class NoiseSample(NamedTuple):
@@ -31,11 +41,9 @@ def accumulate_gradients(
     model: nn.Module,
     batches: Iterator[Batch],
     num_micro_batches: int,
+    objective: Objective,
     *,
-    global_count: int,
     world_size: int,
-    label_smoothing: float,
-    precision: Precision,
 ) -> Tensor:
     """Leaves the global mean gradient in `.grad` on every worker; returns this worker's loss sum (0-d, float64).
 
@@ -47,8 +55,8 @@ def accumulate_gradients(
         batch = next(batches)
         exchanges = number == num_micro_batches - 1
         with contextlib.nullcontext() if exchanges else _without_exchange(model):
-            loss = forward_loss(model, batch, label_smoothing=label_smoothing, precision=precision)
-            precision.scale(loss * (world_size / global_count)).backward()
+            loss = forward_loss(model, batch, objective)
+            torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
         loss_sum = loss_sum + loss.detach().to("cpu", torch.float64)
     return loss_sum
 
@@ -57,11 +65,9 @@ def accumulate_and_measure(
     model: nn.Module,
     batches: Iterator[Batch],
     num_micro_batches: int,
+    objective: Objective,
     *,
-    global_count: int,
     world: World,
-    label_smoothing: float,
-    precision: Precision,
 ) -> tuple[Tensor, NoiseSample]:
     """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
 
@@ -74,11 +80,11 @@ def accumulate_and_measure(
     for _ in range(num_micro_batches):
         batch = next(batches)
         with _without_exchange(model):
-            loss = forward_loss(model, batch, label_smoothing=label_smoothing, precision=precision)
-            (loss / global_count).backward()
+            loss = forward_loss(model, batch, objective)
+            torch.autograd.backward(loss / objective.global_count)
         gradients = [_gradient(p) for p in parameters]
         torch._foreach_add_(total, gradients)
-        share = global_count / max(1, batch.count)
+        share = objective.global_count / max(1, batch.count)
         norm = _squared_norm(gradients) * share**2
         sums += torch.tensor([float(loss.detach()), norm, 1.0, batch.count], dtype=torch.float64)
         for parameter in parameters:
@@ -88,18 +94,20 @@ def accumulate_and_measure(
     loss_sum = sums[0].clone()
     sum_over_workers(sums, world)
     count = float(sums[2])
-    sample = NoiseSample(float(sums[1]) / count, float(sums[3]) / count, _squared_norm(total), float(global_count))
+    sample = NoiseSample(
+        float(sums[1]) / count, float(sums[3]) / count, _squared_norm(total), float(objective.global_count)
+    )
     return loss_sum, sample
 
 
-def forward_loss(model: nn.Module, batch: Batch, *, label_smoothing: float, precision: Precision) -> Tensor:
+def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
     """Sum over the micro-batch of the cross entropy, in fp32 (or in the logits' type where that is wider)."""
-    with precision.autocast():
+    with objective.precision.autocast():
         logits = model(batch.images)
     return cross_entropy_sum(
         logits,
         batch.labels,
-        label_smoothing=label_smoothing,
+        label_smoothing=objective.label_smoothing,
         mixed_labels=batch.mixed_labels,
         mix_weight=batch.mix_weight,
     )
