@@ -73,7 +73,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         self.pooled_moments: Tensor | None = None  # set while evaluation statistics are recomputed
         for name in ("span_sum", "first_span"):  # rows: mean, unbiased variance
             self.register_buffer(name, self.running_mean.new_zeros(2, num_features), persistent=False)
-        self.register_buffer("span_count", self.running_mean.new_zeros(()), persistent=False)
+        # One element, not 0-d: torch.compile (2.13) loses updates of a 0-d float64 buffer on the CPU.
+        self.register_buffer("span_count", self.running_mean.new_zeros(1), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         recompute = self.pooled_moments is not None
@@ -147,10 +148,12 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         """One step of the running averages towards the mean over spans; none where there is no span."""
         if len(normalised.statistics):
             self.num_batches_tracked.add_(1)
-            mean, variance = normalised.statistics.mean(0)
-            weight = torch.as_tensor(normalised.num_spans()).clamp(max=1) * self.momentum
-            self.running_mean.lerp_(mean, weight.to(mean))
-            self.running_var.lerp_(variance, weight.to(mean))
+            self.move_averages(normalised.statistics.mean(0), normalised.num_spans() > 0, self.momentum)
+
+    def move_averages(self, statistics: Tensor, seen: Tensor | bool, momentum: float) -> None:
+        """running = (1 - momentum) * running + momentum * (mean, variance), where any were `seen`."""
+        for running, new in zip((self.running_mean, self.running_var), statistics, strict=True):
+            running.lerp_(torch.where(torch.as_tensor(seen), new, running), momentum)
 
     def _speaks_for_group(self) -> bool:
         """Whether this rank is the one of its group that counts the shared span."""

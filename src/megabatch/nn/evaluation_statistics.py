@@ -111,11 +111,9 @@ def _check_kind(eval_stats: str) -> None:
 def _step_totals(layers: list[SpanBatchNorm2d], eval_stats: EvalStats, rank: int) -> Tensor:
     """What this rank adds to the step's statistics: (sum of means, sum of variances, spans) by layer, flat."""
     if eval_stats != "running":
-        return torch.cat([t for layer in layers for t in (layer.span_sum.flatten(), layer.span_count[None])])
+        return torch.cat([t for layer in layers for t in (layer.span_sum.flatten(), layer.span_count)])
     seen = [layer.span_count.clamp(max=1) if rank == 0 else torch.zeros_like(layer.span_count) for layer in layers]
-    return torch.cat(
-        [t for layer, s in zip(layers, seen, strict=True) for t in ((layer.first_span * s).flatten(), s[None])]
-    )
+    return torch.cat([t for layer, s in zip(layers, seen, strict=True) for t in ((layer.first_span * s).flatten(), s)])
 
 
 def _num_totals(layer: SpanBatchNorm2d) -> int:
@@ -125,10 +123,7 @@ def _num_totals(layer: SpanBatchNorm2d) -> int:
 def _update_running(layer: SpanBatchNorm2d, total: Tensor, momentum: float) -> None:
     """One step of the running average; a layer that saw no span keeps its own."""
     count = total[-1]
-    mean, variance = (total[:-1] / count.clamp(min=1)).view(2, -1)
-    weight = momentum * (count > 0)
-    layer.running_mean.lerp_(mean, weight)
-    layer.running_var.lerp_(variance, weight)
+    layer.move_averages((total[:-1] / count.clamp(min=1)).view(2, -1), count > 0, momentum)
     layer.num_batches_tracked.add_(1)
 
 

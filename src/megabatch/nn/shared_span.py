@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from megabatch.nn.own_spans import Normalised, num_values
 
+# torch 2.13 renamed it and warns at the older name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the only graph break of a span layer: its collectives
 def normalise_shared_span(
@@ -91,7 +94,7 @@ def _local_moments(input: Tensor, like: Tensor) -> Tensor:
 def _gather(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Everybody's moments, (ranks, 2C + 1)."""
     gathered = moments.new_empty(dist.get_world_size(group), len(moments))
-    dist.all_gather_into_tensor(gathered, moments, group=group)
+    _all_gather(gathered.view(-1), moments, group=group)
     return gathered
 
 
