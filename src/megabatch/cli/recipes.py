@@ -44,7 +44,7 @@ def recipes(
     if plot:
         from megabatch.observe.schedule_plot import plot_schedule
 
-        plot_schedule(list(schedule(recipe)), plot, title=name)
+        plot_schedule(curve(recipe), plot, title=name)
         typer.echo(f"schedule drawn to {plot}")
 
 
@@ -94,41 +94,36 @@ def _fields(recipe: Recipe) -> Table:
 
 def schedule(recipe: Recipe) -> Iterator[dict[str, float]]:
     """What holds at the start of each epoch, and at the end: rates, batch, pixels, and the epoch's updates."""
-    from megabatch.build.schedule import settings_at, total_samples
+    from megabatch.build.schedule import total_samples
 
-    updates = _updates_by_epoch(recipe, total_samples(recipe))
-    for index, num_updates in enumerate(updates):
-        last = index == len(updates) - 1
-        settings = settings_at(recipe, step=0, first=index * recipe.num_train_images)
-        row: dict[str, float] = {
-            "epoch": float(index),
-            "updates": num_updates,
-            "lr": settings.lr,
-            "momentum": settings.momentum,
-            "global_batch_size": _batch_at(recipe, index),
-            "resolution": settings.resolution,
-            "weight_decay": recipe.weight_decay * settings.weight_decay_factor,
-        }
-        if settings.sgd_share is not None:
-            row["sgd_share"] = settings.sgd_share
-        yield row
-        if last:
-            yield _at_end(recipe, row, total_samples(recipe))
+    total = total_samples(recipe)
+    for index, updates in enumerate(_updates_by_epoch(recipe, total)):
+        yield {"epoch": float(index), "updates": updates} | _moment(recipe, index * recipe.num_train_images)
+    yield {"epoch": recipe.total_epochs, "updates": 0} | _moment(recipe, total - 1)
 
 
-def _at_end(recipe: Recipe, row: dict[str, float], total: int) -> dict[str, float]:
-    """The last update's values, an instant before the end of the run."""
+def curve(recipe: Recipe, num_points: int = 2000) -> list[dict[str, float]]:
+    """The schedule at `num_points` moments, evenly spaced: fine enough to draw jumps as jumps."""
+    from megabatch.build.schedule import total_samples
+
+    last = total_samples(recipe) - 1
+    samples = [round(last * index / (num_points - 1)) for index in range(num_points)]
+    return [{"epoch": first / recipe.num_train_images} | _moment(recipe, first) for first in samples]
+
+
+def _moment(recipe: Recipe, first: int) -> dict[str, float]:
+    """What an update that starts at stream position `first` uses."""
     from megabatch.build.schedule import settings_at
 
-    settings = settings_at(recipe, step=0, first=total - 1)
-    return row | {
-        "epoch": recipe.total_epochs,
-        "updates": 0,
+    settings = settings_at(recipe, step=0, first=first)
+    values: dict[str, float] = {
         "lr": settings.lr,
         "momentum": settings.momentum,
+        "global_batch_size": _batch_at(recipe, first / recipe.num_train_images),
         "resolution": settings.resolution,
         "weight_decay": recipe.weight_decay * settings.weight_decay_factor,
     }
+    return values if settings.sgd_share is None else values | {"sgd_share": settings.sgd_share}
 
 
 def _batch_at(recipe: Recipe, epoch: float) -> int:

@@ -37,6 +37,7 @@ def plot_schedule(rows: Sequence[Mapping[str, float]], path: Path, *, title: str
         panel.set_ylabel(PANELS[key])
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else f"{value:,.0f}")
     panels[-1].set_xlabel("epoch")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -11,10 +11,10 @@ def fast_16() -> Recipe:
     Measured: not measured
 
     Sources:
-        read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate 1.7 reached in straight
-            line from 0.00017 at epoch 2 and falling in straight line to 0, momentum 0.9, weight decay 1e-4 but not on
-            batch norm, label smoothing 0.1, 160 pixels until epoch 11, a ramp to 192 at epoch 13, evaluation at 256,
-            blur-pool, batch norm over one GPU's 512 images, accuracy and time.
+        read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate 1.7 reached
+            in straight line from 0.00017 at epoch 2 and falling in straight line to 0, momentum 0.9, weight decay 1e-4
+            but not on batch norm, label smoothing 0.1, 160 pixels until epoch 11, a ramp to 192 at epoch 13,
+            evaluation at 256, blur-pool, batch norm over one GPU's 512 images, accuracy and time.
         departs: evaluation looks at one view, not two, which is worth a few tenths of a point less; biases are left
             out of weight decay too; resolution moves within an epoch rather than at its start.
     """

@@ -1,0 +1,186 @@
+"""The page about runs: whole, self-contained, robust, and safe to open whatever a run is called."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megabatch import recipes
+from megabatch.errors import UserError
+from megabatch.observe.report import write_report
+from megabatch.observe.run_folder import load_runs
+from run_folders import evaluation_event, make_run, step_event
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+LOADING = {"src", "href", "xlink:href", "data", "action", "poster", "srcset", "formaction", "background"}
+
+
+class Page(HTMLParser):
+    """Collects a page's text by element, its attributes, and elements that are closed wrongly."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[tuple[str, str]] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append((self.open[-1] if self.open else "", data.strip()))
+
+    def headings(self) -> list[str]:
+        return [text for tag, text in self.text if tag == "b"]
+
+
+def test_a_finished_run_shows_every_curve_its_recipe_and_where_it_ran(tmp_path: Path) -> None:
+    end = {"event": "run_end", "top1": 0.9151, "images_per_s": 4321.0, "train_s": 100}
+    events = [*map(step_event, range(1, 31)), evaluation_event(30, 0.9151), end]
+    run = make_run(tmp_path / "run", events, start={"cpu": "A processor", "torch": "2.13.0"})
+    written = write_report([run], tmp_path / "new" / "report.html")
+    page = Page(written)
+    assert written == tmp_path / "new" / "report.html"
+    assert page.wrong == []
+    assert page.open == []
+    assert {"Top-1 accuracy", "Training loss", "Learning rate", "Global batch", "Throughput"} <= set(page.headings())
+    assert "Momentum" not in page.headings()  # it never moved
+    shown = [text for _, text in page.text]
+    for text in ("91.51 %", "4,321", "1 min 40 s", "A processor", "peak_lr", "trust_coefficient"):
+        assert text in shown
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page.source)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    loading = [(tag, value) for tag, name, value in page.attributes if name in LOADING]
+    assert all(value.startswith("#") for _, value in loading)
+
+
+def test_marks_that_a_drawing_refers_to_are_on_the_page_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
+    page = Page(write_report([run], tmp_path / "report.html"))
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {
+        value[1:] for _, name, value in page.attributes if name == "href"
+    }
+    assert used <= set(ids)
+
+
+def test_colours_come_from_the_page_so_that_dark_works(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
+    page = Page(write_report([run], tmp_path / "report.html"))
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL))
+    assert not re.findall(r"#[0-9a-f]{6}", drawings)
+    defined = set(re.findall(r"(--[a-z0-9-]+):", page.source))
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", drawings)) <= defined
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{1}{$"])
+def test_names_and_warnings_are_shown_as_text_only(tmp_path: Path, hostile: str) -> None:
+    recipe = dataclasses.replace(recipes.get("fashion_mnist"), name=hostile, dataset=hostile)
+    spans = [{"ph": "X", "ts": 0, "dur": 5, "cat": hostile, "name": hostile}]
+    events = [step_event(1), step_event(2), {"event": "warning", "text": hostile}]
+    run = make_run(tmp_path / "run", events, recipe=recipe, start={"cpu": hostile, hostile: 1}, timeline=spans)
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert not {"script", "img"} & set(page.tags)
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    assert page.wrong == []
+    assert any(hostile in text for tag, text in page.text if tag == "h1")
+    assert any(hostile in text for tag, text in page.text if tag == "text")
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [step_event(1)],
+        [step_event(1, loss=None), step_event(2, loss=None, lr=None, images_per_s=None)],
+        [step_event(1), evaluation_event(1, None)],
+        [evaluation_event(1, 0.5)],
+        [{"event": "step"}, {"event": "evaluation"}, {"event": "run_end"}],
+        [step_event(1), {"event": "run_end", "top1": None, "images_per_s": None, "train_s": None}],
+    ],
+)
+def test_a_run_that_got_nowhere_still_has_a_page(tmp_path: Path, events: list[dict[str, object]]) -> None:
+    run = make_run(tmp_path / "run", events)
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert page.wrong == []
+    assert any("fashion_mnist" in text for _, text in page.text)
+    assert "nan" not in page.source.lower().replace("nanum", "")
+
+
+def test_a_folder_without_a_recipe_still_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [step_event(1), step_event(2)])
+    (run / "recipe.json").unlink()
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert "Recipe" not in [text for tag, text in page.text if tag == "h2"]
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_side_by_side_are_told_apart_and_their_differences_marked(tmp_path: Path) -> None:
+    second = dataclasses.replace(recipes.get("fashion_mnist"), peak_lr=3.0)
+    events = [*map(step_event, range(1, 11)), evaluation_event(10, 0.9)]
+    runs = [make_run(tmp_path / "a", events), make_run(tmp_path / "b", events, recipe=second)]
+    page = Page(write_report(runs, tmp_path / "report.html"))
+    assert {"fashion_mnist (a)", "fashion_mnist (b)"} <= {text for _, text in page.text}
+    differing = re.findall(r'<tr class="[^"]*differs"><th scope="row">([a-z0-9_ ]+)</th>', page.source)
+    assert differing == ["peak_lr"]
+    assert page.source.count("var(--series-1)") > page.source.count("var(--series-2)")
+
+
+def test_the_published_curve_is_drawn_beside_the_runs_own(tmp_path: Path) -> None:
+    events = [step_event(860, epoch=86.0), evaluation_event(860, 0.74, epoch=86.0)]
+    run = make_run(tmp_path / "run", events, recipe=recipes.get("yamazaki2019_81k"))
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert "published" in [text for _, text in page.text]
+    assert "below the published curve (0.751 at epoch 86)" in [text for _, text in page.text]
+    accuracy = re.search(r'aria-label="top1".*?</svg>', page.source, flags=re.DOTALL)
+    assert accuracy is not None
+    assert "stroke-dasharray" in accuracy[0]
+
+
+def test_a_timeline_is_drawn_with_a_lane_for_each_kind_of_work(tmp_path: Path) -> None:
+    spans = [
+        {"ph": "X", "ts": 0, "dur": 9000, "cat": "backward", "name": "backward"},
+        {"ph": "X", "ts": 4000, "dur": 9000, "cat": "exchange", "name": "bucket 0"},
+        {"ph": "M", "name": "process_name"},
+    ]
+    run = make_run(tmp_path / "run", [step_event(1), step_event(2)], timeline=spans)
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert {"backward", "exchange", "milliseconds"} <= {text for tag, text in page.text if tag == "text"}
+
+
+def test_a_resumed_run_is_drawn_along_the_path_it_went_last(tmp_path: Path) -> None:
+    first = [step_event(step, global_batch_size=1000 + step) for step in range(1, 8)]
+    again = [step_event(step, global_batch_size=2000) for step in range(5, 11)]
+    (run,) = load_runs([make_run(tmp_path / "run", [*first, *again])])
+    assert [event["step"] for event in run.steps] == list(range(1, 11))
+    assert run.column("global_batch_size") == [1001, 1002, 1003, 1004] + [2000] * 6
