@@ -125,5 +125,8 @@ def _stream(seed: int, name: str) -> torch.Generator:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.")
+    """A parameter's name without the prefixes of wrappers, which may be nested."""
+    for prefix in ("module.", "_orig_mod."):
+        if name.startswith(prefix):
+            return _plain(name.removeprefix(prefix))
+    return name
