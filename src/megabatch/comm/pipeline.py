@@ -21,12 +21,20 @@ Done = Callable[[BaseException | None], None]
 _Queue = queue.SimpleQueue[tuple[Job, Done] | None]
 
 
+class Failure:
+    """The first error of an exchange; every job after it fails with it at once, instead of waiting its own timeout."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
 class Pipeline:
     """One route and its threads, one per stage; they start with the first job and end with `close`."""
 
-    def __init__(self, route: Route, name: str) -> None:
+    def __init__(self, route: Route, name: str, failure: Failure) -> None:
         self._route = route
         self._name = name
+        self._failure = failure
         self._queues: list[_Queue] = []
         self._close: Callable[[], object] = lambda: None
 
@@ -37,7 +45,7 @@ class Pipeline:
             return
         if not self._queues:
             self._start_threads()
-        if _started(self._route, job, done):
+        if _started(self._route, job, done, self._failure):
             self._queues[0].put((job, done))
 
     def close(self) -> None:
@@ -46,38 +54,60 @@ class Pipeline:
 
     def _start_threads(self) -> None:
         self._queues = [queue.SimpleQueue() for _ in self._route]
+        threads = []
         for slot in range(len(self._route)):
-            arguments = (self._route, slot, self._queues[slot : slot + 2])
-            threading.Thread(target=_serve, args=arguments, name=f"{self._name} {slot}", daemon=True).start()
-        self._close = weakref.finalize(self, self._queues[0].put, None)
+            arguments = (self._route, slot, self._queues[slot : slot + 2], self._failure)
+            threads.append(threading.Thread(target=_serve, args=arguments, name=f"{self._name} {slot}", daemon=True))
+            threads[-1].start()
+        self._close = weakref.finalize(self, _end, self._queues[0], threads)
 
 
-def _serve(route: Route, slot: int, queues: list[_Queue]) -> None:
+def _end(first: _Queue, threads: list[threading.Thread]) -> None:
+    """Ask the threads to end and wait for them, save one that hangs in a dead exchange.
+
+    A thread that outlives the interpreter drops its process group when no interpreter is left, which aborts.
+    """
+    first.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=5.0)
+
+
+def _serve(route: Route, slot: int, queues: list[_Queue], failure: Failure) -> None:
     """Body of the thread of stage `slot`; `queues` are its own and the next stage's."""
     last = len(queues) == 1
     while (item := queues[0].get()) is not None:
         job, done = item
-        try:
-            route[slot].complete(job)
-        except BaseException as error:  # noqa: BLE001 - it belongs to the one who waits for the job
-            done(error)
+        if not _completed(route, job, done, failure):
             continue
         if last:
             done(None)
-        elif _started(route, job, done):
+        elif _started(route, job, done, failure):
             queues[1].put((job, done))
-        del item, job, done
+        del item, job, done  # or the last job's memory would be held until the next one
     if not last:
         queues[1].put(None)
 
 
-def _started(route: Route, job: Job, done: Done) -> bool:
-    try:
-        route[job.slot].start(job)
-    except Exception as error:  # noqa: BLE001 - it belongs to the one who waits for the job
-        done(error)
-        return False
-    return True
+def _started(route: Route, job: Job, done: Done, failure: Failure) -> bool:
+    return _tried(lambda: route[job.slot].start(job), done, failure)
+
+
+def _completed(route: Route, job: Job, done: Done, failure: Failure) -> bool:
+    return _tried(lambda: route[job.slot].complete(job), done, failure)
+
+
+def _tried(step: Callable[[], None], done: Done, failure: Failure) -> bool:
+    """Whether `step` went well; if not, or if an earlier job failed, `done` hears of it."""
+    if failure.error is None:
+        try:
+            step()
+        except BaseException as error:  # noqa: BLE001 - it belongs to the one who waits for the job
+            failure.error = failure.error or error
+        else:
+            return True
+    done(failure.error)
+    return False
 
 
 class Streams:
