@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from ranks import run_processes
-from tiny_run import run_tiny, tiny_data, tiny_recipe
 
 from megabatch.errors import CheckpointError, DivergedError, SiteError
 from megabatch.observe.events import read_events
 from megabatch.site import Site
+from ranks import run_processes
+from tiny_run import run_tiny, tiny_data, tiny_recipe
 
 FP32 = Site(precision="fp32", micro_batch_size=8)
 
@@ -140,13 +140,12 @@ def test_evaluation_counts_the_same_on_any_number_of_workers(tmp_path):
 
 
 def evaluate_saved(folder, recipe):
-    from tiny_run import here
-
     from megabatch.build.data import build_eval_loader, eval_block_size
     from megabatch.build.run import load_for_evaluation
     from megabatch.build.site import choose_precision
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import evaluate
+    from tiny_run import here
 
     world = here()
     data = tiny_data(recipe, num_test=10_000)
@@ -175,7 +174,7 @@ def evaluate_saved(folder, recipe):
         {"weight_decay_follows_lr": True, "momentum_form": "inside_corrected"},
         {"resolution": ((0.0, 8.0), (1.0, 12.0))},
     ],
-    ids=lambda changes: ",".join(changes),
+    ids=",".join,
 )
 def test_every_choice_of_a_recipe_trains_stops_and_resumes(tmp_path, changes):
     recipe = tiny_recipe(total_epochs=2.0, **changes)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_threads
 from torch import nn
 
 from megabatch.data.order import stream_samples
@@ -15,6 +14,7 @@ from megabatch.data.split import micro_batches
 from megabatch.nn import SpanBatchNorm2d, collect_statistics, finish_step, span_groups
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.optim import LARS, param_groups
+from ranks import run_threads
 
 NUM_SAMPLES, STEPS = 37, 10
 

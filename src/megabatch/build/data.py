@@ -32,7 +32,7 @@ def open_data(
     recipe: Recipe,
     site: Site,
     *,
-    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
     probe: bool = False,
 ) -> Data:
     """The recipe's data set, or the folder the site names instead; DataError or FetchError if it cannot be had.

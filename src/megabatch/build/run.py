@@ -78,7 +78,7 @@ def open_run(
         state = _build_state(recipe, site, world=world, micro_batch_size=micro_batch_size)
         resumed_from = _resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None
         _check_same_weights(state.module, world)
-        model, report = _wrap(state.module, site, world=world)
+        model, report = _wrap(state.module, site, world=world, stack=stack)
         if world.is_first:
             _describe_run(sinks, recipe, site, data, world, micro_batch_size, state, resumed_from)
         loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
@@ -170,19 +170,22 @@ def _check_same_weights(module: nn.Module, world: World) -> None:
         )
 
 
-def _wrap(module: nn.Module, site: Site, *, world: World) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
+def _wrap(
+    module: nn.Module, site: Site, *, world: World, stack: contextlib.ExitStack
+) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
     """The module as it is called in training: alone, or with gradients exchanged as they become ready."""
     if world.world_size == 1:
         return module, None
     timeline = comm.Timeline()
     wrapped = comm.wrap(
         module,
-        algorithm=site.all_reduce,
+        algorithm="flat" if site.all_reduce == "auto" else site.all_reduce,
         wire=site.wire,
         bucket_mib=site.bucket_mib,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         timeline=timeline,
     )
+    stack.callback(wrapped.exchange_state.close)
     return wrapped, timeline.finish_step
 
 

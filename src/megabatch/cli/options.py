@@ -1,9 +1,7 @@
 """What several verbs share: `KEY=VALUE` pairs and choices, refused with a value that works."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
-
-import typer
 
 from megabatch.errors import RecipeError, SiteError
 
@@ -38,16 +36,3 @@ def parse_workers(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise SiteError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
     return int(text)
-
-
-def tell_fetch() -> Callable[[str, int, int | None], None]:
-    """A listener for `data.fetch` that prints one line for each thing that is fetched, and one for each tenth of it."""
-    said: set[tuple[str, int]] = set()
-
-    def tell(what: str, done_bytes: int, total_bytes: int | None) -> None:
-        tenth = 10 * done_bytes // total_bytes if total_bytes else 0
-        if (what, tenth) not in said:
-            said.add((what, tenth))
-            typer.echo(f"fetching: {what}" + (f" {10 * tenth} %" if tenth else ""))
-
-    return tell

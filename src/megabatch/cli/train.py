@@ -13,7 +13,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import parse_settings, parse_workers, require_choice, tell_fetch
+from megabatch.cli.options import parse_settings, parse_workers, require_choice
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
 from megabatch.site import AllReduce, Precision, Site, Wire
@@ -85,7 +85,7 @@ def _check_before_start(recipe: Recipe, site: Site) -> int:
     from megabatch.build.data import fit_to_data, open_data
     from megabatch.build.site import check, default_workers
 
-    fitted = fit_to_data(recipe, open_data(recipe, site, on_progress=tell_fetch(), probe=True))
+    fitted = fit_to_data(recipe, open_data(recipe, site, on_progress=_say, probe=True))
     num_workers = site.workers or default_workers(fitted, site)
     check(fitted, site, world_size=num_workers, device=torch.device("cpu"))
     return num_workers
