@@ -10,7 +10,7 @@ import pytest
 from megabatch import recipes
 from megabatch.errors import UserError
 from megabatch.observe.report import write_report
-from megabatch.observe.run_folder import load_runs
+from megabatch.observe.run_folder import Span, load_runs
 from run_folders import evaluation_event, make_run, step_event
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -167,15 +167,51 @@ def test_the_published_curve_is_drawn_beside_the_runs_own(tmp_path: Path) -> Non
     assert "stroke-dasharray" in accuracy[0]
 
 
-def test_a_timeline_is_drawn_with_a_lane_for_each_kind_of_work(tmp_path: Path) -> None:
+def test_a_trace_is_drawn_with_a_lane_for_each_thread_of_its_last_update(tmp_path: Path) -> None:
     spans = [
-        {"ph": "X", "ts": 0, "dur": 9000, "cat": "backward", "name": "backward"},
-        {"ph": "X", "ts": 4000, "dur": 9000, "cat": "exchange", "name": "bucket 0"},
+        {"ph": "X", "ts": 0, "dur": 9000, "tid": 9, "name": "an earlier update", "args": {"step": 1}},
+        {"ph": "X", "ts": 70_000, "dur": 9000, "tid": 0, "name": "bucket 0", "args": {"step": 2}},
+        {"ph": "X", "ts": 74_000, "dur": 4000, "tid": 0, "name": "all_gather", "args": {"step": 2}},
+        {"ph": "X", "ts": 75_000, "dur": 9000, "tid": 1, "name": "bucket 1", "args": {"step": 2}},
         {"ph": "M", "name": "process_name"},
     ]
     run = make_run(tmp_path / "run", [step_event(1), step_event(2)], timeline=spans)
     page = Page(write_report([run], tmp_path / "report.html"))
-    assert {"backward", "exchange", "milliseconds"} <= {text for tag, text in page.text if tag == "text"}
+    drawn = {text for tag, text in page.text if tag == "text"}
+    assert {"bucket 0", "bucket 1", "milliseconds"} <= drawn
+    assert not {"an earlier update", "70"} & drawn  # time counts from the update's first span
+    assert {"bucket", "all_gather"} <= {text for tag, text in page.text if tag == "li"}
+
+
+def test_without_a_trace_the_exchange_of_the_middle_update_is_drawn(tmp_path: Path) -> None:
+    def buckets(done_ms: float) -> list[dict[str, float]]:
+        return [{"index": 3, "numel": 8, "ready_ms": 0.0, "sent_ms": 2.0, "done_ms": done_ms}]
+
+    run = make_run(tmp_path / "run", [step_event(step, buckets=buckets(10 * step)) for step in range(1, 6)])
+    (loaded,) = load_runs([run])
+    assert loaded.timeline == [Span("bucket 3", "waiting", 0.0, 2.0), Span("bucket 3", "exchange", 2.0, 28.0)]
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert {"waiting", "exchange"} <= {text for tag, text in page.text if tag == "li"}
+
+
+def test_the_last_update_of_a_run_does_not_look_like_a_change_of_the_batch(tmp_path: Path) -> None:
+    events = [step_event(1), step_event(2), step_event(3, global_batch_size=7)]
+    page = Page(write_report([make_run(tmp_path / "run", events)], tmp_path / "report.html"))
+    drawing = re.search(r'aria-label="global_batch_size".*?</svg>', page.source, flags=re.DOTALL)
+    assert drawing is not None
+    line = re.search(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', drawing[0])
+    assert line is not None
+    assert len({point.split()[-1] for point in re.findall(r"[ML] [\d.]+ [\d.]+", line[1])}) == 1
+
+
+def test_evaluations_are_listed_with_their_place_on_the_published_curve(tmp_path: Path) -> None:
+    events = [evaluation_event(10, 0.70, epoch=70.0), evaluation_event(20, 0.60, epoch=82.0)]
+    run = make_run(tmp_path / "run", events, recipe=recipes.get("yamazaki2019_81k"))
+    page = Page(write_report([run], tmp_path / "report.html"))
+    cells = [text for tag, text in page.text if tag == "td"]
+    assert cells[:3] == ["70", "10", "0.7000"]
+    assert "on the published curve (0.699 at epoch 70)" in cells
+    assert "below the published curve (0.749 at epoch 82)" in cells
 
 
 def test_a_resumed_run_is_drawn_along_the_path_it_went_last(tmp_path: Path) -> None:

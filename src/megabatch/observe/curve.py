@@ -52,4 +52,4 @@ def curve_text(published_curve: Curve, epoch: float, top1: float, tolerance: flo
         at_epoch, published = published_curve[0]
     else:
         at_epoch = min(epoch, published_curve[-1][0])
-    return f"{verdict} the published curve ({published:.3f} at epoch {at_epoch:g})"
+    return f"{verdict} the published curve ({published:.3f} at epoch {at_epoch:.4g})"

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
@@ -90,17 +90,21 @@ def chart(
         return _svg(figure, name)
 
 
-def timeline_chart(events: Sequence[dict[str, Any]], *, name: str) -> str | None:
-    """SVG of one worker's step: what ran when, one lane per `cat` (or thread), in milliseconds."""
-    spans = [(_lane(event), float(event["ts"]), float(event.get("dur", 0))) for event in events if "ts" in event]
+def timeline_chart(spans: Sequence[tuple[str, str, float, float]], *, name: str) -> str | None:
+    """SVG of one update: what ran when. None if there is nothing to show.
+
+    Args:
+        spans: lane, kind of work, start and length in milliseconds. A lane is a row, a kind a colour.
+    """
     if not spans:
         return None
-    lanes = list(dict.fromkeys(lane for lane, _, _ in spans))
-    first = min(start for _, start, _ in spans)
-    with _axes(name, height=0.9 + 0.38 * len(lanes)) as (figure, axes):
-        for row, lane in enumerate(lanes):
-            bars = [((start - first) / 1e3, length / 1e3) for where, start, length in spans if where == lane]
-            axes.broken_barh(bars, (row - 0.32, 0.64), color=SERIES[row % NUM_COLORS], alpha=0.85, linewidth=0)
+    lanes = list(dict.fromkeys(lane for lane, _, _, _ in spans))
+    kinds = span_kinds(spans)
+    first = min(start for _, _, start, _ in spans)
+    with _axes(name, width=12.2, height=0.9 + 0.38 * len(lanes)) as (figure, axes):
+        for lane, kind, start, length in spans:
+            row, color = lanes.index(lane), SERIES[kinds.index(kind) % NUM_COLORS]
+            axes.broken_barh([(start - first, length)], (row - 0.32, 0.64), color=color, alpha=0.85, linewidth=0)
         axes.set_yticks(range(len(lanes)), labels=lanes)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -108,17 +112,18 @@ def timeline_chart(events: Sequence[dict[str, Any]], *, name: str) -> str | None
         return _svg(figure, name)
 
 
-def _lane(event: dict[str, Any]) -> str:
-    return str(event.get("cat") or event.get("tid") or "step")
+def span_kinds(spans: Sequence[tuple[str, str, float, float]]) -> list[str]:
+    """Kinds of work in the order of their colours."""
+    return list(dict.fromkeys(kind for _, kind, _, _ in spans))
 
 
 @contextmanager
-def _axes(name: str, height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
+def _axes(name: str, *, width: float = 6.0, height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
     """An empty drawing in the page's style. `name` makes the ids of its marks differ from other drawings'."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says so when it first lists the fonts
     settings: Any = STYLE | {"svg.hashsalt": name}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(6.0, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
@@ -145,12 +150,16 @@ def _frame(axes: Axes, *, percent: bool, from_zero: bool) -> None:
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
     axes.margins(x=0.02)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %") if percent else FuncFormatter(_plain))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
 
 
 def _plain(value: float, _: int | None = None) -> str:
     """Ticks as people write them: 20,000 and 0.05."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def _percent(value: float, _: int | None = None) -> str:
+    return f"{100 * value:.4g} %"
 
 
 def _finite(line: Line) -> NDArray[np.bool_]:

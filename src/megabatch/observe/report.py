@@ -12,12 +12,13 @@ import jinja2
 from markupsafe import Markup
 
 from megabatch.observe.curve import curve_text
-from megabatch.observe.figures import NUM_COLORS, Line, chart, timeline_chart
+from megabatch.observe.figures import NUM_COLORS, Line, chart, span_kinds, timeline_chart
 from megabatch.observe.progress import duration
 from megabatch.observe.run_folder import RunRecord, load_runs
 from megabatch.recipe import Recipe
 
 REQUIRED = dataclasses.MISSING
+EVALUATION_COLUMNS = {"epoch": ".4g", "step": ",", "top1": ".4f", "top5": ".4f", "loss": ".4f", "num_samples": ","}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Figure:
     title: str
     note: str
     svg: Markup
+    wide: bool = False
+    kinds: tuple[tuple[int, str], ...] = ()  # colour and meaning, where they are not runs
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Row:
 
     name: str
     cells: tuple[str, ...]
-    changed: bool = False  # differs from the field's default
+    shown: bool = True  # not at the field's default, or the runs do not agree
     differs: bool = False  # the runs do not agree
 
 
@@ -55,6 +58,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         several=len(runs) > 1,
         figures=_figures(runs),
         published=any(run.recipe and len(run.recipe.published_curve) > 1 for run in runs),
+        evaluation_rows=[row for run in runs for row in _evaluation_rows(run)],
         recipe_rows=_recipe_rows(runs),
         environment_rows=_environment_rows(runs),
         warnings=[(run.label, text) for run in runs for text in run.warnings],
@@ -80,8 +84,8 @@ def _headline(run: RunRecord, index: int) -> dict[str, Any]:
     last = run.steps[-1] if run.steps else {}
     facts = [
         ("images/s", f"{run.images_per_s:,.0f}" if run.images_per_s else "–"),
-        ("epochs", f"{last['epoch']:.4g}" if last.get("epoch") is not None else "–"),
-        ("updates", f"{last['step']:,}" if last.get("step") is not None else "–"),
+        ("epochs", _format(last.get("epoch"), ".4g")),
+        ("updates", _format(last.get("step"), ",")),
         ("training time", duration(run.end["train_s"]) if run.end and run.end.get("train_s") else "not ended"),
         ("global batch", _batch(run)),
         ("workers", str(run.environment.get("workers", "–"))),
@@ -121,22 +125,29 @@ def _figures(runs: list[RunRecord]) -> list[Figure]:
     candidates = [
         ("Top-1 accuracy", "share of evaluation images whose likeliest class is right", _accuracy(runs)),
         ("Training loss", "mean over the global batch, faint: every update", _curve(runs, "loss", smooth=True)),
-        ("Learning rate", "", _curve(runs, "lr", from_zero=True)),
-        ("Momentum", "", _curve(runs, "momentum", only_if_moving=True)),
-        ("Global batch", "images per update", _curve(runs, "global_batch_size", steps=True, from_zero=True)),
+        ("Learning rate", "of each update", _curve(runs, "lr", from_zero=True)),
+        ("Momentum", "of each update", _curve(runs, "momentum", only_if_moving=True)),
+        ("Global batch", "images per update", _batches(runs)),
         ("Resolution", "pixels of a training image", _curve(runs, "resolution", steps=True, only_if_moving=True)),
         ("Throughput", "images/s, all workers together", _curve(runs, "images_per_s", smooth=True, from_zero=True)),
         (
             "Exposed communication",
             "ms per update that computing does not hide",
-            _curve(runs, "exposed_communication_ms", smooth=True, from_zero=True),
+            _curve(runs, "exposed_ms", smooth=True, from_zero=True),
         ),
     ]
-    candidates += [
-        (f"One update of {run.label}", "what ran when", timeline_chart(run.timeline, name=f"timeline-{index}"))
-        for index, run in enumerate(runs)
-    ]
-    return [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (drawn here)
+    drawn = [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (drawn here)
+    return drawn + [figure for index, run in enumerate(runs) if (figure := _timeline(run, index))]
+
+
+def _timeline(run: RunRecord, index: int) -> Figure | None:
+    """What ran when within one update, with a legend of its own."""
+    spans = [dataclasses.astuple(span) for span in run.timeline]
+    svg = timeline_chart(spans, name=f"timeline-{index}")
+    if svg is None:
+        return None
+    kinds = tuple(enumerate(span_kinds(spans)[:NUM_COLORS]))
+    return Figure(f"One update of {run.label}", "", Markup(svg), wide=True, kinds=kinds)  # noqa: S704
 
 
 def _curve(
@@ -158,6 +169,16 @@ def _curve(
     return chart(lines, name=field, from_zero=from_zero)
 
 
+def _batches(runs: list[RunRecord]) -> str | None:
+    """The global batch, less the run's last update, which takes what is left of the data."""
+    lines = []
+    for index, run in enumerate(runs):
+        x, y = run.column("epoch"), run.column("global_batch_size")
+        shorter = len(y) > 1 and y[-1] < y[-2]
+        lines.append(Line(x, [*y[:-1], y[-2]] if shorter else y, index, steps=True))
+    return chart(lines, name="global_batch_size", from_zero=True)
+
+
 def _accuracy(runs: list[RunRecord]) -> str | None:
     """Each run's evaluations, with the published curves behind them and the target across."""
     curves = {run.recipe.published_curve for run in runs if run.recipe and len(run.recipe.published_curve) > 1}
@@ -173,6 +194,23 @@ def _accuracy(runs: list[RunRecord]) -> str | None:
     return chart(lines, name="top1", percent=True, level=max(targets, default=None))
 
 
+def _evaluation_rows(run: RunRecord) -> list[tuple[str, tuple[str, ...]]]:
+    """The run's label and what each evaluation found."""
+    curve = run.recipe.published_curve if run.recipe else ()
+    rows = []
+    for event, top1, epoch in zip(
+        run.evaluations, run.evaluation_column("top1"), run.evaluation_column("epoch"), strict=True
+    ):
+        remark = curve_text(curve, epoch, top1) if math.isfinite(top1 + epoch) else ""
+        cells = [_format(event.get(field), form) for field, form in EVALUATION_COLUMNS.items()]
+        rows.append((run.label, (*cells, remark)))
+    return rows
+
+
+def _format(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "–"
+
+
 def _recipe_rows(runs: list[RunRecord]) -> list[Row]:
     recipes = [run.recipe for run in runs]
     if not any(recipes):
@@ -180,10 +218,9 @@ def _recipe_rows(runs: list[RunRecord]) -> list[Row]:
     rows = []
     for field in dataclasses.fields(Recipe):
         values = [getattr(recipe, field.name) if recipe else None for recipe in recipes]
-        changed = field.default is not REQUIRED and any(value != field.default for value in values)
-        rows.append(
-            Row(field.name, tuple(_text(value) for value in values), changed, differs=len(set(map(repr, values))) > 1)
-        )
+        cells = tuple(_text(value) for value in values)
+        default = field.default is not REQUIRED and all(value == field.default for value in values)
+        rows.append(Row(field.name, cells, shown=not default, differs=len(set(map(repr, values))) > 1))
     return rows
 
 

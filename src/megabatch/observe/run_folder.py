@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,16 @@ ENVIRONMENT_ONLY = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
 
 
 @dataclass(frozen=True)
+class Span:
+    """Something that took time within one update: which row of the drawing, what, when."""
+
+    lane: str
+    name: str
+    start_ms: float
+    length_ms: float
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One run as its folder tells it; `label` tells it from others on the same page."""
 
@@ -26,7 +37,7 @@ class RunRecord:
     warnings: list[str]
     end: Event | None
     recipe: Recipe | None
-    timeline: list[dict[str, Any]]
+    timeline: list[Span]
 
     def column(self, field: str) -> list[float]:
         """`field` of every step; NaN where a step has no number."""
@@ -79,15 +90,16 @@ def _load(folder: Path) -> RunRecord:
     events = read_events(path)
     start = _last(events, "run_start") or {}
     recipe = read(folder / "recipe.json") if (folder / "recipe.json").is_file() else None
+    steps = _last_path(events, "step")
     return RunRecord(
         label=recipe.name if recipe else str(start.get("recipe") or folder.resolve().name),
-        steps=_last_path(events, "step"),
+        steps=steps,
         evaluations=_last_path(events, "evaluation"),
         environment=_flat({key: value for key, value in start.items() if key not in ENVIRONMENT_ONLY}),
         warnings=[str(event.get("text", "")) for event in events if event["event"] == "warning"],
         end=_last(events, "run_end"),
         recipe=recipe,
-        timeline=_read_timeline(folder / "timeline.json"),
+        timeline=_read_trace(folder / "timeline.json") or _spans_of_buckets(steps),
     )
 
 
@@ -107,16 +119,49 @@ def _last(events: list[Event], kind: str) -> Event | None:
     return next((event for event in reversed(events) if event["event"] == kind), None)
 
 
-def _read_timeline(path: Path) -> list[dict[str, Any]]:
-    """Complete events (`ph` X) of a trace in Chrome's format; empty where there is none."""
+def _spans_of_buckets(steps: list[Event]) -> list[Span]:
+    """The gradient exchange of the update in the middle of the run: early ones compile and allocate."""
+    told = [event["buckets"] for event in steps if event.get("buckets")]
+    spans = []
+    for bucket in told[len(told) // 2] if told else []:
+        lane, ready, sent, done = (
+            f"bucket {bucket['index']}",
+            bucket["ready_ms"],
+            bucket["sent_ms"],
+            bucket["done_ms"],
+        )
+        spans += [Span(lane, "waiting", ready, sent - ready), Span(lane, "exchange", sent, done - sent)]
+    return spans
+
+
+def _read_trace(path: Path) -> list[Span]:
+    """The last update in a trace of Chrome's format (its complete events, `ph` X); empty where there is no file."""
     if not path.is_file():
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is no trace ({error}); remove it to make the report without it") from None
-    events = content.get("traceEvents", []) if isinstance(content, dict) else content
-    return [event for event in events if isinstance(event, dict) and event.get("ph") == "X"]
+    listed = content.get("traceEvents", []) if isinstance(content, dict) else content
+    events = [event for event in listed if isinstance(event, dict) and event.get("ph") == "X" and "ts" in event]
+    events = [event for event in events if _step_of(event) == _step_of(events[-1])]
+    lanes: dict[Any, str] = {}
+    for event in events:
+        lanes.setdefault(_thread(event), str(event.get("name", "")))
+    return [Span(lanes[_thread(event)], _kind(event), event["ts"] / 1e3, event.get("dur", 0) / 1e3) for event in events]
+
+
+def _step_of(event: dict[str, Any]) -> Any:
+    return event.get("args", {}).get("step")
+
+
+def _kind(event: dict[str, Any]) -> str:
+    """The event's name without its number: all buckets are of one kind."""
+    return re.sub(r"[ _]\d+$", "", str(event.get("name", "")))
+
+
+def _thread(event: dict[str, Any]) -> tuple[Any, Any]:
+    return event.get("pid"), event.get("tid")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
