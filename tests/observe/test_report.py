@@ -156,6 +156,12 @@ def test_runs_side_by_side_are_told_apart_and_their_differences_marked(tmp_path:
     assert page.source.count("var(--series-1)") > page.source.count("var(--series-2)")
 
 
+def test_a_folder_that_bears_the_recipes_name_is_label_enough(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"fashion_mnist-{index}", [step_event(1)]) for index in (1, 2)]
+    assert [run.label for run in load_runs(folders)] == ["fashion_mnist-1", "fashion_mnist-2"]
+    assert load_runs(folders[:1])[0].label == "fashion_mnist"
+
+
 def test_the_published_curve_is_drawn_beside_the_runs_own(tmp_path: Path) -> None:
     events = [step_event(860, epoch=86.0), evaluation_event(860, 0.74, epoch=86.0)]
     run = make_run(tmp_path / "run", events, recipe=recipes.get("yamazaki2019_81k"))

@@ -53,7 +53,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
     runs = load_runs(run_folders)
     template = _environment().get_template("report.html")
     page = template.render(
-        title=" · ".join(run.label for run in runs),
+        title=" · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
         runs=[_headline(run, index) for index, run in enumerate(runs)],
         several=len(runs) > 1,
         figures=_figures(runs),

@@ -76,11 +76,14 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
     runs = [_load(folder) for folder in folders]
     labels = [run.label for run in runs]
     return [
-        run
-        if labels.count(run.label) == 1
-        else dataclasses.replace(run, label=f"{run.label} ({folder.resolve().name})")
+        run if labels.count(run.label) == 1 else dataclasses.replace(run, label=_longer_label(run, folder))
         for run, folder in zip(runs, folders, strict=True)
     ]
+
+
+def _longer_label(run: RunRecord, folder: Path) -> str:
+    name = folder.resolve().name
+    return name if run.label in name else f"{run.label} ({name})"
 
 
 def _load(folder: Path) -> RunRecord:
