@@ -1,0 +1,56 @@
+"""Cutting lists of tensors into blocks loses and repeats nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabatch.optim import multi_tensor
+from megabatch.optim.multi_tensor import blocks, laid_out_alike
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_tensor, "BLOCK_ELEMENTS", 64)
+
+
+@given(sizes=st.lists(st.integers(0, 300), min_size=0, max_size=12))
+def test_blocks_cover_every_element_once_and_stay_within_the_limit(sizes: list[int]) -> None:
+    counts = [torch.zeros(size) for size in sizes]
+    owners = [torch.full((size,), index) for index, size in enumerate(sizes)]
+    for indices, (pieces, labels) in blocks(counts, owners):
+        assert sum(piece.numel() for piece in pieces) <= 64
+        for index, piece, label in zip(indices, pieces, labels, strict=True):
+            assert bool((label == index).all())
+            piece.add_(1)
+    assert all(bool((count == 1).all()) for count in counts)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pieces_of_a_large_tensor_are_views_in_either_memory_format(memory_format: torch.memory_format) -> None:
+    tensor = torch.zeros(4, 8, 3, 3).to(memory_format=memory_format)
+    for _, (pieces,) in blocks([tensor]):
+        pieces[0] += 1
+    assert bool((tensor == 1).all())
+
+
+def test_large_tensors_of_different_layouts_are_not_cut() -> None:
+    """Their flat pieces would pair elements of different positions."""
+    weight = torch.zeros(4, 8, 3, 3).to(memory_format=torch.channels_last)
+    gradient = torch.arange(4 * 8 * 9.0).view(4, 8, 3, 3)
+    for _, (w, g) in blocks([weight], [gradient]):
+        torch._foreach_add_(w, g)
+    assert torch.equal(weight, gradient)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "alike"),
+    [
+        ((torch.zeros(3, 4), torch.zeros(3, 4)), True),
+        ((torch.zeros(3, 4), torch.zeros(4, 3).t()), False),
+        ((torch.zeros(4, 3).t(), torch.zeros(4, 3).t()), False),  # dense, but not in an order that we cut
+        ((torch.zeros(3, 8)[:, ::2],), False),  # gaps
+    ],
+)
+def test_layouts_are_told_apart(tensors: tuple[torch.Tensor, ...], alike: bool) -> None:
+    assert laid_out_alike(tensors) is alike
