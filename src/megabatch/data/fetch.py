@@ -10,6 +10,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ except ImportError:  # not on Windows: two processes may then fetch at once, and
     fcntl = None
 
 Splits: TypeAlias = "tuple[Arrays, Arrays]"
-_FAILURES = (DataError, PackageError, DownloadError, OSError, tarfile.TarError)
+_FAILURES = (DataError, PackageError, DownloadError, OSError, EOFError, tarfile.TarError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,8 @@ def _locked(cache: Path, name: str) -> Iterator[None]:
     with (cache / f".{name}.lock").open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
+            for leftover in cache.glob(f".{name}-*"):  # working folders of processes that were killed
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
