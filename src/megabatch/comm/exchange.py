@@ -13,7 +13,7 @@ from torch.futures import Future
 from megabatch.comm import primitives
 from megabatch.comm.algorithms import padded_numel, routes, sent_bytes
 from megabatch.comm.grid import Grid, make_grid
-from megabatch.comm.pipeline import Pipeline, Streams, run_here
+from megabatch.comm.pipeline import Failure, Pipeline, Streams, run_here
 from megabatch.comm.stages import Job
 from megabatch.comm.timeline import BucketTimes, Timeline, stamp
 from megabatch.comm.wire import pack, unpack, wire_dtype
@@ -67,6 +67,8 @@ class ExchangeState:
         self._residuals: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._pipelines: dict[str, list[Pipeline]] = {}
         self._streams: Streams | None = None
+        self._failure = Failure()
+        self._under_way: set[Future[Tensor]] = set()
         self._lock = threading.Lock()
 
     def exchange(
@@ -82,17 +84,37 @@ class ExchangeState:
         if self.grid.num_ranks == 1:
             future.set_result(buffer)
             return future
+        with self._lock:
+            self._under_way.add(future)
+        self._send(buffer, algorithm, index, parameters, future)
+        return future.then(_value)
+
+    def _send(
+        self, buffer: Tensor, algorithm: str, index: int, parameters: Sequence[Tensor], future: Future[Tensor]
+    ) -> None:
         pipelines = self._pipelines_of(algorithm)
         packed = self._packed(buffer, algorithm, index)
         times = self._open_times(buffer, packed, algorithm, index)
         parcel = _Parcel(buffer, packed, future, times, len(pipelines))
         if primitives.is_native(self.grid.group("world")):
             self._run_on_stream(parcel, algorithm, index, parameters)
-            return future
+            return
         self._pack(parcel, index, parameters)
         for pipeline, job in zip(pipelines, self._jobs(parcel, index), strict=True):
             pipeline.submit(job, partial(self._arrived, parcel, job))
-        return future
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ended the exchange, as it was raised; DDP shows it only as a line of text."""
+        return self._failure.error
+
+    def fail(self, error: BaseException) -> None:
+        """End the exchange: whatever waits for a bucket raises now, instead of at the collective's timeout."""
+        with self._lock:
+            self._failure.error = self._failure.error or error
+            waiting, self._under_way = self._under_way, set()
+        for future in waiting:
+            future.set_exception(error)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End the helper threads; the state must not be used after it."""
@@ -104,7 +126,9 @@ class ExchangeState:
     def _pipelines_of(self, algorithm: str) -> list[Pipeline]:
         if algorithm not in self._pipelines:
             made = routes(algorithm, self.grid)
-            self._pipelines[algorithm] = [Pipeline(route, f"{algorithm} {part}") for part, route in enumerate(made)]
+            self._pipelines[algorithm] = [
+                Pipeline(route, f"{algorithm} {part}", self._failure) for part, route in enumerate(made)
+            ]
         return self._pipelines[algorithm]
 
     def _packed(self, buffer: Tensor, algorithm: str, index: int) -> Tensor:
@@ -153,16 +177,25 @@ class ExchangeState:
                 parcel.times.phases += job.phases
             if parcel.parts_left:
                 return
-        if parcel.error is not None:
+        if parcel.error is None:
+            self._deliver(parcel)
+        elif self._claim(parcel):
             parcel.future.set_exception(parcel.error)  # type: ignore[arg-type]
-            return
-        self._deliver(parcel)
 
     def _deliver(self, parcel: _Parcel) -> None:
         unpack(parcel.packed, parcel.buffer, factor=1 / self.wire_scale)
         if parcel.times is not None:
             parcel.times.done = stamp(parcel.buffer.device)
-        parcel.future.set_result(parcel.buffer)
+        if self._claim(parcel):
+            parcel.future.set_result(parcel.buffer)
+
+    def _claim(self, parcel: _Parcel) -> bool:
+        """Whether the future is still ours to complete: `fail` may have done it."""
+        with self._lock:
+            if parcel.future not in self._under_way:
+                return False
+            self._under_way.remove(parcel.future)
+            return True
 
     def _run_on_stream(self, parcel: _Parcel, algorithm: str, index: int, parameters: Sequence[Tensor]) -> None:
         if self._streams is None:
@@ -182,6 +215,11 @@ class ExchangeState:
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an ExchangeState holds process groups and threads: build a new one where it is needed")
+
+
+def _value(future: Future[Tensor]) -> Tensor:
+    """As a callback: what makes an exception set in Python an error that DDP's engine raises with its text."""
+    return future.value()
 
 
 def _power_of_two(value: float) -> float:

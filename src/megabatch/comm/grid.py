@@ -4,6 +4,7 @@ A *row* is X ranks joined by fast links, as a rule those of one host; a *column*
 place in each row. The world is X * Y ranks (Mikami et al. 2018, arXiv:1811.05233, where X is the horizontal size).
 """
 
+import contextlib
 import inspect
 import logging
 import math
@@ -12,6 +13,7 @@ from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -102,7 +104,7 @@ class Grid:
         if axis == "world" and self.num_ranks == dist.get_world_size():
             return _default_group()
         ranks = list(self.ranks(axis))
-        options: dict[str, Any] = {"timeout": self._timeout, "use_local_synchronization": True}
+        options: dict[str, Any] = {"timeout": self._timeout or _world_timeout(), "use_local_synchronization": True}
         if ranks != sorted(ranks):
             options["sort_ranks"] = _unsorted_or_raise(ranks)
         group = dist.new_group(ranks, **options)
@@ -111,8 +113,6 @@ class Grid:
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """This grid as a `DeviceMesh` with axes ("column", "row")."""
-        import torch
-
         groups = [self.group("column"), self.group("row")]
         return DeviceMesh.from_group(
             groups, device_type, mesh=torch.tensor(self.rows, dtype=torch.int), mesh_dim_names=("column", "row")
@@ -211,6 +211,15 @@ def _unsorted_or_raise(ranks: list[int]) -> bool:
             "start the hosts so that ranks are in block or round-robin order, for example 0 1 2 3 on two hosts of two"
         )
     return False
+
+
+def _world_timeout() -> timedelta | None:
+    """The timeout that the default group was made with; `new_group` alone would take torch's default, half an hour."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        timeout = _default_group()._get_backend(device).options._timeout
+        return timeout if isinstance(timeout, timedelta) else None
+    return None
 
 
 def _default_group() -> dist.ProcessGroup:

@@ -56,7 +56,7 @@ class Pipeline:
         self._queues = [queue.SimpleQueue() for _ in self._route]
         threads = []
         for slot in range(len(self._route)):
-            arguments = (self._route, slot, self._queues[slot : slot + 2], self._failure)
+            arguments = (self._route, self._queues[slot : slot + 2], self._failure)
             threads.append(threading.Thread(target=_serve, args=arguments, name=f"{self._name} {slot}", daemon=True))
             threads[-1].start()
         self._close = weakref.finalize(self, _end, self._queues[0], threads)
@@ -73,8 +73,8 @@ def _end(first: _Queue, threads: list[threading.Thread]) -> None:
             thread.join(timeout=5.0)
 
 
-def _serve(route: Route, slot: int, queues: list[_Queue], failure: Failure) -> None:
-    """Body of the thread of stage `slot`; `queues` are its own and the next stage's."""
+def _serve(route: Route, queues: list[_Queue], failure: Failure) -> None:
+    """Body of one stage's thread; `queues` are its own and the next stage's."""
     last = len(queues) == 1
     while (item := queues[0].get()) is not None:
         job, done = item

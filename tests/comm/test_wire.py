@@ -1,0 +1,191 @@
+"""What is sent is what the wire says: its type, its bytes, its rounding and its range."""
+
+import contextlib
+import os
+import socket
+import struct
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megabatch.comm import ExchangeState, make_grid
+from megabatch.comm.algorithms import ALGORITHMS, padded_numel, routes, sent_bytes
+from megabatch.comm.grid import Grid
+from megabatch.comm.wire import WIRE_BYTES, pack, unpack, wire_dtype
+from megabatch.errors import SiteError
+from memory_group import MemoryGroup
+from ranks import run_processes, run_threads
+
+HALF = ["fp16", "bf16"]
+
+
+@given(numel=st.integers(1, 50), extra=st.integers(0, 9), wire=st.sampled_from(["fp32", *HALF]))
+def test_packing_scales_casts_and_pads_with_zeros(numel, extra, wire):
+    source = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    packed = torch.full((numel + extra,), 7.0, dtype=wire_dtype(wire))
+    pack(source, packed, factor=0.25)
+    assert torch.equal(packed[:numel], (source * 0.25).to(wire_dtype(wire)))
+    assert not packed[numel:].any()
+    target = torch.empty(numel)
+    unpack(packed, target, factor=4.0)
+    assert torch.allclose(target, source, rtol=2**-8)
+
+
+@pytest.mark.parametrize("wire", HALF)
+def test_error_feedback_removes_the_bias_of_the_cast(wire):
+    gradient = torch.tensor([1.0 + 2.0**-13, 3e-9, -0.3], dtype=torch.float32)
+    residual, plain, fed = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    packed = torch.empty(3, dtype=wire_dtype(wire))
+    for _ in range(4096):
+        pack(gradient, packed, factor=1.0)
+        plain += packed.float()
+        pack(gradient, packed, factor=1.0, residual=residual)
+        fed += packed.float()
+    exact = 4096 * gradient.double()
+    assert ((plain - exact).abs() / exact.abs())[0] > 1e-4
+    assert ((fed + residual - exact).abs() <= 1e-4 * exact.abs()).all()
+
+
+def test_an_overflow_does_not_stay_in_the_residual():
+    residual, packed = torch.zeros(2), torch.empty(2, dtype=torch.float16)
+    pack(torch.tensor([1e6, 1.0]), packed, factor=1.0, residual=residual)
+    assert packed[0].isinf()
+    assert residual.isfinite().all()
+
+
+def mean_of_large_gradients(wire, scale):
+    state = ExchangeState(make_grid(shape=(2, 4)), wire=wire, wire_scale=scale)
+    return state.exchange(torch.full((5,), 60000.0), "torus").wait()
+
+
+def test_fp16_does_not_overflow_where_the_sum_would_because_it_divides_first():
+    assert torch.finfo(torch.float16).max < 8 * 60000
+    for result in run_threads(8, mean_of_large_gradients, "fp16", 1.0):
+        assert torch.allclose(result, torch.full((5,), 60000.0), rtol=1e-3)
+
+
+def mean_of_small_gradients(scale):
+    state = ExchangeState(make_grid(shape=(2, 2)), wire="fp16", wire_scale=scale)
+    return state.exchange(torch.full((3,), 1e-8), "torus").wait()
+
+
+def test_a_wire_scale_lifts_gradients_that_fp16_would_lose():
+    assert not run_threads(4, mean_of_small_gradients, 1.0)[0].any()
+    assert torch.allclose(run_threads(4, mean_of_small_gradients, 2.0**16)[0], torch.full((3,), 1e-8), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, 3.0])
+def test_a_wire_scale_that_would_round_is_refused(scale):
+    with pytest.raises(SiteError, match="power of two"):
+        ExchangeState(Grid([[0]], rank=0), wire_scale=scale)
+
+
+def test_an_unknown_wire_is_refused_with_the_known_ones():
+    with pytest.raises(SiteError, match="fp32, fp16, bf16"):
+        wire_dtype("fp8")
+
+
+def sums(average):
+    state = ExchangeState(make_grid(shape=(2, 2)), average=average)
+    return state.exchange(torch.ones(3) * (dist.get_rank() + 1), "split_torus").wait()
+
+
+def test_the_result_is_the_mean_or_on_request_the_sum():
+    assert run_threads(4, sums, True)[0].tolist() == [2.5] * 3
+    assert run_threads(4, sums, False)[0].tolist() == [10.0] * 3
+
+
+class Counted:
+    """Bytes that a memory group's collectives take from each rank to others, by the definition of each."""
+
+    def __init__(self, monkeypatch):
+        self.sent = {}
+        for name in ("alltoall", "send", "allreduce", "reduce", "broadcast"):
+            monkeypatch.setattr(MemoryGroup, name, self._counting(name, getattr(MemoryGroup, name)))
+
+    def _counting(self, name, original):
+        def call(group, *arguments):
+            rank = dist.get_rank()
+            self.sent[rank] = self.sent.get(rank, 0) + getattr(self, name)(group, *arguments)
+            return original(group, *arguments)
+
+        return call
+
+    def alltoall(self, group, _outputs, inputs, *_):
+        return sum(part.nbytes for peer, part in enumerate(inputs) if peer != group.rank())
+
+    def send(self, _group, tensors, *_):
+        return tensors[0].nbytes
+
+    def allreduce(self, group, tensors, *_):
+        return 2 * tensors[0].nbytes * (group.size() - 1) / group.size()
+
+    def reduce(self, group, tensors, opts):
+        return 0 if group.rank() == opts.rootRank else tensors[0].nbytes * (1 - 1 / group.size())
+
+    def broadcast(self, group, tensors, opts):
+        return (group.size() - 1) * tensors[0].nbytes if group.rank() == opts.rootRank else 0
+
+
+def exchange_and_formula(shape, numel, algorithm, wire):
+    grid = make_grid(shape=shape)
+    ExchangeState(grid, wire=wire).exchange(torch.ones(numel), algorithm).wait()
+    made = routes(algorithm, grid)
+    length = padded_numel(numel, algorithm, grid) * WIRE_BYTES[wire]
+    return sum(sent_bytes(route, length / len(made)) for route in made)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2)])
+def test_every_rank_sends_the_bytes_of_the_formula_and_half_of_them_in_half_precision(monkeypatch, shape, algorithm):
+    counted = {}
+    for wire in ("fp32", "fp16", "bf16"):
+        with monkeypatch.context() as patch:
+            counter = Counted(patch)
+            formula = run_threads(shape[0] * shape[1], exchange_and_formula, shape, 1001, algorithm, wire)
+        counted[wire] = counter.sent
+        for rank, expected in enumerate(formula):
+            assert counter.sent[rank] == pytest.approx(expected)
+    assert all(counted["fp32"][rank] == 2 * counted[wire][rank] for wire in HALF for rank in counted["fp32"])
+
+
+def test_the_torus_sends_as_little_as_a_ring():
+    numel = 960
+    sent = run_threads(6, exchange_and_formula, (2, 3), numel, "torus", "fp32")
+    assert sent == pytest.approx([2 * (6 - 1) / 6 * 4 * numel] * 6)
+
+
+def bytes_of_exchanges(algorithm, wire, numel, repeats):
+    """Bytes that this rank's sockets carried to its peers, as the kernel counts them."""
+    state = ExchangeState(make_grid(shape=(2, 2)), wire=wire)
+    buffer = torch.ones(numel)
+    state.exchange(buffer, algorithm).wait()
+    dist.barrier()
+    before = bytes_sent()
+    for _ in range(repeats):
+        state.exchange(buffer, algorithm).wait()
+    dist.barrier()
+    return bytes_sent() - before
+
+
+def bytes_sent():
+    """Sum of tcpi_bytes_sent (struct tcp_info, offset 200) over this process's TCP connections."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
+            total += struct.unpack_from("Q", information, 200)[0]
+    return total
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("algorithm", ["flat", "torus", "split_torus"])
+def test_the_kernel_counts_the_bytes_of_the_formula_and_half_of_them_in_half_precision(algorithm):
+    numel, repeats = 2**18, 4
+    for wire, size in WIRE_BYTES.items():
+        counted = run_processes(4, bytes_of_exchanges, algorithm, wire, numel, repeats)
+        formula = repeats * 2 * (3 / 4) * size * numel
+        assert counted == pytest.approx([formula] * 4, rel=0.01)
