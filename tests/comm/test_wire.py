@@ -172,12 +172,13 @@ def bytes_of_exchanges(algorithm, wire, numel, repeats):
 
 
 def bytes_sent():
-    """Sum of tcpi_bytes_sent (struct tcp_info, offset 200) over this process's TCP connections."""
+    """Sum of tcpi_bytes_sent - tcpi_bytes_retrans (struct tcp_info, from offset 200) over this process's TCP connections."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
-            total += struct.unpack_from("Q", information, 200)[0]
+            information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+            sent, again = struct.unpack_from("QQ", information, 200)
+            total += sent - again
     return total
 
 
