@@ -1,0 +1,253 @@
+"""Where the samples of a tar are: read from the tar once, then from a small file beside it.
+
+`NAME.tar.idx` is a line of JSON, padded to a multiple of 64 bytes, then a record for each sample (little-endian:
+64-bit offset of the image in the tar and of its name among the names; 32-bit size of the image, size of the name,
+and number of the label in the JSON line's `labels`), then the names.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megabatch.errors import DataError
+
+FORMAT = "megabatch tar index 1"
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+LABEL_ENDING = "cls"
+RECORD = np.dtype([("offset", "<i8"), ("name", "<i8"), ("size", "<u4"), ("name_size", "<u4"), ("label", "<i8")])
+_ALIGN = 64
+_MAX_LABEL_BYTES = 4096
+_MAX_IMAGE_BYTES = 2**32 - 1
+_KEY = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstandard"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One plain file in a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The samples of one tar. `records` has the fields of `RECORD`."""
+
+    records: npt.NDArray[Any]
+    names: npt.NDArray[np.uint8]
+    label_texts: Sequence[str]
+    header: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, row: int) -> str:
+        start, size = int(self.records[row]["name"]), int(self.records[row]["name_size"])
+        return self.names[start : start + size].tobytes().decode("utf-8", "surrogateescape")
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of a tar lies."""
+    return tar.with_name(tar.name + ".idx")
+
+
+def open_index(tar: Path) -> ShardIndex:
+    """The index of a tar: the one beside it if it fits the tar, else a new one, which is left there if it may be.
+
+    Raises:
+        DataError: the tar is missing, compressed, damaged, holds something other than plain files in its own folder,
+            or a sample without a label.
+    """
+    if not tar.is_file():
+        raise DataError(f"there is no file {tar}; needed: a tar of images, for example train-000000.tar")
+    index = _load(index_path(tar))
+    if index is None or not _fits(index, tar):
+        index = build_index(tar)
+        with contextlib.suppress(OSError):  # a folder that may not be written to: indexed anew each time
+            write_index(index, index_path(tar))
+    return index
+
+
+def build_index(tar: Path, *, extra: dict[str, Any] | None = None) -> ShardIndex:
+    """Read a tar's members and pair images with labels. `extra` goes into the header, for `pack` to know its work."""
+    texts: dict[str, int] = {}
+    rows, names = [], bytearray()
+    with tar.open("rb") as file:
+        for key, members in _samples(list_members(tar)):
+            image, label = _pair(tar, key, members)
+            _refuse_huge(tar, image)
+            text = _label_text(os.pread(file.fileno(), min(label.size, _MAX_LABEL_BYTES), label.offset), tar, key)
+            name = image.name.encode("utf-8", "surrogateescape")
+            rows.append((image.offset, len(names), image.size, len(name), texts.setdefault(text, len(texts))))
+            names += name
+    if not rows:
+        raise DataError(f"{tar} holds no samples; needed: pairs of members such as dog/1.jpg and dog/1.cls")
+    header = {"format": FORMAT, "samples": len(rows), "labels": list(texts), **_identity(tar), **(extra or {})}
+    return ShardIndex(np.array(rows, dtype=RECORD), np.frombuffer(bytes(names), np.uint8), list(texts), header)
+
+
+def write_index(index: ShardIndex, path: Path) -> None:
+    """Write an index so that no reader sees half of it; OSError if the folder may not be written to."""
+    line = json.dumps(index.header, ensure_ascii=True, sort_keys=True).encode()
+    line += b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(line + index.records.tobytes() + index.names.tobytes())
+            file.flush()
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def list_members(tar: Path) -> list[Member]:
+    """Every plain file of a tar, in order.
+
+    Raises:
+        DataError: a compressed, damaged or truncated tar, a link, a device, or a name that leaves the folder.
+    """
+    _refuse_compressed(tar)
+    size = tar.stat().st_size
+    members = []
+    try:
+        with tarfile.open(tar, mode="r:") as archive:
+            for info in archive:
+                if info.isdir():
+                    continue
+                _refuse_unsafe(info, tar)
+                members.append(Member(info.name, info.offset_data, info.size))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"{tar} is damaged, or no tar: {error}") from error
+    if members and members[-1].offset + members[-1].size > size:
+        raise DataError(f"{tar} is truncated: its last member, {members[-1].name}, goes past the end")
+    return members
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """WebDataset's key and ending of a member: `a/b.c.jpg` is the `c.jpg` of `a/b`. None for hidden files."""
+    match = _KEY.match(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def _samples(members: Sequence[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Neighbouring members of the same key, by ending."""
+    current, group = None, dict[str, Member]()
+    for member in members:
+        parts = split_name(member.name)
+        if parts is None:
+            continue
+        if parts[0] != current and group:
+            yield str(current), group
+            group = {}
+        current = parts[0]
+        group[parts[1]] = member
+    if group:
+        yield str(current), group
+
+
+def _pair(tar: Path, key: str, members: dict[str, Member]) -> tuple[Member, Member]:
+    image = next((member for ending, member in members.items() if ending in IMAGE_ENDINGS), None)
+    label = members.get(LABEL_ENDING)
+    if image is None or label is None:
+        what = "image" if image is None else "label"
+        raise DataError(
+            f"{tar}: sample '{key}' has no {what} (its members end in {', '.join(sorted(members))}); needed: {key}.jpg "
+            f"and {key}.cls next to each other; `megabatch data pack` makes such shards from folders of classes"
+        )
+    return image, label
+
+
+def _refuse_huge(tar: Path, image: Member) -> None:
+    if image.size > _MAX_IMAGE_BYTES:
+        raise DataError(f"{tar}: '{image.name}' has {image.size} bytes; an image may have {_MAX_IMAGE_BYTES}")
+
+
+def _label_text(content: bytes, tar: Path, key: str) -> str:
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or "\n" in text:
+        raise DataError(f"{tar}: the label of '{key}' is {content[:20]!r}; needed: a number or a name, for example 7")
+    return text
+
+
+def _refuse_compressed(tar: Path) -> None:
+    with tar.open("rb") as file:
+        start = file.read(2)
+    if start in _COMPRESSED:
+        raise DataError(
+            f"{tar} is compressed with {_COMPRESSED[start]}, so that a sample in the middle cannot be read without all "
+            "before it, and images hardly shrink; unpack it to a plain .tar"
+        )
+
+
+def _refuse_unsafe(info: tarfile.TarInfo, tar: Path) -> None:
+    if not info.isreg() or info.issparse():
+        raise DataError(f"{tar}: '{info.name}' is a link, a device or the like; shards hold plain files only")
+    path = PurePosixPath(info.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in info.name or "\0" in info.name:
+        raise DataError(f"{tar}: the name '{info.name}' leaves the archive's folder; such an archive is not read")
+
+
+def _identity(tar: Path) -> dict[str, Any]:
+    """Size and a hash of three places: enough to tell another tar, and cheap for a thousand shards."""
+    size = tar.stat().st_size
+    digest = hashlib.sha256()
+    with tar.open("rb") as file:
+        for place in (0, size // 2, max(0, size - 4096)):
+            digest.update(os.pread(file.fileno(), 4096, place))
+    return {"tar_bytes": size, "tar_fingerprint": digest.hexdigest()}
+
+
+def _fits(index: ShardIndex, tar: Path) -> bool:
+    """Not older than the tar, which has the size and the bytes in three places that the index was made for."""
+    if index_path(tar).stat().st_mtime_ns < tar.stat().st_mtime_ns:
+        return False
+    return all(index.header.get(name) == value for name, value in _identity(tar).items())
+
+
+def _load(path: Path) -> ShardIndex | None:
+    """The index in a file; None if there is none, or not one that can be used."""
+    try:
+        whole = path.read_bytes()
+        start = whole.index(b"\n") + 1
+        header = json.loads(whole[:start])
+        if header["format"] != FORMAT:
+            return None
+        records = np.frombuffer(whole, RECORD, count=header["samples"], offset=start)
+        names = np.frombuffer(whole, np.uint8, offset=start + records.nbytes)
+        return _checked(ShardIndex(records, names, header["labels"], header))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checked(index: ShardIndex) -> ShardIndex | None:
+    """The index if every number in it lies in its bounds: the file may have been cut, or written by anyone."""
+    records, tar_bytes = index.records, index.header["tar_bytes"]
+    if len(records) != index.header["samples"] or len(records) == 0:
+        return None
+    inside = (
+        (records["offset"] >= 0).all()
+        and (records["offset"] <= tar_bytes - records["size"].astype(np.int64)).all()
+        and (records["name"] >= 0).all()
+        and (records["name"] + records["name_size"] <= len(index.names)).all()
+        and (records["label"] >= 0).all()
+        and (records["label"] < len(index.label_texts)).all()
+        and all(isinstance(text, str) for text in index.label_texts)
+    )
+    return index if inside else None
