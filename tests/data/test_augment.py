@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional
@@ -14,6 +14,7 @@ def images_of(count: int, channels: int, height: int, width: int, seed: int = 0)
     return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
+@settings(deadline=None)
 @given(
     padding=st.integers(0, 4),
     channels=st.sampled_from([1, 3]),
@@ -34,12 +35,13 @@ def test_shift_and_flip_is_pad_by_reflection_then_crop_then_mirror(padding, chan
         assert torch.equal(moved[i], expected.flip(2) if flip[i] else expected)
 
 
-def test_flip_some_mirrors_those_and_leaves_the_others():
-    images = images_of(4, 3, 5, 6).contiguous(memory_format=torch.channels_last)
-    flipped = augment.flip_some(images.clone(memory_format=torch.preserve_format), torch.tensor([1, 3]))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_flip_some_mirrors_those_and_leaves_the_others(memory_format):
+    images = images_of(4, 3, 5, 6).contiguous(memory_format=memory_format)
+    flipped = augment.flip_some(images.clone(memory_format=torch.preserve_format), [1, 3])
     for i in range(4):
         assert torch.equal(flipped[i], images[i].flip(2) if i in {1, 3} else images[i])
-    assert flipped.is_contiguous(memory_format=torch.channels_last)
+    assert flipped.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("size", [7, 16, 40])
@@ -67,24 +69,34 @@ def test_resize_is_the_same_tensor_at_the_native_size():
     assert augment.resize(images, 12).shape == (2, 1, 12, 12)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_normalize_is_pixels_over_255_minus_mean_over_std(memory_format):
-    images = images_of(4, 3, 6, 6).contiguous(memory_format=memory_format)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    ours = augment.normalize(images, mean, std, torch.float32)
-    shape = (1, 3, 1, 1)
+@pytest.mark.parametrize("count", [1, 4, 700])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("wanted", [torch.contiguous_format, torch.channels_last])
+def test_normalize_is_pixels_over_255_minus_mean_over_std(count, channels, given, wanted):
+    images = images_of(count, channels, 16, 12).contiguous(memory_format=given)
+    mean, std = (0.5, 0.4, 0.3)[:channels], (0.2, 0.25, 0.3)[:channels]
+    out = torch.full(images.shape, torch.nan).contiguous(memory_format=wanted)
+    assert augment.normalize(images, mean, std, out) is out
+    shape = (1, -1, 1, 1)
     expected = (images.double() / 255 - torch.tensor(mean).double().view(shape)) / torch.tensor(std).double().view(
         shape
     )
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
-    assert ours.is_contiguous(memory_format=memory_format)
-    assert augment.normalize(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_normalize_rounds_once_to_the_dtype_asked_for():
+    images = images_of(3, 3, 8, 8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    exact = augment.normalize(images, mean, std, torch.empty(images.shape))
+    half = augment.normalize(images, mean, std, torch.empty(images.shape, dtype=torch.bfloat16))
+    assert torch.equal(half, exact.to(torch.bfloat16))
 
 
 def test_normalize_leaves_float_input_as_it_was():
     images = images_of(1, 1, 4, 4).float()
     before = images.clone()
-    augment.normalize(images, (0.5,), (0.5,), torch.float32)
+    augment.normalize(images, (0.5,), (0.5,), torch.empty_like(images))
     assert torch.equal(images, before)
 
 
@@ -134,7 +146,8 @@ def test_every_operation_takes_an_empty_batch(channels):
     images = torch.empty(0, channels, 8, 8, dtype=torch.uint8)
     none, boxes = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)
     assert augment.shift_and_flip(images, none, none, none.bool()).shape == images.shape
-    assert augment.flip_some(images, none).shape == images.shape
+    assert augment.flip_some(images, []).shape == images.shape
     assert augment.crop_and_resize(images, boxes, 5).shape == (0, channels, 5, 5)
+    assert augment.normalize(images, (0.5,) * channels, (0.5,) * channels, images.float()).shape == images.shape
     floats = augment.jitter(images.float(), none.float(), none.float())
     assert augment.erase(augment.mix(floats, floats, none.float()), boxes).shape == images.shape

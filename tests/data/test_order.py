@@ -13,12 +13,14 @@ from megabatch.errors import DataError
 SEED = st.integers(0, 2**63)
 
 
+@settings(deadline=None)
 @given(num_samples=st.integers(1, 3000), seed=SEED, epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation_of_the_samples(num_samples, seed, epoch):
     order = permute(np.arange(num_samples), num_samples=num_samples, seed=seed, epoch=epoch)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_samples))
 
 
+@settings(deadline=None)
 @given(num_samples=st.integers(2, 10**6), seed=SEED, data=st.data())
 def test_a_position_is_the_same_asked_alone_or_with_others_of_other_epochs(num_samples, seed, data):
     pairs = data.draw(
@@ -88,7 +90,7 @@ def shard_sizes_of_some_kind() -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     sizes=shard_sizes_of_some_kind(),
     in_shards=st.booleans(),

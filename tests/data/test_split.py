@@ -31,14 +31,14 @@ def all_ranks(split: dict[str, int]) -> list[list[range]]:
     return [micro_batches(**split, rank=rank) for rank in range(split["world_size"])]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(split=splits())
 def test_the_ranks_together_process_each_position_once(split):
     seen = [p for ranges in all_ranks(split) for positions in ranges for p in positions]
     assert sorted(seen) == list(range(split["first"], split["first"] + split["count"]))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(split=splits())
 def test_no_micro_batch_is_larger_than_allowed_and_each_rank_goes_forward(split):
     for ranges in all_ranks(split):
@@ -47,7 +47,7 @@ def test_no_micro_batch_is_larger_than_allowed_and_each_rank_goes_forward(split)
         assert flat == sorted(flat)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(split=splits())
 def test_a_span_lies_within_one_micro_batch_or_within_one_group_at_the_same_turn(split):
     places: dict[int, set[tuple[int, int]]] = {}
@@ -64,7 +64,7 @@ def test_a_span_lies_within_one_micro_batch_or_within_one_group_at_the_same_turn
             assert len(where) == 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(split=splits())
 def test_work_is_balanced(split):
     group_size = max(1, split["bn_span"] // split["micro_batch_size"])
@@ -120,6 +120,7 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does(sizes, message)
         micro_batches(0, 32, rank=0, **sizes)
 
 
+@settings(deadline=None)
 @given(split=splits())
 def test_a_full_batch_is_refused_exactly_when_some_rank_would_have_no_work(split):
     idle = any(not ranges for ranges in all_ranks(split))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_PIECE_ELEMENTS = 1 << 17  # half a megabyte of float32
 _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
 
 
@@ -24,10 +25,14 @@ def shift_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) 
     return flat.gather(2, pixels.expand(count, channels, height * width)).view(count, channels, height, width)
 
 
-def flip_some(images: Tensor, which: Tensor) -> Tensor:
+def flip_some(images: Tensor, which: Sequence[int] | Tensor) -> Tensor:
     """Mirror the images whose indices are in `which` left to right, in place; returns `images`."""
-    if len(which):
+    rows = images.permute(0, 2, 3, 1)
+    if images.is_cuda or not rows.is_contiguous():
         images[which] = images[which].flip(3)
+        return images
+    for i in which:  # torch mirrors one image of interleaved channels ten times faster than an indexed batch of them
+        rows[i] = rows[i].flip(1)
     return images
 
 
@@ -59,12 +64,31 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     return torch.lerp(grey, brighter, factor).clamp_(0, 255)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std per channel, as `dtype`; the memory format is kept. `mean`, `std` are of [0, 1] pixels."""
-    scale = [1 / (255 * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    floats = images.float() if images.dtype != torch.float32 else images.clone()
-    return floats.mul_(_per_channel(scale, images)).add_(_per_channel(shift, images)).to(dtype)
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor) -> Tensor:
+    """(x / 255 - mean) / std per channel, written to `out`, in its dtype and memory format; returns `out`.
+
+    `mean` and `std` are those of pixels in [0, 1]. On a CPU it goes piece by piece, each of which stays in the
+    processor's cache through all three operations.
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
+    channels_last = out.permute(0, 2, 3, 1).is_contiguous() and out.shape[1] > 1
+    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if channels_last:
+        # Lines of width * channels: broadcasting over an innermost dimension of 3 would be five times slower.
+        source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (images, out))
+        scale, shift = (values.repeat(out.shape[3]) for values in (scale, shift))
+    else:
+        source, target = images, out
+        scale, shift = (values.view(-1, 1, 1) for values in (scale, shift))
+    per_piece = len(out) if out.is_cuda else max(1, _PIECE_ELEMENTS // max(1, out[:1].numel()))
+    for start in range(0, len(out), per_piece):
+        piece, result = source[start : start + per_piece], target[start : start + per_piece]
+        if out.dtype == torch.float32:
+            result.copy_(piece).mul_(scale).add_(shift)
+        else:
+            result.copy_(piece.float().mul_(scale).add_(shift))
+    return out
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
@@ -113,7 +137,3 @@ def _inside(boxes: Tensor, images: Tensor) -> Tensor:
     rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(images.shape[3], device=images.device)
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-
-
-def _per_channel(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

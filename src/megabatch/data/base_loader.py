@@ -42,11 +42,12 @@ class BaseLoader:
         on_bad_sample: OnBadSample | None,
     ) -> None:
         self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
-        self._staging = Staging(torch.device(device))
         self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
         self._dtype = dtype
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last = channels_last
         self._prefetch = max(1, prefetch_batches)
+        # Each batch made ahead, one in the hands of the caller, and one being made use two buffers each.
+        self._staging = Staging(torch.device(device), num_buffers=2 * (self._prefetch + 2))
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
         self._decode_threads = ThreadPoolExecutor(
             decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
@@ -90,8 +91,8 @@ class BaseLoader:
         return pixels.permute(0, 3, 1, 2), replaced
 
     def _normalize(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=self._memory_format)
-        return augment.normalize(images, self._mean, self._std, self._dtype)
+        out = self._staging.device_images(images.shape, self._dtype, channels_last=self._channels_last)
+        return augment.normalize(images, self._mean, self._std, out)
 
     def _in_background(self, load: Callable[[Request], Batch], requests: Iterable[Request]) -> Iterator[Batch]:
         batches = in_order(load, requests, executor=self._batch_threads, depth=self._prefetch)

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megabatch.data.buffers import BufferPool
+
 
 @dataclass
 class Batch:
@@ -37,15 +39,29 @@ class Batch:
 class Staging:
     """Host buffers and a stream of its own, so that copies and augmentation run beside the training step."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, num_buffers: int) -> None:
         self.device = device
+        self._buffers = BufferPool(num_buffers)
         self._is_cuda = device.type == "cuda"
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
 
     def host_images(self, count: int, size: int, channels: int) -> Tensor:
-        """An empty [n, size, size, channels] uint8 batch in host memory; pinned, and recycled, with a GPU."""
-        return torch.empty((count, size, size, channels), dtype=torch.uint8, pin_memory=self._is_cuda)
+        """An empty [n, size, size, channels] uint8 batch in host memory that is used again; pinned with a GPU."""
+        shape = (count, size, size, channels)
+        if self._is_cuda:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return self._buffers.empty(shape, torch.uint8)
+
+    def device_images(self, shape: torch.Size, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+        """An empty [n, channels, height, width] batch on the device."""
+        count, channels, height, width = shape
+        layout = (count, height, width, channels) if channels_last else tuple(shape)
+        if self._is_cuda:
+            images = torch.empty(layout, dtype=dtype, device=self.device)
+        else:
+            images = self._buffers.empty(layout, dtype)
+        return images.permute(0, 3, 1, 2) if channels_last else images
 
     def to_device(self, values: Tensor | NDArray[np.generic]) -> Tensor:
         tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)

@@ -76,8 +76,7 @@ class Policy:
     def move_and_flip(self, images: Tensor, samples: Samples) -> Tensor:
         """Pad-and-crop where it is asked for, and flips; any dtype."""
         if self.augmentation != "pad_crop" or not self.crop_padding:
-            which = np.flatnonzero(self.flips(samples))
-            return augment.flip_some(images, _to(which, images))
+            return augment.flip_some(images, np.flatnonzero(self.flips(samples)).tolist())
         if self.crop_padding >= min(images.shape[2:]):
             raise DataError(
                 f"crop_padding={self.crop_padding} must be less than the image's size {min(images.shape[2:])}; 4 works"
