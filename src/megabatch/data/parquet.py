@@ -1,0 +1,230 @@
+"""Images in parquet files as Hugging Face keeps them: a column of image bytes and a column of labels.
+
+Needs pyarrow (`pip install megabatch[parquet]`). A parquet file is read by whole row groups, some hundred images at a
+time, so samples in random order cost far more reading than they contain. `shard_sizes` are the row groups: with the
+loader's shard-local order each is read once an epoch. For random order, or many epochs, pack the data set into tar
+shards (`megabatch data pack`).
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megabatch.errors import DataError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
+_CACHE_BYTES = 256 << 20
+
+
+class ParquetSource:
+    """Samples of parquet files, in the order of the files given, as an `EncodedSource`.
+
+    Labels are read at once; images by row group, of which the last `cache_bytes` stay in memory (one at least).
+
+    Raises:
+        DataError: pyarrow is missing; no files, damaged ones, or no columns of image bytes and of labels in them.
+    """
+
+    def __init__(self, paths: Path | str | Iterable[Path | str], *, cache_bytes: int = _CACHE_BYTES) -> None:
+        self._paths = _parquet_paths(paths)
+        files = [_open(path) for path in self._paths]
+        self._image_column, label_column = _columns(files[0], self._paths[0])
+        self._groups = [(file, group) for file in range(len(files)) for group in range(files[file].num_row_groups)]
+        sizes = [files[file].metadata.row_group(group).num_rows for file, group in self._groups]
+        self.shard_sizes: Sequence[int] = sizes
+        self._first = np.concatenate([[0], np.cumsum(sizes)])
+        self._first_of_file = np.concatenate([[0], np.cumsum([file.metadata.num_rows for file in files])])
+        self.labels, self.class_names = _labels(files, self._paths, label_column)
+        self._cache = _RowGroups(self._load, cache_bytes)
+        if not len(self):
+            raise DataError(f"{self._paths[0]} holds no rows")
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, index: int) -> bytes:
+        """The image file of one sample.
+
+        Raises:
+            DataError: the row holds no bytes, only a path to a file elsewhere, or its row group is damaged.
+        """
+        group = self._group_of(index)
+        cell = self._cache.get(group)[index - int(self._first[group])].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None:
+            raise DataError(f"{self.name(index)} holds no image bytes; a path to another file is not followed")
+        return bytes(data)
+
+    def name(self, index: int) -> str:
+        """File and row, such as `train-00000-of-00002.parquet:17`."""
+        file = self._groups[self._group_of(index)][0]
+        return f"{self._paths[file].name}:{index - int(self._first_of_file[file])}"
+
+    def _group_of(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def _load(self, number: int) -> Any:
+        file, group = self._groups[number]
+        try:
+            # a file object of its own for each read: pyarrow's are not for several threads at once
+            table = _open(self._paths[file]).read_row_group(group, columns=[self._image_column], use_threads=False)
+        except (OSError, _pyarrow().ArrowException) as error:
+            raise DataError(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
+        return table.column(self._image_column)
+
+
+def open_parquet(path: Path | str) -> tuple[ParquetSource, ParquetSource]:
+    """Training and validation samples from a folder with train*.parquet and val*.parquet, validation* or test*.
+
+    Raises:
+        DataError: a part is missing, the classes differ, or what `ParquetSource` refuses.
+    """
+    path = Path(path).expanduser()
+    train, val = _part(path, ("train",)), _part(path, ("val",)) or _part(path, ("test",))
+    for name, files in (("train", train), ("val", val)):
+        if not files:
+            raise DataError(
+                f"no parquet files for '{name}' in {path}; needed: for example {name}-00000-of-00001.parquet"
+            )
+    sources = ParquetSource(train), ParquetSource(val)
+    names = max(sources[0].class_names, sources[1].class_names, key=len)
+    for source in sources:
+        if not _may_lack_classes(source, names):
+            raise DataError(f"{path}: train and val name different classes; both need the same")
+        source.class_names = names
+    return sources
+
+
+def _may_lack_classes(source: ParquetSource, names: tuple[str, ...]) -> bool:
+    """Bare numbers do not say how many classes there are: the highest one that either part holds does."""
+    return source.class_names == names or all(name.isdecimal() for name in names)
+
+
+def _part(path: Path, starts: tuple[str, ...]) -> list[Path]:
+    """Files below `path` whose name, or the name of a folder on the way there, begins so."""
+    files = sorted(path.rglob("*.parquet"))
+    return [file for file in files if any(part.startswith(starts) for part in file.relative_to(path).parts)]
+
+
+def _parquet_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+    if isinstance(paths, str | Path):
+        folder = Path(paths).expanduser()
+        found = sorted(folder.rglob("*.parquet")) if folder.is_dir() else [folder]
+    else:
+        found = [Path(path).expanduser() for path in paths]
+    if not found:
+        raise DataError(f"no parquet files in {paths}; needed: for example train-00000-of-00001.parquet")
+    return found
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError("reading parquet needs pyarrow: pip install 'megabatch[parquet]'") from error
+    module: ModuleType = pyarrow
+    return module
+
+
+def _open(path: Path) -> Any:
+    pyarrow = _pyarrow()
+    try:
+        return pyarrow.parquet.ParquetFile(path, memory_map=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is no parquet file that can be read: {error}") from error
+
+
+def _columns(file: Any, path: Path) -> tuple[str, str]:
+    """The names of the image column and the label column."""
+    types = {field.name: field.type for field in file.schema_arrow}
+    images = [name for name in (*IMAGE_COLUMNS, *types) if name in types and _holds_bytes(types[name])]
+    labels = [name for name in LABEL_COLUMNS if name in types]
+    if not images or not labels:
+        missing = "image bytes" if not images else "labels"
+        raise DataError(
+            f"{path} has no column of {missing} among {', '.join(types)}; needed: for example image and label"
+        )
+    return images[0], labels[0]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    types = _pyarrow().types
+    if types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _labels(files: Sequence[Any], paths: Sequence[Path], column: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    values = [value for file in files for value in file.read(columns=[column]).column(column).to_pylist()]
+    if any(value is None for value in values):
+        raise DataError(f"{paths[0].parent}: row {values.index(None)} has no {column}; every image needs one")
+    named = _class_label_names(files[0], column)
+    if all(isinstance(value, int) for value in values):
+        return _numeric(values, named, paths[0])
+    names = named or tuple(sorted({str(value) for value in values}))
+    by_name = {name: number for number, name in enumerate(names)}
+    return np.array([by_name[str(value)] for value in values], dtype=np.int64), names
+
+
+def _numeric(
+    values: list[int], named: tuple[str, ...] | None, path: Path
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    labels = np.array(values, dtype=np.int64)
+    names = named or tuple(str(number) for number in range(int(labels.max(initial=-1)) + 1))
+    if labels.size and not (labels.min() >= 0 and labels.max() < len(names)):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(f"{path}: label {wrong} is not one of the {len(names)} classes 0 to {len(names) - 1}")
+    return labels, names
+
+
+def _class_label_names(file: Any, column: str) -> tuple[str, ...] | None:
+    """The class names that Hugging Face's `datasets` leaves in the schema."""
+    try:
+        features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[column]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+class _RowGroup:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.column: Any = None
+
+
+class _RowGroups:
+    """The row groups read last. Threads that want the same one wait for the first of them; others do not."""
+
+    def __init__(self, load: Any, max_bytes: int) -> None:
+        self._load, self._max_bytes = load, max_bytes
+        self._groups: OrderedDict[int, _RowGroup] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> Any:
+        with self._lock:
+            group = self._groups.setdefault(number, _RowGroup())
+            self._groups.move_to_end(number)
+        with group.lock:
+            if group.column is None:
+                group.column = self._load(number)
+                self._let_go()
+            return group.column
+
+    def _let_go(self) -> None:
+        with self._lock:
+            while len(self._groups) > 1 and self._held_bytes() > self._max_bytes:
+                self._groups.popitem(last=False)
+
+    def _held_bytes(self) -> int:
+        return sum(group.column.nbytes for group in self._groups.values() if group.column is not None)
