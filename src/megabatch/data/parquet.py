@@ -107,7 +107,7 @@ def open_parquet(path: Path | str) -> tuple[ParquetSource, ParquetSource]:
 
 def _may_lack_classes(source: ParquetSource, names: tuple[str, ...]) -> bool:
     """Bare numbers do not say how many classes there are: the highest one that either part holds does."""
-    return source.class_names == names or all(name.isdecimal() for name in names)
+    return source.class_names == names or all(name.isdecimal() for name in (*names, *source.class_names))
 
 
 def _part(path: Path, starts: tuple[str, ...]) -> list[Path]:
