@@ -28,7 +28,7 @@ from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
 from megabatch.recipe import Recipe, differing_fields, fields_as_json, from_json
 from megabatch.site import Site
-from megabatch.train.checkpoint import CheckpointWriter, newest_intact
+from megabatch.train.checkpoint import CheckpointWriter, checkpoint_path, newest_intact, open_checkpoint
 from megabatch.train.evaluate import evaluate
 from megabatch.train.state import Evaluation, Run, StepSettings, TrainState
 
@@ -78,7 +78,7 @@ def open_run(
         state = _build_state(recipe, site, world=world, micro_batch_size=micro_batch_size)
         resumed_from = _resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None
         _check_same_weights(state.module, world)
-        model, report = _wrap(state.module, site, world=world, stack=stack)
+        model, report = _wrap(recipe, state, site, world=world, stack=stack)
         if world.is_first:
             _describe_run(sinks, recipe, site, data, world, micro_batch_size, state, resumed_from)
         loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
@@ -138,17 +138,15 @@ def _resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, si
     """Loads the newest intact checkpoint, the same one on every worker; the step it was written at."""
 
     def warn(text: str) -> None:
-        if world.is_first:
-            sinks.log({"event": "warning", "text": text})
+        sinks.log({"event": "warning", "text": text})
 
-    found = newest_intact(folder / "checkpoints", on_damaged=warn)
-    step = found[0].step if found else None
-    if from_first(step, world) != step:
-        raise CheckpointError("workers see different checkpoints; --output must be a folder that all of them share")
-    if found is None:
+    checkpoints = folder / "checkpoints"
+    found = newest_intact(checkpoints, on_damaged=warn) if world.is_first else None
+    step = from_first(found[0].step if found else None, world)
+    if step is None:
         warn("no checkpoint to resume from; the run starts at step 0")
         return None
-    info, saved = found
+    info, saved = found or open_checkpoint(checkpoint_path(checkpoints, step))
     refuse_other_recipe(recipe, from_json(info.recipe))
     state.load_state_dict(saved)
     return info.step
@@ -171,14 +169,14 @@ def _check_same_weights(module: nn.Module, world: World) -> None:
 
 
 def _wrap(
-    module: nn.Module, site: Site, *, world: World, stack: contextlib.ExitStack
+    recipe: Recipe, state: TrainState, site: Site, *, world: World, stack: contextlib.ExitStack
 ) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
     """The module as it is called in training: alone, or with gradients exchanged as they become ready."""
     if world.world_size == 1:
-        return module, None
+        return state.module, None
     timeline = comm.Timeline()
     wrapped = comm.wrap(
-        module,
+        state.module,
         algorithm="flat" if site.all_reduce == "auto" else site.all_reduce,
         wire=site.wire,
         bucket_mib=site.bucket_mib,
@@ -186,7 +184,25 @@ def _wrap(
         timeline=timeline,
     )
     stack.callback(wrapped.exchange_state.close)
+    _rehearse(recipe, state, wrapped, world=world)
+    timeline.finish_step()
     return wrapped, timeline.finish_step
+
+
+def _rehearse(recipe: Recipe, state: TrainState, wrapped: nn.Module, *, world: World) -> None:
+    """One backward of blank images, whose gradients are thrown away.
+
+    DistributedDataParallel cuts its buckets anew after its first backward, and the order in which three or more
+    workers' values are added depends on the cut. With a rehearsal every step of a run, resumed or not, has the same
+    cut, so a resumed run is bitwise the run that was never stopped.
+    """
+    pixels = int(recipe.resolution[0][1])
+    images = torch.zeros(2, recipe.image_channels, pixels, pixels, device=world.device)
+    with state.precision.autocast():
+        loss = wrapped(images).sum()
+    torch.autograd.backward(loss)
+    state.optimizer.zero_grad(set_to_none=True)
+    models.discard_step(state.module)
 
 
 def _split(recipe: Recipe, world: World, micro_batch_size: int) -> Callable[[StepSettings], list[range]]:
@@ -321,7 +337,7 @@ def _saver(
         epoch = state.samples_seen / recipe.num_train_images
         top1 = evaluation.top1 if evaluation else None
         writer.write(state.state_dict(), step=state.step, epoch=epoch, top1=top1)
-        sinks.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/step-{state.step:08d}.pt"})
+        sinks.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/{checkpoint_path(folder, state.step).name}"})
 
     return save
 

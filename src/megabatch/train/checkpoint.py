@@ -82,7 +82,7 @@ def write_checkpoint(
 ) -> CheckpointInfo:
     """Writes one checkpoint, atomically, and returns what its JSON says."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path = checkpoint_path(folder, step)
     part = path.with_suffix(".pt.part")
     torch.save(dict(state), part)
     info = CheckpointInfo(path, step, epoch, top1, _sha256(part), part.stat().st_size, dict(recipe))
@@ -95,6 +95,11 @@ def write_checkpoint(
     _sync(part)
     os.replace(part, path.with_suffix(".json"))
     return info
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is in a checkpoints folder."""
+    return folder / f"step-{step:08d}.pt"
 
 
 def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None = None) -> list[CheckpointInfo]:
