@@ -1,6 +1,7 @@
 """The optimizers and schedules in scripts that know nothing else of this package."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_lars_trains_under_torchs_own_schedulers() -> None:
 
 def test_lars_trains_in_a_lightning_module() -> None:
     lightning = pytest.importorskip("lightning")
-    from megabatch.optim import LARS, param_groups
+    from megabatch.optim import LARS, learning_rate, param_groups
 
     class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -70,8 +71,15 @@ def test_lars_trains_in_a_lightning_module() -> None:
             self.losses.append(loss.item())
             return loss
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return LARS(param_groups(self, weight_decay=1e-4), lr=0.5, trust_coefficient=0.1)
+        def configure_optimizers(self) -> Any:
+            optimizer = LARS(param_groups(self, weight_decay=1e-4), lr=1.0, momentum=0.5, trust_coefficient=0.02)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: learning_rate(
+                    step / 2, peak_lr=4.0, total_epochs=25, warmup="linear", warmup_epochs=3, decay="poly"
+                ),
+            )
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     torch.manual_seed(0)
     inputs = torch.randn(256, 8)
@@ -81,7 +89,7 @@ def test_lars_trains_in_a_lightning_module() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's own advice about workers and log intervals
         trainer = lightning.Trainer(
-            max_epochs=15,
+            max_epochs=25,
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -89,5 +97,5 @@ def test_lars_trains_in_a_lightning_module() -> None:
             enable_model_summary=False,
         )
         trainer.fit(module, loader)
-    assert len(module.losses) == 30
+    assert len(module.losses) == 50
     assert module.losses[-1] < 0.2 * module.losses[0]
