@@ -1,0 +1,200 @@
+"""The `train` verb as a person meets it: exit codes, one clear line for a mistake, stop and resume, local workers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megabatch.observe.events import read_events
+
+SMALL = ["--set", "model=resnet8", "--set", "resolution=0:16", "--set", "eval_resolution=16", "--set", "bn_span=4"]
+QUICK = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=2", "--precision", "fp32"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of plain colours, twelve training and four test photographs each."""
+    for split, count in (("train", 12), ("val", 4)):
+        for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shade = tuple(min(255, channel + 3 * number) for channel in color)
+                Image.new("RGB", (40, 30), shade).save(folder / f"{number:03d}.jpg")
+    return tmp_path / "photos"
+
+
+def megabatch(*arguments, timeout_s=120, **options):
+    command = [sys.executable, "-m", "megabatch", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+
+
+def refused(folder, *arguments):
+    """The one line on stderr of a command that must fail with exit code 2 and write nothing."""
+    output = folder / "run"
+    done = megabatch("train", *arguments, "--output", output)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not output.exists()
+    return done.stderr
+
+
+def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tmp_path):
+    done = megabatch("train", "photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "top1 0." in done.stdout.splitlines()[-1] or "top1 1." in done.stdout.splitlines()[-1]
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["num_classes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fashion_mnist", "--set", "peak_lr=abc"], "needed a number"),
+        (["fashion_mnst"], "did you mean fashion_mnist"),
+        (["fashion_mnist", "--set", "global_batch_size=1001"], "global_batch_size="),
+        (["fashion_mnist", "--set", "nonsense"], "KEY=VALUE"),
+        (["fashion_mnist", "--workers", "0"], "--workers 2 works"),
+        (["fashion_mnist", "--precision", "fp8"], "needed one of auto, fp32"),
+        (["fashion_mnist", "--resume"], "no run to resume"),
+        (["photos", "--data", "no-such-folder"], "no folder no-such-folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, arguments, said):
+    assert said in refused(tmp_path, *arguments)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "val").mkdir()
+    assert "empty" in refused(tmp_path, "photos", "--data", tmp_path / "empty")
+
+
+def test_an_empty_class_is_refused_by_name(photos, tmp_path):
+    (photos / "train" / "green").mkdir()
+    assert "green" in refused(tmp_path, "photos", "--data", photos, *QUICK)
+
+
+def test_a_truncated_photograph_is_refused_by_name(photos, tmp_path):
+    victim = photos / "train" / "red" / "003.jpg"
+    victim.write_bytes(victim.read_bytes()[:200])
+    assert "003.jpg" in refused(tmp_path, "photos", "--data", photos, *QUICK)
+
+
+def test_more_workers_than_spans_are_refused_with_a_number_that_works(photos, tmp_path):
+    assert "4 workers have work" in refused(tmp_path, "photos", "--data", photos, *QUICK, "--workers", "5")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(photos, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").write_text('{"event": "step"}\n')
+    done = megabatch("train", "photos", "--data", photos, "--output", tmp_path / "run", *QUICK)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "step"}\n'
+
+
+def wait_for_step(folder: Path, step: int, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (folder / "events.jsonl").exists():
+            steps = [e["step"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"]
+            if steps and steps[-1] >= step:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {timeout_s} s")
+
+
+@contextmanager
+def started(*arguments):
+    """A `train` in a process group of its own, which is gone when the block ends, whatever happened in it."""
+    command = [sys.executable, "-m", "megabatch", "train", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+LONG = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=4000", "--set", "eval_every_epochs=100000"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photos, tmp_path, workers):
+    output = tmp_path / "run"
+    arguments = ["photos", "--data", photos, "--workers", workers, "--precision", "fp32", "--output", output, *LONG]
+    with started(*arguments) as process:
+        wait_for_step(output, 5)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1, err
+        assert "Traceback" not in err
+        assert "--resume goes on" in out
+        assert group_is_gone(process.pid)
+    written = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "checkpoint"]
+    last = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"][-1]
+    assert written[-1] == last
+    done = megabatch("train", *arguments, "--resume", "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    steps = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"]
+    assert steps[-3:] == [last + 1, last + 2, last + 3]
+
+
+@pytest.mark.multiprocess
+def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(photos, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["photos", "--data", photos, "--workers", 2, "--precision", "fp32", "--output", output, *LONG]
+    with started(*arguments, "--checkpoint-every-steps", 2) as process:
+        wait_for_step(output, 6)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert group_is_gone(process.pid)
+    done = megabatch("train", *arguments, "--resume", "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stdout
+
+
+def test_evaluate_counts_what_train_counted(photos, tmp_path):
+    output = tmp_path / "run"
+    trained = megabatch("train", "photos", "--data", photos, "--workers", 1, "--output", output, *QUICK)
+    top1 = trained.stdout.splitlines()[-1].split("top1 ")[1].split()[0]
+    for workers in (1, 2):
+        counted = megabatch("evaluate", output, "--data", photos, "--workers", workers, "--precision", "fp32")
+        assert counted.returncode == 0, counted.stderr
+        assert f"top1 {top1}" in counted.stdout
+
+
+def test_evaluate_refuses_what_is_no_checkpoint(tmp_path):
+    done = megabatch("evaluate", tmp_path)
+    assert done.returncode == 2
+    assert "no checkpoint" in done.stderr
+
+
+def test_the_command_is_installed():
+    assert shutil.which("megabatch", path=str(Path(sys.executable).parent))
+    assert "megabatch" in megabatch("--version").stdout
