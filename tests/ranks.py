@@ -87,12 +87,17 @@ def _thread_rank(wire: Wire, worlds: Any, rank: int, results: list[Any], fn: Cal
 
 
 def run_processes(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0, may_die: Collection[int] = ()
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    may_die: Collection[int] = (),
 ) -> list[Any]:
     """`fn(*args)` on `world_size` gloo processes on the loopback interface; results by rank.
 
     `fn` is a top-level function of a file; the file is imported in each process by its path. A rank in `may_die`
-    that ends without a result counts as None. The default group's own timeout is `timeout_s`.
+    that ends without a result counts as None, and is not waited for once the others are done. The default group's
+    own timeout is `timeout_s`.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         context = _server()
@@ -128,7 +133,7 @@ def _collect(pipes: list[Connection], timeout_s: float, may_die: Collection[int]
     results: list[Any] = [None] * len(pipes)
     open_ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = time.monotonic() + timeout_s + 10.0  # starting the ranks is not theirs to answer for
-    while open_ranks:
+    while not set(open_ranks.values()) <= set(may_die):
         ready = wait(list(open_ranks), max(deadline - time.monotonic(), 0.0))
         if not ready:
             raise RankError(f"ranks {sorted(open_ranks.values())} did not finish within {timeout_s:g} s")

@@ -1,6 +1,7 @@
 """What is sent is what the wire says: its type, its bytes, its rounding and its range."""
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
@@ -158,35 +159,45 @@ def test_the_torus_sends_as_little_as_a_ring():
     assert sent == pytest.approx([2 * (6 - 1) / 6 * 4 * numel] * 6)
 
 
-def bytes_of_exchanges(algorithm, wire, numel, repeats):
-    """Bytes that this rank's sockets carried to its peers, as the kernel counts them."""
-    state = ExchangeState(make_grid(shape=(2, 2)), wire=wire)
+def bytes_of_exchanges(numel, repeats):
+    """Bytes that this rank's sockets carried to its peers, as the kernel counts them, per algorithm and wire."""
+    counted = {}
     buffer = torch.ones(numel)
-    state.exchange(buffer, algorithm).wait()
-    dist.barrier()
-    before = bytes_sent()
-    for _ in range(repeats):
+    for algorithm, wire in itertools.product(("flat", "torus", "split_torus"), WIRE_BYTES):
+        state = ExchangeState(make_grid(shape=(2, 2)), wire=wire)
         state.exchange(buffer, algorithm).wait()
-    dist.barrier()
-    return bytes_sent() - before
+        dist.barrier()
+        before = bytes_sent()
+        for _ in range(repeats):
+            state.exchange(buffer, algorithm).wait()
+        dist.barrier()
+        counted[algorithm, wire] = bytes_sent() - before
+    return counted
 
 
 def bytes_sent():
-    """Sum of tcpi_bytes_sent - tcpi_bytes_retrans (struct tcp_info, from offset 200) over this process's TCP connections."""
+    """tcpi_bytes_sent - tcpi_bytes_retrans (struct tcp_info, offset 200) over this process's connections."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+        with contextlib.suppress(OSError):  # not a TCP connection
+            information = tcp_information(int(name))
             sent, again = struct.unpack_from("QQ", information, 200)
             total += sent - again
     return total
 
 
+def tcp_information(number):
+    copy = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        os.dup2(number, copy.fileno())
+        return copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+    finally:
+        copy.close()
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("algorithm", ["flat", "torus", "split_torus"])
-def test_the_kernel_counts_the_bytes_of_the_formula_and_half_of_them_in_half_precision(algorithm):
+def test_the_kernel_counts_the_bytes_of_the_formula_and_half_of_them_in_half_precision():
     numel, repeats = 2**18, 4
-    for wire, size in WIRE_BYTES.items():
-        counted = run_processes(4, bytes_of_exchanges, algorithm, wire, numel, repeats)
-        formula = repeats * 2 * (3 / 4) * size * numel
-        assert counted == pytest.approx([formula] * 4, rel=0.01)
+    for counted in run_processes(4, bytes_of_exchanges, numel, repeats):
+        for (_, wire), sent in counted.items():
+            assert sent == pytest.approx(repeats * 2 * (3 / 4) * WIRE_BYTES[wire] * numel, rel=0.01)

@@ -121,9 +121,9 @@ class PeerMonitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         self._stop.set()
         self._thread.join(self._timeout_s)
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the peer that held it
-            if error is not None and not isinstance(error, PeerError):
-                self._announce(self._rank, f"failed with {type(error).__name__}: {error}")
+        if error is not None and not isinstance(error, PeerError):
+            self._announce(f"{self._name(self._rank)} failed with {type(error).__name__}: {error}")
+        with contextlib.suppress(RuntimeError):
             self._store.add(_beat(self._rank), _LEFT)
 
     def on_failure(self, callback: Callable[[PeerError], None]) -> None:
@@ -145,10 +145,12 @@ class PeerMonitor:
     def explain(self, error: BaseException) -> PeerError:
         """The PeerError for a collective's `error`; looks for up to about a second for peers that stopped beating."""
         reason = self._failure or self._read_announcement() or self._name_silent()
-        first_line = str(error).strip().split("\n", 1)[0]
+        seen = str(error).strip().split("\n", 1)[0].removeprefix("Got the following error when running the callback: ")
         if reason is None:
-            return PeerError(f"a collective failed on rank {self._rank} though every peer is alive: {first_line}")
-        return PeerError(f"{reason} (this rank, {self._rank}, saw: {first_line})")
+            return PeerError(f"a collective failed on rank {self._rank} though every peer is alive: {seen}")
+        if reason in seen:
+            return PeerError(reason)
+        return PeerError(f"{reason} (rank {self._rank} saw: {seen})")
 
     def _run(self) -> None:
         neighbour = (self._rank + 1) % self._world_size
@@ -164,8 +166,8 @@ class PeerMonitor:
             now = time.monotonic()
             if beats != seen:
                 seen, since = beats, now
-            if reason is None and beats < _LEFT and now - since > self._timeout_s:
-                reason = self._announce(neighbour, f"has been silent for {now - since:.1f} s")
+            if reason is None and 0 < beats < _LEFT and now - since > self._timeout_s:
+                reason = self._announce(f"{self._name(neighbour)} has been silent for {now - since:.1f} s")
             if reason is not None:
                 self._tell(reason)
                 return
@@ -177,10 +179,11 @@ class PeerMonitor:
         for callback in self._callbacks:
             callback(PeerError(reason))
 
-    def _announce(self, rank: int, what: str) -> str:
-        reason = f"rank {rank}{self._on_host(rank)} {what}"
-        if self._store.add("announcements", 1) == 1:  # the first report is the cause, others are its effects
-            self._store.set("announcement", json.dumps(reason))
+    def _announce(self, reason: str) -> str:
+        """Tell all ranks; the first report is the cause, later ones are its effects and are dropped."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone with the peer that held it
+            if self._store.add("announcements", 1) == 1:
+                self._store.set("announcement", json.dumps(reason))
         return reason
 
     def _read_announcement(self) -> str | None:
@@ -203,14 +206,14 @@ class PeerMonitor:
         silent = [rank for rank, beats in after.items() if beats == before[rank] and beats < _LEFT]
         if not silent:
             return None
-        names = ", ".join(f"rank {rank}{self._on_host(rank)}" for rank in silent[:8])
-        return f"{names} {'has' if len(silent) == 1 else 'have'} stopped answering"
+        names = ", ".join(map(self._name, silent[:8]))
+        return self._announce(f"{names} {'has' if len(silent) == 1 else 'have'} stopped answering")
 
     def _all_beats(self) -> dict[int, int]:
         return {rank: self._store.add(_beat(rank), 0) for rank in range(self._world_size) if rank != self._rank}
 
-    def _on_host(self, rank: int) -> str:
-        return f" on host {self._hosts[rank]}" if self._hosts is not None else ""
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on host {self._hosts[rank]}" if self._hosts is not None else f"rank {rank}"
 
 
 def _beat(rank: int) -> str:
