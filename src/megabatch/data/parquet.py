@@ -68,6 +68,11 @@ class ParquetSource:
         file = self._groups[self._group_of(index)][0]
         return f"{self._paths[file].name}:{index - int(self._first_of_file[file])}"
 
+    def estimated_sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each sample, [n], as if all of a row group were alike: without reading the images."""
+        sizes = [_group_bytes(_open(path)) for path in self._paths]
+        return np.repeat(np.concatenate(sizes), self.shard_sizes)
+
     def _group_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -156,6 +161,12 @@ def _columns(file: Any, path: Path) -> tuple[str, str]:
             f"{path} has no column of {missing} among {', '.join(types)}; needed: for example image and label"
         )
     return images[0], labels[0]
+
+
+def _group_bytes(file: Any) -> npt.NDArray[np.int64]:
+    """Mean bytes of a row, for each row group."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    return np.array([group.total_byte_size // max(1, group.num_rows) for group in groups], dtype=np.int64)
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -14,7 +14,7 @@ as a fault on a memory map would, and a shard that is cut short during a run is 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ class ShardSource:
         self.shard_sizes: Sequence[int] = [len(index) for index in indices]
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._offsets = np.concatenate([index.records["offset"] for index in indices])
-        self._sizes = np.concatenate([index.records["size"] for index in indices])
+        self.sizes = np.concatenate([index.records["size"] for index in indices])
         self.class_names = tuple(class_names or _class_names(self._paths[0].parent, indices))
         self.labels: npt.NDArray[np.int64] = _labels(self._paths, indices, self.class_names)
         self._files = _OpenFiles(_MAX_OPEN_FILES)
@@ -61,12 +61,18 @@ class ShardSource:
             DataError: the shard has become shorter than it was.
         """
         shard, _ = self._find(index)
-        return self._files.read(self._paths[shard], int(self._offsets[index]), int(self._sizes[index]))
+        return self._files.read(self._paths[shard], int(self._offsets[index]), int(self.sizes[index]))
 
     def name(self, index: int) -> str:
         """Shard and member, such as `train-000003.tar:dog/0017.jpg`."""
         shard, row = self._find(index)
         return f"{self._paths[shard].name}:{open_index(self._paths[shard]).name(row)}"
+
+    def member_names(self) -> Iterator[str]:
+        """The name that each sample's image has in its tar, in index order."""
+        for path in self._paths:
+            index = open_index(path)
+            yield from map(index.name, range(len(index)))
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -120,10 +126,11 @@ def _shard_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
 
 
 def _class_names(folder: Path, indices: Sequence[ShardIndex]) -> Sequence[str]:
-    if (folder / CLASSES_FILE).is_file():
-        return (folder / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
-    if (folder.parent / CLASSES_FILE).is_file() and folder.name in {"train", "val"}:
-        return (folder.parent / CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    beside = [folder, folder.parent] if folder.name in {"train", "val"} else [folder]
+    for place in beside:
+        if (place / CLASSES_FILE).is_file():
+            text = (place / CLASSES_FILE).read_text(encoding="utf-8", errors="surrogateescape")
+            return text.removesuffix("\n").split("\n")
     texts = sorted({text for index in indices for text in index.label_texts})
     if all(text.isdecimal() for text in texts):
         return [str(number) for number in range(1 + max((int(text) for text in texts), default=0))]
