@@ -11,6 +11,7 @@ from megabatch import recipes
 from megabatch.build.schedule import count_steps
 from megabatch.cli.main import app
 from megabatch.cli.recipes import curve, schedule
+from megabatch.cli.recipes import recipes as show
 from megabatch.errors import RecipeError, UserError
 from megabatch.recipes.markdown import as_markdown
 
@@ -92,7 +93,13 @@ def test_what_moves_has_a_panel_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "c.svg").read_text().count('id="axes_') == 1
 
 
-def test_mistakes_are_refused(tmp_path: Path) -> None:
+def test_mistakes_are_refused_before_anything_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="needed a file that ends in"):
+        show("fashion_mnist", plot=tmp_path / "schedule.gif")
+    assert capsys.readouterr().out == ""
+
+
+def test_mistakes_are_the_users(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"schedule\.svg works"):
         run("fashion_mnist", "--plot", str(tmp_path / "schedule.gif"))
     with pytest.raises(RecipeError, match="did you mean cifar10"):

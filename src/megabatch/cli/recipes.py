@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megabatch import recipes as shelf
 from megabatch.cli.options import parse_settings
+from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override, value_at
 
 WIDTH_OF_FILES = 118
@@ -40,10 +41,10 @@ def recipes(
         console.print(_list())
         return
     recipe = override(shelf.get(name), parse_settings(settings or []))
+    if plot:
+        require_drawable(plot)
     _show(console, recipe, name)
     if plot:
-        from megabatch.observe.schedule_plot import plot_schedule
-
         plot_schedule(curve(recipe), plot, title=name)
         typer.echo(f"schedule drawn to {plot}")
 

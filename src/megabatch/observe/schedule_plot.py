@@ -23,8 +23,7 @@ def plot_schedule(rows: Sequence[Mapping[str, float]], path: Path, *, title: str
     Raises:
         UserError: `path` ends in neither .svg nor .png.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: needed a file that ends in .svg or .png; schedule.svg works")
+    require_drawable(path)
     from matplotlib.figure import Figure
 
     keys = [key for key in PANELS if key == "lr" or len({row[key] for row in rows if key in row}) > 1]
@@ -42,3 +41,9 @@ def plot_schedule(rows: Sequence[Mapping[str, float]], path: Path, *, title: str
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
+
+
+def require_drawable(path: Path) -> None:
+    """UserError if `path` ends in neither .svg nor .png."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: needed a file that ends in .svg or .png; schedule.svg works")
