@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from megabatch.data.hashing import Stream, symmetric_beta
 from megabatch.data.policy import Policy, Samples
 from megabatch.errors import DataError
 
@@ -76,6 +77,18 @@ def test_cutmix_weight_is_the_share_of_own_pixels_in_the_image():
     torch.testing.assert_close(mixed.mean((1, 2, 3)), weights)
     assert mixed.unique().tolist() == [0, 1]
     assert 0.5 < float(weights.mean()) < 0.8  # 1/2 before boxes are clipped at the border
+
+
+def test_the_side_of_a_cutmix_box_is_the_root_of_the_partner_s_share():
+    weights = symmetric_beta(1.0, 0, 0, np.arange(500), Stream.MIX_WEIGHT, Stream.MIX_ANGLE)
+    ones, zeros = torch.ones(500, 1, 20, 20), torch.zeros(500, 1, 20, 20)
+    mixed, _ = Policy(seed=0, cutmix_alpha=1.0).mix(ones, zeros, samples_of(500))
+    pasted = (mixed == 0)[:, 0]
+    heights, widths = pasted.any(2).sum(1).numpy(), pasted.any(1).sum(1).numpy()
+    whole = ~(pasted[:, 0].any(1) | pasted[:, -1].any(1) | pasted[:, :, 0].any(1) | pasted[:, :, -1].any(1)).numpy()
+    assert whole.sum() > 100
+    np.testing.assert_array_equal(heights[whole], np.rint(20 * np.sqrt(1 - weights[whole])))
+    np.testing.assert_array_equal(heights[whole], widths[whole])
 
 
 def test_with_both_alphas_a_fair_coin_chooses_mixup_or_cutmix_for_each_sample():

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from megabatch.data.arrays import ArraySource
+from megabatch.data.batch import Batch
+from megabatch.data.folder import FolderSource
+from megabatch.data.loader import EvalLoader, TrainLoader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PHOTOS = FolderSource(Path(__file__).parent / "photos" / "train")
+COLOR = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.25, 0.3)}
+EVERYTHING = {"cutout_size": 3, "mixup_alpha": 0.4, "cutmix_alpha": 1.0, "color_jitter": 0.2}
+
+
+def arrays() -> ArraySource:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ArraySource(images, torch.arange(500) % 10, tuple("abcdefghij"))
+
+
+def assert_close(one: Batch, other: Batch) -> None:
+    torch.testing.assert_close(one.images.cpu(), other.images.cpu(), rtol=1e-4, atol=1e-4)
+    for field in ("labels", "mixed_labels", "mix_weight"):
+        a, b = getattr(one, field), getattr(other, field)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("kind", ["arrays", "photos"])
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
+def test_a_gpu_makes_the_batches_of_a_cpu(kind, augmentation):
+    options = {"seed": 1, "augmentation": augmentation, "channels_last": True, **COLOR, **EVERYTHING}
+    source = arrays() if kind == "arrays" else PHOTOS
+    cpu, gpu = (TrainLoader(source, device=device, **options) for device in ("cpu", "cuda"))
+    batch = gpu.load(range(7, 57), resolution=32)
+    assert batch.images.is_cuda
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert_close(batch, cpu.load(range(7, 57), resolution=32))
+
+
+def test_batches_made_beside_heavy_work_on_the_gpu_are_whole_when_they_are_used():
+    """Copies and augmentation run on a stream of their own; a missing wait would show half-made batches."""
+    options = {"seed": 1, "augmentation": "random_resized_crop", **COLOR}
+    cpu, gpu = (TrainLoader(PHOTOS, device=device, prefetch_batches=4, **options) for device in ("cpu", "cuda"))
+    requests = [(range(p, p + 48), 64) for p in range(0, 48 * 30, 48)]
+    busy, kept = torch.randn(4096, 4096, device="cuda"), []
+    for batch in gpu.batches(requests):
+        busy = busy @ busy / 64
+        kept.append(batch.images * 1.0)  # used on the main stream, at once
+        batch.images.zero_()  # and the batch's memory may be given away right after
+        del batch
+    assert torch.isfinite(busy).any()
+    for images, (positions, resolution) in zip(kept, requests, strict=True):
+        expected = cpu.load(positions, resolution=resolution).images
+        torch.testing.assert_close(images.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_on_a_gpu_is_that_of_a_cpu():
+    cpu, gpu = (EvalLoader(PHOTOS, resolution=48, device=device, **COLOR) for device in ("cpu", "cuda"))
+    for one, other in zip(gpu.batches(0, 24, 7), cpu.batches(0, 24, 7), strict=True):
+        assert_close(one, other)
