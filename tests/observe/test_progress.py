@@ -1,6 +1,7 @@
 """What a person sees, on a terminal and in a log file."""
 
 import io
+import re
 
 import pytest
 
@@ -77,15 +78,20 @@ def test_quiet_leaves_only_notes_and_other_workers_say_nothing() -> None:
     assert said == {"quiet": "warning: [bold]\n", "worker": ""}
 
 
-def test_on_a_terminal_there_is_one_live_line_and_the_evaluations_above_it() -> None:
+def test_on_a_terminal_of_80_columns_everything_fits_and_evaluations_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with Progress(100, 10, stream=stream, clock=Clock()) as progress:
         for step in range(1, 51):
             progress.step(step, step / 10, 1.5, 5000)
         progress.evaluation(5.0, 0.75, remark="x [not markup] y")
+    time_left = re.search(r"\d+ s left", stream.getvalue())
+    assert time_left is not None
     text = stream.getvalue()
-    assert "epoch 5.00/10" in text
-    assert "step 50/100" in text
+    assert "epoch 5.00/10  step 50/100  5,000 images/s  loss 1.500" in text
+    assert " 50%" in text
+    assert "…" not in text
     assert "x [not markup] y" in text
     assert text.count("evaluation") == 1
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -17,9 +19,9 @@ PLAIN_LINE_EVERY_S = 10.0
 class Progress:
     """Shows a run: epoch, step, images/s, loss, top-1 and time left.
 
-    On a terminal it is one live line, with each evaluation left above it. Elsewhere (a pipe, a log file) it is one
-    plain line at most every ten seconds, and one for each evaluation. `enabled=False` shows nothing, for all workers
-    but the first; `quiet` leaves only `note`.
+    On a terminal it is a live bar with a line of figures, and each evaluation stays above it. Elsewhere (a pipe, a
+    log file) it is one plain line at most every ten seconds, and one for each evaluation. `enabled=False` shows
+    nothing, for all workers but the first; `quiet` leaves only `note`.
     """
 
     def __init__(
@@ -41,8 +43,8 @@ class Progress:
         self._top1: float | None = None
         self._last_line_s = -math.inf
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._bar = None if self._quiet or not self._console.is_terminal else _bar(self._console)
-        self._task = self._bar.add_task("", total=total_epochs, status="starting") if self._bar else None
+        shown = self._console.is_terminal and not self._quiet
+        self._live = Live(console=self._console, refresh_per_second=4) if shown else None
 
     def step(
         self, step: int, epoch: float, loss: float, images_per_s: float, *, total_steps: int | None = None
@@ -52,12 +54,12 @@ class Progress:
         self._pace.reached(epoch)
         if self._quiet:
             return
-        status = self._status(step, epoch, loss, images_per_s)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=epoch, status=status)
+        status, left = self._status(step, epoch, loss, images_per_s), self._left()
+        if self._live is not None:
+            self._live.update(_screen(min(1.0, epoch / self.total_epochs), left, status))
         elif self._clock() - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = self._clock()
-            self._line(status)
+            self._line(f"{status}  {left}".rstrip())
 
     def evaluation(self, epoch: float, top1: float, top5: float | None = None, remark: str = "") -> None:
         """Tell the exact accuracy, in [0, 1], at `epoch`; `remark` stands behind it."""
@@ -75,13 +77,13 @@ class Progress:
             self._line(text)
 
     def close(self) -> None:
-        """End the live line; the last state stays on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
+        """End the live part; its last state stays on the screen."""
+        if self._live is not None:
+            self._live.stop()
 
     def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
@@ -100,9 +102,11 @@ class Progress:
             f"loss {loss:.3f}",
         ]
         parts += [f"top1 {self._top1:.4f}"] if self._top1 is not None else []
-        left_s = self._pace.left_s(self.total_epochs)
-        parts += [f"{duration(left_s)} left"] if left_s is not None else []
         return "  ".join(parts)
+
+    def _left(self) -> str:
+        left_s = self._pace.left_s(self.total_epochs)
+        return f"{duration(left_s)} left" if left_s is not None else ""
 
 
 class _Pace:
@@ -136,11 +140,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _bar(console: Console) -> RichProgress:
-    return RichProgress(
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[status]}", markup=False),
-        console=console,
-        refresh_per_second=4,
-    )
+def _screen(share: float, left: str, status: str) -> Group:
+    """The bar across the terminal with what is left, and below it the figures: fits 80 columns."""
+    top = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    top.add_column(ratio=1)
+    top.add_column(no_wrap=True)
+    top.add_column(no_wrap=True)
+    top.add_row(ProgressBar(total=1.0, completed=share), f"{share:.0%}", left)
+    return Group(top, Text(status, no_wrap=True, overflow="ellipsis"))

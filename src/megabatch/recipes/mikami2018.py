@@ -20,7 +20,8 @@ def mikami2018_34k_68k() -> Recipe:
         recalled, weakly: the switch at epoch 30; the rate c (1 - epoch / 90)^2 with c = 29 before epoch 30 and 50
             after it. Treat these as a hint.
         derived: 34,816 = 2,176 x 16 and 69,632 = 2,176 x 32.
-        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9 throughout, augmentation.
+        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9 throughout,
+            initialisation, augmentation.
         departs: batch norm covers 32 images all the time. On the paper's 2,176 GPUs it covered 16 before epoch 30.
             After the jump of the rate the momentum buffer is corrected (`inside_corrected`).
     """
@@ -61,7 +62,8 @@ def mikami2018_54k() -> Recipe:
         recalled: label smoothing 0.1.
         recalled, weakly: five epochs of warm-up, then a quadratic fall over 90 epochs, as in the first version.
         derived from weak memory: peak rate 41.4, on the line through 29 at 34,816 and 50 at 69,632.
-        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9, augmentation.
+        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9,
+            initialisation, augmentation.
     """
     return Recipe(
         name="mikami2018_54k",
