@@ -15,9 +15,8 @@ from megabatch.optim.multi_tensor import (
     blocks,
     check_capturable,
     check_number,
-    plus_scaled,
 )
-from megabatch.optim.trust import norms, trust_ratios
+from megabatch.optim.trust import norms_of_pieces, trust_ratios
 
 
 class LAMB(MultiTensorOptimizer):
@@ -87,74 +86,81 @@ class LAMB(MultiTensorOptimizer):
         """Moves weights and both moments by one step."""
         time = group["step"] + 1
         corrections = 1 - group["momentum"] ** time, 1 - group["beta2"] ** time
-        lists = (tensors.gradients, tensors.state("exp_avg"), tensors.state("exp_avg_sq"), tensors.weights)
-        together = group["foreach"] is not False
-        updates = (_updates_together if together else _updates_each)(group, corrections, *lists)
-        rates = self._rates(group, tensors.weights, updates)
-        if together:
-            _apply_together(tensors.weights, updates, rates)
-        else:
-            _apply_each(tensors.weights, updates, rates)
+        lists = (tensors.weights, tensors.gradients, tensors.state("exp_avg"), tensors.state("exp_avg_sq"))
+        step = _step_each if group["foreach"] is False else _step_together
+        step(group, corrections, *lists)
 
     def finish(self, group: Group) -> None:
         """Counts the step."""
         group["step"] += 1
 
-    def _rates(self, group: Group, weights: list[Tensor], updates: list[Tensor]) -> Number:
-        lr: Number = group["lr"]
-        if not group["adapt"]:
-            return lr
-        ratios = trust_ratios(norms(weights), norms(updates), trust_coefficient=1.0)
-        return lr * (ratios.clamp(max=1.0) if group["trust_clip"] else ratios)
+
+def _rates(group: Group, weight_norms: Tensor, update_norms: Tensor) -> Tensor:
+    """lr * ratio of each tensor, as one vector."""
+    ratios = trust_ratios(weight_norms, update_norms, trust_coefficient=1.0)
+    rates: Tensor = group["lr"] * (ratios.clamp(max=1.0) if group["trust_clip"] else ratios)
+    return rates
+
+
+def _step_together(
+    group: Group,
+    corrections: tuple[Number, Number],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+) -> None:
+    """One step in multi-tensor operations; norms are taken block by block, while a CPU still has them in cache."""
+    pieces = [
+        (indices, w, _updates_together(group, corrections, w, g, m, n))
+        for indices, (w, g, m, n) in blocks(weights, gradients, means, squares)
+    ]
+    if not group["adapt"]:
+        for _, w, u in pieces:
+            add_scaled_(w, u, -group["lr"])
+        return
+    weight_norms = norms_of_pieces([(indices, w) for indices, w, _ in pieces])
+    update_norms = norms_of_pieces([(indices, u) for indices, _, u in pieces])
+    negative = list((-_rates(group, weight_norms, update_norms)).unbind())
+    for indices, w, u in pieces:
+        add_scaled_(w, u, [negative[i] for i in indices])
 
 
 def _updates_together(
     group: Group,
     corrections: tuple[Number, Number],
+    weights: list[Tensor],
     gradients: list[Tensor],
     means: list[Tensor],
     squares: list[Tensor],
-    weights: list[Tensor],
 ) -> list[Tensor]:
+    """u, corrections moved to where they cost least: (m / (sqrt(n) + eps c)) (c / c1) + beta w with c = sqrt(c2)."""
+    root = corrections[1] ** 0.5
     torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
     torch._foreach_mul_(squares, group["beta2"])
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - group["beta2"])
-    roots = torch._foreach_sqrt(squares)
-    torch._foreach_div_(roots, corrections[1] ** 0.5)
-    torch._foreach_add_(roots, group["eps"])
-    updates = torch._foreach_div(means, corrections[0])
-    torch._foreach_div_(updates, roots)
-    return plus_scaled(list(updates), weights, group["weight_decay"])
-
-
-def _updates_each(
-    group: Group,
-    corrections: tuple[Number, Number],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    weights: list[Tensor],
-) -> list[Tensor]:
-    updates = []
-    for g, m, n, w in zip(gradients, means, squares, weights, strict=True):
-        m.mul_(group["momentum"]).add_((1 - group["momentum"]) * g)
-        n.mul_(group["beta2"]).add_((1 - group["beta2"]) * g**2)
-        adam = (m / corrections[0]) / ((n / corrections[1]).sqrt() + group["eps"])
-        updates.append(adam + group["weight_decay"] * w)
+    divisors = torch._foreach_sqrt(squares)
+    torch._foreach_add_(divisors, group["eps"] * root)
+    updates = list(torch._foreach_div(means, divisors))
+    torch._foreach_mul_(updates, root / corrections[0])
+    if isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
+        add_scaled_(updates, weights, group["weight_decay"])
     return updates
 
 
-def _apply_together(weights: list[Tensor], updates: list[Tensor], rates: Number) -> None:
-    negative = -rates
-    if not isinstance(negative, Tensor) or negative.ndim == 0:
-        add_scaled_(weights, updates, negative)
-        return
-    scales = list(negative.unbind())
-    for indices, (w, u) in blocks(weights, updates):
-        add_scaled_(w, u, [scales[i] for i in indices])
-
-
-def _apply_each(weights: list[Tensor], updates: list[Tensor], rates: Number) -> None:
-    each = list(rates.unbind()) if isinstance(rates, Tensor) and rates.ndim == 1 else [rates] * len(weights)
-    for w, u, rate in zip(weights, updates, each, strict=True):
+def _step_each(
+    group: Group,
+    corrections: tuple[Number, Number],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+) -> None:
+    """The same step, one tensor after another, as the equations stand: the reference for the multi-tensor path."""
+    for w, g, m, n in zip(weights, gradients, means, squares, strict=True):
+        m.mul_(group["momentum"]).add_((1 - group["momentum"]) * g)
+        n.mul_(group["beta2"]).add_((1 - group["beta2"]) * g**2)
+        adam = (m / corrections[0]) / ((n / corrections[1]).sqrt() + group["eps"])
+        u = adam + group["weight_decay"] * w
+        rate = _rates(group, w.norm(), u.norm()) if group["adapt"] else group["lr"]
         w.sub_(rate * u)
