@@ -8,14 +8,17 @@ arXiv:1903.12650, and their MLPerf v0.6 code) cuts by count instead: 3, 24, 81, 
 import inspect
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megabatch.comm.auto import Choice, choose
 from megabatch.comm.exchange import ExchangeState
-from megabatch.comm.grid import Grid, make_grid
+from megabatch.comm.grid import Grid, choose_rows, make_grid
 from megabatch.comm.hooks import HOOKS
 from megabatch.comm.timeline import Timeline
 from megabatch.errors import SiteError
@@ -71,6 +74,8 @@ def wrap(
     wire: str = "fp32",
     grid: Grid | None = None,
     shape: tuple[int, int] | None = None,
+    hosts: Sequence[str] | None = None,
+    tuning: Path | None = None,
     bucket_mib: float = 25.0,
     bucket_plan: str = "size",
     device_ids: list[int] | None = None,
@@ -84,14 +89,22 @@ def wrap(
     """`model` in DDP with one of our hooks: the whole set-up of the gradient exchange.
 
     Weights are expected to be equal on all ranks, by initialisation from one seed (Yamazaki et al. 2019), so none are
-    broadcast unless `init_sync`. Buffers are never broadcast. Gradients are views of the buckets. The hook's
-    `ExchangeState` is the result's attribute `exchange_state`.
+    broadcast unless `init_sync`. Buffers are never broadcast. Gradients are views of the buckets. "auto" reads the
+    table `tuning` of the first rank's host (`megabatch.comm.auto.choose`), or asks the cost model, and decides
+    algorithm, shape and bucket size. `hosts`, one name per rank, makes hosts the rows of the grid.
+
+    The result has two attributes more: `exchange_state`, the hook's, and `exchange_choice`, auto's or None.
     """
-    if algorithm not in HOOKS:
-        raise SiteError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(HOOKS)}; for example 'torus'")
-    caps = bucket_caps_mib(list(model.parameters()), plan=bucket_plan, bucket_mib=bucket_mib)
+    if algorithm not in (*HOOKS, "auto"):
+        raise SiteError(f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works")
+    parameters = list(model.parameters())
+    choice = None
+    if algorithm == "auto":
+        choice = agree(parameters, wire=wire, shape=grid.shape if grid else shape, hosts=hosts, tuning=tuning)
+        algorithm, shape, bucket_mib = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib
+    caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib)
     state = ExchangeState(
-        grid or make_grid(shape=shape),
+        grid if grid is not None and shape in (None, grid.shape) else make_grid(shape=shape, hosts=hosts),
         wire=wire,
         error_feedback=error_feedback,
         average=average,
@@ -108,8 +121,34 @@ def wrap(
         **_ddp_options(caps),
     )
     wrapped.register_comm_hook(state, HOOKS[algorithm])
-    object.__setattr__(wrapped, "exchange_state", state)  # not a submodule, which is what nn.Module's own looks for
+    object.__setattr__(wrapped, "exchange_state", state)  # past nn.Module's look for submodules
+    object.__setattr__(wrapped, "exchange_choice", choice)
     return wrapped
+
+
+def agree(
+    parameters: Sequence[torch.Tensor],
+    *,
+    wire: str,
+    shape: tuple[int, int] | None,
+    hosts: Sequence[str] | None,
+    tuning: Path | None,
+) -> Choice:
+    """The first rank's choice for these parameters' gradients, on all ranks."""
+    num_bytes = 4 * sum(p.numel() for p in parameters if p.requires_grad)
+    hosts = hosts or ["this host"] * dist.get_world_size()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        rows, _ = choose_rows(len(hosts), shape=shape, hosts=hosts)
+        grid, backend = (len(rows[0]), len(rows)), dist.get_backend()
+        try:
+            box[0] = choose(num_bytes=num_bytes, hosts=hosts, backend=backend, shape=grid, wires=(wire,), path=tuning)
+        except SiteError as error:
+            box[0] = str(error)  # to be raised on every rank, or the others would wait for a choice
+    dist.broadcast_object_list(box, src=0)
+    if not isinstance(box[0], Choice):
+        raise SiteError(box[0])
+    return box[0]
 
 
 def _ddp_options(caps_mib: list[float]) -> dict[str, Any]:

@@ -116,6 +116,10 @@ class ExchangeState:
         for future in waiting:
             future.set_exception(error)  # type: ignore[arg-type]
 
+    def forget_residuals(self) -> None:
+        """Start error feedback afresh, as after a rehearsal whose gradients are thrown away."""
+        self._residuals.clear()
+
     def close(self) -> None:
         """End the helper threads; the state must not be used after it."""
         for pipelines in self._pipelines.values():

@@ -1,0 +1,152 @@
+"""`megabatch bench allreduce`: how long the gradient exchange takes here, each way it can be done."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megabatch.cli.options import require_choice
+from megabatch.errors import SiteError
+
+if TYPE_CHECKING:
+    from megabatch.comm.auto import Measured
+    from megabatch.comm.launch import World
+
+TABLE = Path("~/.cache/megabatch/allreduce.json")
+ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
+WIRES = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured."""
+
+    sizes: list[float]
+    algorithms: list[str]
+    wires: list[str]
+    buckets: list[float]
+    shape: tuple[int, int] | None
+    repeats: int
+    table: Path | None
+
+
+def bench_allreduce(
+    workers: Annotated[int, typer.Option(help="Local workers; under torchrun those that are there.", min=2)] = 2,
+    sizes: Annotated[str, typer.Option("--mib", help="MiB of fp32 gradients, comma-separated.")] = "1,10,100",
+    algorithms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ALGORITHMS),
+    wires: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
+    buckets: Annotated[str, typer.Option("--bucket-mib", help="MiB per bucket, comma-separated.")] = "25",
+    shape: Annotated[str | None, typer.Option(help="Ranks per row x ranks per column, for example 4x2.")] = None,
+    repeats: Annotated[int, typer.Option(help="Repeats of each measurement.", min=1)] = 5,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try more buckets and wires; keep for --all-reduce auto.")
+    ] = False,
+    table: Annotated[Path, typer.Option(help="Where --tune keeps its table.")] = TABLE,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
+) -> None:
+    """Measures all-reduce algorithms, buckets and wires between workers; times are of the slowest worker."""
+    from megabatch.comm import launch
+
+    plan = _Plan(
+        sizes=[_number("--mib", text) for text in sizes.split(",")],
+        algorithms=[require_choice("--algorithms", name, ALGORITHMS) for name in algorithms.split(",")],
+        wires=list(WIRES) if tune else [require_choice("--wires", name, WIRES) for name in wires.split(",")],
+        buckets=[4.0, 25.0] if tune and buckets == "25" else [_number("--bucket-mib", t) for t in buckets.split(",")],
+        shape=parse_shape(shape),
+        repeats=repeats,
+        table=table.expanduser() if tune else None,
+    )
+    if not launch.started_by_launcher():
+        code = launch.run_local_workers(workers, sys.argv[1:])
+        if code:
+            raise typer.Exit(code)
+        return
+    with launch.join(device=require_choice("--device", device, ("auto", "cpu", "cuda")), timeout_s=timeout_s) as world:
+        _measure(world, plan)
+
+
+def parse_shape(text: str | None) -> tuple[int, int] | None:
+    """ "4x2" as (4, 2): ranks per row, ranks per column; SiteError where it is not of that form."""
+    if text is None:
+        return None
+    x, times, y = text.partition("x")
+    if not times or not x.isdecimal() or not y.isdecimal():
+        raise SiteError(f"--shape {text}: needed ROWxCOLUMN in ranks, for example --shape 4x2")
+    return int(x), int(y)
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 2**20:
+        raise SiteError(
+            f"{option} {text}: needed positive numbers of MiB with commas between, for example {option} 1,25"
+        )
+    return value
+
+
+def _measure(world: "World", plan: _Plan) -> None:
+    """One worker's part; the first worker prints and writes."""
+    from megabatch.comm.grid import choose_rows
+    from megabatch.comm.tune import Bench, cells_to_measure
+
+    hosts = _hosts(world)
+    rows, why = choose_rows(world.world_size, shape=plan.shape, hosts=hosts)
+    grid = (len(rows[0]), len(rows))
+    _say(world, f"{world.world_size} workers as {grid[0]} x {grid[1]} ({why})")
+    bench, measured = Bench(hosts, world.device), []
+    for size in plan.sizes:
+        buckets = [mib for mib in sorted(plan.buckets) if mib < size] or [min(plan.buckets)]  # larger ones are all one
+        cells = cells_to_measure(grid, algorithms=plan.algorithms, buckets_mib=buckets, wires=plan.wires)
+        found = bench.measure(cells, round(size * 2**20), repeats=plan.repeats)
+        measured += found
+        _say(world, _lines(found))
+    bench.close()
+    if plan.table is not None and world.is_first:
+        _keep(plan.table, hosts, measured, world)
+
+
+def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", world: "World") -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megabatch.comm.auto import describe_world, write_table
+
+    name = describe_world(dist.get_backend(), hosts)
+    write_table(table, name, measured, torch=torch.__version__)
+    _say(world, f"kept {len(measured)} measurements ({name}) in {table}, which --all-reduce auto reads")
+
+
+def _hosts(world: "World") -> list[str]:
+    import torch.distributed as dist
+
+    from megabatch.comm.peers import host_name
+
+    names: list[Any] = [None] * world.world_size
+    dist.all_gather_object(names, host_name())
+    return [str(name) for name in names]
+
+
+def _lines(measured: "Sequence[Measured]") -> str:
+    """A table of one size, fastest first, with the ratio of the flat exchange's median to each."""
+    flat = next((row.median_s for row in measured if row.cell.algorithm == "flat" and row.cell.wire == "fp32"), None)
+    lines = [f"{measured[0].num_bytes / 2**20:g} MiB: median ms (quartiles), times faster than flat fp32"]
+    for row in sorted(measured, key=lambda row: row.median_s):
+        cell = row.cell
+        ratio = f"{flat / row.median_s:5.2f} x" if flat else ""
+        lines.append(
+            f"  {cell.algorithm:12} {cell.shape[0]:>3} x {cell.shape[1]:<3} {cell.wire} bucket {cell.bucket_mib:<5g}"
+            f" {1e3 * row.median_s:9.2f} ({1e3 * row.q1_s:.2f} .. {1e3 * row.q3_s:.2f}) {ratio}"
+        )
+    return "\n".join(lines)
+
+
+def _say(world: "World", text: str) -> None:
+    if world.is_first:
+        typer.echo(text)

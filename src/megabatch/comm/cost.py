@@ -1,0 +1,113 @@
+"""How long an all-reduce takes, in the alpha-beta model: so much per message, so much per byte. Needs no torch.
+
+M bytes on a grid of X ranks per row (a host) and Y rows. A rank's link inside its host moves B_r bytes/s, a host's
+link to the others B_c bytes/s, *shared by its X ranks*; a message costs a_r or a_c before its first byte.
+
+    flat ring      T = 2 (N - 1) / N * [(N - E) a_r + E a_c] + 2 (N - 1) / N * M * max(1 / B_r, e / B_c)
+    torus, rings   T = 2 (X - 1) a_r + 2 (Y - 1) a_c + 2 (X - 1) / X * M / B_r + 2 (Y - 1) / Y * M / B_c
+    torus, direct  T = 2 a_r + 2 a_c + the same bytes        every shard goes to its owner in one hop (our gloo stages)
+    hierarchical   T = (X - 1 + L) a_r + 2 (Y - 1) a_c + (2 (X - 1) / X + L) * M / B_r + 2 (Y - 1) / Y * M / B_c
+    split torus    rows and columns at once, M / 2 each:  max of the two axes' times
+
+where N = X Y, e = ring edges that leave a host (1 if ranks are numbered host by host, X if round-robin), E = e Y,
+and L = ceil(log2 X), the depth of the broadcast tree. The ring and torus terms are the usual ones (Mikami et al. 2018,
+arXiv:1811.05233, with NCCL's rings); the shared host link, and so the factor X that the torus takes from a round-robin
+ring and gives away in the split torus, is ours to model: the papers' hosts have a link per axis.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megabatch.errors import SiteError
+
+
+@dataclass(frozen=True)
+class Link:
+    """A message of m bytes takes latency_s + m / bytes_per_s."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """`row`: a rank's link to the others of its host. `column`: a host's link to other hosts, shared by its ranks.
+
+    `direct`: reduce-scatter and all-gather are one exchange of all with all (gloo), not a ring (NCCL).
+    `ring_edges_out`: edges of the flat ring that leave each host; 1 for ranks numbered host by host.
+    """
+
+    row: Link
+    column: Link
+    direct: bool = True
+    ring_edges_out: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time by what takes it: messages, bytes inside hosts, bytes between hosts; and the bytes that leave a host."""
+
+    latency_s: float
+    row_s: float
+    column_s: float
+    bytes_leaving_host: float
+    concurrent: bool = False  # rows and columns at work at the same time, whatever the number of chunks
+
+    def seconds(self, num_chunks: int = 1) -> float:
+        """Of a buffer sent as `num_chunks` chunks that follow each other through the stages.
+
+        The slower of the two kinds of links is always busy; the other shows only while the pipeline fills.
+        """
+        longer, shorter = max(self.row_s, self.column_s), min(self.row_s, self.column_s)
+        return self.latency_s + longer + (0.0 if self.concurrent else shorter / num_chunks)
+
+
+def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network) -> Cost:
+    """The cost of one all-reduce of `num_bytes` (as sent: half as many in half precision) on a grid of `shape`."""
+    if algorithm not in _COSTS:
+        raise SiteError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'")
+    return _COSTS[algorithm](num_bytes, *shape, network)
+
+
+def predict_s(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network, num_chunks: int = 1) -> float:
+    """Seconds of `cost`."""
+    return cost(algorithm, num_bytes, shape, network).seconds(num_chunks)
+
+
+def _flat(m: float, x: int, y: int, net: Network) -> Cost:
+    n = x * y
+    edges_out = 0 if y == 1 else net.ring_edges_out
+    rounds = 2 * (n - 1) / n
+    latency = rounds * ((n - edges_out * y) * net.row.latency_s + edges_out * y * net.column.latency_s)
+    leaving = rounds * m * edges_out
+    inside = rounds * m / net.row.bytes_per_s if x > 1 else 0.0
+    return Cost(latency, inside, leaving / net.column.bytes_per_s, leaving, concurrent=True)
+
+
+def _hierarchical(m: float, x: int, y: int, net: Network) -> Cost:
+    depth = math.ceil(math.log2(x))
+    latency = (x - 1 + depth) * net.row.latency_s + 2 * (y - 1) * net.column.latency_s
+    inside = (2 * (x - 1) / x + depth) * m / net.row.bytes_per_s
+    leaving = 2 * (y - 1) / y * m
+    return Cost(latency, inside, leaving / net.column.bytes_per_s, leaving)
+
+
+def _torus(m: float, x: int, y: int, net: Network) -> Cost:
+    inside = 2 * (x - 1) / x * m / net.row.bytes_per_s
+    leaving = 2 * (y - 1) / y * m
+    return Cost(_torus_latency(x, y, net), inside, leaving / net.column.bytes_per_s, leaving)
+
+
+def _split_torus(m: float, x: int, y: int, net: Network) -> Cost:
+    """Half B goes through the columns first, unreduced: X ranks of a host send all of their half between hosts."""
+    inside = (x - 1) / x * (1 + 1 / y) * m / net.row.bytes_per_s
+    leaving = (y - 1) / y * (1 + x) * m
+    return Cost(_torus_latency(x, y, net), inside, leaving / net.column.bytes_per_s, leaving, concurrent=True)
+
+
+def _torus_latency(x: int, y: int, net: Network) -> float:
+    hops_row, hops_column = (min(x - 1, 1), min(y - 1, 1)) if net.direct else (x - 1, y - 1)
+    return 2 * hops_row * net.row.latency_s + 2 * hops_column * net.column.latency_s
+
+
+_COSTS = {"flat": _flat, "hierarchical": _hierarchical, "torus": _torus, "split_torus": _split_torus}
