@@ -185,6 +185,12 @@ def test_a_failure_while_storing_leaves_no_half_written_data_set(use, tmp_path, 
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".fashion_mnist.lock"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(use, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FetchError, match=r"the cache folder .*file/cache cannot be written \(.*\); name another"):
+        fetch("fashion_mnist", cache=tmp_path / "file" / "cache")
+
+
 def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "megabatch"

