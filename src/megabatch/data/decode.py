@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megabatch.data import _jpegcrop
 from megabatch.errors import DataError
@@ -211,6 +211,8 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except _PILLOW_BOMBS as error:
         raise DataError(f"the image is absurdly large: {error}") from error
+    except UnidentifiedImageError as error:  # its text names an object in memory, of use to no one
+        raise DataError("not an image that can be read: no format that is known, or a broken header") from error
     except _PILLOW_ERRORS as error:
         raise DataError(f"not an image that can be read: {error}") from error
 
