@@ -107,6 +107,10 @@ static int is_other_frame(int marker) {
     return marker > SOF1 && marker <= SOF15 && marker != DHT;
 }
 
+static int is_marker(const uint8_t *at) {
+    return at[0] == 0xFF && at[1] != 0xFF && at[1] != 0;
+}
+
 int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *tables) {
     const uint8_t *next = data + 2, *end = data + size;
     int adobe_transform = -1;
@@ -115,8 +119,8 @@ int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *table
     jpeg->tables = tables;
     if (size < 4 || data[0] != 0xFF || data[1] != SOI) return JC_UNSUPPORTED;
     for (;;) {
-        while (end - next >= 2 && next[0] == 0xFF && next[1] == 0xFF) next++;
-        if (end - next < 4 || next[0] != 0xFF) return JC_DAMAGED;
+        while (end - next >= 4 && !is_marker(next)) next++; /* fill bytes, and stray ones, which do no harm */
+        if (end - next < 4) return JC_DAMAGED;
         int marker = next[1];
         size_t length = (size_t)(next[2] << 8 | next[3]);
         if (marker == TEM || (marker >= RST0 && marker <= EOI)) return JC_DAMAGED;
