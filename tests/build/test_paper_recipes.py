@@ -1,4 +1,4 @@
-"""Every paper's recipe at its full global batch: real optimizer, schedule, spans and batch; a small net, tiny images."""
+"""Every paper's recipe at its full global batch: real optimizer, schedule and spans; a small net on tiny images."""
 
 import dataclasses
 import math

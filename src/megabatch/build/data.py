@@ -39,6 +39,8 @@ def open_data(
 
     `probe` looks for damaged files too (at most `PROBED_FILES` a set).
     """
+    if site.data is None and recipe.dataset == "folder":
+        raise DataError(f"recipe {recipe.name} has no data set of its own; --data PATH names yours, a class per folder")
     if site.data is None:
         fetched = fetch.fetch(recipe.dataset, cache=site.cache, on_progress=on_progress)
         return Data(*fetch.load(recipe.dataset, cache=site.cache), fetched.source)

@@ -22,7 +22,7 @@ from megabatch.comm.launch import World, from_first
 from megabatch.data.loader import TrainLoader
 from megabatch.data.split import micro_batches
 from megabatch.errors import CheckpointError
-from megabatch.observe.curve import against_curve
+from megabatch.observe.curve import against_curve, curve_text
 from megabatch.observe.environment import describe
 from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
@@ -78,7 +78,7 @@ def open_run(
         state = _build_state(recipe, site, world=world, micro_batch_size=micro_batch_size)
         resumed_from = _resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None
         _check_same_weights(state.module, world)
-        model, report = _wrap(recipe, state, site, world=world, stack=stack)
+        model, report = _wrap(recipe, state, site, folder, world=world, stack=stack)
         if world.is_first:
             _describe_run(sinks, recipe, site, data, world, micro_batch_size, state, resumed_from)
         loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
@@ -169,7 +169,7 @@ def _check_same_weights(module: nn.Module, world: World) -> None:
 
 
 def _wrap(
-    recipe: Recipe, state: TrainState, site: Site, *, world: World, stack: contextlib.ExitStack
+    recipe: Recipe, state: TrainState, site: Site, folder: Path, *, world: World, stack: contextlib.ExitStack
 ) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
     """The module as it is called in training: alone, or with gradients exchanged as they become ready."""
     if world.world_size == 1:
@@ -186,6 +186,8 @@ def _wrap(
     stack.callback(wrapped.exchange_state.close)
     _rehearse(recipe, state, wrapped, world=world)
     timeline.finish_step()
+    if world.is_first:
+        stack.callback(timeline.to_chrome_trace, folder / "timeline.json")
     return wrapped, timeline.finish_step
 
 
@@ -314,7 +316,7 @@ def _evaluation_event(recipe: Recipe, state: TrainState, result: Evaluation, sec
     event |= {"top5": result.top5, "loss": result.loss, "num_samples": result.num_samples, "seconds": seconds}
     place = against_curve(recipe.published_curve, epoch, result.top1)
     if place is not None:
-        event |= {"against_curve": place, "remark": f"{place} the published curve"}
+        event |= {"against_curve": place, "remark": curve_text(recipe.published_curve, epoch, result.top1)}
     return event
 
 

@@ -127,7 +127,7 @@ def _evaluation_is_due(run: Run, settings: StepSettings) -> bool:
         return True
     before = (settings.first / run.num_train_images - run.eval_offset_epochs) / run.eval_every_epochs
     after = (run.state.samples_seen / run.num_train_images - run.eval_offset_epochs) / run.eval_every_epochs
-    return math.floor(after + 1e-9) > max(0, math.floor(before + 1e-9))
+    return math.floor(after + 1e-9) > max(-1, math.floor(before + 1e-9))
 
 
 def _checkpoint_is_due(run: Run) -> bool:
