@@ -52,11 +52,11 @@ def test_batches_made_beside_heavy_work_on_the_gpu_are_whole_when_they_are_used(
     requests = [(range(p, p + 48), 64) for p in range(0, 48 * 30, 48)]
     busy, kept = torch.randn(4096, 4096, device="cuda"), []
     for batch in gpu.batches(requests):
-        busy = busy @ busy / 64
+        busy = (busy @ busy).tanh()
         kept.append(batch.images * 1.0)  # used on the main stream, at once
         batch.images.zero_()  # and the batch's memory may be given away right after
         del batch
-    assert torch.isfinite(busy).any()
+    assert bool(torch.isfinite(busy).all())
     for images, (positions, resolution) in zip(kept, requests, strict=True):
         expected = cpu.load(positions, resolution=resolution).images
         torch.testing.assert_close(images.cpu(), expected, rtol=1e-4, atol=1e-4)
