@@ -120,8 +120,11 @@ def _local_gradients(grad: Tensor, input: Tensor, mean: Tensor, variance: Tensor
     """Sums over the local samples of dy and of dy * h."""
     if not len(input):
         return torch.zeros_like(mean), torch.zeros_like(mean)
-    _, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
-        grad, input, torch.ones_like(mean), mean, variance, None, None, False, eps, [False, True, True]
+    ones, deviation = torch.ones_like(mean), torch.rsqrt(variance + eps)
+    _, weight_grad, bias_grad = (
+        torch.ops.aten.native_batch_norm_backward(  # CUDA wants the saved pair, the CPU the other
+            grad, input, ones, mean, variance, mean, deviation, False, eps, [False, True, True]
+        )
     )
     return bias_grad, weight_grad
 
