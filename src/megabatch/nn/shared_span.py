@@ -120,11 +120,12 @@ def _local_gradients(grad: Tensor, input: Tensor, mean: Tensor, variance: Tensor
     """Sums over the local samples of dy and of dy * h."""
     if not len(input):
         return torch.zeros_like(mean), torch.zeros_like(mean)
-    ones, deviation = torch.ones_like(mean), torch.rsqrt(variance + eps)
-    _, weight_grad, bias_grad = (
-        torch.ops.aten.native_batch_norm_backward(  # CUDA wants the saved pair, the CPU the other
-            grad, input, ones, mean, variance, mean, deviation, False, eps, [False, True, True]
-        )
+    if input.is_cuda and input.element_size() == 2 and input.dim() == 4:
+        # The kernel for other formats rounds these sums to 16 bit (torch 2.11); no copy where they are channels_last.
+        grad, input = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, input))
+    saved = (mean, variance, mean, torch.rsqrt(variance + eps))  # the CPU wants the first pair, CUDA the second
+    _, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+        grad, input, torch.ones_like(mean), *saved, False, eps, [False, True, True]
     )
     return bias_grad, weight_grad
 
