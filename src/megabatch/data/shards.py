@@ -28,7 +28,58 @@ _MAX_OPEN_FILES = 128
 _COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-class ShardSource:
+class IndexedShards:
+    """Samples of tars whose indices are at hand; where the bytes come from is left to `_read_at`."""
+
+    def __init__(
+        self, names: Sequence[str], indices: Sequence[ShardIndex], class_names: Sequence[str] | None = None
+    ) -> None:
+        self._shard_names = names
+        self.shard_sizes: Sequence[int] = [len(index) for index in indices]
+        self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._offsets = np.concatenate([index.records["offset"] for index in indices])
+        self.sizes = np.concatenate([index.records["size"] for index in indices])
+        self.class_names = tuple(class_names or _names_of_labels(indices))
+        self.labels: npt.NDArray[np.int64] = _labels(names, indices, self.class_names)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, index: int) -> bytes:
+        """The image file of one sample.
+
+        Raises:
+            DataError: the shard has become shorter than it was.
+        """
+        return self._read_at(self.shard_of(index), int(self._offsets[index]), int(self.sizes[index]))
+
+    def name(self, index: int) -> str:
+        """Shard and member, such as `train-000003.tar:dog/0017.jpg`."""
+        shard = self.shard_of(index)
+        member = self._index_of(shard).name(index - int(self._first[shard]))
+        return f"{self._shard_names[shard]}:{member}"
+
+    def member_names(self) -> Iterator[str]:
+        """The name that each sample's image has in its tar, in index order."""
+        for shard in range(len(self.shard_sizes)):
+            index = self._index_of(shard)
+            yield from map(index.name, range(len(index)))
+
+    def shard_of(self, index: int) -> int:
+        """The number of the shard that holds a sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def _index_of(self, shard: int) -> ShardIndex:
+        """Read anew each time it is asked for: names are wanted rarely, and would take up much memory."""
+        raise NotImplementedError
+
+
+class ShardSource(IndexedShards):
     """Samples of one or more tar shards, in the order of the files given, as an `EncodedSource`.
 
     Args:
@@ -42,43 +93,16 @@ class ShardSource:
 
     def __init__(self, paths: Path | str | Iterable[Path | str], *, class_names: Sequence[str] | None = None) -> None:
         self._paths = _shard_paths(paths)
+        names = [path.name for path in self._paths]
         indices = [open_index(path) for path in self._paths]
-        self.shard_sizes: Sequence[int] = [len(index) for index in indices]
-        self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._offsets = np.concatenate([index.records["offset"] for index in indices])
-        self.sizes = np.concatenate([index.records["size"] for index in indices])
-        self.class_names = tuple(class_names or _class_names(self._paths[0].parent, indices))
-        self.labels: npt.NDArray[np.int64] = _labels(self._paths, indices, self.class_names)
-        self._files = _OpenFiles(_MAX_OPEN_FILES)
+        super().__init__(names, indices, class_names or _names_beside(self._paths[0].parent))
+        self._files = OpenFiles(_MAX_OPEN_FILES)
 
-    def __len__(self) -> int:
-        return int(self._first[-1])
+    def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        return self._files.read(self._paths[shard], offset, size)
 
-    def read(self, index: int) -> bytes:
-        """The image file of one sample.
-
-        Raises:
-            DataError: the shard has become shorter than it was.
-        """
-        shard, _ = self._find(index)
-        return self._files.read(self._paths[shard], int(self._offsets[index]), int(self.sizes[index]))
-
-    def name(self, index: int) -> str:
-        """Shard and member, such as `train-000003.tar:dog/0017.jpg`."""
-        shard, row = self._find(index)
-        return f"{self._paths[shard].name}:{open_index(self._paths[shard]).name(row)}"
-
-    def member_names(self) -> Iterator[str]:
-        """The name that each sample's image has in its tar, in index order."""
-        for path in self._paths:
-            index = open_index(path)
-            yield from map(index.name, range(len(index)))
-
-    def _find(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        return shard, index - int(self._first[shard])
+    def _index_of(self, shard: int) -> ShardIndex:
+        return open_index(self._paths[shard])
 
 
 def open_shards(path: Path | str) -> tuple[ShardSource, ShardSource]:
@@ -125,36 +149,43 @@ def _shard_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
     return found
 
 
-def _class_names(folder: Path, indices: Sequence[ShardIndex]) -> Sequence[str]:
-    beside = [folder, folder.parent] if folder.name in {"train", "val"} else [folder]
-    for place in beside:
+def read_class_names(text: str) -> list[str]:
+    """The lines of a `classes.txt`."""
+    return text.removesuffix("\n").split("\n")
+
+
+def _names_beside(folder: Path) -> list[str] | None:
+    for place in [folder, folder.parent] if folder.name in {"train", "val"} else [folder]:
         if (place / CLASSES_FILE).is_file():
-            text = (place / CLASSES_FILE).read_text(encoding="utf-8", errors="surrogateescape")
-            return text.removesuffix("\n").split("\n")
+            return read_class_names((place / CLASSES_FILE).read_text(encoding="utf-8", errors="surrogateescape"))
+    return None
+
+
+def _names_of_labels(indices: Sequence[ShardIndex]) -> list[str]:
     texts = sorted({text for index in indices for text in index.label_texts})
     if all(text.isdecimal() for text in texts):
         return [str(number) for number in range(1 + max((int(text) for text in texts), default=0))]
     return texts
 
 
-def _labels(paths: Sequence[Path], indices: Sequence[ShardIndex], class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+def _labels(names: Sequence[str], indices: Sequence[ShardIndex], class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     by_name = {name: number for number, name in enumerate(class_names)}
     parts = []
-    for path, index in zip(paths, indices, strict=True):
-        numbers = [_class_of(text, by_name, path) for text in index.label_texts]
+    for name, index in zip(names, indices, strict=True):
+        numbers = [_class_of(text, by_name, name) for text in index.label_texts]
         parts.append(np.array(numbers, dtype=np.int64)[index.records["label"]])
     return np.concatenate(parts)
 
 
-def _class_of(text: str, by_name: dict[str, int], path: Path) -> int:
+def _class_of(text: str, by_name: dict[str, int], shard: str) -> int:
     if text in by_name:
         return by_name[text]
     if text.isdecimal() and int(text) < len(by_name):
         return int(text)
-    raise DataError(f"{path}: label '{text}' is neither a class name nor a number below {len(by_name)}")
+    raise DataError(f"{shard}: label '{text}' is neither a class name nor a number below {len(by_name)}")
 
 
-class _OpenFiles:
+class OpenFiles:
     """The files read last, kept open; one that is let go closes when the last reader is done with it."""
 
     def __init__(self, limit: int) -> None:
@@ -163,11 +194,21 @@ class _OpenFiles:
         self._lock = threading.Lock()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; DataError if the file ends before.
+
+        Raises:
+            FileNotFoundError: the file is gone. One that is open is read on, even if it has been deleted since.
+        """
         file = self._get(path)  # held until the read is done: letting go of it may close it
         data = os.pread(file.descriptor, size, offset)
         if len(data) != size:
             raise DataError(f"{path} ends before byte {offset + size}; it has been cut since it was indexed")
         return data
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file is open."""
+        with self._lock:
+            return path in self._files
 
     def _get(self, path: Path) -> "_File":
         with self._lock:

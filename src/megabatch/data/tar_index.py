@@ -73,7 +73,7 @@ def open_index(tar: Path) -> ShardIndex:
     """
     if not tar.is_file():
         raise DataError(f"there is no file {tar}; needed: a tar of images, for example train-000000.tar")
-    index = _load(index_path(tar))
+    index = load_index(index_path(tar))
     if index is None or not _fits(index, tar):
         index = build_index(tar)
         with contextlib.suppress(OSError):  # a folder that may not be written to: indexed anew each time
@@ -221,7 +221,7 @@ def _fits(index: ShardIndex, tar: Path) -> bool:
     return all(index.header.get(name) == value for name, value in _identity(tar).items())
 
 
-def _load(path: Path) -> ShardIndex | None:
+def load_index(path: Path) -> ShardIndex | None:
     """The index in a file; None if there is none, or not one that can be used."""
     try:
         whole = path.read_bytes()
