@@ -1,8 +1,8 @@
 """Lists of tensors on which one operation works at once, and the optimizer class that keeps them.
 
 torch's multi-tensor operations (`torch._foreach_*`) spare a GPU thousands of launches. On a CPU they read all tensors
-from memory again for each operation, so there the lists are cut into blocks that stay in cache from one operation
-to the next.
+from memory again for each operation, so there the lists are cut into parts and blocks that stay in cache from one
+operation to the next.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,11 @@ Number = float | Tensor
 
 Group = dict[str, Any]
 
+PART_ELEMENTS = 2**20
+"""On a CPU, tensors of up to 4 MiB of fp32 go through a whole step, norms and update, before the next ones."""
+
 BLOCK_ELEMENTS = 2**18
-"""1 MiB of fp32 for each of weight, gradient and state; timed in benchmarks/optimizer.py."""
+"""On a CPU, 1 MiB of fp32 goes through an update's operations at a time; both timed in benchmarks/optimizer.py."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class MultiTensorOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _refuse_capture(group)
-            for tensors in self._gather(group):
+            for parameters, dtype in _alike([p for p in group["params"] if p.grad is not None]):
+                tensors = self._lists(parameters, dtype)
                 self.update(group, tensors)
                 tensors.write_back()
             self.finish(group)
@@ -112,13 +116,6 @@ class MultiTensorOptimizer(Optimizer):
                         device=parameter.device, dtype=wide_dtype(parameter.dtype), copy=True
                     )
 
-    def _gather(self, group: Group) -> list[TensorLists]:
-        lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        return [self._lists(parameters, wide_dtype(dtype)) for (_, dtype), parameters in lists.items()]
-
     def _lists(self, parameters: list[Tensor], dtype: torch.dtype) -> TensorLists:
         gradients = [_dense_gradient(p) for p in parameters]
         if any(gradient.dtype != dtype for gradient in gradients):
@@ -133,6 +130,30 @@ class MultiTensorOptimizer(Optimizer):
             for name in self.state_names:
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
+
+
+def _alike(parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], torch.dtype]]:
+    """Lists of parameters of one device and dtype, with the wide dtype; on a CPU no longer than stays in cache."""
+    lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for (device, dtype), alike in lists.items():
+        for part in _parts(alike) if device.type == "cpu" else [alike]:
+            yield part, wide_dtype(dtype)
+
+
+def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Whole tensors, in order, of at most `PART_ELEMENTS` elements together, or one larger tensor alone."""
+    part: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        if part and filled + tensor.numel() > PART_ELEMENTS:
+            yield part
+            part, filled = [], 0
+        part.append(tensor)
+        filled += tensor.numel()
+    if part:
+        yield part
 
 
 def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
@@ -150,7 +171,7 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
     for index, tensors in enumerate(zip(*lists, strict=True)):
         size = tensors[0].numel()
         if size > BLOCK_ELEMENTS and laid_out_alike(tensors):
-            for pieces in zip(*(torch.split(_flat(t), BLOCK_ELEMENTS) for t in tensors), strict=True):
+            for pieces in zip(*(torch.split(flat(t), BLOCK_ELEMENTS) for t in tensors), strict=True):
                 yield [index], [[piece] for piece in pieces]
             continue
         if filled + size > BLOCK_ELEMENTS and indices:
@@ -244,5 +265,6 @@ def _is_flat(tensor: Tensor) -> bool:
     return channels_last or tensor.is_contiguous()
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
+    """The elements in the order they lie in memory, of a tensor that is contiguous in either memory format."""
     return tensor.view(-1) if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1).view(-1)

@@ -5,14 +5,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megabatch.optim.multi_tensor import Number
+from megabatch.optim.multi_tensor import Number, flat, laid_out_alike
 
 Denominator = Literal["sum", "update", "gradient"]
 
 
+ROWS = 64
+"""Into how many rows a large tensor is cut for its norm: at least the cores that shall share it."""
+
+LARGE_ELEMENTS = 2**16
+
+
 def norms(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, as one vector on their device (Yamazaki et al. 2019, 1903.12650: batched)."""
-    return torch.stack(torch._foreach_norm(tensors))
+    """Euclidean norm of each tensor, as one vector on their device (Yamazaki et al. 2019, 1903.12650: batched).
+
+    On a CPU torch takes the norm of one tensor on one core. So large tensors go as rows, which all cores share, each
+    reading the part that it will update.
+    """
+    if not any(map(_takes_rows, tensors)):
+        return torch.stack(torch._foreach_norm(tensors))
+    return torch.stack([_norm_by_rows(t) if _takes_rows(t) else torch.linalg.vector_norm(t) for t in tensors])
+
+
+def _takes_rows(tensor: Tensor) -> bool:
+    size = tensor.numel()
+    return tensor.device.type == "cpu" and size >= LARGE_ELEMENTS and size % ROWS == 0 and laid_out_alike((tensor,))
+
+
+def _norm_by_rows(tensor: Tensor) -> Tensor:
+    rows: Tensor = torch.linalg.vector_norm(flat(tensor).view(ROWS, -1), dim=1)
+    return torch.stack(torch._foreach_norm([rows]))[0]
 
 
 def norms_of_pieces(pieces: list[tuple[list[int], list[Tensor]]]) -> Tensor:
