@@ -100,14 +100,17 @@ def test_save_and_load_in_mid_run_changes_no_bit(dtype: torch.dtype, foreach: bo
 @PATHS
 def test_a_tensor_rate_steps_as_the_number_does(foreach: bool | None) -> None:
     finals = []
-    for lr in (0.05, torch.tensor(0.05, dtype=torch.float64)):
+    tensor = torch.tensor(0.05, dtype=torch.float64)
+    for lr, capturable in ((0.05, False), (tensor, False), (tensor, True)):
         w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
-        optimizer = LAMB([w, nn.Parameter(torch.ones(1))], lr=lr, weight_decay=0.1, foreach=foreach)
+        groups = [w, nn.Parameter(torch.ones(1))]
+        optimizer = LAMB(groups, lr=lr, weight_decay=0.1, foreach=foreach, capturable=capturable)
         for gradient in (1.0, -0.5):
             w.grad = torch.full((2,), gradient, dtype=torch.float64)
             optimizer.step()
         finals.append(w.detach())
     torch.testing.assert_close(finals[1], finals[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(finals[2], finals[0], rtol=1e-12, atol=0)
 
 
 def test_all_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

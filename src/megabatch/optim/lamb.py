@@ -80,7 +80,8 @@ class LAMB(MultiTensorOptimizer):
         check_number(group, "weight_decay", low=0.0, example=0.01)
         check_capturable(group)
         if group["capturable"] and not isinstance(group["step"], Tensor):
-            group["step"] = torch.full_like(group["lr"], float(group["step"]), dtype=torch.float32)
+            # float64, since 1 - 0.999^t loses five of fp32's seven digits
+            group["step"] = torch.full_like(group["lr"], float(group["step"]), dtype=torch.float64)
 
     def update(self, group: Group, tensors: TensorLists) -> None:
         """Moves weights and both moments by one step."""
@@ -136,16 +137,22 @@ def _updates_together(
 ) -> list[Tensor]:
     """u, corrections moved to where they cost least: (m / (sqrt(n) + eps c)) (c / c1) + beta w with c = sqrt(c2)."""
     root = corrections[1] ** 0.5
+    offset, factor = (_in_dtype_of(weights[0], number) for number in (group["eps"] * root, root / corrections[0]))
     torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
     torch._foreach_mul_(squares, group["beta2"])
     torch._foreach_addcmul_(squares, gradients, gradients, value=1 - group["beta2"])
     divisors = torch._foreach_sqrt(squares)
-    torch._foreach_add_(divisors, group["eps"] * root)
+    torch._foreach_add_(divisors, offset)
     updates = list(torch._foreach_div(means, divisors))
-    torch._foreach_mul_(updates, root / corrections[0])
+    torch._foreach_mul_(updates, factor)
     if isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
         add_scaled_(updates, weights, group["weight_decay"])
     return updates
+
+
+def _in_dtype_of(tensor: Tensor, number: Number) -> Number:
+    """A 0-d tensor in the lists' dtype, without which a GPU would take one tensor after another."""
+    return number.to(tensor.dtype) if isinstance(number, Tensor) else number
 
 
 def _step_each(

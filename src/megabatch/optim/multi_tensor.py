@@ -112,9 +112,8 @@ class MultiTensorOptimizer(Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in saved.get(number, {}).items():
                 if name in self.state_names:
-                    self.state[parameter][name] = value.detach().to(
-                        device=parameter.device, dtype=wide_dtype(parameter.dtype), copy=True
-                    )
+                    own = torch.empty_like(parameter, dtype=wide_dtype(parameter.dtype), requires_grad=False)
+                    self.state[parameter][name] = own.copy_(value.detach())
 
     def _lists(self, parameters: list[Tensor], dtype: torch.dtype) -> TensorLists:
         gradients = [_dense_gradient(p) for p in parameters]
