@@ -1,0 +1,141 @@
+"""`megabatch data fetch|pack|check`: get a known data set, pack one into shards, find and mend bad files."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megabatch.data.check import CheckReport, Problem
+
+data_app = typer.Typer(
+    help="Get, pack and check data sets.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+_SHOWN = 200
+
+
+@data_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A known data set, for example fashion-mnist.")],
+    cache: Annotated[Path | None, typer.Option(help="Where it is kept; default ~/.cache/megabatch.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="A folder that already has the published files.")] = None,
+) -> None:
+    """Gets a data set from the first source that serves it, verifies it, and says where it is."""
+    from megabatch.data.fetch import fetch as fetch_data
+
+    fetched = fetch_data(name, cache=cache, folder=folder, on_progress=lambda line: typer.echo(line, err=True))
+    typer.echo(f"{fetched.path} (from {fetched.source})")
+
+
+@data_app.command()
+def pack(
+    src: Annotated[Path, typer.Argument(help="Folder of images, tar, or folder of tars or parquet files.")],
+    dst: Annotated[Path, typer.Argument(help="Folder for the shards; work that was broken off is taken up.")],
+    shard_mib: Annotated[float, typer.Option(help="Size of a shard.", min=0.001)] = 256,
+    max_side: Annotated[int | None, typer.Option(help="Reduce longer sides to this many pixels.", min=1)] = None,
+    quality: Annotated[int | None, typer.Option(help="Make all images JPEGs of this quality.", min=1, max=100)] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
+) -> None:
+    """Packs images into indexed tar shards that any WebDataset reader takes; files stay as they are by default."""
+    from megabatch.data.pack import pack as pack_data
+
+    with _progress("packing") as on_progress:
+        report = pack_data(
+            src,
+            dst,
+            shard_bytes=int(shard_mib * (1 << 20)),
+            max_side=max_side,
+            quality=quality,
+            skip_bad=skip_bad,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    for name, reason in report.skipped:
+        typer.echo(f"left out {_printable(name)}: {reason}")
+    counts = ", ".join(f"{count:,} {part}" for part, count in report.num_samples.items())
+    kept = f", {report.num_kept_shards} of them from before" if report.num_kept_shards else ""
+    typer.echo(f"{counts} images of {len(report.class_names)} classes in {report.num_shards} shards{kept}")
+    typer.echo(f"{report.num_bytes / (1 << 20):,.1f} MiB, {report.num_reencoded:,} re-encoded; {report.folder}")
+
+
+@data_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder of images, tar shards or parquet files.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Rewrite what can be; the old file stays as .orig.")] = False,
+    exclude: Annotated[bool, typer.Option("--exclude", help="Move bad files to PATH.excluded.")] = False,
+    into: Annotated[Path | None, typer.Option(help="Put repaired or excluded files there instead.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Odd files count as bad, too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every problem there.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
+) -> None:
+    """Decodes every image and names the bad and the odd ones. Ends with 1 if bad ones remain, else with 0."""
+    from megabatch.data.check import check as check_data
+
+    with _progress("checking") as on_progress:
+        report = check_data(path, workers=workers, on_progress=on_progress)
+    _list(report)
+    if json_file is not None:
+        json_file.write_text(_as_json(report), encoding="utf-8")
+    remaining = _mend(report, repair=repair, exclude=exclude, into=into)
+    if any(strict or problem.is_bad for problem in remaining):
+        raise typer.Exit(1)
+
+
+def _mend(report: "CheckReport", *, repair: bool, exclude: bool, into: Path | None) -> "list[Problem]":
+    """What is left after the repairs and exclusions that were asked for."""
+    from dataclasses import replace
+
+    from megabatch.data import repair as repairs
+
+    for wanted, mend, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
+        if not wanted:
+            continue
+        mended = mend(report, into=into)
+        for problem, where in mended.done:
+            typer.echo(f"{verb} {_printable(problem.name)} ({problem.kind}): now {_printable(str(where))}")
+        report = replace(report, problems=mended.remaining)
+    return report.problems
+
+
+def _list(report: "CheckReport") -> None:
+    for problem in report.problems[:_SHOWN]:
+        mark = "bad" if problem.is_bad else "odd"
+        typer.echo(f"{mark}  {problem.kind:18} {_printable(problem.name)}: {_printable(problem.detail)}")
+    if len(report.problems) > _SHOWN:
+        typer.echo(f"... and {len(report.problems) - _SHOWN:,} more; --json FILE writes all of them")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.count().items()))
+    odd = len(report.problems) - len(report.bad)
+    typer.echo(f"{report.num_images:,} images, {len(report.bad)} bad, {odd} odd" + (f": {kinds}" if kinds else ""))
+
+
+def _as_json(report: "CheckReport") -> str:
+    problems = [
+        {"name": problem.name, "kind": problem.kind, "bad": problem.is_bad, "detail": problem.detail}
+        for problem in report.problems
+    ]
+    return json.dumps({"images": report.num_images, "problems": problems}, indent=1) + "\n"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, nothing in a log."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,118 @@
+"""`megabatch data` and `megabatch bench input`, as a person meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from megabatch.cli.bench_input import bench_input
+from megabatch.cli.data import data_app
+from megabatch.errors import DataError
+from photographs import encode, photograph
+
+app = typer.Typer()
+app.add_typer(data_app, name="data")
+app.command("bench-input")(bench_input)
+
+
+def run(*words: object) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(3):
+                data = encode(photograph(60, 80, seed=10 * number + i + (5 if part == "val" else 0)))
+                (tmp_path / "set" / part / name / f"{i}.jpg").write_bytes(data)
+    return tmp_path / "set"
+
+
+def test_pack_says_what_it_made_and_what_it_kept(folder, tmp_path):
+    result = run("data", "pack", folder, tmp_path / "out", "--shard-mib", 0.01)
+    assert result.exit_code == 0
+    assert "6 train, 6 val images of 2 classes" in result.output
+    assert "0 re-encoded" in result.output
+    assert "of them from before" in run("data", "pack", folder, tmp_path / "out", "--shard-mib", 0.01).output
+    assert "12 re-encoded" in run("data", "pack", folder, tmp_path / "small", "--max-side", 40).output
+
+
+def test_pack_names_what_it_leaves_out(folder, tmp_path):
+    (folder / "train" / "cat" / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="0\\.jpg"):
+        run("data", "pack", folder, tmp_path / "out", "--max-side", 40)
+    result = run("data", "pack", folder, tmp_path / "out", "--max-side", 40, "--skip-bad")
+    assert "left out" in result.output
+    assert "5 train, 6 val" in result.output
+
+
+def test_check_ends_with_0_on_a_clean_set_and_with_1_while_bad_files_remain(folder, tmp_path):
+    assert run("data", "check", folder).exit_code == 0
+    (folder / "train" / "cat" / "bad.jpg").write_bytes(b"")
+    result = run("data", "check", folder, "--json", tmp_path / "problems.json")
+    assert result.exit_code == 1
+    assert "bad  empty" in result.output
+    assert "13 images, 1 bad, 0 odd: 1 empty" in result.output
+    problems = json.loads((tmp_path / "problems.json").read_text())["problems"]
+    assert problems == [{"name": "train/cat/bad.jpg", "kind": "empty", "bad": True, "detail": "0 bytes"}]
+    result = run("data", "check", folder, "--exclude")
+    assert result.exit_code == 0
+    assert "moved train/cat/bad.jpg (empty)" in result.output
+    assert (tmp_path / "set.excluded" / "train" / "cat" / "bad.jpg").exists()
+    assert run("data", "check", folder).exit_code == 0
+
+
+def test_odd_files_count_only_when_strict_and_repair_mends_them(folder):
+    (folder / "train" / "cat" / "odd.jpg").write_bytes(encode(photograph(60, 80, 99), "PNG"))
+    assert run("data", "check", folder).exit_code == 0
+    assert run("data", "check", folder, "--strict").exit_code == 1
+    result = run("data", "check", folder, "--strict", "--repair")
+    assert result.exit_code == 0
+    assert "repaired train/cat/odd.jpg (wrong ending)" in result.output
+    assert (folder / "train" / "cat" / "odd.png").exists()
+    assert run("data", "check", folder, "--strict").exit_code == 0
+
+
+def test_names_that_would_break_the_line_are_shown_with_escapes(folder):
+    (folder / "train" / "cat" / "two\nlines.jpg").write_bytes(b"")
+    assert "two\\nlines.jpg" in run("data", "check", folder).output
+
+
+def test_a_long_list_is_cut_and_says_where_the_rest_is(folder, monkeypatch):
+    monkeypatch.setattr("megabatch.cli.data._SHOWN", 2)
+    for i in range(5):
+        (folder / "train" / "cat" / f"bad{i}.jpg").write_bytes(b"")
+    result = run("data", "check", folder)
+    assert "... and 3 more; --json FILE writes all of them" in result.output
+
+
+def test_fetch_says_where_the_data_is_and_who_served_it(monkeypatch, tmp_path):
+    from megabatch.data.fetch import Fetched
+
+    def served(name, *, cache, folder, on_progress):
+        on_progress("asking")
+        return Fetched(tmp_path / name, "a friend")
+
+    monkeypatch.setattr("megabatch.data.fetch.fetch", served)
+    result = run("data", "fetch", "cifar10")
+    assert f"{tmp_path / 'cifar10'} (from a friend)" in result.output
+
+
+def test_bench_input_names_every_stage_and_the_bottleneck(folder, tmp_path):
+    result = run("bench-input", "--data", folder, "--seconds", 0.01, "--resolution", 32, "--json", tmp_path / "n.json")
+    assert result.exit_code == 0
+    for word in ("read", "decode at the crop", "augment", "copy", "loader: ", "bottleneck: ", "would help: "):
+        assert word in result.output
+    assert {stage["name"] for stage in json.loads((tmp_path / "n.json").read_text())["stages"]} == {
+        "read",
+        "decode at the crop",
+        "augment",
+        "copy",
+    }
