@@ -58,7 +58,7 @@ def run(folder: Path, settings: dict[str, str]) -> float:
     events = folder / "events.jsonl"
     if not (events.exists() and '"run_end"' in events.read_text()):
         command = [sys.executable, "-m", "megabatch", "train", "fashion_mnist", "--workers", "2", "--quiet"]
-        command += ["--precision", "fp32", "--output", str(folder)] + (["--resume"] if events.exists() else [])
+        command += ["--output", str(folder)] + (["--resume"] if events.exists() else [])
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

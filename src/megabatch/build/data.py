@@ -85,6 +85,7 @@ def build_train_loader(
         max_crop_area=recipe.max_crop_area,
         min_crop_aspect=recipe.min_crop_aspect,
         max_crop_aspect=recipe.max_crop_aspect,
+        center_crop_ratio=recipe.eval_crop_ratio,
         flip=recipe.flip,
         cutout_size=recipe.cutout_size,
         mixup_alpha=recipe.mixup_alpha,
