@@ -1,10 +1,13 @@
 """The collectives that the algorithms are made of, on any backend, each on one group and asynchronous.
 
-Gloo's `reduce_scatter_tensor` sends as many bytes as an all-reduce; here gloo (and every backend but NCCL) exchanges
-the shards with `all_to_all_single` and sums them locally, which sends what the formula says, in one hop, and adds in
-fp32 whatever the wire's type is.
+Gloo's `reduce_scatter_tensor` sends as many bytes as an all-reduce, and its all-gather walks a ring. Here gloo (and
+every backend but NCCL) exchanges the shards from each to each by point-to-point messages and sums them locally: what
+the formula says is sent, and sums are in fp32 whatever the wire's type is. Small shards all leave at once, one hop.
+Large ones leave in rounds; in round k rank r sends to r + k and receives from r - k, so every link carries one message
+at a time and none is shared by two while another idles.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +25,38 @@ class Work(Protocol):
     def wait(self) -> Any: ...
 
 
-class _Works:
-    """Several works as one."""
+DIRECT_BYTES = 2**17  # a message up to which latency outweighs the sharing of links
+ROUNDS_AHEAD = 2  # messages under way per rank in rounds: one on the wire, the next one ready behind it
 
-    def __init__(self, works: list[Work]) -> None:
-        self._works = works
+
+class _Exchange:
+    """Messages between a rank and each other rank of its group, as one work."""
+
+    def __init__(self, send: Sequence[Tensor], receive: Sequence[Tensor], group: dist.ProcessGroup, tag: int) -> None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self._rounds = self._make(send, receive, group, tag, rank, size)
+        ahead = size if send[0].nbytes <= DIRECT_BYTES else ROUNDS_AHEAD
+        self._under_way = [works for _, works in zip(range(ahead), self._rounds, strict=False)]
+
+    def _make(
+        self,
+        send: Sequence[Tensor],
+        receive: Sequence[Tensor],
+        group: dist.ProcessGroup,
+        tag: int,
+        rank: int,
+        size: int,
+    ) -> Iterator[tuple[Work, Work]]:
+        for step in range(1, size):
+            to, source = (rank + step) % size, (rank - step) % size
+            incoming = _work(dist.irecv(receive[source], group=group, group_src=source, tag=tag))
+            yield incoming, _work(dist.isend(send[to], group=group, group_dst=to, tag=tag))
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        while self._under_way:
+            for work in self._under_way.pop(0):
+                work.wait()
+            self._under_way += [works for _, works in zip(range(1), self._rounds, strict=False)]
 
 
 def is_native(group: dist.ProcessGroup) -> bool:
@@ -38,15 +64,17 @@ def is_native(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) == "nccl"
 
 
-def start_reduce_scatter(shard: Tensor, whole: Tensor, received: Tensor, group: dist.ProcessGroup) -> Work:
+def start_reduce_scatter(shard: Tensor, whole: Tensor, received: Tensor, group: dist.ProcessGroup, tag: int) -> Work:
     """Begin to sum `whole` over the group; `finish_reduce_scatter` leaves this rank's part of the sum in `shard`.
 
     `whole` [n * k] holds the group's n shards in rank order, `shard` [k] is this rank's slice of it, and
-    `received` [n * k] is scratch memory (unused on NCCL). Sends (n - 1) / n of `whole`.
+    `received` [n * k] is scratch memory (unused on NCCL). `tag` tells apart the exchanges that are under way in a
+    group. Sends (n - 1) / n of `whole`.
     """
     if is_native(group):
         return _work(_reduce_scatter(shard, whole, group=group, async_op=True))
-    return _work(dist.all_to_all_single(received, whole, group=group, async_op=True))
+    size = dist.get_world_size(group)
+    return _Exchange(whole.chunk(size), received.chunk(size), group, tag)
 
 
 def finish_reduce_scatter(shard: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
@@ -54,26 +82,23 @@ def finish_reduce_scatter(shard: Tensor, received: Tensor, group: dist.ProcessGr
     if is_native(group):
         return
     parts = received.view(-1, shard.numel())
+    rank = dist.get_rank(group)
     if len(parts) == 2:
-        torch.add(parts[0], parts[1], out=shard)
+        torch.add(shard, parts[1 - rank], out=shard)
     else:
+        parts[rank].copy_(shard)
         torch.sum(parts, dim=0, out=shard)
 
 
 def start_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup, tag: int) -> Work:
     """Begin to collect every rank's `shard` [k] in `whole` [n * k], of which `shard` is this rank's slice.
 
-    Gloo's own all-gather walks a ring; here each rank sends its shard to all others at once, one hop. `tag` tells
-    apart the gathers that are under way in a group. Sends (n - 1) shards.
+    Sends (n - 1) shards.
     """
     if is_native(group):
         return _work(_all_gather(whole, shard, group=group, async_op=True))
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    parts = whole.view(size, -1)
-    peers = [(rank + step) % size for step in range(1, size)]
-    receives = [dist.irecv(parts[peer], group=group, group_src=peer, tag=tag) for peer in reversed(peers)]
-    sends = [dist.isend(shard, group=group, group_dst=peer, tag=tag) for peer in peers]
-    return _Works([_work(work) for work in (*receives, *sends)])
+    size = dist.get_world_size(group)
+    return _Exchange([shard] * size, whole.chunk(size), group, tag)
 
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Work:

@@ -32,6 +32,11 @@ class Job:
     phases: list[tuple[str, float, float]] = field(default_factory=list)  # (stage, start, end), perf_counter seconds
 
     @property
+    def tag(self) -> int:
+        """Tells apart the messages of jobs under way in one group."""
+        return self.number % 2**20
+
+    @property
     def slot(self) -> int:
         """The number of the stage that the job is in."""
         return len(self.phases)
@@ -86,7 +91,8 @@ class ReduceScatter(Stage):
 
     def _launch(self, job: Job) -> Work:
         shard = job.region.chunk(self.grid.size(self.axis))[self.grid.index(self.axis)]
-        return primitives.start_reduce_scatter(shard, job.region, job.scratch(job.slot, job.region), self.group)
+        received = job.scratch(job.slot, job.region)
+        return primitives.start_reduce_scatter(shard, job.region, received, self.group, job.tag)
 
     def _finish(self, job: Job) -> None:
         whole = job.region
@@ -105,7 +111,7 @@ class AllGather(Stage):
     """Collect the shards along the axis: (n - 1) shards are sent."""
 
     def _launch(self, job: Job) -> Work:
-        return primitives.start_all_gather(job.wholes[-1], job.region, self.group, job.number % 2**20)
+        return primitives.start_all_gather(job.wholes[-1], job.region, self.group, job.tag)
 
     def _finish(self, job: Job) -> None:
         job.region = job.wholes.pop()
