@@ -49,7 +49,6 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     num_batches_tracked: Tensor
     span_sum: Tensor
     first_span: Tensor
-    span_count: Tensor
 
     def __init__(
         self,
@@ -71,10 +70,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         self.group_size = group_size
         self.accumulate_statistics = False
         self.pooled_moments: Tensor | None = None  # set while evaluation statistics are recomputed
-        for name in ("span_sum", "first_span"):  # rows: mean, unbiased variance
-            self.register_buffer(name, self.running_mean.new_zeros(2, num_features), persistent=False)
-        # One element, not 0-d: torch.compile (2.13) loses updates of a 0-d float64 buffer on the CPU.
-        self.register_buffer("span_count", self.running_mean.new_zeros(1), persistent=False)
+        for name in ("span_sum", "first_span"):  # of the step: means, unbiased variances, number of spans
+            self.register_buffer(name, self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         recompute = self.pooled_moments is not None
@@ -88,8 +85,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             self._add_pooled(normalised)
         elif self.accumulate_statistics:
             self._add_spans(normalised)
-        else:
-            self._update_running(normalised)
+        elif len(normalised.statistics):
+            self.move_averages(normalised.statistics.sum(0), self.momentum)
         return normalised.output
 
     def extra_repr(self) -> str:
@@ -131,29 +128,28 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         """Adds spans to the step's sums. No Python state, so that a captured graph can replay it."""
         statistics = normalised.statistics
         if len(statistics) and self._speaks_for_group():
-            torch.where(self.span_count == 0, statistics[0], self.first_span, out=self.first_span)
+            torch.where(self.first_span[-1:] == 0, statistics[0], self.first_span, out=self.first_span)
             self.span_sum.add_(statistics.sum(0))
-            self.span_count.add_(normalised.num_spans())
 
     def _add_pooled(self, normalised: Normalised) -> None:
         """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""
         assert self.pooled_moments is not None
         if self._speaks_for_group():
-            mean, variance = normalised.statistics.double().unbind(1)
+            mean, variance = normalised.statistics[:, :-1].double().chunk(2, dim=1)
             count = torch.as_tensor(normalised.counts, dtype=torch.float64, device=mean.device)[:, None]
             squares = variance * (count - 1).clamp(min=0) + count * mean.square()
             self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))
 
-    def _update_running(self, normalised: Normalised) -> None:
-        """One step of the running averages towards the mean over spans; none where there is no span."""
-        if len(normalised.statistics):
-            self.num_batches_tracked.add_(1)
-            self.move_averages(normalised.statistics.mean(0), normalised.num_spans() > 0, self.momentum)
+    def move_averages(self, totals: Tensor, momentum: float) -> None:
+        """running = (1 - momentum) * running + momentum * mean over spans; kept where there was no span.
 
-    def move_averages(self, statistics: Tensor, seen: Tensor | bool, momentum: float) -> None:
-        """running = (1 - momentum) * running + momentum * (mean, variance), where any were `seen`."""
+        `totals` (2C + 1): sums over spans of means and of variances, and the number of spans.
+        """
+        count = totals[-1]
+        statistics = (totals[:-1] / count.clamp(min=1)).view(2, -1)
         for running, new in zip((self.running_mean, self.running_var), statistics, strict=True):
-            running.lerp_(torch.where(torch.as_tensor(seen), new, running), momentum)
+            running.lerp_(torch.where(count > 0, new, running), momentum)
+        self.num_batches_tracked.add_(1)
 
     def _speaks_for_group(self) -> bool:
         """Whether this rank is the one of its group that counts the shared span."""

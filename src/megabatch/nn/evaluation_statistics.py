@@ -28,13 +28,15 @@ def collect_statistics(model: nn.Module, enabled: bool = True) -> None:
 def discard_step(model: nn.Module) -> None:
     """Forgets what forwards have added since the last `finish_step`: for a step that is skipped or repeated."""
     for layer in span_layers(model):
-        for total in (layer.span_sum, layer.first_span, layer.span_count):
-            total.zero_()
+        layer.span_sum.zero_()
+        layer.first_span.zero_()
 
 
 @torch.no_grad()
 def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None) -> None:
     """Brings the running averages up to date with the step's spans; call once a step, on all ranks of `group`.
+
+    Does nothing to layers that keep their own averages (see `collect_statistics`).
 
         running = (1 - stats_momentum) * running + stats_momentum * statistic
 
@@ -50,16 +52,18 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
 
     Sends one all-reduce of 2C + 1 values a layer, all layers in one message. Without torch.distributed, none.
     """
-    layers = list(span_layers(model))
+    _check_kind(eval_stats)
+    layers = [layer for layer in span_layers(model) if layer.accumulate_statistics]
     if not layers:
         return
-    _check_kind(eval_stats)
     distributed = dist.is_available() and dist.is_initialized()
-    totals = _step_totals(layers, eval_stats, rank=dist.get_rank(group) if distributed else 0)
+    totals = torch.cat([layer.first_span if eval_stats == "running" else layer.span_sum for layer in layers])
     if distributed:
+        if eval_stats == "running" and dist.get_rank(group) != 0:
+            totals.zero_()
         dist.all_reduce(totals, group=group)
     for layer, total in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
-        _update_running(layer, total, 1.0 if eval_stats == "last_batch" else layer.momentum)
+        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.momentum)
     discard_step(model)
 
 
@@ -108,23 +112,8 @@ def _check_kind(eval_stats: str) -> None:
         raise UserError(f"eval_stats={eval_stats} was given, needed one of {kinds}; eval_stats=running works")
 
 
-def _step_totals(layers: list[SpanBatchNorm2d], eval_stats: EvalStats, rank: int) -> Tensor:
-    """What this rank adds to the step's statistics: (sum of means, sum of variances, spans) by layer, flat."""
-    if eval_stats != "running":
-        return torch.cat([t for layer in layers for t in (layer.span_sum.flatten(), layer.span_count)])
-    seen = [layer.span_count.clamp(max=1) if rank == 0 else torch.zeros_like(layer.span_count) for layer in layers]
-    return torch.cat([t for layer, s in zip(layers, seen, strict=True) for t in ((layer.first_span * s).flatten(), s)])
-
-
 def _num_totals(layer: SpanBatchNorm2d) -> int:
     return 2 * layer.num_features + 1
-
-
-def _update_running(layer: SpanBatchNorm2d, total: Tensor, momentum: float) -> None:
-    """One step of the running average; a layer that saw no span keeps its own."""
-    count = total[-1]
-    layer.move_averages((total[:-1] / count.clamp(min=1)).view(2, -1), count > 0, momentum)
-    layer.num_batches_tracked.add_(1)
 
 
 def _set_pooled(layer: SpanBatchNorm2d, moments: Tensor) -> None:

@@ -11,12 +11,8 @@ class Normalised(NamedTuple):
     """What a training forward yields."""
 
     output: Tensor  # as the input
-    statistics: Tensor  # (spans, 2, C): mean and unbiased variance of each span
-    counts: Tensor | list[int]  # values per channel in each span; on the device where only the group knows them
-
-    def num_spans(self) -> Tensor | int:
-        """Spans that hold a value; a group of ranks that brought no sample has none."""
-        return (self.counts > 0).sum() if isinstance(self.counts, Tensor) else len(self.counts)
+    statistics: Tensor  # (spans, 2C + 1): means, unbiased variances, and 1, or 0 where a group brought no sample
+    counts: Tensor | list[int]  # values per channel in each span; a tensor where only the group's sum tells
 
 
 def normalise_own_spans(
@@ -29,9 +25,9 @@ def normalise_own_spans(
     its output is the bias.
     """
     spans = _split(input, span)
-    statistics = like.new_zeros(len(spans), 2, len(like))
+    statistics = like.new_ones(len(spans), 2 * len(like) + 1)
     counts = [num_values(x) for x in spans]
-    outputs = [_normalise(x, weight, bias, rows, eps) for x, rows in zip(spans, statistics, strict=True)]
+    outputs = [_normalise(x, weight, bias, row, eps) for x, row in zip(spans, statistics, strict=True)]
     match len(outputs):
         case 0:
             return Normalised(_affine(input, weight, bias), statistics, counts)
@@ -53,10 +49,12 @@ def _split(input: Tensor, span: int) -> tuple[Tensor, ...]:
 
 
 def _normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float) -> Tensor:
-    """One span's output; its mean and unbiased variance go into the rows of `statistics`."""
-    mean, variance = statistics
+    """One span's output; its means and unbiased variances go into `statistics` (2C + 1)."""
+    channels = input.shape[1]
+    mean, variance = statistics[:channels], statistics[channels:-1]
     if num_values(input) == 1:
         mean.copy_(input.detach().flatten())
+        variance.zero_()
         return _affine(input - input, weight, bias)
     # With momentum 1 the "running" buffers receive exactly this span's statistics.
     return functional.batch_norm(input, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)

@@ -57,7 +57,7 @@ class _SharedSpanNorm(torch.autograd.Function):
         variance = squares / count.clamp(min=1)
         ctx.save_for_backward(input, weight, mean, variance, count)
         ctx.eps, ctx.group = eps, group
-        statistics = torch.stack([mean, squares / (count - 1).clamp(min=1)])
+        statistics = torch.cat([mean, squares / (count - 1).clamp(min=1), count[None].clamp(max=1)])
         ctx.mark_non_differentiable(statistics, count)
         return _normalise(input, weight, bias, mean, variance, eps), statistics, count
 
