@@ -31,7 +31,7 @@ from worker import serve
 from megabatch.comm.auto import Cell
 
 SIZES = (4096, 1_000_000, 10_000_000, 100_000_000)
-REPEATS = {4096: 25, 1_000_000: 9, 10_000_000: 3, 100_000_000: 1}
+REPEATS = {4096: 15, 1_000_000: 7, 10_000_000: 3, 100_000_000: 1}
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 
 
@@ -101,7 +101,7 @@ def _measure_links(lab: NetworkLab, control: Connection, options: argparse.Names
         started = time.perf_counter()
         rows = _ask(
             control, task="measure", cells=cells_for(num_bytes, shape), num_bytes=num_bytes, repeats=repeats,
-            warmup=1 if repeats > 1 else 0,
+            warmup=1 if num_bytes < 10_000_000 else 0,
         )  # fmt: skip
         facts = {
             "hosts": options.hosts, "ranks_per_host": options.ranks, "order": options.order,

@@ -1,12 +1,13 @@
 """The collectives that the algorithms are made of, on any backend, each on one group and asynchronous.
 
 Gloo's `reduce_scatter_tensor` sends as many bytes as an all-reduce, and its all-gather walks a ring. Here gloo (and
-every backend but NCCL) exchanges the shards from each to each by point-to-point messages and sums them locally: what
-the formula says is sent, and sums are in fp32 whatever the wire's type is. Small shards all leave at once, one hop.
-Large ones leave in rounds; in round k rank r sends to r + k and receives from r - k, so every link carries one message
-at a time and none is shared by two while another idles.
+every backend but NCCL) exchanges the shards from each to each and sums them locally: what the formula says is sent,
+and sums are in fp32 whatever the wire's type is. Small shards all leave at once, one hop. Large ones leave in rounds;
+in round k rank r sends to r + k and receives from r - k, so every link carries one message at a time and none is
+shared by two while another idles.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -25,18 +26,17 @@ class Work(Protocol):
     def wait(self) -> Any: ...
 
 
-DIRECT_BYTES = 2**17  # a message up to which latency outweighs the sharing of links
+DIRECT_BYTES = 2**15  # a message up to which latency outweighs the sharing of links
 ROUNDS_AHEAD = 2  # messages under way per rank in rounds: one on the wire, the next one ready behind it
 
 
-class _Exchange:
-    """Messages between a rank and each other rank of its group, as one work."""
+class _Rounds:
+    """Messages between a rank and each other rank of its group, in rounds, as one work."""
 
     def __init__(self, send: Sequence[Tensor], receive: Sequence[Tensor], group: dist.ProcessGroup, tag: int) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self._rounds = self._make(send, receive, group, tag, rank, size)
-        ahead = size if send[0].nbytes <= DIRECT_BYTES else ROUNDS_AHEAD
-        self._under_way = [works for _, works in zip(range(ahead), self._rounds, strict=False)]
+        self._under_way = list(itertools.islice(self._rounds, ROUNDS_AHEAD))
 
     def _make(
         self,
@@ -56,7 +56,7 @@ class _Exchange:
         while self._under_way:
             for work in self._under_way.pop(0):
                 work.wait()
-            self._under_way += [works for _, works in zip(range(1), self._rounds, strict=False)]
+            self._under_way += itertools.islice(self._rounds, 1)
 
 
 def is_native(group: dist.ProcessGroup) -> bool:
@@ -73,8 +73,10 @@ def start_reduce_scatter(shard: Tensor, whole: Tensor, received: Tensor, group: 
     """
     if is_native(group):
         return _work(_reduce_scatter(shard, whole, group=group, async_op=True))
+    if shard.nbytes <= DIRECT_BYTES:
+        return _work(dist.all_to_all_single(received, whole, group=group, async_op=True))
     size = dist.get_world_size(group)
-    return _Exchange(whole.chunk(size), received.chunk(size), group, tag)
+    return _Rounds(whole.chunk(size), received.chunk(size), group, tag)
 
 
 def finish_reduce_scatter(shard: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
@@ -86,7 +88,7 @@ def finish_reduce_scatter(shard: Tensor, received: Tensor, group: dist.ProcessGr
     if len(parts) == 2:
         torch.add(shard, parts[1 - rank], out=shard)
     else:
-        parts[rank].copy_(shard)
+        parts[rank].copy_(shard)  # rounds leave out what a rank sends to itself
         torch.sum(parts, dim=0, out=shard)
 
 
@@ -98,7 +100,9 @@ def start_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup, tag
     if is_native(group):
         return _work(_all_gather(whole, shard, group=group, async_op=True))
     size = dist.get_world_size(group)
-    return _Exchange([shard] * size, whole.chunk(size), group, tag)
+    if shard.nbytes <= DIRECT_BYTES:
+        return _work(dist.all_to_all_single(whole, shard.repeat(size), group=group, async_op=True))
+    return _Rounds([shard] * size, whole.chunk(size), group, tag)
 
 
 def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Work:
