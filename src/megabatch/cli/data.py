@@ -21,7 +21,7 @@ _SHOWN = 200
 
 @data_app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="A known data set, for example fashion-mnist.")],
+    name: Annotated[str, typer.Argument(help="A known data set, for example fashion_mnist.")],
     cache: Annotated[Path | None, typer.Option(help="Where it is kept; default ~/.cache/megabatch.")] = None,
     folder: Annotated[Path | None, typer.Option(help="A folder that already has the published files.")] = None,
 ) -> None:

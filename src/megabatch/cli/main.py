@@ -6,6 +6,9 @@ import sys
 import typer
 
 from megabatch import __version__
+from megabatch.cli.bench_allreduce import bench_allreduce
+from megabatch.cli.bench_input import bench_input
+from megabatch.cli.data import data_app
 from megabatch.cli.evaluate import evaluate
 from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report
@@ -24,6 +27,12 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(recipes)
 app.command()(report)
+app.add_typer(data_app, name="data")
+
+bench_app = typer.Typer(help="Measure parts of training on this machine.", no_args_is_help=True, rich_markup_mode=None)
+bench_app.command("allreduce")(bench_allreduce)
+bench_app.command("input")(bench_input)
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ environment, or a world of one where there is none. This module and the command 
 
 import contextlib
 import datetime
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -177,12 +178,9 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_agent() -> Iterator[None]:
     """Silences the agent's own log: what a failed worker said stands on stderr already, one clear line."""
-    import logging
-
-    logger = logging.getLogger("torch.distributed")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)
