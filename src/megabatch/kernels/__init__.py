@@ -1,0 +1,55 @@
+"""Kernels, each beside its plain-PyTorch reference and behind one function; each works in any PyTorch script.
+
+That function runs the Triton kernel on a GPU where Triton is installed, and the reference elsewhere. Names are imported
+when first used, and Triton not before a kernel runs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
+    from megabatch.kernels.crop_resize import crop_resize
+    from megabatch.kernels.dispatch import Backend, has_triton
+    from megabatch.kernels.fused_optimizer import FusedLARS
+    from megabatch.kernels.lars_step import lars_step, lars_step_reference
+    from megabatch.kernels.lars_tables import LarsGroup, LarsTables
+    from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
+
+_HOMES = {
+    "Backend": "dispatch",
+    "FusedLARS": "fused_optimizer",
+    "LarsGroup": "lars_tables",
+    "LarsTables": "lars_tables",
+    "batch_norm_act_reference": "batch_norm",
+    "crop_resize": "crop_resize",
+    "cross_entropy_with_gradient": "loss",
+    "fused_bn_act": "batch_norm",
+    "fused_cross_entropy_sum": "loss",
+    "has_triton": "dispatch",
+    "lars_step": "lars_step",
+    "lars_step_reference": "lars_step",
+}
+
+__all__ = [
+    "Backend",
+    "FusedLARS",
+    "LarsGroup",
+    "LarsTables",
+    "batch_norm_act_reference",
+    "crop_resize",
+    "cross_entropy_with_gradient",
+    "fused_bn_act",
+    "fused_cross_entropy_sum",
+    "has_triton",
+    "lars_step",
+    "lars_step_reference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,286 @@
+# mypy: ignore-errors
+"""Triton kernels of batch norm over spans. Loaded by `batch_norm` alone, when it runs on a GPU.
+
+All take a matrix of rows (samples x pixels) and channels, cut into spans of `span_rows` rows, the last of which may be
+short. A launch's second axis is the span, so that no tile holds rows of two spans; on its first, programs that take
+different channels of the same rows stand side by side. `columns` is the number of channels.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _part_here(columns: tl.constexpr, block_columns: tl.constexpr):
+    """Which part of its span this program takes."""
+    return tl.program_id(0) // ((columns + block_columns - 1) // block_columns)
+
+
+@triton.jit
+def _rows_of_part(num_rows, span_rows, rows_per_part, columns: tl.constexpr, block_columns: tl.constexpr):
+    """First row of this program's part of its span, and how many rows the part has, which may be none."""
+    start = tl.program_id(1).to(tl.int64) * span_rows
+    size = tl.minimum(num_rows - start, span_rows).to(tl.int32)
+    first = _part_here(columns, block_columns) * rows_per_part
+    count = tl.maximum(tl.minimum(size - first, rows_per_part), 0)
+    return start + first, count
+
+
+@triton.jit
+def _columns_here(columns: tl.constexpr, block_columns: tl.constexpr):
+    block = tl.program_id(0) % ((columns + block_columns - 1) // block_columns)
+    column = block * block_columns + tl.arange(0, block_columns)
+    return column, column < columns
+
+
+@triton.jit
+def _tile(column, inside, done, count, columns: tl.constexpr, block_rows: tl.constexpr):
+    """Offsets from the part's first row of `block_rows` rows after the first `done`, and which of them exist."""
+    row = done + tl.arange(0, block_rows)
+    return row[:, None] * columns + column[None, :], (row[:, None] < count) & inside[None, :]
+
+
+@triton.jit
+def _put_pair(partials, num_parts, one, two, column, inside, columns: tl.constexpr, block_columns: tl.constexpr):
+    """Writes this part's two rows of `partials` (spans, parts, 2, columns)."""
+    part = tl.program_id(1) * num_parts + _part_here(columns, block_columns)
+    place = partials + part * 2 * columns + column
+    tl.store(place, one, mask=inside)
+    tl.store(place + columns, two, mask=inside)
+
+
+@triton.jit
+def moments_kernel(
+    x,
+    partials,
+    num_rows,
+    span_rows,
+    rows_per_part,
+    num_parts,
+    columns: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """Mean and sum of squared differences from it, per channel, of each part of a span.
+
+    Sums are of x minus the part's first row, so that no digits are lost where the mean is many deviations from 0.
+    """
+    column, inside = _columns_here(columns, block_columns)
+    first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
+    base = x + first * columns
+    shift = tl.load(base + column, mask=inside & (count > 0), other=0.0).to(tl.float32)
+    sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+    squares = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+    for done in range(0, rows_per_part, block_rows):
+        place, here = _tile(column, inside, done, count, columns, block_rows)
+        values = tl.load(base + place, mask=here, other=0.0).to(tl.float32)
+        values = tl.where(here, values - shift[None, :], 0.0)
+        sums += values
+        squares += values * values
+    total = tl.sum(sums, axis=0)
+    above = total / tl.maximum(count, 1).to(tl.float32)
+    spread = tl.maximum(tl.sum(squares, axis=0) - above * total, 0.0)
+    _put_pair(partials, num_parts, shift + above, spread, column, inside, columns, block_columns)
+
+
+@triton.jit
+def _rows_of_parts(part, num_parts, size, rows_per_part):
+    """How many rows each of these parts of a span of `size` rows has, in float32."""
+    rows = tl.minimum(tl.maximum(size - part * rows_per_part, 0), rows_per_part)
+    return tl.where(part < num_parts, rows, 0).to(tl.float32)
+
+
+@triton.jit
+def statistics_kernel(
+    partials,
+    mean,
+    unbiased,
+    deviation,
+    num_rows,
+    span_rows,
+    rows_per_part,
+    num_parts,
+    eps,
+    columns: tl.constexpr,
+    block_parts: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """One span's mean, unbiased variance and 1 / sqrt(variance + eps) from the moments of its parts, in one order.
+
+    n = sum n_p,  m = sum n_p m_p / n,  M2 = sum M2_p + n_p (m_p - m)^2      (Chan, Golub and LeVeque 1979)
+    """
+    column, inside = _columns_here(columns, block_columns)
+    span = tl.program_id(1)
+    size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.int32)
+    base = partials + span * num_parts * 2 * columns
+    weighted = tl.zeros((block_parts, block_columns), dtype=tl.float32)
+    for start in range(0, num_parts, block_parts):
+        part = start + tl.arange(0, block_parts)
+        rows = _rows_of_parts(part, num_parts, size, rows_per_part)
+        here = (part < num_parts)[:, None] & inside[None, :]
+        means = tl.load(base + part[:, None] * 2 * columns + column[None, :], mask=here, other=0.0)
+        weighted += means * (rows / size)[:, None]
+    middle = tl.sum(weighted, axis=0)
+    spreads = tl.zeros((block_parts, block_columns), dtype=tl.float32)
+    for start in range(0, num_parts, block_parts):
+        part = start + tl.arange(0, block_parts)
+        rows = _rows_of_parts(part, num_parts, size, rows_per_part)
+        here = (part < num_parts)[:, None] & inside[None, :]
+        place = base + part[:, None] * 2 * columns + column[None, :]
+        away = tl.load(place, mask=here, other=0.0) - middle[None, :]
+        spreads += tl.load(place + columns, mask=here, other=0.0) + rows[:, None] * away * away
+    spread = tl.sum(spreads, axis=0)
+    out = span * columns + column
+    tl.store(mean + out, middle, mask=inside)
+    tl.store(unbiased + out, spread / tl.maximum(size - 1, 1).to(tl.float32), mask=inside)
+    tl.store(deviation + out, 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps), mask=inside)
+
+
+@triton.jit
+def _normalised(x, middle, slope, shift):
+    """The same expression wherever it is needed, so that the sign in backward is the one of forward."""
+    return (x - middle[None, :]) * slope[None, :] + shift[None, :]
+
+
+@triton.jit
+def normalise_kernel(
+    x,
+    residual,
+    y,
+    mean,
+    deviation,
+    weight,
+    bias,
+    num_rows,
+    span_rows,
+    has_residual: tl.constexpr,
+    relu: tl.constexpr,
+    columns: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """y = relu(weight (x - mean) deviation + bias + residual) in one pass."""
+    column, inside = _columns_here(columns, block_columns)
+    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
+    place, here = _tile(column, inside, 0, count, columns, block_rows)
+    values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
+    if has_residual:
+        added = tl.load(residual + first * columns + place, mask=here, other=0.0).to(tl.float32)
+    own = tl.program_id(1) * columns + column
+    slope = tl.load(weight + column, mask=inside, other=0.0) * tl.load(deviation + own, mask=inside, other=0.0)
+    middle = tl.load(mean + own, mask=inside, other=0.0)
+    values = _normalised(values, middle, slope, tl.load(bias + column, mask=inside, other=0.0))
+    if has_residual:
+        values += added
+    if relu:
+        values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + first * columns + place, values.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def gradient_sums_kernel(
+    dy,
+    x,
+    y,
+    dz,
+    partials,
+    mean,
+    deviation,
+    weight,
+    bias,
+    num_rows,
+    span_rows,
+    rows_per_part,
+    num_parts,
+    from_output: tl.constexpr,
+    relu: tl.constexpr,
+    columns: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """Sums of dz and dz * h over each part of a span; dz is dy where y > 0, h = (x - mean) deviation.
+
+    With a residual (`from_output`) the sign is read from y, and dz is written, as it is the residual's gradient too.
+    Without one the sign is computed again from x, which is read anyway.
+    """
+    column, inside = _columns_here(columns, block_columns)
+    first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
+    base = first * columns
+    own = tl.program_id(1) * columns + column
+    middle = tl.load(mean + own, mask=inside, other=0.0)
+    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    slope = tl.load(weight + column, mask=inside, other=0.0) * scale
+    shift = tl.load(bias + column, mask=inside, other=0.0)
+    sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+    products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+    for done in range(0, rows_per_part, block_rows):
+        place, here = _tile(column, inside, done, count, columns, block_rows)
+        gradient = tl.load(dy + base + place, mask=here, other=0.0).to(tl.float32)
+        values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
+        if from_output:
+            output = tl.load(y + base + place, mask=here, other=0.0).to(tl.float32)
+            gradient = tl.where(output <= 0, 0.0, gradient)
+            tl.store(dz + base + place, gradient.to(dz.dtype.element_ty), mask=here)
+        elif relu:
+            output = _normalised(values, middle, slope, shift).to(x.dtype.element_ty).to(tl.float32)
+            gradient = tl.where(output <= 0, 0.0, gradient)
+        sums += gradient
+        products += gradient * tl.where(here, (values - middle[None, :]) * scale[None, :], 0.0)
+    total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
+    _put_pair(partials, num_parts, total, product, column, inside, columns, block_columns)
+
+
+@triton.jit
+def add_parts_kernel(
+    partials, sums, num_parts, columns: tl.constexpr, block_parts: tl.constexpr, block_columns: tl.constexpr
+):
+    """Adds the two rows of a span's parts, in one order; `sums` is (spans, 2, columns)."""
+    column, inside = _columns_here(columns, block_columns)
+    span, which = tl.program_id(1), tl.program_id(2)
+    base = partials + (span * num_parts * 2 + which) * columns
+    total = tl.zeros((block_parts, block_columns), dtype=tl.float32)
+    for start in range(0, num_parts, block_parts):
+        part = start + tl.arange(0, block_parts)
+        here = (part < num_parts)[:, None] & inside[None, :]
+        total += tl.load(base + part[:, None] * 2 * columns + column[None, :], mask=here, other=0.0)
+    tl.store(sums + (span * 2 + which) * columns + column, tl.sum(total, axis=0), mask=inside)
+
+
+@triton.jit
+def input_gradient_kernel(
+    dz,
+    x,
+    dx,
+    sums,
+    mean,
+    deviation,
+    weight,
+    bias,
+    num_rows,
+    span_rows,
+    relu: tl.constexpr,
+    columns: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    """dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n) in one pass; with `relu`, dy is given for dz."""
+    column, inside = _columns_here(columns, block_columns)
+    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
+    place, here = _tile(column, inside, 0, count, columns, block_rows)
+    gradient = tl.load(dz + first * columns + place, mask=here, other=0.0).to(tl.float32)
+    values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
+    own = tl.program_id(1) * columns + column
+    start = tl.program_id(1).to(tl.int64) * span_rows
+    size = tl.minimum(num_rows - start, span_rows).to(tl.float32)
+    middle = tl.load(mean + own, mask=inside, other=0.0)
+    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    slope = tl.load(weight + column, mask=inside, other=0.0) * scale
+    if relu:
+        shift = tl.load(bias + column, mask=inside, other=0.0)
+        output = _normalised(values, middle, slope, shift).to(x.dtype.element_ty).to(tl.float32)
+        gradient = tl.where(output <= 0, 0.0, gradient)
+    pair = sums + tl.program_id(1) * 2 * columns + column
+    of_gradient = tl.load(pair, mask=inside, other=0.0) / size
+    of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * scale
+    gradient = gradient - of_gradient[None, :] - (values - middle[None, :]) * of_product[None, :]
+    tl.store(dx + first * columns + place, (gradient * slope[None, :]).to(dx.dtype.element_ty), mask=here)

@@ -1,0 +1,180 @@
+"""Decoded images of many sizes to one training batch in one launch: cut, resize, flip, normalise, pad, 16 bit."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megabatch.errors import UserError
+from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
+
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 32
+_ROUNDING = 1e-6  # a box that ends this little past a pixel's edge ends there
+_AXES = {"HWC": (0, 1, 2), "CHW": (1, 2, 0)}
+
+
+def crop_resize(
+    images: Sequence[Tensor],
+    boxes: Tensor,
+    *,
+    size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    flip: Tensor | None = None,
+    padded_channels: int = 4,
+    dtype: torch.dtype = torch.float16,
+    layout: Literal["HWC", "CHW"] = "HWC",
+    backend: Backend = "auto",
+) -> Tensor:
+    """A batch (N, padded_channels, rows, columns) with the channels last, from N decoded images and one box of each.
+
+        out = (resized(image[box]) / 255 - mean) / std,    mirrored where `flip` is true, 0 in the channels of padding
+
+    Resizing is bilinear, antialiased when it shrinks: output i of an axis is the mean of the input pixels k weighted by
+    max(0, 1 - |k + 1/2 - c| / max(s, 1)), where s is the box's length over the output's and c = start + (i + 1/2) s.
+    That is Pillow's BILINEAR, as in `megabatch.data.decode`, without its rounding to 8 bit after each axis. No pixel
+    outside the box is looked at, but for the rest of one that an edge cuts through.
+
+    Shapes: images uint8, each (H, W, C) or, with `layout="CHW"` as nvJPEG gives it, (C, H, W), any strides, on one
+    device; boxes (N, 4) = (top, left, height, width) in pixels, whole or not, and flip (N,) bool, both on the CPU;
+    mean and std of pixels in [0, 1], one per channel. The images must live until the kernel has run.
+
+    Raises:
+        UserError: no image, another type, a box that is not inside its image, or sizes that do not agree.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
+    _check(images, boxes, flip, layout, channels=len(mean), padded=padded_channels, size=(rows, columns))
+    if len(std) != len(mean) or min(std) <= 0:
+        raise UserError(
+            f"mean={mean} and std={std} were given, needed: one each per channel; std=(0.2, 0.2, 0.2) works"
+        )
+    flips = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
+    target = _Target(rows, columns, padded_channels, tuple(mean), tuple(std), dtype)
+    if use_triton(images[0], backend):
+        return _launch(images, boxes.double(), flips, target, _AXES[layout])
+    return crop_resize_reference(images, boxes, flips, target, layout)
+
+
+class _Target(NamedTuple):
+    rows: int
+    columns: int
+    padded: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
+
+
+def crop_resize_reference(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, layout: str
+) -> Tensor:
+    """The same as two matrix products per image, in float32."""
+    device = images[0].device
+    out = torch.zeros(len(images), target.rows, target.columns, target.padded, dtype=target.dtype, device=device)
+    mean, std = (torch.tensor(values, device=device) for values in (target.mean, target.std))
+    for image, box, mirrored, written in zip(images, boxes.double(), flip, out, strict=True):
+        pixels = image.permute(*_AXES[layout]).float()
+        top, left, height, width = box.tolist()
+        by_row = _weights(top, height, pixels.shape[0], target.rows).to(device)
+        by_column = _weights(left, width, pixels.shape[1], target.columns).to(device)
+        resized = torch.einsum("ih,hwc,jw->ijc", by_row, pixels, by_column)
+        resized = resized.flip(1) if mirrored else resized
+        written[..., : len(mean)] = (resized / 255 - mean) / std
+    return out.permute(0, 3, 1, 2)
+
+
+def _weights(start: float, length: float, num_in: int, num_out: int) -> Tensor:
+    """(num_out, num_in), float32: what each input pixel of one axis gives to each output."""
+    scale = length / num_out
+    support = max(scale, 1.0)
+    lowest, highest = _bounds(start, length, num_in)
+    centres = start + (torch.arange(num_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    index = torch.arange(num_in, dtype=torch.float64)
+    first = (centres - support + 0.5).floor().clamp(min=lowest)
+    last = (centres + support + 0.5).floor().clamp(max=highest)
+    weights = (1 - (index + 0.5 - centres).abs() / support).clamp(min=0)
+    weights = weights * ((index >= first) & (index < last))
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def _bounds(start: float, length: float, num_in: int) -> tuple[int, int]:
+    """First input pixel that the box touches, and the one after its last."""
+    return math.floor(start), min(num_in, math.ceil(start + length - _ROUNDING))
+
+
+def _launch(images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...]) -> Tensor:
+    device = images[0].device
+    out = torch.empty(len(images), target.rows, target.columns, target.padded, dtype=target.dtype, device=device)
+    places = [
+        [image.data_ptr(), *(image.stride(axis) for axis in axes), int(mirrored)]
+        for image, mirrored in zip(images, flip.tolist(), strict=True)
+    ]
+    sides = [
+        [
+            *_side(top, height, image.shape[axes[0]], target.rows),
+            *_side(left, width, image.shape[axes[1]], target.columns),
+        ]
+        for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
+    ]
+    tiles = -(-target.rows // BLOCK_ROWS) * -(-target.columns // BLOCK_COLUMNS)
+    with on_device(out):
+        load("_crop_triton").crop_resize_kernel[(tiles, len(images))](
+            out,
+            _sent(torch.tensor(places, dtype=torch.int64), device),
+            _sent(torch.tensor(sides, dtype=torch.float32), device),
+            _sent(255 * torch.tensor(target.mean), device),
+            _sent(1 / (255 * torch.tensor(target.std)), device),
+            rows=target.rows,
+            columns=target.columns,
+            channels=len(target.mean),
+            padded=target.padded,
+            block_channels=1 << (target.padded - 1).bit_length(),
+            block_rows=BLOCK_ROWS,
+            block_columns=BLOCK_COLUMNS,
+            num_warps=4,
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+def _side(start: float, length: float, num_in: int, num_out: int) -> tuple[float, float, float, float]:
+    """One axis of a row of the box table; columns are named in `_crop_triton.py`."""
+    return start, length / num_out, *_bounds(start, length, num_in)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it; torch keeps pinned memory until the copy is done."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def _check(
+    images: Sequence[Tensor],
+    boxes: Tensor,
+    flip: Tensor | None,
+    layout: str,
+    *,
+    channels: int,
+    padded: int,
+    size: tuple[int, int],
+) -> None:
+    if layout not in _AXES:
+        raise UserError(f"layout={layout!r} was given, needed HWC or CHW; layout='HWC' works")
+    if not images or boxes.shape != (len(images), 4) or (flip is not None and flip.shape != (len(images),)):
+        raise UserError(
+            f"{len(images)} images and boxes {tuple(boxes.shape)} were given, needed: at least one image, and for each "
+            "one box (top, left, height, width) and one flip; boxes=torch.tensor([[0, 0, 224, 224]]) works for one"
+        )
+    if padded < channels or min(size) < 1:
+        raise UserError(f"padded_channels={padded}, size={size} were given for {channels} channels; 4 and 224 work")
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.device != images[0].device:
+            raise UserError(f"an image is {image.dtype} {tuple(image.shape)}, needed: uint8 {layout} on one device")
+        shape = [image.shape[axis] for axis in _AXES[layout]]
+        inside = (
+            top >= 0 and left >= 0 and top + height <= shape[0] + _ROUNDING and left + width <= shape[1] + _ROUNDING
+        )
+        if shape[2] != channels or not (inside and height > 0 and width > 0):
+            raise UserError(
+                f"the box {(top, left, height, width)} was given for an image of {shape} rows, columns and channels, "
+                f"needed: a box inside it and {channels} channels; box (0, 0, {shape[0]}, {shape[1]}) works"
+            )

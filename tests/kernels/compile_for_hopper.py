@@ -1,0 +1,153 @@
+"""Compiles every kernel for an H200 without one, as calls of the public functions would, and prints what each needs.
+
+    python tests/kernels/compile_for_hopper.py
+
+One JSON line per compiled variant: registers a thread, bytes spilled to local memory, bytes of shared memory, and how
+many of the machine's own instructions of some kinds it has. Nothing is run; results of the calls are meaningless.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megabatch.kernels import dispatch
+
+INSTRUCTIONS = {
+    "loads_16_bytes": r"LDG\.E\.128|LDG\.E\S*\.128",
+    "stores_16_bytes": r"STG\.E\S*\.128",
+    "copies_ahead": r"LDGSTS|UTMALDG",
+    "matrix": r"HGMMA",
+    "slow_matrix": r"HMMA",
+    "atomics": r"\b(?:ATOM|ATOMG|RED)\.",
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Hopper:
+    """Stands for the driver of a GPU that is not there: names the target, and is asked for nothing else."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def compile_only() -> list[dict[str, Any]]:
+    """From here on a launch compiles and records; returns the list that fills."""
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    run = JITFunction.run
+
+    @functools.wraps(run)
+    def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(resources(self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = record
+    driver.set_active(Hopper())
+    dispatch.interprets = lambda: True
+    return found
+
+
+def resources(name: str, kernel: Any) -> dict[str, Any]:
+    """What the assembler says of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage = tool("cuobjdump", "--dump-resource-usage", path)
+        code = tool("cuobjdump", "--dump-sass", path)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {kind: len(re.findall(pattern, code)) for kind, pattern in INSTRUCTIONS.items()}
+    spilled = {"registers": found["REG"], "local_bytes": found["LOCAL"] + found["STACK"]}
+    return {"kernel": name, **spilled, "shared_bytes": kernel.metadata.shared, **counts}
+
+
+def tool(name: str, *arguments: object) -> str:
+    words = [str(TOOLS / name), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def lars() -> None:
+    """ResNet-50's kind of tensors: float32 masters with bfloat16 copies, and bfloat16 gradients."""
+    from megabatch.kernels import LarsGroup, lars_step
+
+    scalar = torch.tensor(0.1)
+    for gradient in (torch.float32, torch.bfloat16):
+        weights = [torch.zeros(64, 64, 3, 3), torch.zeros(64)]
+        group = LarsGroup(
+            weights=weights,
+            gradients=[torch.zeros_like(w, dtype=gradient) for w in weights],
+            buffers=[torch.zeros_like(w) for w in weights],
+            copies=[torch.zeros_like(w, dtype=torch.bfloat16) for w in weights],
+            lr=scalar,
+            momentum=scalar,
+            weight_decay=scalar,
+            previous_lr=scalar,
+        )
+        lars_step([group], backend="triton")
+
+
+def batch_norm() -> None:
+    """The narrowest and a wide layer, with and without a residual."""
+    from megabatch.kernels import fused_bn_act
+
+    for channels, pixels in ((64, 56), (1024, 14)):
+        for with_residual in (False, True):
+            x = torch.zeros(32, channels, pixels, pixels, dtype=torch.float16).requires_grad_()
+            residual = torch.zeros_like(x) if with_residual else None
+            vector = torch.ones(channels)
+            y, _, _ = fused_bn_act(x, vector, vector, span=32, residual=residual, backend="triton")
+            y.backward(torch.zeros_like(y))
+
+
+def loss() -> None:
+    """A thousand classes, with mixed labels and without."""
+    from megabatch.kernels import fused_cross_entropy_sum
+
+    logits, labels = torch.zeros(32, 1000, dtype=torch.float16), torch.zeros(32, dtype=torch.int64)
+    fused_cross_entropy_sum(logits, labels, label_smoothing=0.1, backend="triton")
+    fused_cross_entropy_sum(logits, labels, mixed_labels=labels, mix_weight=0.5, backend="triton")
+
+
+def crop() -> None:
+    """A batch of 224 px."""
+    from megabatch.kernels import crop_resize
+
+    image = torch.zeros(375, 500, 3, dtype=torch.uint8)
+    box = torch.tensor([[0, 0, 375, 500]])
+    crop_resize([image], box, size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), backend="triton")
+
+
+ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, loss, crop)
+
+
+def main() -> None:
+    """Compiles all, prints one line each."""
+    torch.set_num_threads(1)
+    found = compile_only()
+    for kernels in ALL:
+        kernels()
+    for kernel in found:
+        print(json.dumps(kernel))
+
+
+if __name__ == "__main__":
+    main()
