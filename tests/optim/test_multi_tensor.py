@@ -1,5 +1,7 @@
 """Cutting lists of tensors into blocks loses and repeats nothing."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -54,3 +56,31 @@ def test_large_tensors_of_different_layouts_are_not_cut() -> None:
 )
 def test_layouts_are_told_apart(tensors: tuple[torch.Tensor, ...], alike: bool) -> None:
     assert laid_out_alike(tensors) is alike
+
+
+class Recorder(multi_tensor.MultiTensorOptimizer):
+    """Keeps the sizes of the tensors that each update is given."""
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.sizes: list[list[int]] = []
+        super().__init__(params, {"capturable": False})
+
+    def check(self, group: multi_tensor.Group) -> None:
+        pass
+
+    def update(self, group: multi_tensor.Group, tensors: multi_tensor.TensorLists) -> None:
+        self.sizes.append([w.numel() for w in tensors.weights])
+
+
+@given(sizes=st.lists(st.integers(1, 150), min_size=1, max_size=12))
+def test_on_a_cpu_an_update_gets_whole_tensors_in_order_that_fit_in_cache_together(sizes: list[int]) -> None:
+    tensors = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for tensor in tensors:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer = Recorder(tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multi_tensor, "PART_ELEMENTS", 100)
+        optimizer.step()
+    assert [size for part in optimizer.sizes for size in part] == sizes
+    assert all(sum(part) <= 100 or len(part) == 1 for part in optimizer.sizes)
+    assert all(sum(a) + b[0] > 100 for a, b in itertools.pairwise(optimizer.sizes))
