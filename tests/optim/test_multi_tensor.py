@@ -69,6 +69,7 @@ class Recorder(multi_tensor.MultiTensorOptimizer):
         pass
 
     def update(self, group: multi_tensor.Group, tensors: multi_tensor.TensorLists) -> None:
+        del group
         self.sizes.append([w.numel() for w in tensors.weights])
 
 
