@@ -28,6 +28,7 @@ from typing import IO
 
 HERE = Path(__file__).resolve().parent
 MTU = 9000
+GRACE_S = 5.0  # for the others, once a rank has failed, to say why
 CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 _NAME = re.compile(r"mbl(\d+)(?:s|h\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -125,7 +126,7 @@ class NetworkLab:
         """Run `command` as every rank of every host, with torchrun's environment; exit codes in rank order.
 
         Rank 0's output goes to this process's, the others' to files `rankN.txt` in `output` (or nowhere). Ranks that
-        have not ended after `timeout_s`, or 10 s after one failed, are killed.
+        have not ended after `timeout_s`, or soon after one failed, are killed.
         """
         processes = []
         with contextlib.ExitStack() as files:
@@ -249,11 +250,11 @@ def _enter_switch(namespace: str, realtime: bool) -> None:
 
 
 def _wait_all(processes: Sequence["subprocess.Popen[bytes]"], timeout_s: float) -> list[int]:
-    deadline = time.monotonic() + timeout_s
+    deadline, failed = time.monotonic() + timeout_s, False
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.returncode for process in processes):
-                deadline = min(deadline, time.monotonic() + 10.0)
+            if not failed and any(process.returncode for process in processes):
+                failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
             time.sleep(0.05)
     finally:
         for process in processes:

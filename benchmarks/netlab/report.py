@@ -50,8 +50,9 @@ def formula_bytes(line: Line) -> float:
 def _network(line: Line) -> Network:
     bytes_per_s = line["rate_mbit"] * 125e3 * ON_THE_WIRE
     edges = 1 if line["order"] == "block" else line["ranks_per_host"]
-    column = Link(line["column_step_s"], bytes_per_s)
-    return Network(Link(line["row_step_s"], line["row_bytes_per_s"]), column, ring_edges_out=edges)
+    delay_s = 1e-3 * line["delay_ms"]
+    column = Link(delay_s, bytes_per_s, max(line["column_step_s"] - delay_s, 0.0))  # a step is latency and overhead
+    return Network(Link(0.0, line["row_bytes_per_s"], line["row_step_s"]), column, ring_edges_out=edges)
 
 
 def _shape(line: Line) -> tuple[int, int]:

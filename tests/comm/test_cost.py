@@ -51,6 +51,13 @@ def test_more_chunks_hide_the_faster_links_behind_the_slower(algorithm, chunks):
     assert longest <= made.seconds(chunks) <= made.seconds(1) == pytest.approx(made.row_s + made.column_s)
 
 
+@given(x=SIDES, y=SIDES, latency=st.floats(0, 1e-2), overhead=st.floats(0, 1e-4))
+def test_a_direct_exchange_waits_one_latency_and_pays_each_message(x, y, latency, overhead):
+    link = Link(latency, 1e9, overhead)
+    made = cost("torus", 0, (x, y), Network(link, link, direct=True))
+    assert made.seconds() == pytest.approx(4 * latency + (2 * (x - 1) + 2 * (y - 1)) * overhead)
+
+
 def test_a_world_of_one_costs_nothing():
     network = Network(Link(1, 1), Link(1, 1))
     assert [predict_s(a, 1e6, (1, 1), network) for a in ("flat", "torus", "hierarchical", "split_torus")] == [0] * 4

@@ -1,18 +1,21 @@
-"""How long an all-reduce takes, in the alpha-beta model: so much per message, so much per byte. Needs no torch.
+"""How long an all-reduce takes, in the alpha-beta model with the sender's overhead apart. Needs no torch.
 
 M bytes on a grid of X ranks per row (a host) and Y rows. A rank's link inside its host moves B_r bytes/s, a host's
-link to the others B_c bytes/s, *shared by its X ranks*; a message costs a_r or a_c before its first byte.
+link to the others B_c bytes/s, *shared by its X ranks*. A message takes a_r or a_c of latency, of which nobody is busy,
+and o of overhead, in which its rank can do nothing else (LogP: Culler et al. 1993).
 
-    flat ring      T = 2 (N - 1) / N * [(N - E) a_r + E a_c] + 2 (N - 1) / N * M * max(1 / B_r, e / B_c)
-    torus, rings   T = 2 (X - 1) a_r + 2 (Y - 1) a_c + 2 (X - 1) / X * M / B_r + 2 (Y - 1) / Y * M / B_c
-    torus, direct  T = 2 a_r + 2 a_c + the same bytes        every shard goes to its owner in one hop (our gloo stages)
-    hierarchical   T = (X - 1 + L) a_r + 2 (Y - 1) a_c + (2 (X - 1) / X + L) * M / B_r + 2 (Y - 1) / Y * M / B_c
-    split torus    rows and columns at once, M / 2 each:  max of the two axes' times
+    flat ring      T = 2 (N - 1) / N * [(N - E)(a_r + o) + E (a_c + o)] + 2 (N - 1) / N * M * max(1 / B_r, e / B_c)
+    torus, rings   T = 2 (X - 1)(a_r + o) + 2 (Y - 1)(a_c + o) + 2 (X - 1) / X * M / B_r + 2 (Y - 1) / Y * M / B_c
+    torus, direct  T = 2 (a_r + (X - 1) o) + 2 (a_c + (Y - 1) o) + the same bytes     (our stages on gloo: every shard
+                                                                                      goes to its owner in one hop)
+    hierarchical   T = (X - 1 + L)(a_r + o) + 2 (Y - 1)(a_c + o)
+                       + (2 (X - 1) / X + L) * M / B_r + 2 (Y - 1) / Y * M / B_c
+    split torus    rows and columns at once, M / 2 each:  the larger of the two axes' times
 
 where N = X Y, e = ring edges that leave a host (1 if ranks are numbered host by host, X if round-robin), E = e Y,
-and L = ceil(log2 X), the depth of the broadcast tree. The ring and torus terms are the usual ones (Mikami et al. 2018,
-arXiv:1811.05233, with NCCL's rings); the shared host link, and so the factor X that the torus takes from a round-robin
-ring and gives away in the split torus, is ours to model: the papers' hosts have a link per axis.
+and L = ceil(log2 X), the depth of the broadcast tree. With o = 0 the ring and torus terms are the usual ones (Mikami
+et al. 2018, arXiv:1811.05233, with NCCL's rings); the shared host link, and so the factor X that the torus takes from
+a round-robin ring and gives away in the split torus, is ours to model: the papers' hosts have a link per axis.
 """
 
 import math
@@ -23,10 +26,15 @@ from megabatch.errors import SiteError
 
 @dataclass(frozen=True)
 class Link:
-    """A message of m bytes takes latency_s + m / bytes_per_s."""
+    """A message of m bytes takes latency_s + overhead_s + m / bytes_per_s; its sender is free in latency_s."""
 
     latency_s: float
     bytes_per_s: float
+    overhead_s: float = 0.0
+
+    def hop_s(self, num_messages: int = 1) -> float:
+        """Until the last of `num_messages` that a rank sends at once has arrived; 0 for none."""
+        return self.latency_s + num_messages * self.overhead_s if num_messages else 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def _flat(m: float, x: int, y: int, net: Network) -> Cost:
     n = x * y
     edges_out = 0 if y == 1 else net.ring_edges_out
     rounds = 2 * (n - 1) / n
-    latency = rounds * ((n - edges_out * y) * net.row.latency_s + edges_out * y * net.column.latency_s)
+    latency = rounds * ((n - edges_out * y) * net.row.hop_s() + edges_out * y * net.column.hop_s())
     leaving = rounds * m * edges_out
     inside = rounds * m / net.row.bytes_per_s if x > 1 else 0.0
     return Cost(latency, inside, leaving / net.column.bytes_per_s, leaving, concurrent=True)
@@ -86,7 +94,7 @@ def _flat(m: float, x: int, y: int, net: Network) -> Cost:
 
 def _hierarchical(m: float, x: int, y: int, net: Network) -> Cost:
     depth = math.ceil(math.log2(x))
-    latency = (x - 1 + depth) * net.row.latency_s + 2 * (y - 1) * net.column.latency_s
+    latency = (x - 1 + depth) * net.row.hop_s() + 2 * (y - 1) * net.column.hop_s()
     inside = (2 * (x - 1) / x + depth) * m / net.row.bytes_per_s
     leaving = 2 * (y - 1) / y * m
     return Cost(latency, inside, leaving / net.column.bytes_per_s, leaving)
@@ -106,8 +114,9 @@ def _split_torus(m: float, x: int, y: int, net: Network) -> Cost:
 
 
 def _torus_latency(x: int, y: int, net: Network) -> float:
-    hops_row, hops_column = (min(x - 1, 1), min(y - 1, 1)) if net.direct else (x - 1, y - 1)
-    return 2 * hops_row * net.row.latency_s + 2 * hops_column * net.column.latency_s
+    if net.direct:
+        return 2 * net.row.hop_s(x - 1) + 2 * net.column.hop_s(y - 1)
+    return 2 * (x - 1) * net.row.hop_s() + 2 * (y - 1) * net.column.hop_s()
 
 
 _COSTS = {"flat": _flat, "hierarchical": _hierarchical, "torus": _torus, "split_torus": _split_torus}
