@@ -252,8 +252,8 @@ def _enter_switch(namespace: str, realtime: bool) -> None:
 def _wait_all(processes: Sequence["subprocess.Popen[bytes]"], timeout_s: float) -> list[int]:
     deadline, failed = time.monotonic() + timeout_s, False
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if not failed and any(process.returncode for process in processes):
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+            if not failed and any(codes):
                 failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
             time.sleep(0.05)
     finally:
