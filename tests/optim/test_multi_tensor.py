@@ -50,6 +50,7 @@ def test_large_tensors_of_different_layouts_are_not_cut() -> None:
     [
         ((torch.zeros(3, 4), torch.zeros(3, 4)), True),
         ((torch.zeros(3, 4), torch.zeros(4, 3).t()), False),
+        ((torch.zeros(3, 4, 1, 1), torch.zeros(3, 4, 1, 1).as_strided((3, 4, 1, 1), (4, 1, 4, 4))), True),
         ((torch.zeros(4, 3).t(), torch.zeros(4, 3).t()), False),  # dense, but not in an order that we cut
         ((torch.zeros(3, 8)[:, ::2],), False),  # gaps
     ],
