@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,7 @@ def main() -> None:
     for kernels in ALL:
         kernels()
     for kernel in found:
-        print(json.dumps(kernel))
+        sys.stdout.write(json.dumps(kernel) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""No GPU is needed to compile for one: what the compiler refuses, or would spill, is found here."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_MEMORY_BYTES = 227 * 1024
+"""What one program may have on an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
+WARPS = 8
+REGISTERS = 65536
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; pip install triton")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """One process without the interpreter compiles all; a process can hold only one kind."""
+    script = Path(__file__).parent / "compile_for_hopper.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_triton
+def test_every_kernel_compiles_for_an_h200_within_its_limits(compiled: list[dict[str, Any]]) -> None:
+    sources = (Path(__file__).parents[2] / "src" / "megabatch" / "kernels").glob("_*_triton.py")
+    written = {name for source in sources for name in _kernels_of(source.read_text())}
+    assert {kernel["kernel"] for kernel in compiled} == written
+    for kernel in compiled:
+        assert kernel["local_bytes"] == 0, f"spills: {kernel}"
+        assert kernel["shared_bytes"] <= SHARED_MEMORY_BYTES, kernel
+        assert kernel["registers"] * 32 * WARPS <= REGISTERS, kernel
+
+
+@needs_triton
+def test_no_kernel_adds_by_atomic_operations_whose_order_changes_from_run_to_run(
+    compiled: list[dict[str, Any]],
+) -> None:
+    assert [kernel for kernel in compiled if kernel["atomics"]] == []
+
+
+@needs_triton
+def test_kernels_that_move_whole_tensors_do_it_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+    movers = ("norms", "update", "moments", "normalise", "gradient_sums", "input_gradient")
+    for kernel in compiled:
+        if kernel["kernel"].removesuffix("_kernel") in movers:
+            assert kernel["loads_16_bytes"] > 0, kernel
+        if kernel["kernel"] in {"update_kernel", "normalise_kernel", "input_gradient_kernel"}:
+            assert kernel["stores_16_bytes"] > 0, kernel
+
+
+def _kernels_of(source: str) -> list[str]:
+    words = [line.split("(")[0].split() for line in source.splitlines() if line.startswith("def ")]
+    return [name for _, name in words if name.endswith("_kernel")]
