@@ -232,3 +232,27 @@ def test_a_micro_batch_that_does_not_fit_is_refused_before_anything_is_written(t
     with pytest.raises(SiteError, match=said):
         run_tiny(tmp_path / "run", tiny_recipe(), site=site)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_follow_full_precision(tmp_path, precision):
+    recipe = tiny_recipe()
+    full = run_tiny(tmp_path / "full", recipe)
+    half = run_tiny(tmp_path / "half", recipe, site=Site(precision=precision, micro_batch_size=8))
+    assert half["losses"] == pytest.approx(full["losses"], abs=0.1)
+    assert half["losses"] != full["losses"]
+    events = read_events(tmp_path / "half" / "events.jsonl")
+    assert ("loss_scale" in events[1]) == (precision == "fp16")
+
+
+def test_an_overflowing_loss_scale_skips_the_step_and_shrinks(tmp_path, monkeypatch):
+    from megabatch.train.precision import Precision
+
+    monkeypatch.setattr(
+        "megabatch.build.run.choose_precision", lambda site, device: Precision("fp16", device, init_scale=2.0**40)
+    )
+    result = run_tiny(tmp_path, tiny_recipe(), site=Site(precision="fp16", micro_batch_size=8), max_steps=3)
+    steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
+    assert steps[0]["skipped_steps"] == 1
+    assert steps[0]["loss_scale"] == 2.0**39
+    assert all(torch.isfinite(tensor).all() for tensor in result["weights"].values())
