@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 COMMON = {"augmentation": "none", "label_smoothing": "0", "zero_gamma": "false", "bn_span": "64"}
-SGD = {"optimizer": "sgd", "momentum": "0.9", "weight_decay": "1e-4", "decay": "poly", "poly_power": "1"}
+SGD = {"optimizer": "sgd", "momentum": "0.9", "weight_decay": "5e-4", "decay": "poly", "poly_power": "1"}
 METHODS: dict[str, dict[str, str]] = {
     "SGD, batch 256": SGD | {"global_batch_size": "256", "peak_lr": "0.1", "warmup_epochs": "0.5"},
     "SGD, linear scaling, batch 8,192": SGD
@@ -22,9 +22,9 @@ METHODS: dict[str, dict[str, str]] = {
     "LARS with warm-up, batch 8,192": {
         "optimizer": "lars",
         "global_batch_size": "8192",
-        "peak_lr": "4",
+        "peak_lr": "1.6",
         "trust_coefficient": "0.02",
-        "weight_decay": "1e-4",
+        "weight_decay": "5e-4",
         "warmup_epochs": "2",
         "poly_power": "2",
     },
@@ -44,9 +44,9 @@ METHODS: dict[str, dict[str, str]] = {
         "optimizer": "lars",
         "global_batch_size": "2048",
         "batch_sizes": "0:2048,3:4096,5:8192,7:16384",
-        "peak_lr": "2",
+        "peak_lr": "1.6",
         "trust_coefficient": "0.02",
-        "weight_decay": "1e-4",
+        "weight_decay": "5e-4",
         "warmup_epochs": "1",
         "poly_power": "2",
     },
