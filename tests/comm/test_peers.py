@@ -50,8 +50,8 @@ def test_a_killed_or_frozen_peer_is_named_on_every_other_rank_long_before_the_co
         assert seconds < 30
 
 
-def fail_on_rank_one(folder):
-    with PeerMonitor(store_of(folder), rank=dist.get_rank(), world_size=2, timeout_s=20.0) as monitor:
+def fail_on_rank_one():
+    with PeerMonitor.of_job(timeout_s=20.0, generation=1) as monitor:
         state = ExchangeState(make_grid())
         monitor.on_failure(state.fail)
         dist.barrier()
@@ -60,17 +60,17 @@ def fail_on_rank_one(folder):
         state.exchange(torch.ones(3), "flat").wait()
 
 
-def caught(folder):
+def caught():
     try:
-        fail_on_rank_one(folder)
+        fail_on_rank_one()
     except (RuntimeError, ZeroDivisionError) as error:
         return str(error)
     return None
 
 
 @pytest.mark.multiprocess
-def test_the_error_that_ended_a_peer_is_told_to_the_others(tmp_path):
-    assert "rank 1 failed with ZeroDivisionError: no samples" in run_processes(2, caught, tmp_path)[0]
+def test_the_error_that_ended_a_peer_is_told_to_the_others():
+    assert "rank 1 failed with ZeroDivisionError: no samples" in run_processes(2, caught)[0]
 
 
 def leave_one_after_the_other(folder):

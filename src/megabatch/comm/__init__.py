@@ -8,6 +8,7 @@ _HOME = {
     "ALGORITHMS": "algorithms",
     "ExchangeState": "exchange",
     "Grid": "grid",
+    "PeerMonitor": "peers",
     "Timeline": "timeline",
     "all_reduce": "algorithms",
     "flat_hook": "hooks",

@@ -42,7 +42,8 @@ class ExchangeState:
     part of a checkpoint. `grid` None makes one of all ranks.
 
     Memory: per bucket a buffer in the wire's type (none for fp32 that needs no padding) and, on gloo, one as long as
-    it for each reduce-scatter. All ranks must build their states in the same order.
+    it for each reduce-scatter. All ranks must build their states in the same order. Two states that may be under way at
+    the same time need a grid each: a grid's groups see one order.
     """
 
     def __init__(

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed's, where type checkers find them
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megabatch.errors import PeerError, SiteError
 
@@ -89,7 +91,7 @@ def gather_hosts(
 class PeerMonitor:
     """Beats for this rank, watches its neighbour, and tells everyone who died.
 
-        with PeerMonitor(store, rank=rank, world_size=world_size, hosts=hosts) as monitor:
+        with PeerMonitor.of_job(hosts=hosts) as monitor:
             monitor.on_failure(model.exchange_state.fail)  # waiting for a bucket ends at once
             with monitor.guard():                          # other collectives' errors become PeerError
                 train()
@@ -112,6 +114,19 @@ class PeerMonitor:
         self._callbacks: list[Callable[[PeerError], None]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peer monitor", daemon=True)
+
+    @classmethod
+    def of_job(
+        cls, *, hosts: Sequence[str] | None = None, timeout_s: float = 30.0, generation: int = 0
+    ) -> "PeerMonitor":
+        """The monitor of `torch.distributed`'s default group, over the store that the group met by.
+
+        `generation` must differ between restarts that share a store; torchrun counts them in
+        TORCHELASTIC_RESTART_COUNT.
+        """
+        store = PrefixStore(f"generation {generation}", _get_default_store())
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return cls(store, rank=rank, world_size=world_size, hosts=hosts, timeout_s=timeout_s)
 
     def __enter__(self) -> "PeerMonitor":
         self._store.add(_beat(self._rank), 1)
