@@ -23,10 +23,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/optimizer.py --output benchmarks/out
 	$(BIN)/python benchmarks/batch_norm.py --output benchmarks/out
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31  # its LARS is compared with ours; alone, for it asks for torchvision
 	touch $(READY)
 
 clean:
