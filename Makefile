@@ -1,34 +1,40 @@
-# make demo | make test | make check | make bench: each sets up what it needs.
+# make demo | make test | make check | make bench: each sets up what it needs in .venv, on a machine with Python and git.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test check bench clean
 
-demo: $(READY)
+demo: $(VENV)/.ready
 	$(BIN)/megabatch train fashion_mnist --workers 2
 
-test: $(READY)
+test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -q
 
-check: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)
+bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/optimizer.py --output benchmarks/out
 	$(BIN)/python benchmarks/batch_norm.py --output benchmarks/out
+	$(BIN)/megabatch bench allreduce
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31  # its LARS is compared with ours; alone, for it asks for torchvision
-	touch $(READY)
+	$(PIP) --editable .
+	touch $@
+
+# timm's LARS is compared with ours; timm comes alone, for it asks for a torchvision that does not load here.
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps timm==1.0.31
+	touch $@
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build runs benchmarks/out
