@@ -1,9 +1,10 @@
 """Compiles every kernel for an H200 without one, as calls of the public functions would, and prints what each needs.
 
-    python tests/kernels/compile_for_hopper.py
+    python tests/kernels/compile_for_hopper.py [--all]
 
-One JSON line per compiled variant: registers a thread, bytes spilled to local memory, bytes of shared memory, and how
-many of the machine's own instructions of some kinds it has. Nothing is run; results of the calls are meaningless.
+Without --all one tiling of each convolution. One JSON line per compiled variant: registers a thread, bytes spilled to
+local memory, bytes of shared memory, and how many of the machine's own instructions of some kinds it has. Nothing is
+run; results of the calls are meaningless.
 """
 
 import functools
@@ -130,11 +131,39 @@ def loss() -> None:
 
 def crop() -> None:
     """A batch of 224 px."""
-    from megabatch.kernels import crop_resize
+    from megabatch.kernels import crop_and_resize
 
     image = torch.zeros(375, 500, 3, dtype=torch.uint8)
     box = torch.tensor([[0, 0, 375, 500]])
-    crop_resize([image], box, size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), backend="triton")
+    crop_and_resize([image], box, size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), backend="triton")
+
+
+def convolutions(*, every_tiling: bool = False) -> None:
+    """One tiling or all of them, on a layer with as many channels as its tile is wide."""
+    import megabatch.kernels.conv1x1 as module
+
+    some = slice(None) if every_tiling else slice(1, 2)
+    for tiling in module.FORWARD_TILINGS[some]:
+        x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
+        for given in (normalisation(tiling.inputs), None)[: 2 if every_tiling else 1]:
+            module.conv1x1_forward(x, weight, span=2, normalisation=given, tiling=tiling, backend="triton")
+    for tiling in module.DATA_GRADIENT_TILINGS[some]:
+        x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
+        dy, given = images(tiling.outputs), normalisation(tiling.inputs)
+        module.conv1x1_data_gradient(dy, weight, x, given, span=2, tiling=tiling, backend="triton")
+    for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
+        dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
+        module.conv1x1_weight_gradient(dy, x, span=2, normalisation=given, tiling=tiling, backend="triton")
+
+
+def images(channels: int) -> torch.Tensor:
+    return torch.zeros(2, channels, 14, 14, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+
+
+def normalisation(channels: int) -> Any:
+    from megabatch.kernels.conv1x1 import Normalisation
+
+    return Normalisation(torch.zeros(1, channels), torch.ones(1, channels), torch.zeros(channels))
 
 
 ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, loss, crop)
@@ -146,6 +175,7 @@ def main() -> None:
     found = compile_only()
     for kernels in ALL:
         kernels()
+    convolutions(every_tiling="--all" in sys.argv)
     for kernel in found:
         sys.stdout.write(json.dumps(kernel) + "\n")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-SOURCES = ("_lars_triton", "_batch_norm_triton", "_loss_triton", "_crop_triton")
+SOURCES = ("_lars_triton", "_batch_norm_triton", "_loss_triton", "_crop_triton", "_conv1x1_triton")
 VARIABLE = "TRITON_INTERPRET"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megabatch.data.decode import resize_box
 from megabatch.errors import UserError
-from megabatch.kernels import crop_resize
+from megabatch.kernels import crop_and_resize
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -48,7 +48,7 @@ def to_pixels(batch: Tensor, number: int) -> np.ndarray[Any, Any]:
 def test_pixels_are_those_of_the_cpu_path_but_for_its_rounding_to_8_bit(box: str, backend: Any) -> None:
     (image,) = photographs((40, 50))
     boxes = torch.tensor([BOXES[box]], dtype=torch.float64)
-    batch = crop_resize([image], boxes, size=SIZE, mean=MEAN, std=STD, dtype=torch.float32, backend=backend)
+    batch = crop_and_resize([image], boxes, size=SIZE, mean=MEAN, std=STD, dtype=torch.float32, backend=backend)
     expected = resize_box(image.numpy(), tuple(boxes[0].tolist()), SIZE)
     difference = np.abs(to_pixels(batch, 0) - expected)
     assert difference.max() < 1.1  # half a step for each of two axes, and float32
@@ -60,16 +60,16 @@ def test_many_sizes_flips_and_layouts_in_one_launch_are_those_of_the_reference()
     boxes = torch.tensor([[3, 4, 30, 40.0], [0, 0, 17, 9], [10.3, 2.6, 70.2, 20.9]])
     flip = torch.tensor([True, False, True])
     options: dict[str, Any] = {"size": SIZE, "mean": MEAN, "std": STD, "flip": flip, "dtype": torch.float32}
-    expected = crop_resize(images, boxes, backend="reference", **options)
-    ours = crop_resize(images, boxes, backend="triton", **options)
+    expected = crop_and_resize(images, boxes, backend="reference", **options)
+    ours = crop_and_resize(images, boxes, backend="triton", **options)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     planes = [image.permute(2, 0, 1).contiguous() for image in images]
-    assert torch.equal(crop_resize(planes, boxes, layout="CHW", backend="triton", **options), ours)
+    assert torch.equal(crop_and_resize(planes, boxes, layout="CHW", backend="triton", **options), ours)
     bordered = [torch.full((100, 100, 3), 255, dtype=torch.uint8) for _ in images]
     for border, image in zip(bordered, images, strict=True):
         border[5 : 5 + image.shape[0], 7 : 7 + image.shape[1]] = image
     inner = [b[5 : 5 + i.shape[0], 7 : 7 + i.shape[1]] for b, i in zip(bordered, images, strict=True)]
-    assert torch.equal(crop_resize(inner, boxes, backend="triton", **options), ours)
+    assert torch.equal(crop_and_resize(inner, boxes, backend="triton", **options), ours)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -79,7 +79,7 @@ def test_no_pixel_outside_the_box_is_looked_at(backend: Any) -> None:
     changed[3:33, 4:44] = image[3:33, 4:44]
     box = torch.tensor([[3, 4, 30, 40]])
     first, second = (
-        crop_resize([pixels], box, size=SIZE, mean=MEAN, std=STD, backend=backend) for pixels in (image, changed)
+        crop_and_resize([pixels], box, size=SIZE, mean=MEAN, std=STD, backend=backend) for pixels in (image, changed)
     )
     assert torch.equal(first, second)
 
@@ -88,7 +88,7 @@ def test_no_pixel_outside_the_box_is_looked_at(backend: Any) -> None:
 @pytest.mark.parametrize(("channels", "padded"), [(3, 4), (3, 3), (1, 1)])
 def test_the_batch_is_16_bit_with_the_channels_last_and_its_padding_0(channels: int, padded: int, backend: Any) -> None:
     image = photographs((40, 50))[0][..., :channels]
-    batch = crop_resize(
+    batch = crop_and_resize(
         [image, image],
         torch.tensor([BOXES["shrunk"]] * 2),
         size=5,
@@ -108,7 +108,7 @@ def test_the_batch_is_16_bit_with_the_channels_last_and_its_padding_0(channels: 
 def test_a_flip_is_a_mirror_image(backend: Any) -> None:
     (image,) = photographs((40, 50))
     boxes = torch.tensor([BOXES["fractions"]] * 2)
-    batch = crop_resize(
+    batch = crop_and_resize(
         [image, image], boxes, size=SIZE, mean=MEAN, std=STD, flip=torch.tensor([False, True]), backend=backend
     )
     assert torch.equal(batch[0].flip(2), batch[1])
@@ -139,4 +139,4 @@ def test_what_cannot_be_cut_is_named(changes: dict[str, Any], message: str) -> N
         "std": STD,
     }
     with pytest.raises(UserError, match=message):
-        crop_resize(**{**given, **changes})
+        crop_and_resize(**{**given, **changes})

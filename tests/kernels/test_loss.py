@@ -96,12 +96,18 @@ def test_logits_of_any_size_neither_overflow_nor_vanish() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0, 0.0], [third, third, third - 1]]))
 
 
-def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
-    logits, labels, _ = draw(37, torch.float32)
+def test_rows_and_labels_that_lie_apart_in_memory_are_read_where_they_are() -> None:
+    logits, labels, mixed = draw(37, torch.float32)
+    weight = torch.rand(COUNT)
     apart = torch.full((COUNT, 50), torch.nan)
     apart[:, :37] = logits
-    ours = fused_cross_entropy_sum(apart[:, :37], labels, backend="triton")
-    assert torch.equal(ours, fused_cross_entropy_sum(logits, labels, backend="triton"))
+    columns = torch.stack([labels, mixed], dim=1)
+    weights = torch.stack([weight, 1 - weight], dim=1)
+    ours = fused_cross_entropy_sum(
+        apart[:, :37], columns[:, 0], mixed_labels=columns[:, 1], mix_weight=weights[:, 0], backend="triton"
+    )
+    together = fused_cross_entropy_sum(logits, labels, mixed_labels=mixed, mix_weight=weight, backend="triton")
+    assert torch.equal(ours, together)
 
 
 def test_no_sample_gives_a_loss_of_0() -> None:

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
-    from megabatch.kernels.crop_resize import crop_resize
+    from megabatch.kernels.conv1x1 import (
+        Normalisation,
+        Tiling,
+        conv1x1_data_gradient,
+        conv1x1_forward,
+        conv1x1_weight_gradient,
+    )
+    from megabatch.kernels.crop_resize import crop_and_resize
     from megabatch.kernels.dispatch import Backend, has_triton
     from megabatch.kernels.fused_optimizer import FusedLARS
-    from megabatch.kernels.lars_step import lars_step, lars_step_reference
+    from megabatch.kernels.lars import lars_step, lars_step_reference
     from megabatch.kernels.lars_tables import LarsGroup, LarsTables
     from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
 
@@ -21,14 +28,19 @@ _HOMES = {
     "FusedLARS": "fused_optimizer",
     "LarsGroup": "lars_tables",
     "LarsTables": "lars_tables",
+    "Normalisation": "conv1x1",
+    "Tiling": "conv1x1",
     "batch_norm_act_reference": "batch_norm",
-    "crop_resize": "crop_resize",
+    "conv1x1_data_gradient": "conv1x1",
+    "conv1x1_forward": "conv1x1",
+    "conv1x1_weight_gradient": "conv1x1",
+    "crop_and_resize": "crop_resize",
     "cross_entropy_with_gradient": "loss",
     "fused_bn_act": "batch_norm",
     "fused_cross_entropy_sum": "loss",
     "has_triton": "dispatch",
-    "lars_step": "lars_step",
-    "lars_step_reference": "lars_step",
+    "lars_step": "lars",
+    "lars_step_reference": "lars",
 }
 
 __all__ = [
@@ -36,8 +48,13 @@ __all__ = [
     "FusedLARS",
     "LarsGroup",
     "LarsTables",
+    "Normalisation",
+    "Tiling",
     "batch_norm_act_reference",
-    "crop_resize",
+    "conv1x1_data_gradient",
+    "conv1x1_forward",
+    "conv1x1_weight_gradient",
+    "crop_and_resize",
     "cross_entropy_with_gradient",
     "fused_bn_act",
     "fused_cross_entropy_sum",

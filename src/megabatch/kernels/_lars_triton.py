@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Triton kernels of the LARS step. Loaded by `lars_step` alone, when a step runs on a GPU."""
+"""Triton kernels of the LARS step. Loaded by `lars` alone, when a step runs on a GPU."""
 
 import triton
 import triton.language as tl
 
-# Tables that `lars_step` fills: row lengths, then columns.
+# Tables that `lars_tables` fills: row lengths, then columns.
 POINTERS = tl.constexpr(4)  # int64, one row per tensor
 WEIGHT, GRADIENT, BUFFER, COPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 FACTS = tl.constexpr(4)  # int64, one row per tensor

@@ -54,7 +54,9 @@ def fused_bn_act(
     _check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in _TYPES:
         return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
-    y, mean, var = _FusedBatchNorm.apply(x, weight.float(), bias.float(), residual, span, eps, relu)  # type: ignore[no-untyped-call]
+    y, mean, var = _FusedBatchNorm.apply(
+        x, weight.float().contiguous(), bias.float().contiguous(), residual, span, eps, relu
+    )  # type: ignore[no-untyped-call]
     return y, mean, var
 
 

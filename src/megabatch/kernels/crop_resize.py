@@ -15,7 +15,7 @@ _ROUNDING = 1e-6  # a box that ends this little past a pixel's edge ends there
 _AXES = {"HWC": (0, 1, 2), "CHW": (1, 2, 0)}
 
 
-def crop_resize(
+def crop_and_resize(
     images: Sequence[Tensor],
     boxes: Tensor,
     *,

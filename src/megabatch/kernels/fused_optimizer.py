@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.lars_step import lars_step
+from megabatch.kernels.lars import lars_step
 from megabatch.kernels.lars_tables import LarsGroup, LarsTables
 
 Group = dict[str, Any]

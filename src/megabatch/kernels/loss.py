@@ -127,8 +127,8 @@ def _launch(
         with on_device(logits):
             load("_loss_triton").cross_entropy_kernel[(count,)](
                 rows,
-                labels,
-                labels if mixed_labels is None else mixed_labels,
+                labels.contiguous(),
+                (labels if mixed_labels is None else mixed_labels).contiguous(),
                 weight,
                 losses,
                 gradient,
@@ -147,7 +147,7 @@ def _launch(
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
     """The value in float32 where the kernel reads it; a number is written by the device, not copied from the host."""
     if isinstance(value, Tensor):
-        return value.detach().to(like.device, torch.float32)
+        return value.detach().to(like.device, torch.float32).contiguous()
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 

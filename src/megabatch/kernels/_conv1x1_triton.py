@@ -1,0 +1,180 @@
+# mypy: ignore-errors
+"""Triton kernels of 1x1 convolutions as matrix products. Loaded by `conv1x1` alone, when one runs on a GPU.
+
+Images with the channels last are matrices of rows (samples x pixels) and channels, cut into spans of `span_rows` rows,
+the last of which may be short; a tile holds rows of one span. The convolution's input h is never in memory: it is
+relu((x - mean) slope + shift), computed from x as a tile is read. Loads go through tensor descriptors, which a Hopper
+GPU serves by its copy engine; stores and what is read once go through pointers, as a tile may end inside a span.
+A launch has about as many programs as the GPU has multiprocessors, each of which takes tile after tile.
+"""
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["TensorDescriptor"]
+
+
+@triton.jit
+def _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows: tl.constexpr):
+    """Span of a tile, its first row, and how many of its rows are of that span."""
+    span = row_tile // tiles_per_span
+    inside = (row_tile % tiles_per_span) * block_rows
+    first = span.to(tl.int64) * span_rows + inside
+    count = tl.minimum(tl.minimum(num_rows - first, span_rows - inside), block_rows).to(tl.int32)
+    return span, first, count
+
+
+@triton.jit
+def _normalised(x, mean, slope, shift, span, column, count, columns: tl.constexpr, block_rows: tl.constexpr):
+    """relu((x - mean) slope + shift) of one tile, 0 in rows that are not of the span; the type is that of x."""
+    inside = column < columns
+    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
+    factor = tl.load(slope + span * columns + column, mask=inside, other=0.0)
+    offset = tl.load(shift + column, mask=inside, other=0.0)
+    values = (x.to(tl.float32) - middle[None, :]) * factor[None, :] + offset[None, :]
+    here = (tl.arange(0, block_rows) < count)[:, None]
+    return tl.where(here & (values > 0), values, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _put_moments(partials, row_tile, values, column, count, columns: tl.constexpr, block_rows: tl.constexpr):
+    """Mean and sum of squared differences from it of a tile's columns, to its two rows of (tiles, 2, columns)."""
+    here = (tl.arange(0, block_rows) < count)[:, None]
+    middle = tl.sum(tl.where(here, values, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
+    away = tl.where(here, values - middle[None, :], 0.0)
+    place = partials + row_tile * 2 * columns + column
+    tl.store(place, middle, mask=column < columns)
+    tl.store(place + columns, tl.sum(away * away, axis=0), mask=column < columns)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    y,
+    mean,
+    slope,
+    shift,
+    partials,
+    num_rows,
+    span_rows,
+    tiles_per_span,
+    num_row_tiles,
+    normalise: tl.constexpr,
+    inputs: tl.constexpr,
+    outputs: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_outputs: tl.constexpr,
+    block_inputs: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """y = h weight^T, and the moments of y as it is rounded. Programs side by side share rows, which stay in cache."""
+    across: tl.constexpr = (outputs + block_outputs - 1) // block_outputs
+    for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
+        row_tile = tile // across
+        left = (tile % across) * block_outputs
+        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        sums = tl.zeros((block_rows, block_outputs), dtype=tl.float32)
+        for begin in range(0, inputs, block_inputs):
+            h = x.load([first.to(tl.int32), begin])
+            if normalise:
+                column = begin + tl.arange(0, block_inputs)
+                h = _normalised(h, mean, slope, shift, span, column, count, inputs, block_rows)
+            sums = tl.dot(h, weight.load([left, begin]).T, sums, input_precision=precision)
+        column = left + tl.arange(0, block_outputs)
+        row = tl.arange(0, block_rows)
+        rounded = sums.to(y.dtype.element_ty)
+        place = y + first * outputs + row[:, None] * outputs + column[None, :]
+        tl.store(place, rounded, mask=(row < count)[:, None] & (column < outputs)[None, :])
+        _put_moments(partials, row_tile, rounded.to(tl.float32), column, count, outputs, block_rows)
+
+
+@triton.jit
+def data_gradient_kernel(
+    dy,
+    weight,
+    x,
+    dz,
+    mean,
+    slope,
+    shift,
+    partials,
+    num_rows,
+    span_rows,
+    tiles_per_span,
+    num_row_tiles,
+    inputs: tl.constexpr,
+    outputs: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_outputs: tl.constexpr,
+    block_inputs: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """dz = dy weight where h > 0, and the sums of dz and of dz (x - mean) over each tile's rows, as dz is rounded."""
+    across: tl.constexpr = (inputs + block_inputs - 1) // block_inputs
+    for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
+        row_tile = tile // across
+        left = (tile % across) * block_inputs
+        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        sums = tl.zeros((block_rows, block_inputs), dtype=tl.float32)
+        for begin in range(0, outputs, block_outputs):
+            gradient = dy.load([first.to(tl.int32), begin])
+            sums = tl.dot(gradient, weight.load([begin, left]), sums, input_precision=precision)
+        column = left + tl.arange(0, block_inputs)
+        row = tl.arange(0, block_rows)
+        place = first * inputs + row[:, None] * inputs + column[None, :]
+        here = (row < count)[:, None] & (column < inputs)[None, :]
+        values = tl.load(x + place, mask=here, other=0.0)
+        h = _normalised(values, mean, slope, shift, span, column, count, inputs, block_rows)
+        rounded = tl.where(h > 0, sums, 0.0).to(dz.dtype.element_ty)
+        tl.store(dz + place, rounded, mask=here)
+        gradient = tl.where(here, rounded.to(tl.float32), 0.0)
+        middle = tl.load(mean + span * inputs + column, mask=column < inputs, other=0.0)
+        pair = partials + row_tile * 2 * inputs + column
+        product = gradient * (values.to(tl.float32) - middle[None, :])
+        tl.store(pair, tl.sum(gradient, axis=0), mask=column < inputs)
+        tl.store(pair + inputs, tl.sum(product, axis=0), mask=column < inputs)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    dy,
+    x,
+    partials,
+    mean,
+    slope,
+    shift,
+    num_rows,
+    span_rows,
+    tiles_per_span,
+    num_row_tiles,
+    row_tiles_per_part,
+    normalise: tl.constexpr,
+    inputs: tl.constexpr,
+    outputs: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_outputs: tl.constexpr,
+    block_inputs: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """dweight = dy^T h over one part of the rows, to `partials` (parts, outputs, inputs) in float32."""
+    across: tl.constexpr = (inputs + block_inputs - 1) // block_inputs
+    top = (tl.program_id(0) // across) * block_outputs
+    left = (tl.program_id(0) % across) * block_inputs
+    part = tl.program_id(1)
+    column = left + tl.arange(0, block_inputs)
+    sums = tl.zeros((block_outputs, block_inputs), dtype=tl.float32)
+    last = tl.minimum((part + 1) * row_tiles_per_part, num_row_tiles)
+    for row_tile in range(part * row_tiles_per_part, last):
+        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        gradient = dy.load([first.to(tl.int32), top])
+        h = x.load([first.to(tl.int32), left])
+        if normalise:
+            h = _normalised(h, mean, slope, shift, span, column, count, inputs, block_rows)
+        else:
+            h = tl.where((tl.arange(0, block_rows) < count)[:, None], h, 0.0)
+        sums = tl.dot(gradient.T, h, sums, input_precision=precision)
+    row = top + tl.arange(0, block_outputs)
+    place = partials + part.to(tl.int64) * outputs * inputs + row[:, None] * inputs + column[None, :]
+    tl.store(place, sums, mask=(row < outputs)[:, None] & (column < inputs)[None, :])

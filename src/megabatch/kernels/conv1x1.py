@@ -1,0 +1,327 @@
+"""1x1 convolutions that normalise their input as they read it and measure their output as they write it.
+
+In a residual network each 1x1 convolution reads what a batch norm and a ReLU make of the convolution before. Done one
+after another, that activation is written once and read twice (forward, weight gradient), and statistics are one more
+read of each output. Here it is computed from the stored convolution output wherever it is needed, and moments leave
+the convolution with its output. For images in 16 bit with the channels last.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megabatch.errors import UserError
+from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
+from megabatch.kernels.layout import images_of, rows_of
+
+_WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
+
+
+class Normalisation(NamedTuple):
+    """h = relu((x - mean) slope + shift): batch norm with slope = weight / sqrt(variance + eps), shift = bias.
+
+    mean and slope are (spans, C), shift is (C,), all float32.
+    """
+
+    mean: Tensor
+    slope: Tensor
+    shift: Tensor
+
+
+class Tiling(NamedTuple):
+    """How a matrix product is cut into tiles; which is fastest depends on shape and GPU: time those below."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+FORWARD_TILINGS = (
+    Tiling(128, 64, 64, 4, 4),
+    Tiling(128, 128, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(256, 64, 64, 8, 3),
+    Tiling(256, 128, 64, 8, 3),
+)
+DATA_GRADIENT_TILINGS = (
+    Tiling(128, 64, 64, 4, 4),
+    Tiling(128, 64, 128, 8, 4),
+    Tiling(64, 64, 256, 8, 3),
+    Tiling(256, 64, 64, 8, 3),
+)
+WEIGHT_GRADIENT_TILINGS = (
+    Tiling(64, 64, 64, 4, 4),
+    Tiling(64, 128, 128, 8, 4),
+    Tiling(64, 256, 64, 8, 4),
+    Tiling(64, 64, 256, 8, 4),
+    Tiling(128, 128, 128, 8, 3),
+)
+"""Sizes to choose from on a Hopper GPU."""
+
+WEIGHT_GRADIENT_PROGRAMS = 264
+
+
+def conv1x1_forward(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    span: int,
+    normalisation: Normalisation | None = None,
+    tiling: Tiling | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, mean, var)`: y = weight h, with each span's mean and unbiased variance of y as it is rounded. No gradient.
+
+    h is x itself, or `normalisation` of x by the statistics of x's own spans.
+
+    Shapes: x (N, C, H, W), weight (K, C) or (K, C, 1, 1) of x's type, y (N, K, H, W) with the channels last, mean and
+    var (spans, K) float32. Triton needs C and K to be multiples of 16, and the reference takes over where not.
+
+    Raises:
+        UserError: shapes that do not agree.
+    """
+    matrix = _check(x, weight, normalisation, span)
+    if not (use_triton(x, backend) and _fits(x, len(matrix))):
+        return _forward_reference(x, matrix, normalisation, span)
+    tiling = tiling or _by_width(FORWARD_TILINGS, len(matrix), which="outputs")
+    cut = _cut(x, span, tiling)
+    rows = rows_of(x)
+    y = rows.new_empty(cut.num_rows, len(matrix))
+    partials = rows.new_empty(cut.num_row_tiles, 2, len(matrix), dtype=torch.float32)
+    with on_device(x):
+        load("_conv1x1_triton").forward_kernel[(_programs(x, cut.num_row_tiles * -(-len(matrix) // tiling.outputs)),)](
+            _described(rows, tiling.rows, tiling.inputs),
+            _described(matrix, tiling.outputs, tiling.inputs),
+            y,
+            *_channel_arguments(normalisation, partials),
+            partials,
+            *cut,
+            normalise=normalisation is not None,
+            **_options(rows, matrix, tiling),
+        )
+        mean, var = _moments(partials, cut, tiling.rows)
+    return images_of(y, x), mean, var
+
+
+def conv1x1_data_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    normalisation: Normalisation,
+    *,
+    span: int,
+    tiling: Tiling | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`(dz, sums)`: dz = weight^T dy where h > 0, the gradient of the batch norm's output before its ReLU.
+
+    sums is (spans, 2, C): of dz, and of dz (x - mean), over each span. Times 1 / sqrt(variance + eps) the second is
+    what batch norm's own backward needs: its dbias, and its dweight.
+
+    Shapes as in `conv1x1_forward`; dy is like y, dz like x.
+
+    Raises:
+        UserError: shapes that do not agree.
+    """
+    matrix = _check(x, weight, normalisation, span)
+    if not (use_triton(x, backend) and _fits(x, len(matrix))):
+        return _data_gradient_reference(dy, matrix, x, normalisation, span)
+    tiling = tiling or _by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
+    cut = _cut(x, span, tiling)
+    rows, gradient = rows_of(x), rows_of(dy)
+    dz = torch.empty_like(rows)
+    channels = rows.shape[1]
+    spans = cut.num_row_tiles // cut.tiles_per_span
+    partials = rows.new_empty(spans, cut.tiles_per_span, 2, channels, dtype=torch.float32)
+    with on_device(x):
+        load("_conv1x1_triton").data_gradient_kernel[
+            (_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs)),)
+        ](
+            _described(gradient, tiling.rows, tiling.outputs),
+            _described(matrix, tiling.outputs, tiling.inputs),
+            rows,
+            dz,
+            *_channel_arguments(normalisation, partials),
+            partials,
+            *cut,
+            **_options(rows, matrix, tiling),
+        )
+    return images_of(dz, x), partials.sum(1)
+
+
+def conv1x1_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    *,
+    span: int,
+    normalisation: Normalisation | None = None,
+    tiling: Tiling | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """dweight (K, C) = sum over rows of dy h, in float32, with h computed from x again.
+
+    The rows are cut into parts whose products are added in one order, so equal inputs give equal bits.
+
+    Raises:
+        UserError: shapes that do not agree.
+    """
+    gradient = rows_of(dy)
+    _check(x, gradient.new_empty(gradient.shape[1], x.shape[1]), normalisation, span)
+    if not (use_triton(x, backend) and _fits(x, gradient.shape[1])):
+        return gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()
+    rows = rows_of(x)
+    outputs, inputs = gradient.shape[1], rows.shape[1]
+    tiling = tiling or _by_width(WEIGHT_GRADIENT_TILINGS, inputs, which="inputs")
+    cut = _cut(x, span, tiling)
+    tiles = -(-outputs // tiling.outputs) * -(-inputs // tiling.inputs)
+    per_part = -(-cut.num_row_tiles // max(1, WEIGHT_GRADIENT_PROGRAMS // tiles))
+    parts = -(-cut.num_row_tiles // per_part)
+    partials = rows.new_empty(parts, outputs, inputs, dtype=torch.float32)
+    with on_device(x):
+        load("_conv1x1_triton").weight_gradient_kernel[(tiles, parts)](
+            _described(gradient, tiling.rows, tiling.outputs),
+            _described(rows, tiling.rows, tiling.inputs),
+            partials,
+            *_channel_arguments(normalisation, partials),
+            *cut,
+            per_part,
+            normalise=normalisation is not None,
+            **_options(rows, partials[0], tiling),
+        )
+    return partials.sum(0) if parts > 1 else partials[0]
+
+
+def _activation(x: Tensor, normalisation: Normalisation | None, span: int) -> Tensor:
+    """h, in the type of x."""
+    if normalisation is None:
+        return x
+    mean, slope = (
+        values.repeat_interleave(span, 0)[: len(x), :, None, None]
+        for values in (normalisation.mean, normalisation.slope)
+    )
+    return torch.relu((x.to(mean.dtype) - mean) * slope + normalisation.shift[:, None, None]).to(x.dtype)
+
+
+def _forward_reference(
+    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.nn.functional.conv2d(_activation(x, normalisation, span), matrix[:, :, None, None])
+    wide = y.double() if y.dtype == torch.float64 else y.float()
+    parts = [part.transpose(0, 1).flatten(1) for part in torch.split(wide, span)]
+    mean = torch.stack([part.mean(1) for part in parts])
+    squares = [(part - middle[:, None]).square().sum(1) for part, middle in zip(parts, mean, strict=True)]
+    return y, mean, torch.stack([s / max(1, p.shape[1] - 1) for s, p in zip(squares, parts, strict=True)])
+
+
+def _data_gradient_reference(
+    dy: Tensor, matrix: Tensor, x: Tensor, normalisation: Normalisation, span: int
+) -> tuple[Tensor, Tensor]:
+    through = torch.nn.functional.conv2d(dy, matrix.T[:, :, None, None])
+    dz = torch.where(_activation(x, normalisation, span) > 0, through, 0.0)
+    mean = normalisation.mean.repeat_interleave(span, 0)[: len(x), :, None, None]
+    wide = dz.to(mean.dtype)
+    products = wide * (x.to(mean.dtype) - mean)
+    sums = [torch.stack([part.sum((0, 2, 3)) for part in torch.split(t, span)]) for t in (wide, products)]
+    return dz, torch.stack(sums, dim=1)
+
+
+class _Cut(NamedTuple):
+    """Rows and spans as every kernel takes them, in this order."""
+
+    num_rows: int
+    span_rows: int
+    tiles_per_span: int
+    num_row_tiles: int
+
+
+def _cut(x: Tensor, span: int, tiling: Tiling) -> _Cut:
+    count, _, height, width = x.shape
+    span_rows = min(span, count) * height * width
+    tiles_per_span = -(-span_rows // tiling.rows)
+    return _Cut(count * height * width, span_rows, tiles_per_span, tiles_per_span * -(-count // span))
+
+
+def _moments(partials: Tensor, cut: _Cut, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Each span's mean and unbiased variance from those of its tiles."""
+    channels = partials.shape[2]
+    spans = cut.num_row_tiles // cut.tiles_per_span
+    mean, var, deviation = partials.new_empty(3, spans, channels)
+    load("_batch_norm_triton").statistics_kernel[(-(-channels // 32), spans)](
+        partials,
+        mean,
+        var,
+        deviation,
+        cut.num_rows,
+        cut.span_rows,
+        block_rows,
+        cut.tiles_per_span,
+        1e-5,
+        columns=channels,
+        block_parts=64,
+        block_columns=32,
+    )
+    return mean, var
+
+
+def _by_width(tilings: tuple[Tiling, ...], channels: int, *, which: str) -> Tiling:
+    """The first tiling that spans all channels in one tile, so that no row is normalised twice; else the widest."""
+    widths = [getattr(tiling, which) for tiling in tilings]
+    spanning = [width for width in widths if width >= channels]
+    return tilings[widths.index(min(spanning) if spanning else max(widths))]
+
+
+def _options(rows: Tensor, matrix: Tensor, tiling: Tiling) -> dict[str, Any]:
+    return {
+        "inputs": rows.shape[1],
+        "outputs": matrix.shape[0],
+        "block_rows": tiling.rows,
+        "block_outputs": tiling.outputs,
+        "block_inputs": tiling.inputs,
+        "precision": "ieee" if rows.dtype == torch.float32 else "tf32",
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
+    }
+
+
+def _described(matrix: Tensor, block_rows: int, block_columns: int) -> Any:
+    """The matrix for the copy engine, which fetches blocks of it and gives zeros outside."""
+    tools = load("_conv1x1_triton").TensorDescriptor
+    return tools.from_tensor(matrix, [block_rows, block_columns])
+
+
+def _channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if normalisation is None:
+        return unused, unused, unused
+    mean, slope, shift = (values.contiguous() for values in normalisation)
+    return mean, slope, shift
+
+
+def _programs(x: Tensor, num_tiles: int) -> int:
+    """As many as can be resident where two fit on a multiprocessor; on a CPU two, so that each takes several tiles."""
+    resident = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return min(num_tiles, resident)
+
+
+def _fits(x: Tensor, outputs: int) -> bool:
+    """Whether the kernels take it: types with matrix units or exact products, rows of whole 16 bytes."""
+    known = x.dtype in {torch.float32, torch.float16, torch.bfloat16}
+    return known and x.numel() // x.shape[1] < _WIDEST and x.shape[1] % 16 == 0 and outputs % 16 == 0
+
+
+def _check(x: Tensor, weight: Tensor, normalisation: Normalisation | None, span: int) -> Tensor:
+    """The weight as a matrix (K, C)."""
+    fits = x.ndim == 4 and x.numel() and weight.numel() == len(weight) * x.shape[1] and span >= 1
+    if not fits or weight.dtype != x.dtype:
+        raise UserError(
+            f"x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)} and span={span} were given, "
+            "needed: (N, C, H, W), (K, C, 1, 1) of one type, and 1 or more; (32, 64, 56, 56), (256, 64, 1, 1), 32 work"
+        )
+    if normalisation is not None:
+        shapes = [tuple(values.shape) for values in normalisation]
+        wanted = [(-(-len(x) // span), x.shape[1])] * 2 + [(x.shape[1],)]
+        if shapes != wanted:
+            raise UserError(f"the normalisation has shapes {shapes}, needed for these images and span: {wanted}")
+    return weight.reshape(len(weight), x.shape[1]).contiguous()
