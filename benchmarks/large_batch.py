@@ -2,8 +2,8 @@
 
     python benchmarks/large_batch.py --output DIR [--seeds 3] [--epochs 10] [--only NAME ...]
 
-Each run is `megabatch train fashion_mnist` with settings; a finished run is kept and not repeated, so the benchmark may be
-stopped and started again. Prints one row per method: mean and standard deviation of the final top-1 over the seeds.
+Each run is `megabatch train fashion_mnist` with settings; a finished run is kept and not repeated, so the benchmark may
+be stopped and started again. Prints one row per method: mean and standard deviation of the final top-1 over the seeds.
 """
 
 import argparse

@@ -248,9 +248,10 @@ def test_half_precisions_follow_full_precision(tmp_path, precision):
 def test_an_overflowing_loss_scale_skips_the_step_and_shrinks(tmp_path, monkeypatch):
     from megabatch.train.precision import Precision
 
-    monkeypatch.setattr(
-        "megabatch.build.run.choose_precision", lambda site, device: Precision("fp16", device, init_scale=2.0**40)
-    )
+    def too_large(site, device):
+        return Precision("fp16", device, init_scale=2.0**40)
+
+    monkeypatch.setattr("megabatch.build.run.choose_precision", too_large)
     result = run_tiny(tmp_path, tiny_recipe(), site=Site(precision="fp16", micro_batch_size=8), max_steps=3)
     steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
     assert steps[0]["skipped_steps"] == 1

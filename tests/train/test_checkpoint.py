@@ -18,7 +18,12 @@ from megabatch.train.checkpoint import (
 
 def write(folder, step, top1=None, value=1.0):
     return write_checkpoint(
-        folder, {"w": torch.full((3,), value), "step": step}, recipe={"name": "x"}, step=step, epoch=step / 10, top1=top1
+        folder,
+        {"w": torch.full((3,), value), "step": step},
+        recipe={"name": "x"},
+        step=step,
+        epoch=step / 10,
+        top1=top1,
     )
 
 

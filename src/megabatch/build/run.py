@@ -339,7 +339,13 @@ def _saver(
         epoch = state.samples_seen / recipe.num_train_images
         top1 = evaluation.top1 if evaluation else None
         writer.write(state.state_dict(), step=state.step, epoch=epoch, top1=top1)
-        sinks.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/{checkpoint_path(folder, state.step).name}"})
+        sinks.log(
+            {
+                "event": "checkpoint",
+                "step": state.step,
+                "path": f"checkpoints/{checkpoint_path(folder, state.step).name}",
+            }
+        )
 
     return save
 

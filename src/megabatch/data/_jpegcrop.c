@@ -92,18 +92,19 @@ static int decode_mcu(Jpeg *jpeg, JcBits *bits, int mcu_x, int mcu_y) {
 /* A restart marker: predictions and bits begin anew. Anything but the expected one is left to the full library. */
 static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     const uint8_t *at = bits->next, *end = jpeg->end;
-    if (bits->count - bits->missing >= 8) return JC_DAMAGED;
+    if (bits->count - bits->scan->missing >= 8) return JC_DAMAGED;
     while (end - at >= 2 && at[0] == 0xFF && at[1] == 0xFF) at++;
     if (end - at < 2 || at[0] != 0xFF || at[1] != RST0 + (number & 7)) return JC_DAMAGED;
-    jc_bits_start(bits, at + 2, end);
+    bits->scan->missing = 0;
+    *bits = (JcBits){.next = at + 2, .scan = bits->scan};
     for (int i = 0; i < jpeg->num_components; i++) jpeg->component[i].prediction = 0;
     return JC_OK;
 }
 
 static int decode_scan(Jpeg *jpeg, Range range) {
-    JcBits bits;
+    JcScan scan = {.end = jpeg->end};
+    JcBits bits = {.next = jpeg->scan, .scan = &scan};
     int left = jpeg->restart_interval, number = 0;
-    jc_bits_start(&bits, jpeg->scan, jpeg->end);
     for (int y = 0; y < range.y1; y++) {
         for (int x = 0; x < range.per_row; x++) {
             if (jpeg->restart_interval && left-- == 0) {
@@ -114,7 +115,7 @@ static int decode_scan(Jpeg *jpeg, Range range) {
             int status = inside ? decode_mcu(jpeg, &bits, x, y) : skip_mcu(jpeg, &bits);
             if (status != JC_OK) return status;
         }
-        if (bits.missing > bits.count) return JC_DAMAGED; /* some of these rows' bits were invented */
+        if (scan.missing > bits.count) return JC_DAMAGED; /* some of these rows' bits were invented */
     }
     return JC_OK;
 }

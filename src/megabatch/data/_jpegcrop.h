@@ -64,11 +64,17 @@ typedef struct {
     JcTables *tables;
 } Jpeg;
 
-/* Bits of the scan, the next one on top; `missing` counts zeros invented after the data ended. */
+typedef struct {
+    const uint8_t *end;
+    int missing; /* bits invented after the data ended */
+} JcScan;
+
+/* The next bits of the scan, the first one on top. */
 typedef struct {
     uint64_t bits;
-    int count, missing;
-    const uint8_t *next, *end;
+    const uint8_t *next;
+    int count;
+    JcScan *scan;
 } JcBits;
 
 /* The nonzero coefficients of one block; the first is the DC value, even where that is 0. */
@@ -87,7 +93,6 @@ extern const uint8_t jc_zigzag[64];
 int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *tables);
 int jc_huffman_build(JcHuffman *table, const uint8_t *spec, int num_symbols, int is_dc);
 
-void jc_bits_start(JcBits *bits, const uint8_t *next, const uint8_t *end);
 int jc_read_block(JcBits *bits, const JcHuffman *dc, const JcHuffman *ac, int *prediction, JcBlock *block);
 int jc_skip_block(JcBits *bits, const JcHuffman *dc, const JcHuffman *ac, int *prediction);
 

@@ -1,8 +1,8 @@
 /* Huffman decoding of baseline blocks (ITU-T T.81, annex F.2), most symbols by one table lookup.
  *
  * A lookup entry is indexed by the next 10 bits and holds
- *   bits 0..7    how many bits to drop: the code, and the value's bits too where they fit in the 10
- *   bits 8..11   size: value bits still to be read after the code (0: the value is in the entry)
+ *   bits 0..7    how many bits to drop: those of the code and of the value
+ *   bits 8..11   size: how many of them are the value's (0: the value is in the entry)
  *   bits 12..18  advance: how far the coefficient's index moves; 64 or more ends the block
  *   bits 19..31  the value, signed
  * An entry of 0 means a longer code, or none: see jc_long_code.
@@ -26,11 +26,15 @@ static int advance_of(int symbol, int is_dc) {
     return (symbol >> 4) + 1; /* a run of zeros, then the coefficient; 0xF0 is 16 zeros */
 }
 
+static int extend(uint32_t raw, int size) {
+    return raw < 1u << (size - 1) ? (int)raw - (1 << size) + 1 : (int)raw;
+}
+
 static void fill_lookup(JcHuffman *table, uint32_t code, int length, int symbol, int is_dc) {
     int size = is_dc ? symbol : symbol & 15, free_bits = JC_LOOKUP_BITS - length;
     int advance = advance_of(symbol, is_dc);
     for (uint32_t rest = 0; rest < 1u << free_bits; rest++) {
-        uint32_t entry = entry_of(length, size, advance, 0);
+        uint32_t entry = entry_of(length + size, size, advance, 0);
         if (size > 0 && size <= free_bits)
             entry = entry_of(length + size, 0, advance, extend(rest >> (free_bits - size), size));
         table->lookup[code << free_bits | rest] = entry;
@@ -42,7 +46,7 @@ static uint32_t skip_entry(const JcHuffman *table, uint32_t index) {
     uint32_t bits = 0, advance = 0, before = 0;
     while (bits < JC_LOOKUP_BITS && advance < END_OF_BLOCK) {
         uint32_t entry = table->lookup[index << bits & ((1 << JC_LOOKUP_BITS) - 1)];
-        uint32_t length = (entry & 255) + (entry >> 8 & 15);
+        uint32_t length = entry & 255;
         if (entry == 0 || bits + length > JC_LOOKUP_BITS) break;
         before = advance;
         bits += length;
@@ -76,26 +80,20 @@ int jc_huffman_build(JcHuffman *table, const uint8_t *spec, int num_symbols, int
     return JC_OK;
 }
 
-void jc_bits_start(JcBits *bits, const uint8_t *next, const uint8_t *end) {
-    *bits = (JcBits){.next = next, .end = end};
-}
-
 /* Byte by byte: near the end, and where a 0xFF needs a look (0xFF00 is a byte, anything else a marker). */
-JcBits jc_refill_slowly(JcBits bits) {
-    while (bits.count < 56) {
+JcRefilled jc_refill_slowly(uint64_t bits, int count, const uint8_t *next, JcScan *scan) {
+    for (; count < 56; count += 8) {
         uint64_t byte = 0;
-        int at_marker = bits.next < bits.end && bits.next[0] == 0xFF &&
-                        (bits.end - bits.next < 2 || bits.next[1] != 0);
-        if (bits.next >= bits.end || at_marker) {
-            bits.missing += 8;
+        int at_marker = next < scan->end && next[0] == 0xFF && (scan->end - next < 2 || next[1] != 0);
+        if (next >= scan->end || at_marker) {
+            scan->missing += 8;
         } else {
-            byte = bits.next[0];
-            bits.next += byte == 0xFF ? 2 : 1;
+            byte = next[0];
+            next += byte == 0xFF ? 2 : 1;
         }
-        bits.bits |= byte << (56 - bits.count);
-        bits.count += 8;
+        bits |= byte << (56 - count);
     }
-    return bits;
+    return (JcRefilled){bits, next};
 }
 
 /* A code of more than 10 bits as an entry; 0 if no code begins so. */
@@ -104,7 +102,8 @@ uint32_t jc_long_code(uint64_t bits, const JcHuffman *table, int is_dc) {
     for (int length = JC_LOOKUP_BITS + 1; length <= 16; length++) {
         if (top >= table->limit[length]) continue;
         int symbol = table->spec[16 + ((table->offset[length] + (int32_t)(top >> (16 - length))) & 255)];
-        return entry_of(length, is_dc ? symbol : symbol & 15, advance_of(symbol, is_dc), 0);
+        int size = is_dc ? symbol : symbol & 15;
+        return entry_of(length + size, size, advance_of(symbol, is_dc), 0);
     }
     return 0;
 }

@@ -14,28 +14,29 @@
 #define FROM_BIG_ENDIAN(word) (word)
 #endif
 
-/* By value: a JcBits whose address is never taken stays in registers. */
-JcBits jc_refill_slowly(JcBits bits);
+typedef struct {
+    uint64_t bits;
+    const uint8_t *next;
+} JcRefilled;
+
+/* All by value: a JcBits whose address is never taken stays in registers. */
+JcRefilled jc_refill_slowly(uint64_t bits, int count, const uint8_t *next, JcScan *scan);
 uint32_t jc_long_code(uint64_t bits, const JcHuffman *table, int is_dc);
 
-/* A value of `size` bits: those below half the range stand for negative numbers. */
-JC_INLINE int extend(uint32_t raw, int size) {
-    return raw < 1u << (size - 1) ? (int)raw - (1 << size) + 1 : (int)raw;
-}
-
+/* At least 56 bits at hand, of which those after the data's end are zeros. */
 JC_INLINE void refill(JcBits *bits) {
-    if (bits->end - bits->next >= 8) {
-        uint64_t word;
-        memcpy(&word, bits->next, 8);
-        int has_ff = ((~word - 0x0101010101010101u) & word & 0x8080808080808080u) != 0;
-        if (!has_ff) {
-            bits->bits |= FROM_BIG_ENDIAN(word) >> bits->count;
-            bits->next += (63 - bits->count) >> 3;
-            bits->count |= 56;
-            return;
-        }
+    uint64_t word = ~(uint64_t)0;
+    if (bits->scan->end - bits->next >= 8) memcpy(&word, bits->next, 8);
+    int has_ff = ((~word - 0x0101010101010101u) & word & 0x8080808080808080u) != 0;
+    if (__builtin_expect(has_ff, 0)) {
+        JcRefilled refilled = jc_refill_slowly(bits->bits, bits->count, bits->next, bits->scan);
+        bits->bits = refilled.bits;
+        bits->next = refilled.next;
+    } else {
+        bits->bits |= FROM_BIG_ENDIAN(word) >> bits->count;
+        bits->next += (63 - bits->count) >> 3;
     }
-    *bits = jc_refill_slowly(*bits);
+    bits->count |= 56; /* whole bytes were added until no more went in */
 }
 
 JC_INLINE void drop(JcBits *bits, int count) {
@@ -50,14 +51,15 @@ JC_INLINE int read_symbol(JcBits *bits, const JcHuffman *table, int is_dc, int *
         entry = jc_long_code(bits->bits, table, is_dc);
         if (entry == 0) return -1;
     }
-    int size = entry >> 8 & 15;
-    drop(bits, entry & 255);
-    *advance = entry >> 12 & 127;
+    int length = entry & 255, size = entry >> 8 & 15;
     *value = (int32_t)entry >> 19;
     if (size > 0) {
-        *value = extend((uint32_t)(bits->bits >> (64 - size)), size);
-        drop(bits, size);
+        uint64_t raw = bits->bits << (length - size);
+        int least = (int64_t)raw < 0 ? 0 : 1 - (1 << size); /* those below half the range stand for negative numbers */
+        *value = (int)(raw >> (64 - size)) + least;
     }
+    *advance = entry >> 12 & 127;
+    drop(bits, length);
     return 0;
 }
 

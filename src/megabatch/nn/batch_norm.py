@@ -85,8 +85,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             self._add_pooled(normalised)
         elif self.accumulate_statistics:
             self._add_spans(normalised)
-        elif len(normalised.statistics):
-            self.move_averages(normalised.statistics.sum(0), self.momentum)
+        elif normalised.statistics:
+            self.move_averages(torch.stack(normalised.statistics).sum(0), self.momentum)
         return normalised.output
 
     def extra_repr(self) -> str:
@@ -126,16 +126,17 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
 
     def _add_spans(self, normalised: Normalised) -> None:
         """Adds spans to the step's sums. No Python state, so that a captured graph can replay it."""
-        statistics = normalised.statistics
-        if len(statistics) and self._speaks_for_group():
-            torch.where(self.first_span[-1:] == 0, statistics[0], self.first_span, out=self.first_span)
-            self.span_sum.add_(statistics.sum(0))
+        if normalised.statistics and self._speaks_for_group():
+            first, total = self.first_span, self.span_sum
+            torch.where(first[-1:] == 0, normalised.statistics[0], first, out=first)
+            for statistics in normalised.statistics:
+                total.add_(statistics)
 
     def _add_pooled(self, normalised: Normalised) -> None:
         """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""
         assert self.pooled_moments is not None
-        if self._speaks_for_group():
-            mean, variance = normalised.statistics[:, :-1].double().chunk(2, dim=1)
+        if normalised.statistics and self._speaks_for_group():
+            mean, variance = torch.stack(normalised.statistics)[:, :-1].double().chunk(2, dim=1)
             count = torch.as_tensor(normalised.counts, dtype=torch.float64, device=mean.device)[:, None]
             squares = variance * (count - 1).clamp(min=0) + count * mean.square()
             self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))

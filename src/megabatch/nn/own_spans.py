@@ -11,7 +11,7 @@ class Normalised(NamedTuple):
     """What a training forward yields."""
 
     output: Tensor  # as the input
-    statistics: Tensor  # (spans, 2C + 1): means, unbiased variances, and 1, or 0 where a group brought no sample
+    statistics: list[Tensor]  # per span (2C + 1): means, unbiased variances, and 1, or 0 if a group brought no sample
     counts: Tensor | list[int]  # values per channel in each span; a tensor where only the group's sum tells
 
 
@@ -25,15 +25,9 @@ def normalise_own_spans(
     its output is the bias.
     """
     spans = _split(input, span)
-    statistics = like.new_ones(len(spans), 2 * len(like) + 1)
-    counts = [num_values(x) for x in spans]
+    statistics = [like.new_ones(2 * len(like) + 1) for _ in spans]
     outputs = [_normalise(x, weight, bias, row, eps) for x, row in zip(spans, statistics, strict=True)]
-    match len(outputs):
-        case 0:
-            return Normalised(_affine(input, weight, bias), statistics, counts)
-        case 1:
-            return Normalised(outputs[0], statistics, counts)
-    return Normalised(torch.cat(outputs), statistics, counts)
+    return Normalised(_joined(outputs, input, weight, bias), statistics, [num_values(x) for x in spans])
 
 
 def num_values(input: Tensor) -> int:
@@ -46,6 +40,12 @@ def _split(input: Tensor, span: int) -> tuple[Tensor, ...]:
     if len(input) <= span:
         return (input,) if len(input) else ()
     return torch.split(input, span)
+
+
+def _joined(outputs: list[Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if not outputs:
+        return _affine(input, weight, bias)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float) -> Tensor:

@@ -39,7 +39,7 @@ def normalise_shared_span(
     Sends 2C + 1 values to each other rank forward, and an all-reduce of 2C backward.
     """
     output, statistics, count = _SharedSpanNorm.apply(input, weight, bias, like, eps, group)  # type: ignore[no-untyped-call]
-    return Normalised(output, statistics[None], count[None])
+    return Normalised(output, [statistics], count[None])
 
 
 class _SharedSpanNorm(torch.autograd.Function):

@@ -13,10 +13,10 @@ def fashion_mnist() -> Recipe:
     Sources:
         read: 60,000 training and 10,000 test images of 28 x 28 grey pixels in 10 classes; mean and deviation are
             those of the training pixels.
-        chosen, by a search of 183 runs of this project (benchmarks/records/2026-11-20_h200_resnet8_search): peak rate
-            1.6 with a trust coefficient of 0.02 (0.001 needs rates at which biases become unstable), weight decay, flips
-            but no shifts, which cost points in so few epochs; batch, spans of 128 (eight per batch), warm-up, epochs and
-            label smoothing to reach 92 % in two minutes.
+        chosen, by a search of 183 runs of this project (benchmarks/records/2026-11-20_h200_resnet8_search): peak
+            rate 1.6 with a trust coefficient of 0.02 (0.001 needs rates at which biases become unstable), weight decay,
+            flips but no shifts, which cost points in so few epochs; batch, spans of 128 (eight per batch), warm-up,
+            epochs and label smoothing to reach 92 % in two minutes.
     """
     return Recipe(
         name="fashion_mnist",
