@@ -79,7 +79,7 @@ def net_work(name: str, make: Norm, x: Tensor, dtype: torch.dtype) -> Work:
 
 
 def compare(works: dict[str, Work], *, repeats: int) -> dict[str, Timing]:
-    """Interleaved timings: on a CPU the thread's own seconds, which wait for no other process; on a GPU elapsed ones."""
+    """Interleaved timings: on a CPU the thread's own seconds, which wait for no other process; on a GPU elapsed."""
     if torch.cuda.is_available():
         return harness.compare(works, warmup=3, repeats=repeats)
     seconds: dict[str, list[float]] = {name: [] for name in works}
