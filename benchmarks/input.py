@@ -8,6 +8,7 @@ on what else the machine does. Only what is installed is compared; what is not i
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import random
@@ -121,13 +122,18 @@ def pipelines(job: Job) -> tuple[dict[str, Pass], dict[str, str]]:
 def processor_s() -> float:
     """Processor seconds of this process, of its workers, and of those that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    tick = os.sysconf("SC_CLK_TCK")
-    living = 0
-    for child in Path("/proc/self/task").glob("*/children"):
-        for number in child.read_text().split():
+    living = sum(_ticks_of_children(thread) for thread in Path("/proc/self/task").iterdir())
+    return time.process_time() + ended.ru_utime + ended.ru_stime + living / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks_of_children(thread: Path) -> int:
+    """Clock ticks that the living children of a thread have run; 0 for a thread that ends meanwhile."""
+    ticks = 0
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for number in (thread / "children").read_text().split():
             fields = Path("/proc", number, "stat").read_text().rsplit(")", 1)[1].split()
-            living += int(fields[11]) + int(fields[12])
-    return time.process_time() + ended.ru_utime + ended.ru_stime + living / tick
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks
 
 
 def compare(works: Mapping[str, Pass], rounds: int, say: Callable[[str], None]) -> dict[str, dict[str, Timing]]:
