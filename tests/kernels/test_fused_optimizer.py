@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
-from megabatch.kernels import FusedLARS
+from megabatch.kernels import FusedLARS, LarsGroup, lars_step
 from megabatch.kernels.lars_tables import CHUNK
 from megabatch.optim import LARS, SGD
 
@@ -288,3 +288,24 @@ def test_tensors_the_kernel_cannot_take_are_named() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UserError, match="dense real gradients"):
         FusedLARS(embedding.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_gradients_in_16_bit_may_carry_a_loss_scale_into_the_step(denominator: Any, backend: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, momentum = torch.randn(2, 1025, generator=generator)
+    scaled = (1024 * 1e-2 * torch.randn(1025, generator=generator)).half()
+    number = torch.tensor
+
+    def group(w: Tensor, g: Tensor, v: Tensor, scale: Tensor | None) -> LarsGroup:
+        rates = {"lr": number(0.5), "momentum": number(0.9), "weight_decay": number(0.01), "previous_lr": number(0.0)}
+        parts = {"weights": [w], "gradients": [g], "buffers": [v], "copies": [None]}
+        return LarsGroup(**parts, **rates, denominator=denominator, gradient_scale=scale)
+
+    carried = group(weight.clone(), scaled, momentum.clone(), number(1 / 1024))
+    divided = group(weight.clone(), scaled.float() / 1024, momentum.clone(), None)
+    lars_step([carried], backend=backend)
+    lars_step([divided], backend="reference")
+    torch.testing.assert_close(carried.weights[0], divided.weights[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(carried.buffers[0], divided.buffers[0], rtol=1e-6, atol=1e-7)

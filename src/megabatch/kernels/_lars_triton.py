@@ -12,8 +12,9 @@ SIZE, GROUP, FIRST_CHUNK, NORM_CHUNKS = tl.constexpr(0), tl.constexpr(1), tl.con
 SETTINGS = tl.constexpr(8)  # float32, one row per group
 ETA, EPS, INSIDE, CORRECTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SUM, UPDATE, CLIP, NESTEROV = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-VALUES = tl.constexpr(4)  # int64, one row per group: where these are in memory, so that a CUDA graph reads them anew
+VALUES = tl.constexpr(5)  # int64, one row per group: where these are in memory, so that a CUDA graph reads them anew
 LR, MOMENTUM, DECAY, PREVIOUS_LR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SCALE = tl.constexpr(4)
 
 
 @triton.jit
@@ -72,14 +73,15 @@ def norms_kernel(
         size = tl.load(fact + SIZE)
         offset = (program - tl.load(fact + FIRST_CHUNK)) * chunk
         decay = _value(values, group, DECAY) * tl.load(settings + group * SETTINGS + UPDATE)
+        scale = _value(values, group, SCALE)
         row = pointers + tensor * POINTERS
         if offset + chunk <= size:
             of_weight, of_other = _squares(
-                row, offset, size, decay, chunk, block, weight_type, gradient_type, aligned, True
+                row, offset, size, decay, scale, chunk, block, weight_type, gradient_type, aligned, True
             )
         else:
             of_weight, of_other = _squares(
-                row, offset, size, decay, chunk, block, weight_type, gradient_type, aligned, False
+                row, offset, size, decay, scale, chunk, block, weight_type, gradient_type, aligned, False
             )
         tl.store(partials + program, of_weight)
         tl.store(partials + num_chunks + program, of_other)
@@ -93,6 +95,7 @@ def _squares(
     offset,
     size,
     decay,
+    scale,
     chunk: tl.constexpr,
     block: tl.constexpr,
     weight_type: tl.constexpr,
@@ -100,14 +103,14 @@ def _squares(
     aligned: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Sums of w^2 and (g + decay w)^2 over one chunk, each added as one tree."""
+    """Sums of w^2 and (scale g + decay w)^2 over one chunk, each added as one tree."""
     weight, gradient = tl.load(row + WEIGHT), tl.load(row + GRADIENT)
     of_weight = tl.zeros((block,), dtype=tl.float32)
     of_other = tl.zeros((block,), dtype=tl.float32)
     for part in tl.static_range(0, chunk, block):
         w = _read(weight, offset + part, size, block, weight_type, aligned, whole)
         g = _read(gradient, offset + part, size, block, gradient_type, aligned, whole)
-        u = g + decay * w
+        u = scale * g + decay * w
         of_weight += w * w
         of_other += u * u
     return tl.sum(of_weight, axis=0), tl.sum(of_other, axis=0)
@@ -129,6 +132,7 @@ def _settle(settings, values, scratch, group):
     tl.store(scratch + group * VALUES + LR, lr)
     tl.store(scratch + group * VALUES + MOMENTUM, momentum)
     tl.store(scratch + group * VALUES + DECAY, _value(values, group, DECAY))
+    tl.store(scratch + group * VALUES + SCALE, _value(values, group, SCALE))
 
 
 @triton.jit
@@ -184,6 +188,7 @@ def update_kernel(
     setting = settings + group * SETTINGS
     settled = scratch + group * VALUES
     lr, momentum, decay = tl.load(settled + LR), tl.load(settled + MOMENTUM), tl.load(settled + DECAY)
+    scale = tl.load(settled + SCALE)
     rate = _rate(partials + first, setting, tl.load(fact + NORM_CHUNKS), num_norm_chunks, lr, decay, norm_block)
     inside = tl.load(setting + INSIDE)
     before = inside * rate + (1.0 - inside)
@@ -192,10 +197,10 @@ def update_kernel(
     row = pointers + tensor * POINTERS
     offset = (program - first) * chunk
     if offset + chunk <= size:
-        _move(row, offset, size, momentum, decay, before, after, nesterov, chunk, block,
+        _move(row, offset, size, momentum, decay, scale, before, after, nesterov, chunk, block,
               weight_type, gradient_type, copy_type, aligned, True)  # fmt: skip
     else:
-        _move(row, offset, size, momentum, decay, before, after, nesterov, chunk, block,
+        _move(row, offset, size, momentum, decay, scale, before, after, nesterov, chunk, block,
               weight_type, gradient_type, copy_type, aligned, False)  # fmt: skip
 
 
@@ -206,6 +211,7 @@ def _move(
     size,
     momentum,
     decay,
+    scale,
     before,
     after,
     nesterov,
@@ -224,7 +230,7 @@ def _move(
         w = _read(weight, offset + part, size, block, weight_type, aligned, whole)
         g = _read(gradient, offset + part, size, block, gradient_type, aligned, whole)
         v = _read(buffer, offset + part, size, block, tl.float32, aligned, whole)
-        u = before * (g + decay * w)
+        u = before * (scale * g + decay * w)
         v = momentum * v + u
         w -= after * tl.where(nesterov > 0, u + momentum * v, v)
         _write(buffer, offset + part, size, v, block, tl.float32, aligned, whole)

@@ -60,7 +60,9 @@ def lars_step_reference(groups: Sequence[LarsGroup]) -> None:
             corrected = torch.where(group.previous_lr > 0, group.lr / group.previous_lr, 1.0)
             momentum = momentum * corrected
         for w, g, v, copy in zip(group.weights, group.gradients, group.buffers, group.copies, strict=True):
-            _reference_of_one(group, w, g.to(v.dtype), v, momentum)
+            wide = g.to(v.dtype)
+            scaled = wide if group.gradient_scale is None else group.gradient_scale * wide
+            _reference_of_one(group, w, scaled, v, momentum)
             if copy is not None:
                 copy.copy_(w)
         if group.momentum_form == "inside_corrected":
@@ -93,7 +95,7 @@ def _launch(groups: list[LarsGroup], types: Types, tables: LarsTables) -> None:
     gradients = [[_laid_out_as(w, g) for w, g in zip(group.weights, group.gradients, strict=True)] for group in groups]
     rows = _pointer_rows(groups, gradients)
     aligned = not any(address % _ALIGNMENT for address in rows)
-    addresses = table.addresses(rows + _value_rows(groups))
+    addresses = table.addresses(rows + _value_rows(groups, table.one))
     kernels = load("_lars_triton")
     weight_type, gradient_type, copy_type = (_triton_type(kernels.tl, dtype) for dtype in types)
     same = {"chunk": CHUNK, "block": BLOCK, "aligned": aligned, "num_warps": 8}
@@ -123,9 +125,11 @@ def _pointer_rows(groups: list[LarsGroup], gradients: list[list[Tensor]]) -> lis
     ]
 
 
-def _value_rows(groups: list[LarsGroup]) -> list[int]:
-    values = ((group.lr, group.momentum, group.weight_decay, group.previous_lr) for group in groups)
-    return [value.data_ptr() for row in values for value in row]
+def _value_rows(groups: list[LarsGroup], one: Tensor) -> list[int]:
+    values = (
+        (group.lr, group.momentum, group.weight_decay, group.previous_lr, group.gradient_scale) for group in groups
+    )
+    return [(one if value is None else value).data_ptr() for row in values for value in row]
 
 
 def _by_types(groups: Sequence[LarsGroup]) -> dict[Types, list[LarsGroup]]:

@@ -12,6 +12,8 @@ from megabatch.kernels.layout import is_dense, same_layout
 
 CHUNK = 8192
 """Values that one program of a launch takes."""
+VALUES = 5
+"""Numbers of a group that a step reads on the device: lr, momentum, weight decay, previous lr, gradient scale."""
 
 Types = tuple[torch.dtype, torch.dtype, torch.dtype]
 """Of weights, gradients and copies: a kernel is compiled for one combination."""
@@ -23,7 +25,8 @@ class LarsGroup:
 
     `copies` are 16-bit tensors, or None, to which the new weights are written too. `lr`, `momentum`, `weight_decay`
     and `previous_lr` are 0-d float32 tensors on the weights' device, read when the step runs; `previous_lr` is
-    overwritten by `lr` under `inside_corrected`.
+    overwritten by `lr` under `inside_corrected`. `gradient_scale`, one more of them, multiplies the gradients as they
+    are read: 1 / loss scale, where they still carry one.
     """
 
     weights: Sequence[Tensor]
@@ -41,6 +44,7 @@ class LarsGroup:
     trust_clip: bool = False
     nesterov: bool = False
     adapt: bool = True
+    gradient_scale: Tensor | None = None
 
     def options(self) -> list[float]:
         """The row of the option table; its columns are named in `_lars_triton.py`."""
@@ -83,10 +87,11 @@ class _Table:
         self.facts = torch.tensor(facts, dtype=torch.int64, device=device)
         self.owners = torch.tensor(owners, dtype=torch.int32, device=device)
         self.options = torch.tensor([group.options() for group in groups], dtype=torch.float32, device=device)
-        self.scratch = torch.empty(len(groups), 4, dtype=torch.float32, device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.scratch = torch.empty(len(groups), VALUES, dtype=torch.float32, device=device)
         self.partials = torch.empty(2, max(1, self.num_norm_chunks), dtype=torch.float32, device=device)
         self._sent: list[int] | None = None
-        self._count = 4 * (len(weights) + len(groups))
+        self._count = 4 * len(weights) + VALUES * len(groups)
         self._device_rows = torch.empty(self._count, dtype=torch.int64, device=device)
         self._spare = self._new_pair()
         self._captured: list[tuple[Tensor, Tensor]] = []
