@@ -9,10 +9,6 @@
 
 #include <string.h>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed to functions that are inlined, and to no others */
-#endif
-
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef int16_t S8 __attribute__((vector_size(16)));
@@ -49,9 +45,10 @@ void jc_idct_scale(float scale[64], const uint16_t quant[64], int side) {
     }
 }
 
-JC_INLINE void store8(F8 sample, int16_t *out) {
+/* Vectors go by address: how they would go by value depends on the processor, of which compilers warn. */
+JC_INLINE void store8(const F8 *sample, int16_t *out) {
     const I8 white = {WHITE, WHITE, WHITE, WHITE, WHITE, WHITE, WHITE, WHITE};
-    I8 fixed = __builtin_convertvector(sample + MIDDLE, I8);
+    I8 fixed = __builtin_convertvector(*sample + MIDDLE, I8);
     fixed &= ~(fixed >> 31);
     I8 dark = fixed < white;
     S8 narrow = __builtin_convertvector((fixed & dark) | (white & ~dark), S8);
@@ -88,8 +85,9 @@ JC_INLINE void columns8(const F8 column[8], int16_t *out, size_t stride) {
                  C5 * column[1] - C1 * column[3] + C7 * column[5] + C3 * column[7],
                  C7 * column[1] - C5 * column[3] + C3 * column[5] - C1 * column[7]};
     for (int x = 0; x < 4; x++) {
-        store8(even[x] + odd[x], out + (size_t)x * stride);
-        store8(even[x] - odd[x], out + (size_t)(7 - x) * stride);
+        F8 near = even[x] + odd[x], far = even[x] - odd[x];
+        store8(&near, out + (size_t)x * stride);
+        store8(&far, out + (size_t)(7 - x) * stride);
     }
 }
 
