@@ -2,7 +2,8 @@
 
 It is built when the package is installed, if there is a C compiler; `python -m megabatch.data._jpegcrop` builds it
 later. It needs no headers and no other library. Where it is missing, or a file is not a plain baseline JPEG,
-`megabatch.data.decode` gives the same pixels from libjpeg-turbo and torch, at about half the speed.
+`megabatch.data.decode` gives nearly the same pixels from libjpeg-turbo and torch, at about 0.4 of the
+speed (docs/decisions/0003-jpeg-decoding.md).
 """
 
 import ctypes
