@@ -32,7 +32,12 @@ def main() -> None:
     for name, bucket_mib in (("overlap", options.bucket_mib), ("one bucket", 1e4)):
         timeline = Timeline()
         model = wrap(
-            _model(options.layers), algorithm=options.algorithm, hosts=names, bucket_mib=bucket_mib, timeline=timeline
+            _model(options.layers),
+            algorithm=options.algorithm,
+            hosts=names,
+            bucket_mib=bucket_mib,
+            first_bucket_mib=bucket_mib,
+            timeline=timeline,
         )
         ways[name] = (model, timeline)
     images = torch.randn(options.images, 64, 16, 16)
@@ -81,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--algorithm", default="torus")
     parser.add_argument("--bucket-mib", type=float, default=1.0)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

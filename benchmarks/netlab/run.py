@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import LabUnavailable, NetworkLab, remove_leftovers
+from lab import CONGESTION_CONTROL, LabUnavailable, NetworkLab, remove_leftovers
 from report import report
 from worker import serve
 
@@ -107,7 +107,7 @@ def _measure_links(lab: NetworkLab, control: Connection, options: argparse.Names
             "hosts": options.hosts, "ranks_per_host": options.ranks, "order": options.order,
             "rate_mbit": lab.rate_mbit, "delay_ms": lab.delay_ms, "num_bytes": num_bytes, **constants,
             "torch": torch.__version__, "kernel": platform.release(), "cores": len(os.sched_getaffinity(0)),
-            "load": os.getloadavg()[0], "realtime": options.realtime, "congestion_control": _congestion_control(),
+            "load": os.getloadavg()[0], "realtime": options.realtime, "congestion_control": CONGESTION_CONTROL,
         }  # fmt: skip
         with options.output.open("a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(facts | row) + "\n" for row in rows)
@@ -157,10 +157,6 @@ def _receive(control: Connection, timeout_s: float) -> Any:
     if not control.poll(timeout_s):
         raise TimeoutError(f"the ranks did not answer within {timeout_s:g} s")
     return control.recv()
-
-
-def _congestion_control() -> str:
-    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 
 def _parser() -> argparse.ArgumentParser:

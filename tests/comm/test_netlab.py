@@ -110,7 +110,7 @@ def line_of(algorithm, seconds, *, order="block", shape=(2, 4)):
     cell = {"algorithm": algorithm, "shape": list(shape), "bucket_mib": 25.0, "wire": "fp32"}
     return {
         "hosts": 4, "ranks_per_host": 2, "order": order, "rate_mbit": 200.0, "delay_ms": 0.0, "num_bytes": 10_000_000,
-        "row_step_s": 1e-4, "column_step_s": 1e-4, "row_bytes_per_s": 1e9, "cell": cell,
+        "row_step_s": 1e-4, "column_step_s": 1e-4, "column_overhead_s": 1e-4, "row_bytes_per_s": 1e9, "cell": cell,
         "seconds": [seconds] * 4, "host_bytes": [15_000_000.0] * 4, "busy": [0.2] * 4,
     }  # fmt: skip
 

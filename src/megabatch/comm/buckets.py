@@ -77,6 +77,7 @@ def wrap(
     hosts: Sequence[str] | None = None,
     tuning: Path | None = None,
     bucket_mib: float = 25.0,
+    first_bucket_mib: float = FIRST_BUCKET_MIB,
     bucket_plan: str = "size",
     device_ids: list[int] | None = None,
     timeline: Timeline | None = None,
@@ -102,7 +103,7 @@ def wrap(
     if algorithm == "auto":
         choice = agree(parameters, wire=wire, shape=grid.shape if grid else shape, hosts=hosts, tuning=tuning)
         algorithm, shape, bucket_mib = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib
-    caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib)
+    caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib, first_bucket_mib=first_bucket_mib)
     state = ExchangeState(
         grid if grid is not None and shape in (None, grid.shape) else make_grid(shape=shape, hosts=hosts),
         wire=wire,
