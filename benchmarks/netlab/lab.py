@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -126,8 +127,8 @@ class NetworkLab:
     ) -> list[int]:
         """Run `command` as every rank of every host, with torchrun's environment; exit codes in rank order.
 
-        Rank 0's output goes to this process's, the others' to files `rankN.txt` in `output` (or nowhere). Ranks that
-        have not ended after `timeout_s`, or soon after one failed, are killed.
+        Each rank has one core. Rank 0's output goes to this process's, the others' to files `rankN.txt` in `output`
+        (or nowhere). Ranks that have not ended after `timeout_s`, or soon after one failed, are killed.
         """
         processes = []
         with contextlib.ExitStack() as files:
@@ -143,7 +144,7 @@ class NetworkLab:
                         stdout=sink,
                         stderr=sink,
                         start_new_session=True,
-                        preexec_fn=host.enter,  # noqa: PLW1509 - this process has one thread
+                        preexec_fn=partial(_become, host, rank),  # noqa: PLW1509 - this process has one thread
                     )
                 )
             return _wait_all(processes, timeout_s)
@@ -213,6 +214,13 @@ class NetworkLab:
             "-qw",
             f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}",
         )
+
+
+def _become(host: Host, rank: int) -> None:
+    """A rank of `host` on one core: ranks that each see all cores would start threads for all of them."""
+    host.enter()
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def require() -> None:
