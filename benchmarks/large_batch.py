@@ -22,8 +22,8 @@ METHODS: dict[str, dict[str, str]] = {
     "LARS with warm-up, batch 8,192": {
         "optimizer": "lars",
         "global_batch_size": "8192",
-        "peak_lr": "1.6",
-        "trust_coefficient": "0.02",
+        "peak_lr": "3",
+        "trust_coefficient": "0.005",
         "weight_decay": "5e-4",
         "warmup_epochs": "2",
         "poly_power": "2",

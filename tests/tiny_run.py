@@ -33,7 +33,7 @@ def tiny_recipe(**changes) -> Recipe:
         total_epochs=2.0,
         warmup_epochs=0.5,
         peak_lr=1.0,
-        trust_coefficient=0.1,
+        trust_coefficient=0.03,
     )
     return validate(dataclasses.replace(base, **changes))
 

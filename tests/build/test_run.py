@@ -27,7 +27,7 @@ def rank_runs(folder, recipe, options):
 
 
 def test_a_run_learns_and_leaves_its_record(tmp_path):
-    recipe = tiny_recipe(total_epochs=6.0)
+    recipe = tiny_recipe(total_epochs=6.0, optimizer="sgd", peak_lr=0.5)
     result = run_tiny(tmp_path, recipe)
     assert result["correct"] >= 80
     assert result["losses"][-1] < result["losses"][0] - 0.3

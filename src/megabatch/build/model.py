@@ -3,7 +3,6 @@
 import functools
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megabatch import nn as models
@@ -18,13 +17,13 @@ from megabatch.train.state import StepSettings
 
 def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: int) -> nn.Module:
     """The recipe's model, initialised alike on every worker from the seed alone."""
-    group, group_size = _span_group(recipe, world, micro_batch_size)
+    group_size = max(1, recipe.bn_span // micro_batch_size)
     norm = functools.partial(
         SpanBatchNorm2d,
         span=recipe.bn_span,
         eps=recipe.bn_eps,
-        stats_momentum=1.0 if recipe.eval_stats == "last_batch" else recipe.stats_momentum,
-        process_group=group,
+        stats_momentum=recipe.stats_momentum,
+        process_group=models.new_span_group(group_size),
         group_size=group_size,
     )
     model = models.create(
@@ -41,17 +40,6 @@ def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: i
     models.collect_statistics(model, True)
     memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
     return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
-
-
-def _span_group(recipe: Recipe, world: World, micro_batch_size: int) -> tuple[dist.ProcessGroup | None, int]:
-    """The process group that shares each of this worker's spans; None where a worker holds whole spans."""
-    group_size = recipe.bn_span // micro_batch_size if micro_batch_size < recipe.bn_span else 1
-    mine: dist.ProcessGroup | None = None
-    if group_size > 1:
-        for ranks in models.span_groups(world.world_size, group_size):
-            group = dist.new_group(ranks)  # every worker makes every group: new_group is collective
-            mine = group if world.rank in ranks else mine
-    return mine, group_size
 
 
 def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:

@@ -98,6 +98,7 @@ def open_run(
             micro_batches=split,
             apply_settings=lambda settings: apply_settings(state.optimizer, settings),
             finish_statistics=lambda: models.finish_step(state.module, eval_stats=recipe.eval_stats),
+            discard_statistics=lambda: models.discard_step(state.module),
             evaluate=_evaluator(recipe, site, data, world=world, state=state, sinks=sinks, loader=loader, split=split),
             save=_saver(recipe, site, folder, world=world, state=state, sinks=sinks, stack=stack),
             log=sinks.log,

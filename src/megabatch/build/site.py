@@ -23,7 +23,8 @@ def choose_micro_batch(recipe: Recipe, site: Site, *, world_size: int, device: t
     pixels = max(value for _, value in recipe.resolution)
     # A CPU wants its activations near the caches: 256 samples of 32 px, 36 of 224; a GPU wants to be filled.
     budget = 256 * (224 / pixels) ** 2 if device.type == "cuda" else 256 * 32 / pixels
-    spans = max(1, int(budget // recipe.bn_span))
+    # One span a micro-batch is normalised in one call; several only where one is too little work.
+    spans = 1 if recipe.bn_span >= budget / 4 else int(budget // recipe.bn_span)
     return recipe.bn_span * min(spans, max(1, recipe.global_batch_size // world_size // recipe.bn_span))
 
 

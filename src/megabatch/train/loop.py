@@ -80,10 +80,13 @@ def _step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> float:
     loss = float(sum_over_workers(loss_sum, run.world)) / settings.count
     _require_finite(run, settings, loss)
     state.precision.unscale(state.optimizer)
-    state.skipped_steps += not state.precision.step(state.optimizer)
-    run.finish_statistics()
-    if state.average:
-        state.average.update(settings.count / run.num_train_images)
+    if state.precision.step(state.optimizer):
+        run.finish_statistics()
+        if state.average:
+            state.average.update(settings.count / run.num_train_images)
+    else:
+        state.skipped_steps += 1
+        run.discard_statistics()
     state.step += 1
     state.samples_seen = settings.next_sample
     return loss

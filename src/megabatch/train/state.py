@@ -153,6 +153,7 @@ class Run:
     micro_batches: Callable[[StepSettings], list[range]]  # this worker's stream ranges of a step
     apply_settings: Callable[[StepSettings], None]  # rates into the optimizer's groups
     finish_statistics: Callable[[], None]  # batch-norm running averages, once a step
+    discard_statistics: Callable[[], None]  # the same of a step that was skipped
     evaluate: Callable[[], Evaluation]
     save: Callable[[Evaluation | None], None]  # a checkpoint
     log: Callable[[dict[str, Any]], None]
