@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megabatch.data import _jpegcrop, stages
 from megabatch.data.folder import FolderSource
@@ -34,6 +35,18 @@ def test_every_stage_is_timed_and_the_slowest_is_the_bottleneck(source):
     assert report.loader_images_per_s > 0
     assert report.image_pixels == 90 * 120
     assert report.has_compiled_decoder == _jpegcrop.is_available()
+
+
+def test_stages_run_on_one_core_and_torchs_threads_come_back(source):
+    threads = torch.get_num_threads()
+    seen = []
+    torch.set_num_threads(3)
+    try:
+        measure_input(source, resolution=16, seconds=0.01, on_progress=lambda _: seen.append(torch.get_num_threads()))
+        assert seen == [1] * 6 + [3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_unreadable_samples_are_left_out_of_the_timing(source, tmp_path):

@@ -1,5 +1,6 @@
 """How fast each stage of the input is on one core, which of them holds training up, and what would help."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,9 +88,10 @@ def measure_input(
     if not samples:
         raise DataError(f"none of {len(indices)} samples can be decoded; `megabatch data check` says why")
     timed = {}
-    for name, (work, count) in _works(source, indices, samples, resolution).items():
-        say(name)
-        timed[name] = _timed(name, work, count, seconds)
+    with _one_torch_thread():
+        for name, (work, count) in _works(source, indices, samples, resolution).items():
+            say(name)
+            timed[name] = _timed(name, work, count, seconds)
     say("loader")
     num_threads = threads or usable_cores()
     stages = [timed[name] for name in (READ, DECODE_CROP, AUGMENT, COPY)]
@@ -105,6 +107,17 @@ def measure_input(
         image_pixels=statistics.mean(sample.height * sample.width for sample in samples),
         has_compiled_decoder=_jpegcrop.is_available(),
     )
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """So that a stage is one core's work, and no processor time goes into threads that wait for one another."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _works(
