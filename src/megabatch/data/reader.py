@@ -18,7 +18,7 @@ OnBadSample = Callable[[str, str], None]
 DrawBoxes = Callable[[slice, Int64, Int64], Int64]
 """(which of the wanted samples, their heights, their widths) -> boxes [n, 4]"""
 
-_CHUNK = 8  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
+_CHUNK = 32  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
 
 
 class BadSamples:
