@@ -153,13 +153,14 @@ def _by_types(groups: Sequence[LarsGroup]) -> dict[Types, list[LarsGroup]]:
 def _part(group: LarsGroup, chosen: list[int], is_last: bool) -> LarsGroup:
     if len(chosen) == len(group.weights):
         return group
+    shares_lr = is_last or group.momentum_form != "inside_corrected"
     return replace(
         group,
         weights=[group.weights[i] for i in chosen],
         gradients=[group.gradients[i] for i in chosen],
         buffers=[group.buffers[i] for i in chosen],
         copies=[group.copies[i] for i in chosen],
-        previous_lr=group.previous_lr if is_last else group.previous_lr.clone(),
+        previous_lr=group.previous_lr if shares_lr else group.previous_lr.clone(),
     )
 
 

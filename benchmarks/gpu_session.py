@@ -1,0 +1,112 @@
+"""What the sections of `gpu.py` share: device, time limit, timing by graph replay, and the list of results."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import Timing, Work, compare
+
+MILLI = 1e-3
+
+
+@dataclass
+class Session:
+    """One run. Results are kept as JSON values and written after each, so that nothing is lost if a later one fails."""
+
+    device: torch.device
+    quick: bool
+    output: Path
+    limit_s: float
+    start_s: float = field(default_factory=time.monotonic)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether graphs, events and the kernels are there."""
+        return self.device.type == "cuda"
+
+    def remaining_s(self) -> float:
+        """Seconds left."""
+        return self.limit_s - (time.monotonic() - self.start_s)
+
+    def has_time_for(self, section: str, case: str, seconds: float) -> bool:
+        """Whether that many seconds are left; a case that is left out is a result too."""
+        if self.remaining_s() >= seconds:
+            return True
+        self.add(section, case, skipped=f"{seconds:.0f} s needed, {self.remaining_s():.0f} s left")
+        return False
+
+    def add(self, section: str, case: str, timing: Timing | None = None, **facts: Any) -> None:
+        """Keeps one result and writes all."""
+        values: dict[str, Any] = {"section": section, "case": case, **facts}
+        if timing is not None:
+            first, third = timing.quartiles_s
+            values |= {"median_ms": timing.median_s / MILLI, "quartiles_ms": [first / MILLI, third / MILLI]}
+        self.results.append(values)
+        self.write()
+
+    def write(self) -> None:
+        """All results so far as one JSON file."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "gpu.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def time(self, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
+        """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing."""
+        ready = {name: graph_of(work, replays) if self.is_cuda else work for name, work in works.items()}
+        timings = compare(ready, warmup=2 if self.quick else 3, repeats=3 if self.quick else 20)
+        scale = replays if self.is_cuda else 1
+        return {name: Timing(tuple(s / scale for s in timing.seconds)) for name, timing in timings.items()}
+
+    def bandwidth(self, num_bytes: float, timing: Timing) -> dict[str, float]:
+        """Bytes that must be moved, at what rate that was, and which share of a plain copy's rate."""
+        rate = num_bytes / timing.median_s
+        facts = {"bytes": num_bytes, "bytes_per_s": rate}
+        if "copy_bytes_per_s" in self.ceilings:
+            facts["of_copy_rate"] = rate / self.ceilings["copy_bytes_per_s"]
+        return facts
+
+    def images(self, count: int, channels: int, pixels: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+        """Random images with the channels last."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        values = torch.randn(count, pixels, pixels, channels, generator=generator, device=self.device)
+        return values.to(dtype).permute(0, 3, 1, 2)
+
+
+def graph_of(work: Work, replays: int = 1) -> Work:
+    """A replay of `replays` runs of `work` in one CUDA graph; three runs outside come first."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(replays):
+            work()
+    return graph.replay
+
+
+def free() -> None:
+    """Gives memory of what came before back."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def guarded(session: Session, section: str, case: str, run: Callable[[], None]) -> None:
+    """Runs one case; a failure becomes its result, and the next case runs."""
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001  # whatever one case meets, the others are still worth their time
+        session.add(section, case, error=f"{type(error).__name__}: {error}"[:500])
+    free()

@@ -1,0 +1,56 @@
+"""`benchmarks/gpu.py` is for machines that are rare: every path that a CPU can take is taken here first."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """All sections, tiny; the results and what was printed."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run("--quick", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "gpu.txt").read_text() == done.stdout
+    return json.loads((folder / "gpu.json").read_text()), done.stdout
+
+
+def test_every_section_runs_and_none_fails(quick: tuple[list[dict[str, Any]], str]) -> None:
+    results, table = quick
+    sections = ("environment", "ceilings", "optimizers", "loss", "batch_norm", "gradients", "input", "conv1x1")
+    assert {result["section"] for result in results} == {*sections, "profile", "step"}
+    missing = set() if importlib.util.find_spec("torchvision") else {"decode_jpeg"}
+    assert {result["case"] for result in results if "error" in result} == missing
+    assert all(result["case"] in table for result in results)
+
+
+def test_the_fused_model_has_the_gradients_of_the_plain_one(quick: tuple[list[dict[str, Any]], str]) -> None:
+    plain, fused = (result for result in quick[0] if result["section"] == "gradients")
+    assert fused["of_all"] < 1.2 * plain["of_all"]
+    assert fused["median"] < 1.2 * plain["median"]
+
+
+def test_a_section_that_fails_loses_no_other(tmp_path: Path) -> None:
+    done = run("--quick", "--section", "input", "--section", "loss", "--limit", "0", "--output", str(tmp_path))
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0
+    assert [result["section"] for result in results][-2:] == ["loss", "loss"]
+
+
+def test_a_cpu_is_not_asked_for_a_gpus_sizes(tmp_path: Path) -> None:
+    done = run("--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "--quick alone" in done.stderr
