@@ -33,7 +33,7 @@ def fashion_mnist() -> Recipe:
         eval_crop_ratio=1.0,
         augmentation="none",
         global_batch_size=1024,
-        total_epochs=18,
+        total_epochs=16,
         bn_span=128,
         label_smoothing=0.05,
         optimizer="lars",
