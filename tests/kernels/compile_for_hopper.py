@@ -2,9 +2,9 @@
 
     python tests/kernels/compile_for_hopper.py [--all]
 
-Without --all one tiling of each convolution. One JSON line per compiled variant: registers a thread, bytes spilled to
-local memory, bytes of shared memory, and how many of the machine's own instructions of some kinds it has. Nothing is
-run; results of the calls are meaningless.
+Without --all one tiling of each convolution, and no sizes of 1. One JSON line per compiled variant: registers a
+thread, bytes spilled to local memory, bytes of shared memory, and how many of the machine's own instructions of some
+kinds it has. Nothing is run; results of the calls are meaningless.
 """
 
 import functools
@@ -156,6 +156,26 @@ def convolutions(*, every_tiling: bool = False) -> None:
         module.conv1x1_weight_gradient(dy, x, span=2, normalisation=given, tiling=tiling, backend="triton")
 
 
+def sizes_of_one() -> None:
+    """Triton compiles an argument of 1 as a constant, for which some operations are others."""
+    from megabatch.kernels import LarsGroup, Normalisation, cross_entropy_with_gradient, fused_bn_act, lars_step
+    from megabatch.kernels.conv1x1 import Tiling, conv1x1_data_gradient, conv1x1_forward, conv1x1_weight_gradient
+
+    one = torch.ones(1, 16, 1, 1, dtype=torch.bfloat16)
+    vector, label = torch.ones(16), torch.zeros(1, dtype=torch.int64)
+    fused_bn_act(one.requires_grad_(), vector, vector, span=1, backend="triton")[0].backward(one)
+    cross_entropy_with_gradient(one.flatten(1), label, mixed_labels=label, mix_weight=torch.ones(1), backend="triton")
+    given, tiling = Normalisation(vector[None], vector[None], vector), Tiling(64, 64, 64, 4, 3)
+    weight = torch.ones(16, 16, dtype=torch.bfloat16)
+    conv1x1_forward(one, weight, span=1, normalisation=given, tiling=tiling, backend="triton")
+    conv1x1_data_gradient(one, weight, one, given, span=1, tiling=tiling, backend="triton")
+    conv1x1_weight_gradient(one, one, span=1, normalisation=given, tiling=tiling, backend="triton")
+    for gradient in (torch.zeros(4), torch.zeros(5)[1:]):
+        tensors = {name: [torch.zeros(4)] for name in ("weights", "buffers")}
+        values = {name: torch.tensor(0.1) for name in ("lr", "momentum", "weight_decay", "previous_lr")}
+        lars_step([LarsGroup(**tensors, **values, gradients=[gradient], copies=[None])], backend="triton")
+
+
 def images(channels: int) -> torch.Tensor:
     return torch.zeros(2, channels, 14, 14, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
 
@@ -175,7 +195,10 @@ def main() -> None:
     found = compile_only()
     for kernels in ALL:
         kernels()
-    convolutions(every_tiling="--all" in sys.argv)
+    everything = "--all" in sys.argv
+    convolutions(every_tiling=everything)
+    if everything:
+        sizes_of_one()
     for kernel in found:
         sys.stdout.write(json.dumps(kernel) + "\n")
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 
-MAX_CLASSES = 32768
+MAX_CLASSES = 16384
 """A row of logits stays in the registers of one program; the reference takes over above."""
 
 
