@@ -27,7 +27,7 @@ HALF = ["fp16", "bf16"]
 def test_packing_scales_casts_and_pads_with_zeros(numel, extra, wire):
     source = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
     packed = torch.full((numel + extra,), 7.0, dtype=wire_dtype(wire))
-    pack(source, packed, factor=0.25)
+    pack(source.clone(), packed, share=0.25)
     assert torch.equal(packed[:numel], (source * 0.25).to(wire_dtype(wire)))
     assert not packed[numel:].any()
     target = torch.empty(numel)
@@ -41,9 +41,9 @@ def test_error_feedback_removes_the_bias_of_the_cast(wire):
     residual, plain, fed = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     packed = torch.empty(3, dtype=wire_dtype(wire))
     for _ in range(4096):
-        pack(gradient, packed, factor=1.0)
+        pack(gradient.clone(), packed)
         plain += packed.float()
-        pack(gradient, packed, factor=1.0, residual=residual)
+        pack(gradient.clone(), packed, residual=residual)
         fed += packed.float()
     exact = 4096 * gradient.double()
     assert ((plain - exact).abs() / exact.abs())[0] > 1e-4
@@ -52,30 +52,79 @@ def test_error_feedback_removes_the_bias_of_the_cast(wire):
 
 def test_an_overflow_does_not_stay_in_the_residual():
     residual, packed = torch.zeros(2), torch.empty(2, dtype=torch.float16)
-    pack(torch.tensor([1e6, 1.0]), packed, factor=1.0, residual=residual)
+    pack(torch.tensor([1e6, 1.0]), packed, residual=residual)
     assert packed[0].isinf()
     assert residual.isfinite().all()
 
 
-def mean_of_large_gradients(wire, scale):
-    state = ExchangeState(make_grid(shape=(2, 4)), wire=wire, wire_scale=scale)
-    return state.exchange(torch.full((5,), 60000.0), "torus").wait()
+def means_of_steps(values, options):
+    """The exchanged mean of each step; rank r holds the step's value times 1, 3 or 2, as r is 0, 1 or 2 modulo 3."""
+    state = ExchangeState(make_grid(shape=(2, 3)), **options)
+    held = [1.0, 3.0, 2.0][dist.get_rank() % 3]
+    return [float(state.exchange(torch.full((5,), held * value), "torus").wait()[0]) for value in values]
 
 
 def test_fp16_does_not_overflow_where_the_sum_would_because_it_divides_first():
-    assert torch.finfo(torch.float16).max < 8 * 60000
-    for result in run_threads(8, mean_of_large_gradients, "fp16", 1.0):
-        assert torch.allclose(result, torch.full((5,), 60000.0), rtol=1e-3)
+    assert torch.finfo(torch.float16).max < 6 * 60000
+    for value, options in ((30000.0, {"wire_scale": 1.0}), (15000.0, {})):
+        for (mean,) in run_threads(6, means_of_steps, [value], {"wire": "fp16"} | options):
+            assert mean == pytest.approx(2 * value, rel=2e-3)
 
 
-def mean_of_small_gradients(scale):
-    state = ExchangeState(make_grid(shape=(2, 2)), wire="fp16", wire_scale=scale)
-    return state.exchange(torch.full((3,), 1e-8), "torus").wait()
+def test_a_fixed_scale_lifts_gradients_that_fp16_would_lose():
+    assert run_threads(6, means_of_steps, [5e-9], {"wire": "fp16", "wire_scale": 1.0})[0] == [0.0]
+    lifted = run_threads(6, means_of_steps, [5e-9], {"wire": "fp16", "wire_scale": 2.0**16})[0]
+    assert lifted == pytest.approx([1e-8], rel=2e-3)
 
 
-def test_a_wire_scale_lifts_gradients_that_fp16_would_lose():
-    assert not run_threads(4, mean_of_small_gradients, 1.0)[0].any()
-    assert torch.allclose(run_threads(4, mean_of_small_gradients, 2.0**16)[0], torch.full((3,), 1e-8), rtol=1e-3)
+@given(exponent=st.integers(-20, 12))
+def test_the_scale_follows_small_and_large_gradients_and_no_step_overflows(exponent):
+    value = 2.0**exponent
+    results = run_threads(6, means_of_steps, [value] * 14 + [1000 * value, value], {"wire": "fp16"})
+    assert all(result == results[0] for result in results)
+    steady, jump, after = results[0][13], results[0][14], results[0][15]
+    assert steady == pytest.approx(2 * value, rel=2e-3)
+    assert value < jump <= 2001 * value  # clipped, perhaps, but never infinite
+    assert after == pytest.approx(2 * value, rel=2e-3)
+
+
+def non_finite_then_finite(bad):
+    state = ExchangeState(make_grid(shape=(1, 2)), wire="fp16")
+    first = state.exchange(torch.tensor([bad if dist.get_rank() == 0 else 1.0, 1.0]), "torus").wait().clone()
+    return first, state.exchange(torch.ones(2), "torus").wait()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_not_hidden_by_clipping(bad):
+    for first, second in run_threads(2, non_finite_then_finite, bad):
+        assert not first.isfinite().any()
+        assert torch.allclose(second, torch.ones(2), rtol=2e-3)
+
+
+def resumed(kept_after):
+    """Values of 12 steps of one state, and of two states of which the second goes on with the first one's scales."""
+    values = [torch.randn(7, generator=torch.Generator().manual_seed(step)) * 10.0**-step for step in range(6)]
+    one, first, second = (ExchangeState(make_grid(shape=(1, 2)), wire="fp16") for _ in range(3))
+    through = [one.exchange(value.clone(), "torus").wait() for value in values]
+    parts = [first.exchange(value.clone(), "torus").wait() for value in values[:kept_after]]
+    second.scales.load_state_dict(first.scales.state_dict())
+    parts += [second.exchange(value.clone(), "torus").wait() for value in values[kept_after:]]
+    return all(torch.equal(a, b) for a, b in zip(through, parts, strict=True))
+
+
+def test_kept_scales_resume_bitwise():
+    assert run_threads(2, resumed, 3) == [True, True]
+
+
+@pytest.mark.parametrize("wire", HALF)
+def test_error_feedback_is_kept_in_the_gradients_own_unit_while_the_scale_changes(wire):
+    residual, packed = torch.zeros(1), torch.empty(1, dtype=wire_dtype(wire))
+    gradient, total = torch.tensor([1.0 + 2.0**-12]), 0.0
+    for step in range(64):
+        scale = 2.0 ** (step % 7)
+        pack(gradient.clone(), packed, scale=scale, residual=residual)
+        total += packed.item() / scale
+    assert total + residual.item() == pytest.approx(64 * gradient.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0, 3.0])

@@ -120,10 +120,10 @@ def all_reduce(
     chunks = [flat[start : start + size] for start in range(0, flat.numel(), size)]
     packed = [torch.empty(padded_numel(len(c), algorithm, grid), dtype=dtype, device=flat.device) for c in chunks]
     for source, target in zip(chunks, packed, strict=True):
-        pack(source, target, factor=1 / grid.num_ranks if average else 1.0)
+        pack(source, target, share=1 / grid.num_ranks if average else 1.0)
     run_wavefront([(route, _jobs(packed, part, len(made))) for part, route in enumerate(made)])
     for source, target in zip(packed, chunks, strict=True):
-        unpack(source, target, factor=1.0)
+        unpack(source, target)
     return tensor
 
 

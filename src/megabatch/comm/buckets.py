@@ -83,7 +83,7 @@ def wrap(
     timeline: Timeline | None = None,
     error_feedback: bool = False,
     average: bool = True,
-    wire_scale: float = 1.0,
+    wire_scale: float | None = None,
     static_graph: bool = False,
     init_sync: bool = False,
 ) -> DistributedDataParallel:

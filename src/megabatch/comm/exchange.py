@@ -16,7 +16,7 @@ from megabatch.comm.grid import Grid, make_grid
 from megabatch.comm.pipeline import Failure, Pipeline, Streams, run_here
 from megabatch.comm.stages import Job
 from megabatch.comm.timeline import BucketTimes, Timeline, stamp
-from megabatch.comm.wire import pack, unpack, wire_dtype
+from megabatch.comm.wire import FP16_SUM_MAX, WireScale, pack, unpack, wire_dtype
 from megabatch.errors import SiteError
 
 
@@ -24,6 +24,7 @@ from megabatch.errors import SiteError
 class _Parcel:
     """One buffer on its way: what is sent, and where the result goes."""
 
+    index: int
     buffer: Tensor
     packed: Tensor
     future: Future[Tensor]
@@ -36,10 +37,11 @@ class ExchangeState:
     """State of the hooks: the grid, the type on the wire, and what is kept between steps.
 
     `wire` is "fp32", "fp16" or "bf16". With `average` (DDP's meaning) the result is the mean over the ranks, divided
-    before it is sent; without it the sum, for losses that are divided by the global batch already. `wire_scale`, a
-    power of two, multiplies what is sent and divides what arrives: it lifts small gradients out of fp16's subnormals.
-    `error_feedback` keeps this rank's casting error per bucket in fp32 and sends it with the next step; it is not
-    part of a checkpoint. `grid` None makes one of all ranks.
+    before it is sent; without it the sum, for losses that are divided by the global batch already.
+    fp16 is scaled per bucket by a power of two that follows the gradients (`WireScale`, in `scales`; keep its
+    `state_dict` to resume bitwise) and clipped so that no sum overflows; `wire_scale` fixes the power instead, and
+    does not clip. `error_feedback` keeps this rank's casting error per bucket in fp32 and sends it with the next
+    step; it is not part of a checkpoint. `grid` None makes one of all ranks.
 
     Memory: per bucket a buffer in the wire's type (none for fp32 that needs no padding) and, on gloo, one as long as
     it for each reduce-scatter. All ranks must build their states in the same order. Two states that may be under way at
@@ -53,14 +55,15 @@ class ExchangeState:
         wire: str = "fp32",
         error_feedback: bool = False,
         average: bool = True,
-        wire_scale: float = 1.0,
+        wire_scale: float | None = None,
         timeline: Timeline | None = None,
     ) -> None:
         self.grid = make_grid() if grid is None else grid
         self.wire = wire
         self.average = average
         self.error_feedback = error_feedback and wire != "fp32"
-        self.wire_scale = _power_of_two(wire_scale)
+        self.wire_scale = _power_of_two(wire_scale) if wire_scale is not None else 1.0
+        self.scales = WireScale() if wire == "fp16" and wire_scale is None else None
         self.timeline = timeline
         self._dtype = wire_dtype(wire)
         self._number = 0
@@ -96,12 +99,12 @@ class ExchangeState:
         pipelines = self._pipelines_of(algorithm)
         packed = self._packed(buffer, algorithm, index)
         times = self._open_times(buffer, packed, algorithm, index)
-        parcel = _Parcel(buffer, packed, future, times, len(pipelines))
+        parcel = _Parcel(index, buffer, packed, future, times, len(pipelines))
         if primitives.is_native(self.grid.group("world")):
-            self._run_on_stream(parcel, algorithm, index, parameters)
+            self._run_on_stream(parcel, algorithm, parameters)
             return
-        self._pack(parcel, index, parameters)
-        for pipeline, job in zip(pipelines, self._jobs(parcel, index), strict=True):
+        self._pack(parcel, parameters)
+        for pipeline, job in zip(pipelines, self._jobs(parcel), strict=True):
             pipeline.submit(job, partial(self._arrived, parcel, job))
 
     @property
@@ -117,9 +120,11 @@ class ExchangeState:
         for future in waiting:
             future.set_exception(error)  # type: ignore[arg-type]
 
-    def forget_residuals(self) -> None:
-        """Start error feedback afresh, as after a rehearsal whose gradients are thrown away."""
+    def forget(self) -> None:
+        """Start error feedback and scales afresh, as after a rehearsal whose gradients are thrown away."""
         self._residuals.clear()
+        if self.scales is not None:
+            self.scales.load_state_dict({})
 
     def close(self) -> None:
         """End the helper threads; the state must not be used after it."""
@@ -143,10 +148,18 @@ class ExchangeState:
             return buffer
         return self._kept(("packed", index), numel, self._dtype, buffer.device)
 
-    def _pack(self, parcel: _Parcel, index: int, parameters: Sequence[Tensor]) -> None:
-        factor = self.wire_scale / (self.grid.num_ranks if self.average else 1)
-        residual = self._residual(parcel.buffer, index, parameters) if self.error_feedback else None
-        pack(parcel.buffer, parcel.packed, factor=factor, residual=residual)
+    def _scale(self, parcel: _Parcel) -> Tensor | float:
+        return self.wire_scale if self.scales is None else self.scales.of(parcel.index, parcel.buffer.device)
+
+    def _pack(self, parcel: _Parcel, parameters: Sequence[Tensor]) -> None:
+        pack(
+            parcel.buffer,
+            parcel.packed,
+            share=1 / self.grid.num_ranks if self.average else 1.0,
+            scale=self._scale(parcel),
+            limit=FP16_SUM_MAX / self.grid.num_ranks if self.scales is not None else None,
+            residual=self._residual(parcel.buffer, parcel.index, parameters) if self.error_feedback else None,
+        )
         if parcel.times is not None:
             parcel.times.sent = stamp(parcel.buffer.device)
 
@@ -157,10 +170,10 @@ class ExchangeState:
             kept = self._residuals[index] = (owners, torch.zeros_like(buffer, dtype=torch.float32))
         return kept[1]
 
-    def _jobs(self, parcel: _Parcel, index: int) -> list[Job]:
+    def _jobs(self, parcel: _Parcel) -> list[Job]:
         jobs = []
         for part, region in enumerate(parcel.packed.chunk(parcel.parts_left)):
-            jobs.append(Job(region, partial(self._scratch, index, part), self._number))
+            jobs.append(Job(region, partial(self._scratch, parcel.index, part), self._number))
             self._number += 1
         return jobs
 
@@ -188,7 +201,9 @@ class ExchangeState:
             parcel.future.set_exception(parcel.error)  # type: ignore[arg-type]
 
     def _deliver(self, parcel: _Parcel) -> None:
-        unpack(parcel.packed, parcel.buffer, factor=1 / self.wire_scale)
+        unpack(parcel.packed, parcel.buffer, factor=1 / self._scale(parcel))
+        if self.scales is not None:
+            self.scales.learn(parcel.index, parcel.buffer)
         if parcel.times is not None:
             parcel.times.done = stamp(parcel.buffer.device)
         if self._claim(parcel):
@@ -202,12 +217,12 @@ class ExchangeState:
             self._under_way.remove(parcel.future)
             return True
 
-    def _run_on_stream(self, parcel: _Parcel, algorithm: str, index: int, parameters: Sequence[Tensor]) -> None:
+    def _run_on_stream(self, parcel: _Parcel, algorithm: str, parameters: Sequence[Tensor]) -> None:
         if self._streams is None:
             self._streams = Streams(parcel.buffer.device)
         with self._streams.next():
-            self._pack(parcel, index, parameters)
-            for route, job in zip(routes(algorithm, self.grid), self._jobs(parcel, index), strict=True):
+            self._pack(parcel, parameters)
+            for route, job in zip(routes(algorithm, self.grid), self._jobs(parcel), strict=True):
                 run_here(route, job)
             self._deliver(parcel)
 
