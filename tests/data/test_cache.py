@@ -217,15 +217,19 @@ import numpy as np
 from megabatch.data.cache import RemoteShards
 far, cache, max_bytes, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 source = RemoteShards(f"file://{far}", part="train", cache=cache, max_bytes=max_bytes)
+def held():  # of one moment: a listing that another process changed while it was read is read again
+    for _ in range(100):
+        before = sorted(cache.glob("*.tar"))
+        try:
+            total = sum(path.stat().st_size for path in before)
+        except FileNotFoundError:
+            continue
+        if sorted(cache.glob("*.tar")) == before:
+            return total
+    return 0
 for i in np.random.default_rng(seed).permutation(len(source)).tolist():
     assert source.read(i) == b"image %03d " % i * 900
-    held = 0
-    for path in cache.glob("*.tar"):
-        try:
-            held += path.stat().st_size
-        except FileNotFoundError:
-            pass
-    assert held <= max_bytes, held
+    assert held() <= max_bytes, held()
 """
     arguments = [str(far), str(tmp_path / "cache"), str(2 * shard_bytes + 100)]
     processes = [
