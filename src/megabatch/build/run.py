@@ -18,7 +18,9 @@ from megabatch.build.data import Data, build_eval_loader, build_train_loader, ev
 from megabatch.build.model import apply_settings, build_model, build_optimizer
 from megabatch.build.schedule import count_steps, settings_at, total_samples
 from megabatch.build.site import check, choose_precision
-from megabatch.comm.launch import World, from_first
+from megabatch.comm.auto import TUNING
+from megabatch.comm.launch import World, from_all, from_first
+from megabatch.comm.peers import PeerMonitor, host_name
 from megabatch.data.loader import TrainLoader
 from megabatch.data.split import micro_batches
 from megabatch.errors import CheckpointError
@@ -40,6 +42,12 @@ class Sinks:
     folder: Path
     progress: Progress
     events: EventLog | None
+    quiet: bool = False
+
+    def note(self, text: str) -> None:
+        """Shows one line, unless the user wants quiet."""
+        if not self.quiet:
+            self.progress.note(text)
 
     def log(self, event: dict[str, Any]) -> None:
         """Writes one event and shows what a person wants of it."""
@@ -120,7 +128,7 @@ def _open_sinks(recipe: Recipe, folder: Path, *, world: World, quiet: bool, stac
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         events = stack.enter_context(EventLog(folder / "events.jsonl"))
-    return Sinks(folder, stack.enter_context(progress), events)
+    return Sinks(folder, stack.enter_context(progress), events, quiet)
 
 
 def _build_state(recipe: Recipe, site: Site, *, world: World, micro_batch_size: int) -> TrainState:
@@ -175,16 +183,24 @@ def _wrap(
     """The module as it is called in training: alone, or with gradients exchanged as they become ready."""
     if world.world_size == 1:
         return state.module, None
+    hosts = from_all(host_name(), world)
     timeline = comm.Timeline()
     wrapped = comm.wrap(
         state.module,
-        algorithm="flat" if site.all_reduce == "auto" else site.all_reduce,
+        algorithm=site.all_reduce,
         wire=site.wire,
+        hosts=hosts,
+        tuning=TUNING.expanduser(),
         bucket_mib=site.bucket_mib,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         timeline=timeline,
     )
     stack.callback(wrapped.exchange_state.close)
+    monitor = stack.enter_context(
+        PeerMonitor.of_job(hosts=hosts, timeout_s=min(30.0, site.timeout_s), generation=world.num_restarts)
+    )
+    monitor.on_failure(wrapped.exchange_state.fail)
+    stack.enter_context(monitor.guard())
     _rehearse(recipe, state, wrapped, world=world)
     timeline.finish_step()
     if world.is_first:
@@ -250,16 +266,16 @@ def _describe_run(
     sinks.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)
     batch = f"{recipe.global_batch_size:,}"
     accumulated = recipe.global_batch_size // (micro_batch_size * world.world_size) or 1
-    sinks.progress.note(
+    sinks.note(
         f"{recipe.name}: {recipe.model}, {recipe.num_train_images:,} images from {data.origin}, "
         f"{recipe.total_epochs:g} epochs at global batch {batch}"
     )
-    sinks.progress.note(
+    sinks.note(
         f"{world.world_size} worker(s) on {world.device.type}, {state.precision.name}, micro-batch {micro_batch_size} "
         f"x {accumulated} accumulated, batch-norm span {recipe.bn_span}; run folder {sinks.folder}"
     )
     if resumed_from is not None:
-        sinks.progress.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
+        sinks.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
 
 
 def _evaluator(

@@ -4,18 +4,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megabatch.cli.options import require_choice
+from megabatch.comm.auto import TUNING
 from megabatch.errors import SiteError
 
 if TYPE_CHECKING:
     from megabatch.comm.auto import Measured
     from megabatch.comm.launch import World
 
-TABLE = Path("~/.cache/megabatch/allreduce.json")
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 WIRES = ("fp32", "fp16", "bf16")
 
@@ -44,7 +44,7 @@ def bench_allreduce(
     tune: Annotated[
         bool, typer.Option("--tune", help="Try more buckets and wires; keep for --all-reduce auto.")
     ] = False,
-    table: Annotated[Path, typer.Option(help="Where --tune keeps its table.")] = TABLE,
+    table: Annotated[Path, typer.Option(help="Where --tune keeps its table.")] = TUNING,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
 ) -> None:
@@ -124,13 +124,10 @@ def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", wor
 
 
 def _hosts(world: "World") -> list[str]:
-    import torch.distributed as dist
-
+    from megabatch.comm.launch import from_all
     from megabatch.comm.peers import host_name
 
-    names: list[Any] = [None] * world.world_size
-    dist.all_gather_object(names, host_name())
-    return [str(name) for name in names]
+    return from_all(host_name(), world)
 
 
 def _lines(measured: "Sequence[Measured]") -> str:

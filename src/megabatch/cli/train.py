@@ -123,19 +123,21 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
             top1 = evaluation.top1 if evaluation else None
             run.log({"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds})
         if world.is_first:
-            _finish(folder, evaluation is None, top1, images_per_s, seconds, run.state.step)
+            _finish(folder, top1, images_per_s, seconds, run.state.step, quiet=quiet)
         if evaluation is None:
             raise typer.Exit(1)
 
 
-def _finish(folder: Path, stopped: bool, top1: float | None, images_per_s: float, seconds: float, step: int) -> None:
+def _finish(folder: Path, top1: float | None, images_per_s: float, seconds: float, step: int, *, quiet: bool) -> None:
+    """Writes the report and says how the run ended; without an accuracy it was stopped."""
     from megabatch.observe.report import write_report
 
     report = write_report([folder], folder / "report.html")
-    if stopped:
+    if top1 is None:
         _say(f"stopped at step {step:,}; the same command with --output {folder} --resume goes on")
         return
-    _say(f"trained {seconds:.1f} s, evaluations included; run folder {folder}, report {report}")
+    if not quiet:
+        _say(f"trained {seconds:.1f} s, evaluations included; run folder {folder}, report {report}")
     _say(f"top1 {top1:.4f}  {images_per_s:,.0f} images/s  report {report}")
 
 

@@ -17,6 +17,10 @@ TIE = 0.05  # medians closer than this are called equal
 WIRE_SHARE = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}
 
 
+TUNING = Path("~/.cache/megabatch/allreduce.json")
+"""Where `megabatch bench allreduce --tune` keeps its tables unless told otherwise."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One way to exchange gradients."""

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    num_restarts: int = 0  # by torchrun, after a worker failed
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -108,7 +109,8 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen)
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, num_restarts, chosen)
     _set_threads(threads, world)
     try:
         yield world
@@ -130,6 +132,15 @@ def from_first(value: T, world: World) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value: T, world: World) -> list[T]:
+    """What each worker holds as `value`, in rank order, on every worker."""
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
