@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import random
 import statistics
 import time
@@ -27,6 +28,11 @@ class Timing:
     def median_s(self) -> float:
         """Median of the repeats."""
         return statistics.median(self.seconds)
+
+    @property
+    def min_s(self) -> float:
+        """The fastest repeat: what the work costs when nothing else runs, if there was such a moment."""
+        return min(self.seconds)
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
@@ -62,10 +68,15 @@ def compare(works: Mapping[str, Work], *, warmup: int = 3, repeats: int = 20, se
 
 
 def ratio(timing: Timing, baseline: Timing) -> dict[str, float]:
-    """How many times longer than `baseline`: ratio of the medians, and quartiles of the ratios round by round."""
+    """How many times longer than `baseline`: of the medians, of the minima, and quartiles of the rounds' own ratios."""
     rounds = Timing(tuple(a / b for a, b in zip(timing.seconds, baseline.seconds, strict=True)))
     first, third = rounds.quartiles_s
-    return {"ratio": timing.median_s / baseline.median_s, "ratio_quartile1": first, "ratio_quartile3": third}
+    return {
+        "ratio": timing.median_s / baseline.median_s,
+        "ratio_of_minima": timing.min_s / baseline.min_s,
+        "ratio_quartile1": first,
+        "ratio_quartile3": third,
+    }
 
 
 def record(
@@ -83,6 +94,7 @@ def record(
         "benchmark": benchmark,
         "case": case,
         "median_s": timing.median_s,
+        "min_s": timing.min_s,
         "quartile1_s": first,
         "quartile3_s": third,
         "num_repeats": len(timing.seconds),
@@ -91,7 +103,9 @@ def record(
     if baseline is not None:
         values |= {"baseline": baseline[0], **ratio(timing, baseline[1])}
     versions = {package: _version(package) for package in packages}
-    return values | {"environment": {**describe(), **versions, "torch_threads": torch.get_num_threads()}}
+    load = {"load_average_1min": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+    threads = torch.get_num_threads()
+    return values | {"environment": {**describe(), **versions, "torch_threads": threads, **load}}
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -101,14 +115,15 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as lines of text: median, quartiles, ratio to the baseline."""
+    """The records as lines of text: median, quartiles, minimum, ratios of medians and of minima to the baseline."""
     width = max(len(values["case"]) for values in records)
     lines = []
     for values in records:
         spread = f"{1e3 * values['quartile1_s']:8.2f} .. {1e3 * values['quartile3_s']:7.2f}"
-        line = f"{values['case']:<{width}}  {1e3 * values['median_s']:8.2f} ms  ({spread})"
+        line = f"{values['case']:<{width}}  median {1e3 * values['median_s']:8.2f} ms  ({spread})"
+        line += f"  min {1e3 * values['min_s']:8.2f}"
         if "ratio" in values:
-            line += f"  {values['ratio']:5.2f} x {values['baseline']}"
+            line += f"  {values['ratio']:5.2f} x {values['baseline']} ({values['ratio_of_minima']:.2f} x its min)"
         lines.append(line)
     return "\n".join(lines)
 
