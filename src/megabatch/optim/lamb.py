@@ -87,7 +87,7 @@ class LAMB(MultiTensorOptimizer):
         """Moves weights and both moments by one step."""
         time = group["step"] + 1
         corrections = 1 - group["momentum"] ** time, 1 - group["beta2"] ** time
-        lists = (tensors.weights, tensors.gradients, tensors.state("exp_avg"), tensors.state("exp_avg_sq"))
+        lists = (tensors.weights, tensors.gradients, tensors.states["exp_avg"], tensors.states["exp_avg_sq"])
         step = _step_each if group["foreach"] is False else _step_together
         step(group, corrections, *lists)
 

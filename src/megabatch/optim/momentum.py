@@ -10,6 +10,7 @@ with s the learning rate, times the trust ratio under LARS. Under a constant s a
 et al. 2017, arXiv:1706.02677, 3; NVIDIA's LARS) brings it to the new global rate while trust ratios stay in the buffer.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from megabatch.optim.multi_tensor import (
     check_capturable,
     check_choice,
     check_number,
-    laid_out_alike,
+    is_flat,
     plus_scaled,
     scaled,
 )
@@ -67,7 +68,7 @@ class MomentumOptimizer(MultiTensorOptimizer):
             inside=group["momentum_form"] != "outside",
             nesterov=group["nesterov"],
         )
-        lists = (tensors.weights, tensors.gradients, tensors.state("momentum_buffer"))
+        lists = (tensors.weights, tensors.gradients, tensors.states["momentum_buffer"])
         if group["foreach"] is False:
             _update_each(*lists, rates, options)
         elif group["foreach"] is None and _fused_kernel_fits(*lists, options):
@@ -175,11 +176,11 @@ def _update_fused(
 def _fused_kernel_fits(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], options: _Options
 ) -> bool:
-    """Whether torch's fused kernel computes this step: a CPU, rate outside, plain numbers, one layout."""
+    """Whether torch's fused kernel computes this step: a CPU, rate outside, plain numbers, flat tensors."""
     numbers = isinstance(options.momentum, float) and isinstance(options.weight_decay, float | int)
     if options.inside or not numbers or not options.momentum or weights[0].device.type != "cpu":
         return False
-    return all(map(laid_out_alike, zip(weights, gradients, buffers, strict=True)))
+    return all(map(is_flat, itertools.chain(weights, gradients, buffers)))
 
 
 def _each(rates: Number, count: int) -> list[Number]:

@@ -5,7 +5,7 @@ from memory again for each operation, so there the lists are cut into parts and 
 operation to the next.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +32,12 @@ tensors on two EPYC cores, where four times more or less made little difference.
 class TensorLists:
     """Tensors of one parameter group on one device, index by index, all in `wide_dtype`.
 
-    `weights` are the parameters themselves, or fp32 copies of them where the parameters are fp16 or bf16.
+    On a CPU they are flat views where weight, gradient and state lie in memory alike, as they do as a rule.
     """
 
-    parameters: list[Tensor]
     weights: list[Tensor]
     gradients: list[Tensor]
-    states: list[dict[str, Tensor]]
-
-    def state(self, name: str) -> list[Tensor]:
-        """One state tensor of each parameter."""
-        return [state[name] for state in self.states]
-
-    def write_back(self) -> None:
-        """Rounds fp32 copies to the parameters they were made from."""
-        if self.weights is not self.parameters:
-            torch._foreach_copy_(self.parameters, self.weights)
+    states: dict[str, list[Tensor]]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,9 +82,10 @@ class MultiTensorOptimizer(Optimizer):
         for group in self.param_groups:
             _refuse_capture(group)
             for parameters, dtype in _alike([p for p in group["params"] if p.grad is not None]):
-                tensors = self._lists(parameters, dtype)
-                self.update(group, tensors)
-                tensors.write_back()
+                weights = parameters if parameters[0].dtype == dtype else [p.to(dtype) for p in parameters]
+                self.update(group, self._lists(parameters, weights))
+                if weights is not parameters:
+                    torch._foreach_copy_(parameters, weights)  # rounds fp32 to the parameters' dtype
             self.finish(group)
         return loss
 
@@ -116,13 +107,14 @@ class MultiTensorOptimizer(Optimizer):
                     own = torch.empty_like(parameter, dtype=wide_dtype(parameter.dtype), requires_grad=False)
                     self.state[parameter][name] = own.copy_(value.detach())
 
-    def _lists(self, parameters: list[Tensor], dtype: torch.dtype) -> TensorLists:
-        gradients = [_dense_gradient(p) for p in parameters]
-        if any(gradient.dtype != dtype for gradient in gradients):
-            gradients = [gradient.to(dtype) for gradient in gradients]
-        weights = parameters if parameters[0].dtype == dtype else [p.to(dtype) for p in parameters]
+    def _lists(self, parameters: list[Tensor], weights: list[Tensor]) -> TensorLists:
+        dtype = weights[0].dtype
         states = [self._state_of(p, dtype) for p in parameters]
-        return TensorLists(parameters, weights, gradients, states)
+        columns = [weights, [_dense_gradient(p).to(dtype) for p in parameters]]
+        columns += [[state[name] for state in states] for name in self.state_names]
+        if weights[0].device.type == "cpu":
+            columns = _flattened(columns)
+        return TensorLists(columns[0], columns[1], dict(zip(self.state_names, columns[2:], strict=True)))
 
     def _state_of(self, parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
@@ -160,7 +152,7 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
     """Cuts parallel lists into blocks for one multi-tensor operation each: `(indices, lists)`.
 
     On a GPU one block of everything. On a CPU blocks of about `BLOCK_ELEMENTS` elements: small tensors share one, a
-    large one is cut into flat pieces that all carry its index.
+    large flat one is cut into pieces that all carry its index.
     """
     first = lists[0]
     if not first or first[0].device.type != "cpu":
@@ -170,8 +162,8 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
     filled = 0
     for index, tensors in enumerate(zip(*lists, strict=True)):
         size = tensors[0].numel()
-        if size > BLOCK_ELEMENTS and laid_out_alike(tensors):
-            for pieces in zip(*(torch.split(flat(t), BLOCK_ELEMENTS) for t in tensors), strict=True):
+        if size > BLOCK_ELEMENTS and all(map(is_flat, tensors)):
+            for pieces in zip(*(torch.split(t, BLOCK_ELEMENTS) for t in tensors), strict=True):
                 yield [index], [[piece] for piece in pieces]
             continue
         if filled + size > BLOCK_ELEMENTS and indices:
@@ -183,10 +175,9 @@ def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]
         yield indices, [[tensors[i] for i in indices] for tensors in lists]
 
 
-def laid_out_alike(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether element i in memory is the same element of all of them, with no gaps."""
-    first = tensors[0]
-    return _is_flat(first) and all(_same_strides(first, other) for other in tensors[1:])
+def is_flat(tensor: Tensor) -> bool:
+    """One dimension, no gaps."""
+    return tensor.ndim == 1 and tensor.is_contiguous()
 
 
 def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | list[Tensor]) -> None:
@@ -260,6 +251,23 @@ def _dense_gradient(parameter: Tensor) -> Tensor:
     return gradient
 
 
+def _flattened(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Flat views of the tensors at each index, where element i in memory is the same element of all of them.
+
+    torch's CPU kernels take up to twice as long on tensors in channels_last as on the same memory seen flat.
+    """
+    rows = [[_flat(t) for t in row] if _laid_out_alike(row) else list(row) for row in zip(*columns, strict=True)]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _laid_out_alike(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    if not (channels_last or first.is_contiguous()):
+        return False
+    return all(_same_strides(first, other) for other in tensors[1:])
+
+
 def _same_strides(one: Tensor, other: Tensor) -> bool:
     """Where it matters: the stride of a dimension of size 1, as 1 x 1 filters have two, means nothing."""
     if one.stride() == other.stride():
@@ -267,11 +275,5 @@ def _same_strides(one: Tensor, other: Tensor) -> bool:
     return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
 
 
-def _is_flat(tensor: Tensor) -> bool:
-    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return channels_last or tensor.is_contiguous()
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The elements in the order they lie in memory, of a tensor that is contiguous in either memory format."""
+def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1) if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1).view(-1)

@@ -86,7 +86,7 @@ class RMSpropWarmup(MomentumOptimizer):
                 f"lr=0 with sgd_share={group['sgd_share']:g}: RMSprop's share is divided by lr; "
                 "RMSprop warm-up needs no ramp of the rate, lr=0.1 works"
             )
-        lists = (tensors.weights, tensors.gradients, tensors.state("momentum_buffer"), tensors.state("mean_square"))
+        lists = (tensors.weights, tensors.gradients, tensors.states["momentum_buffer"], tensors.states["mean_square"])
         step = _blend_each if group["foreach"] is False else _blend_together
         step(group, *lists, adaptive_share=(1 - group["sgd_share"]) * group["rmsprop_lr"] / lr)
 

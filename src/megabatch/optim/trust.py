@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megabatch.optim.multi_tensor import Number, flat, laid_out_alike
+from megabatch.optim.multi_tensor import Number, is_flat
 
 Denominator = Literal["sum", "update", "gradient"]
 
@@ -19,7 +19,7 @@ LARGE_ELEMENTS = 2**16
 def norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, as one vector on their device (Yamazaki et al. 2019, 1903.12650: batched).
 
-    On a CPU torch takes the norm of one tensor on one core. So large tensors go as rows, which all cores share, each
+    On a CPU torch takes the norm of one tensor on one core. So large flat tensors go as rows, which all cores share, each
     reading the part that it will update.
     """
     if not any(map(_takes_rows, tensors)):
@@ -29,11 +29,11 @@ def norms(tensors: list[Tensor]) -> Tensor:
 
 def _takes_rows(tensor: Tensor) -> bool:
     size = tensor.numel()
-    return tensor.device.type == "cpu" and size >= LARGE_ELEMENTS and size % ROWS == 0 and laid_out_alike((tensor,))
+    return tensor.device.type == "cpu" and size >= LARGE_ELEMENTS and size % ROWS == 0 and is_flat(tensor)
 
 
 def _norm_by_rows(tensor: Tensor) -> Tensor:
-    rows: Tensor = torch.linalg.vector_norm(flat(tensor).view(ROWS, -1), dim=1)
+    rows: Tensor = torch.linalg.vector_norm(tensor.view(ROWS, -1), dim=1)
     return torch.stack(torch._foreach_norm([rows]))[0]
 
 
