@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.optim import multi_tensor
-from megabatch.optim.multi_tensor import blocks, laid_out_alike
+from megabatch.optim.multi_tensor import blocks
 
 
 @pytest.fixture(autouse=True)
@@ -28,42 +28,14 @@ def test_blocks_cover_every_element_once_and_stay_within_the_limit(sizes: list[i
     assert all(bool((count == 1).all()) for count in counts)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_pieces_of_a_large_tensor_are_views_in_either_memory_format(memory_format: torch.memory_format) -> None:
-    tensor = torch.zeros(4, 8, 3, 3).to(memory_format=memory_format)
-    for _, (pieces,) in blocks([tensor]):
-        pieces[0] += 1
-    assert bool((tensor == 1).all())
-
-
-def test_large_tensors_of_different_layouts_are_not_cut() -> None:
-    """Their flat pieces would pair elements of different positions."""
-    weight = torch.zeros(4, 8, 3, 3).to(memory_format=torch.channels_last)
-    gradient = torch.arange(4 * 8 * 9.0).view(4, 8, 3, 3)
-    for _, (w, g) in blocks([weight], [gradient]):
-        torch._foreach_add_(w, g)
-    assert torch.equal(weight, gradient)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "alike"),
-    [
-        ((torch.zeros(3, 4), torch.zeros(3, 4)), True),
-        ((torch.zeros(3, 4), torch.zeros(4, 3).t()), False),
-        ((torch.zeros(3, 4, 1, 1), torch.zeros(3, 4, 1, 1).as_strided((3, 4, 1, 1), (4, 1, 4, 4))), True),
-        ((torch.zeros(4, 3).t(), torch.zeros(4, 3).t()), False),  # dense, but not in an order that we cut
-        ((torch.zeros(3, 8)[:, ::2],), False),  # gaps
-    ],
-)
-def test_layouts_are_told_apart(tensors: tuple[torch.Tensor, ...], alike: bool) -> None:
-    assert laid_out_alike(tensors) is alike
-
-
 class Recorder(multi_tensor.MultiTensorOptimizer):
-    """Keeps the sizes of the tensors that each update is given."""
+    """Keeps what each update is given."""
+
+    state_names = ("momentum_buffer",)
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         self.sizes: list[list[int]] = []
+        self.lists: list[multi_tensor.TensorLists] = []
         super().__init__(params, {"capturable": False})
 
     def check(self, group: multi_tensor.Group) -> None:
@@ -72,6 +44,7 @@ class Recorder(multi_tensor.MultiTensorOptimizer):
     def update(self, group: multi_tensor.Group, tensors: multi_tensor.TensorLists) -> None:
         del group
         self.sizes.append([w.numel() for w in tensors.weights])
+        self.lists.append(tensors)
 
 
 @given(sizes=st.lists(st.integers(1, 150), min_size=1, max_size=12))
@@ -86,3 +59,47 @@ def test_on_a_cpu_an_update_gets_whole_tensors_in_order_that_fit_in_cache_togeth
     assert [size for part in optimizer.sizes for size in part] == sizes
     assert all(sum(part) <= 100 or len(part) == 1 for part in optimizer.sizes)
     assert all(sum(a) + b[0] > 100 for a, b in itertools.pairwise(optimizer.sizes))
+
+
+def strided(*shape: int, strides: tuple[int, ...]) -> torch.Tensor:
+    return torch.arange(float(torch.Size(shape).numel())).as_strided(shape, strides)
+
+
+@pytest.mark.parametrize(
+    ("weight", "gradient", "flat"),
+    [
+        (torch.zeros(3, 4), strided(3, 4, strides=(4, 1)), True),
+        (torch.zeros(3, 4), strided(3, 4, strides=(1, 3)), False),
+        (strided(3, 4, strides=(1, 3)), strided(3, 4, strides=(1, 3)), False),  # dense, in an order that we leave alone
+        (torch.zeros(3, 8)[:, ::2], torch.zeros(3, 4), False),  # gaps
+        (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5), True),
+        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(2, 3, 4, 5), False),
+        (torch.zeros(3, 4, 1, 1), strided(3, 4, 1, 1, strides=(4, 1, 4, 4)), True),  # 1 x 1 filters have two layouts
+        (torch.zeros(()), torch.zeros(()), True),
+    ],
+)
+def test_tensors_are_seen_flat_only_where_they_lie_in_memory_alike(
+    weight: torch.Tensor, gradient: torch.Tensor, flat: bool
+) -> None:
+    parameter = torch.nn.Parameter(weight)
+    parameter.grad = gradient
+    optimizer = Recorder([parameter])
+    optimizer.step()
+    lists = optimizer.lists[0]
+    seen = (*lists.weights, *lists.gradients, *lists.states["momentum_buffer"])
+    assert all((t.ndim == 1) is flat for t in seen)
+    with torch.no_grad():
+        lists.weights[0].copy_(lists.gradients[0])
+    assert torch.equal(parameter, gradient)
+
+
+def test_channels_last_tensors_alike_are_seen_flat_in_their_own_order() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    parameter.grad = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    optimizer = Recorder([parameter])
+    optimizer.step()
+    lists = optimizer.lists[0]
+    assert lists.weights[0].shape == (120,)
+    with torch.no_grad():
+        lists.weights[0].copy_(lists.gradients[0])
+    assert torch.equal(parameter, parameter.grad)

@@ -36,7 +36,7 @@ class LARS(MomentumOptimizer):
         trust_clip: min(ratio / lr, 1), so that no layer's rate exceeds `lr` (LARC).
         foreach: False takes one tensor after another, as reference. True works on all together: norms of all tensors,
             all ratios as one vector, the update in multi-tensor operations (on a CPU in parts that stay in cache).
-            None does the same, but on a CPU, with the rate outside, lets torch's fused SGD kernel do the update.
+            None does the same, but on a CPU lets torch's fused SGD kernel do the update.
         capturable: the step may be captured in a CUDA graph; `lr` must be a tensor then.
 
     Raises:

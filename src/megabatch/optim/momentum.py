@@ -150,35 +150,49 @@ def _update_each(
 def _update_fused(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
 ) -> None:
-    """The same step in torch's fused SGD kernel, which passes over memory once.
+    """The same step in torch's fused SGD kernel, which passes over memory once; for a CPU.
 
-    The kernel takes one rate, so tensors with rates of their own are handed to it one by one: on a CPU, where that
-    costs microseconds and memory traffic is what counts.
+    The kernel takes one rate, so tensors with rates of their own are handed to it one by one: that costs microseconds,
+    and memory traffic is what counts. The rate inside is a kernel's rate of 1 with the decayed gradient scaled before.
     """
-    lists: list[tuple[list[Tensor], list[Tensor], list[Tensor], Any]] = [(weights, gradients, buffers, rates)]
+    lists = [(weights, gradients, buffers, rates)]
     if isinstance(rates, Tensor) and rates.ndim == 1:
-        lists = [([w], [g], [v], r) for w, g, v, r in zip(weights, gradients, buffers, rates.unbind(), strict=True)]
+        lists = [([w], [g], [v], r) for w, g, v, r in zip(weights, gradients, buffers, rates.tolist(), strict=True)]
     for w, g, v, rate in lists:
-        torch._fused_sgd_(
-            w,
-            g,
-            v,
-            lr=rate,
-            momentum=float(options.momentum),
-            weight_decay=float(options.weight_decay),
-            nesterov=options.nesterov,
-            dampening=0.0,
-            maximize=False,
-            is_first_step=False,  # the buffers start as zeros
-        )
+        if options.inside:
+            for _, (w_block, g_block, v_block) in blocks(w, g, v):
+                _fused_sgd(w_block, scaled(g_block, rate), v_block, 1.0, rate * options.weight_decay, options)
+        else:
+            _fused_sgd(w, g, v, rate, options.weight_decay, options)
+
+
+def _fused_sgd(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    rate: Number,
+    weight_decay: Number,
+    options: _Options,
+) -> None:
+    torch._fused_sgd_(
+        weights,
+        gradients,
+        buffers,
+        lr=float(rate),
+        momentum=float(options.momentum),
+        weight_decay=float(weight_decay),
+        nesterov=options.nesterov,
+        dampening=0.0,
+        maximize=False,
+        is_first_step=False,  # the buffers start as zeros
+    )
 
 
 def _fused_kernel_fits(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], options: _Options
 ) -> bool:
-    """Whether torch's fused kernel computes this step: a CPU, rate outside, plain numbers, flat tensors."""
-    numbers = isinstance(options.momentum, float) and isinstance(options.weight_decay, float | int)
-    if options.inside or not numbers or not options.momentum or weights[0].device.type != "cpu":
+    """Whether torch's fused kernel computes this step: on a CPU, with momentum (else it skips the buffer), if flat."""
+    if weights[0].device.type != "cpu" or float(options.momentum) == 0:
         return False
     return all(map(is_flat, itertools.chain(weights, gradients, buffers)))
 

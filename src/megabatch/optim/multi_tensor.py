@@ -81,7 +81,7 @@ class MultiTensorOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _refuse_capture(group)
-            for parameters, dtype in _alike([p for p in group["params"] if p.grad is not None]):
+            for parameters, dtype in _alike(_with_gradients(group)):
                 weights = parameters if parameters[0].dtype == dtype else [p.to(dtype) for p in parameters]
                 self.update(group, self._lists(parameters, weights))
                 if weights is not parameters:
@@ -110,7 +110,7 @@ class MultiTensorOptimizer(Optimizer):
     def _lists(self, parameters: list[Tensor], weights: list[Tensor]) -> TensorLists:
         dtype = weights[0].dtype
         states = [self._state_of(p, dtype) for p in parameters]
-        columns = [weights, [_dense_gradient(p).to(dtype) for p in parameters]]
+        columns = [weights, [_gradient(p, dtype) for p in parameters]]
         columns += [[state[name] for state in states] for name in self.state_names]
         if weights[0].device.type == "cpu":
             columns = _flattened(columns)
@@ -243,12 +243,16 @@ def _refuse_capture(group: Group) -> None:
         raise UserError("a step inside a CUDA graph needs capturable=True and lr=torch.tensor(..., device='cuda')")
 
 
-def _dense_gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.layout != torch.strided or parameter.is_complex():
+def _with_gradients(group: Group) -> list[Tensor]:
+    parameters = [p for p in group["params"] if p.grad is not None]
+    if any(p.grad.layout != torch.strided or p.is_complex() for p in parameters):
         raise UserError("needed dense real gradients; for a sparse embedding, nn.Embedding(..., sparse=False) works")
-    return gradient
+    return parameters
+
+
+def _gradient(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.to(dtype)
 
 
 def _flattened(columns: list[list[Tensor]]) -> list[list[Tensor]]:

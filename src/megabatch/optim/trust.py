@@ -19,8 +19,8 @@ LARGE_ELEMENTS = 2**16
 def norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, as one vector on their device (Yamazaki et al. 2019, 1903.12650: batched).
 
-    On a CPU torch takes the norm of one tensor on one core. So large flat tensors go as rows, which all cores share, each
-    reading the part that it will update.
+    On a CPU torch takes the norm of one tensor on one core. So large flat tensors go as rows, which all cores share,
+    each reading the part that it will update.
     """
     if not any(map(_takes_rows, tensors)):
         return torch.stack(torch._foreach_norm(tensors))
@@ -33,8 +33,8 @@ def _takes_rows(tensor: Tensor) -> bool:
 
 
 def _norm_by_rows(tensor: Tensor) -> Tensor:
-    rows: Tensor = torch.linalg.vector_norm(tensor.view(ROWS, -1), dim=1)
-    return torch.stack(torch._foreach_norm([rows]))[0]
+    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(tensor.view(ROWS, -1), dim=1))
+    return norm
 
 
 def norms_of_pieces(pieces: list[tuple[list[int], list[Tensor]]]) -> Tensor:
