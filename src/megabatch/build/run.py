@@ -202,6 +202,7 @@ def _wrap(
     monitor.on_failure(wrapped.exchange_state.fail)
     stack.enter_context(monitor.guard())
     _rehearse(recipe, state, wrapped, world=world)
+    wrapped.exchange_state.forget()
     timeline.finish_step()
     if world.is_first:
         stack.callback(timeline.to_chrome_trace, folder / "timeline.json")

@@ -8,7 +8,7 @@ def fashion_mnist() -> Recipe:
 
     Command: megabatch train fashion_mnist
     Published: nothing
-    Measured: not measured
+    Measured: top-1 0.9241 (mean of seeds 0 to 2; 0.9219 to 0.9272), 114 s on two loaded CPU cores
 
     Sources:
         read: 60,000 training and 10,000 test images of 28 x 28 grey pixels in 10 classes; mean and deviation are
