@@ -114,7 +114,7 @@ def test_a_tensor_rate_steps_as_the_number_does(foreach: bool | None) -> None:
 
 
 def test_all_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(multi_tensor, "PART_ELEMENTS", 1000)
     finals = []
     for foreach in (False, True):
         generator = torch.Generator().manual_seed(0)

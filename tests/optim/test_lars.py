@@ -152,8 +152,8 @@ def test_a_step_at_rate_zero_is_no_obstacle_to_the_corrected_momentum(foreach: b
 def test_all_paths_compute_the_same_step(
     form: Any, denominator: Any, nesterov: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors below and above the block size, both memory formats, a gradient of another layout, two dtypes."""
-    monkeypatch.setattr(multi_tensor, "BLOCK_ELEMENTS", 1000)
+    """Several parts and one larger tensor, both memory formats, a gradient of another layout, two dtypes."""
+    monkeypatch.setattr(multi_tensor, "PART_ELEMENTS", 1000)
     finals = []
     for foreach in (False, True, None):
         tensors = _mixed_tensors()

@@ -1,4 +1,4 @@
-"""Cutting lists of tensors into blocks loses and repeats nothing."""
+"""What an update is given: every tensor once, in parts that fit in cache, flat where that is the same memory."""
 
 import itertools
 
@@ -8,24 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.optim import multi_tensor
-from megabatch.optim.multi_tensor import blocks
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "BLOCK_ELEMENTS", 64)
-
-
-@given(sizes=st.lists(st.integers(0, 300), min_size=0, max_size=12))
-def test_blocks_cover_every_element_once_and_stay_within_the_limit(sizes: list[int]) -> None:
-    counts = [torch.zeros(size) for size in sizes]
-    owners = [torch.full((size,), index) for index, size in enumerate(sizes)]
-    for indices, (pieces, labels) in blocks(counts, owners):
-        assert sum(piece.numel() for piece in pieces) <= 64
-        for index, piece, label in zip(indices, pieces, labels, strict=True):
-            assert bool((label == index).all())
-            piece.add_(1)
-    assert all(bool((count == 1).all()) for count in counts)
 
 
 class Recorder(multi_tensor.MultiTensorOptimizer):

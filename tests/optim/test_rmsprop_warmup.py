@@ -112,7 +112,7 @@ def test_once_the_share_is_one_it_is_sgd_to_the_bit(foreach: bool | None) -> Non
 
 
 def test_the_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(multi_tensor, "PART_ELEMENTS", 1000)
     finals = []
     for foreach in (False, True):
         generator = torch.Generator().manual_seed(0)

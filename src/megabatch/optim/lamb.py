@@ -12,11 +12,10 @@ from megabatch.optim.multi_tensor import (
     Number,
     TensorLists,
     add_scaled_,
-    blocks,
     check_capturable,
     check_number,
 )
-from megabatch.optim.trust import norms_of_pieces, trust_ratios
+from megabatch.optim.trust import norms, trust_ratios
 
 
 class LAMB(MultiTensorOptimizer):
@@ -111,20 +110,12 @@ def _step_together(
     means: list[Tensor],
     squares: list[Tensor],
 ) -> None:
-    """One step in multi-tensor operations; norms are taken block by block, while a CPU still has them in cache."""
-    pieces = [
-        (indices, w, _updates_together(group, corrections, w, g, m, n))
-        for indices, (w, g, m, n) in blocks(weights, gradients, means, squares)
-    ]
-    if not group["adapt"]:
-        for _, w, u in pieces:
-            add_scaled_(w, u, -group["lr"])
-        return
-    weight_norms = norms_of_pieces([(indices, w) for indices, w, _ in pieces])
-    update_norms = norms_of_pieces([(indices, u) for indices, _, u in pieces])
-    negative = list((-_rates(group, weight_norms, update_norms)).unbind())
-    for indices, w, u in pieces:
-        add_scaled_(w, u, [negative[i] for i in indices])
+    """One step in multi-tensor operations; no operation is started per tensor from Python."""
+    updates = _updates_together(group, corrections, weights, gradients, means, squares)
+    negative = -group["lr"]
+    if group["adapt"]:
+        negative = list((-_rates(group, norms(weights), norms(updates))).unbind())
+    add_scaled_(weights, updates, negative)
 
 
 def _updates_together(

@@ -24,7 +24,6 @@ from megabatch.optim.multi_tensor import (
     Number,
     TensorLists,
     add_scaled_,
-    blocks,
     check_capturable,
     check_choice,
     check_number,
@@ -121,17 +120,15 @@ def _update_together(
     negative: list[Tensor] | Number = -rates
     if isinstance(negative, Tensor) and negative.ndim == 1:
         negative = list(negative.unbind())
-    for indices, (w, g, v) in blocks(weights, gradients, buffers):
-        scale = [negative[i] for i in indices] if isinstance(negative, list) else negative
-        u = plus_scaled(g, w, options.weight_decay)
-        if options.inside:
-            u = scaled(u, scale)
-        torch._foreach_mul_(v, options.momentum)
-        torch._foreach_add_(v, u, alpha=-1 if options.inside else 1)
-        direction = v
-        if options.nesterov:
-            direction = plus_scaled(scaled(u, -1.0) if options.inside else u, v, options.momentum)
-        add_scaled_(w, direction, -1.0 if options.inside else scale)
+    u = plus_scaled(gradients, weights, options.weight_decay)
+    if options.inside:
+        u = scaled(u, negative)
+    torch._foreach_mul_(buffers, options.momentum)
+    torch._foreach_add_(buffers, u, alpha=-1 if options.inside else 1)
+    direction = buffers
+    if options.nesterov:
+        direction = plus_scaled(scaled(u, -1.0) if options.inside else u, buffers, options.momentum)
+    add_scaled_(weights, direction, -1.0 if options.inside else negative)
 
 
 def _update_each(
@@ -160,8 +157,7 @@ def _update_fused(
         lists = [([w], [g], [v], r) for w, g, v, r in zip(weights, gradients, buffers, rates.tolist(), strict=True)]
     for w, g, v, rate in lists:
         if options.inside:
-            for _, (w_block, g_block, v_block) in blocks(w, g, v):
-                _fused_sgd(w_block, scaled(g_block, rate), v_block, 1.0, rate * options.weight_decay, options)
+            _fused_sgd(w, scaled(g, rate), v, 1.0, rate * options.weight_decay, options)
         else:
             _fused_sgd(w, g, v, rate, options.weight_decay, options)
 

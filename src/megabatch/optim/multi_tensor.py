@@ -1,8 +1,8 @@
 """Lists of tensors on which one operation works at once, and the optimizer class that keeps them.
 
 torch's multi-tensor operations (`torch._foreach_*`) spare a GPU thousands of launches. On a CPU they read all tensors
-from memory again for each operation, so there the lists are cut into parts and blocks that stay in cache from one
-operation to the next.
+from memory again for each operation, so there the lists are cut into parts that stay in cache from one operation
+to the next.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,8 @@ Number = float | Tensor
 Group = dict[str, Any]
 
 PART_ELEMENTS = 2**18
-"""On a CPU, tensors of up to 1 MiB of fp32 go through a whole step, norms and update, before the next ones."""
-
-BLOCK_ELEMENTS = 2**18
-"""On a CPU, 1 MiB of fp32 goes through an update's operations at a time. Both sizes were chosen by timing ResNet-50's
-tensors on two EPYC cores, where four times more or less made little difference."""
+"""On a CPU, tensors of up to 1 MiB of fp32 go through a whole step, norms and update, before the next ones. Chosen by
+timing ResNet-50's tensors on two EPYC cores, where four times more or less made little difference."""
 
 
 @dataclass(frozen=True)
@@ -146,33 +143,6 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         filled += tensor.numel()
     if part:
         yield part
-
-
-def blocks(*lists: list[Tensor]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
-    """Cuts parallel lists into blocks for one multi-tensor operation each: `(indices, lists)`.
-
-    On a GPU one block of everything. On a CPU blocks of about `BLOCK_ELEMENTS` elements: small tensors share one, a
-    large flat one is cut into pieces that all carry its index.
-    """
-    first = lists[0]
-    if not first or first[0].device.type != "cpu":
-        yield list(range(len(first))), list(lists)
-        return
-    indices: list[int] = []
-    filled = 0
-    for index, tensors in enumerate(zip(*lists, strict=True)):
-        size = tensors[0].numel()
-        if size > BLOCK_ELEMENTS and all(map(is_flat, tensors)):
-            for pieces in zip(*(torch.split(t, BLOCK_ELEMENTS) for t in tensors), strict=True):
-                yield [index], [[piece] for piece in pieces]
-            continue
-        if filled + size > BLOCK_ELEMENTS and indices:
-            yield indices, [[tensors[i] for i in indices] for tensors in lists]
-            indices, filled = [], 0
-        indices.append(index)
-        filled += size
-    if indices:
-        yield indices, [[tensors[i] for i in indices] for tensors in lists]
 
 
 def is_flat(tensor: Tensor) -> bool:

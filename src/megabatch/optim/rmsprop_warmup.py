@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megabatch.errors import UserError
 from megabatch.optim.momentum import MomentumOptimizer
-from megabatch.optim.multi_tensor import Group, Number, TensorLists, blocks, check_number, plus_scaled, scaled
+from megabatch.optim.multi_tensor import Group, Number, TensorLists, check_number, plus_scaled, scaled
 from megabatch.optim.schedule import sgd_share
 
 
@@ -100,17 +100,16 @@ def _blend_together(
     *,
     adaptive_share: Number,
 ) -> None:
-    for _, (w, g, v, n) in blocks(weights, gradients, buffers, mean_squares):
-        u = plus_scaled(g, w, group["weight_decay"])
-        torch._foreach_mul_(n, group["decay"])
-        torch._foreach_addcmul_(n, u, u, value=1 - group["decay"])
-        root = torch._foreach_sqrt(n)
-        torch._foreach_add_(root, group["eps"])
-        normalised = scaled(list(torch._foreach_div(u, root)), adaptive_share)
-        torch._foreach_mul_(v, group["momentum"])
-        torch._foreach_add_(v, u, alpha=group["sgd_share"])
-        torch._foreach_add_(v, normalised)
-        torch._foreach_add_(w, scaled(v, -group["lr"]))
+    u = plus_scaled(gradients, weights, group["weight_decay"])
+    torch._foreach_mul_(mean_squares, group["decay"])
+    torch._foreach_addcmul_(mean_squares, u, u, value=1 - group["decay"])
+    divisors = torch._foreach_sqrt(mean_squares)
+    torch._foreach_add_(divisors, group["eps"])
+    normalised = scaled(list(torch._foreach_div(u, divisors)), adaptive_share)
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_add_(buffers, u, alpha=group["sgd_share"])
+    torch._foreach_add_(buffers, normalised)
+    torch._foreach_add_(weights, scaled(buffers, -group["lr"]))
 
 
 def _blend_each(

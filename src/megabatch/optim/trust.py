@@ -37,17 +37,6 @@ def _norm_by_rows(tensor: Tensor) -> Tensor:
     return norm
 
 
-def norms_of_pieces(pieces: list[tuple[list[int], list[Tensor]]]) -> Tensor:
-    """As `norms`, of tensors that `blocks` cut: pieces with the same index belong to one tensor."""
-    if len(pieces) == 1:
-        return norms(pieces[0][1])
-    indices = [index for block, _ in pieces for index in block]
-    of_pieces = torch.cat([norms(tensors) for _, tensors in pieces])
-    squares = of_pieces.new_zeros(max(indices) + 1)
-    owners = torch.tensor(indices, device=of_pieces.device)
-    return squares.index_add_(0, owners, of_pieces.square()).sqrt()
-
-
 def trust_ratios(
     weight_norms: Tensor,
     other_norms: Tensor,
