@@ -20,7 +20,7 @@ from megabatch.errors import DataError
 
 fsspec = pytest.importorskip("fsspec")
 
-from megabatch.data.cache import FileCache, RemoteFile, RemoteShards  # noqa: E402
+from megabatch.data.cache import FileCache, RemoteFile, RemoteShards, _lock  # noqa: E402
 from megabatch.data.pack_shard import file_sha256  # noqa: E402
 
 NUM_SHARDS, PER_SHARD = 5, 12
@@ -206,6 +206,34 @@ def test_threads_that_want_one_shard_fetch_it_once(far, tmp_path, monkeypatch):
         thread.join()
     assert not wrong
     assert len(fetched) == 1
+
+
+def test_a_copy_gets_its_name_only_while_nobody_counts_what_lies_in_the_cache(tmp_path):
+    """Renamed between a count's listing and its sizes, a copy was met under neither name, and one too many stayed."""
+    fetching, go_on = threading.Event(), threading.Event()
+
+    class Slow(io.BytesIO):
+        def read(self, size=-1):
+            fetching.set()
+            go_on.wait(10.0)
+            return super().read(size)
+
+    class FileSystem:
+        def open(self, path, mode):
+            return Slow(b"12345")
+
+    cache = FileCache(tmp_path, fs=FileSystem(), max_bytes=9)
+    file = RemoteFile("far/a.tar", 5, "")
+    thread = threading.Thread(target=cache.fetch, args=[file], kwargs={"then": lambda _: None})
+    thread.start()
+    fetching.wait(10.0)
+    with _lock(tmp_path / "cache"):
+        go_on.set()
+        thread.join(0.3)
+        assert held(tmp_path) == 5
+        assert not cache.path(file).exists()
+    thread.join(10.0)
+    assert cache.path(file).read_bytes() == b"12345"
 
 
 def test_processes_share_a_small_cache_without_damage(far, tmp_path, shard_bytes):

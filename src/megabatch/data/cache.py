@@ -92,7 +92,8 @@ class FileCache:
             raise DataError(f"{done} bytes came, {remote.num_bytes} were expected")
         if sha256 is not None and digest.hexdigest() != sha256:
             raise DataError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}; the copy there is damaged")
-        part.replace(path)
+        with self._lock_all():  # whoever counts what lies here would meet it under neither name
+            part.replace(path)
 
     def _wait_for_room(self, num_bytes: int, path: Path) -> None:
         """Claim room, when need be after what others are fetching has come and may be deleted."""
@@ -106,7 +107,7 @@ class FileCache:
 
     def _make_room(self, num_bytes: int, path: Path) -> bool:
         """Delete the copies used longest ago until the new one fits, then hold its place with a file of its size."""
-        with _lock(self._folder / "cache"):
+        with self._lock_all():
             files = sorted(self._files(path))
             held = sum(size for _, size, _ in files)
             for _, size, file in files:
@@ -118,12 +119,16 @@ class FileCache:
                 claim.truncate(num_bytes)
             return True
 
+    def _lock_all(self) -> contextlib.AbstractContextManager[None]:
+        """Whoever holds this may count the files: none comes, and none changes its name."""
+        return _lock(self._folder / "cache")
+
     def _files(self, but: Path) -> Iterator[tuple[int, int, Path]]:
         """(time of last use, bytes, path) of what lies in the cache, except the file whose place is sought."""
         for file in self._folder.iterdir():
             if file.suffix == _LOCK_ENDING or file.name.removesuffix(_PART_ENDING) == but.name:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # renamed, being whole now: it is met under that name
+            with contextlib.suppress(FileNotFoundError):  # what could not be fetched is given up at any time
                 status = file.stat()
                 if stat.S_ISREG(status.st_mode):
                     yield status.st_mtime_ns, status.st_size, file
