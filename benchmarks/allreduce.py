@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from harness import Work, compare, record, table, write_lines
-from megabatch.comm import ALGORITHMS, ExchangeState, make_grid
+from megabatch.comm import ALGORITHMS, ExchangeState, leave, make_grid
 
 RESNET50_MIB = 25_557_032 * 4 / 2**20
 BASELINE = "torch all_reduce"
@@ -43,7 +43,7 @@ def main() -> None:
         write_lines(options.output / "allreduce.jsonl", records)
         print(table(records), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def _works(options: argparse.Namespace) -> dict[str, Work]:

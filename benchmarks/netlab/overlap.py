@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megabatch.comm import Timeline, wrap
+from megabatch.comm import Timeline, leave, wrap
 from megabatch.comm.peers import host_name
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         _tell([row for row in rows if row["repeat"] >= 0], options)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def _step(model: nn.Module, timeline: Timeline, images: torch.Tensor) -> dict[str, float]:

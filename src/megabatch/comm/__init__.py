@@ -13,6 +13,7 @@ _HOME = {
     "all_reduce": "algorithms",
     "flat_hook": "hooks",
     "hierarchical_hook": "hooks",
+    "leave": "launch",
     "make_grid": "grid",
     "split_torus_hook": "hooks",
     "torus_hook": "hooks",
