@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from memory_group import Wire, install_worlds
 
@@ -69,6 +70,8 @@ def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: 
             wire.abort(f"not finished within {timeout_s:g} s; {wire.describe_pending()}")
             for thread in threads:
                 thread.join(5.0)
+        # Forwards of several threads put this back in any order; what is left makes torch.compile split other models.
+        DistributedDataParallel._active_ddp_module = None
     if wire.failure is not None:
         raise RankError(wire.failure) from wire.cause
     return results

@@ -116,3 +116,12 @@ def test_threads_that_call_different_collectives_fail_at_once():
 
 def unequal_lengths():
     dist.all_reduce(torch.zeros(2 + dist.get_rank()))
+
+
+def leave_a_model_active():
+    DistributedDataParallel._active_ddp_module = "as when two forwards cross"
+
+
+def test_threads_leave_no_model_active_for_the_compiler():
+    run_threads(2, leave_a_model_active)
+    assert DistributedDataParallel._active_ddp_module is None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megabatch.errors import UserError
 from megabatch.kernels import FusedLARS, LarsGroup, lars_step
-from megabatch.kernels.lars_tables import CHUNK
+from megabatch.kernels.optimizer_tables import CHUNK
 from megabatch.optim import LARS, SGD
 
 FORMS = ("outside", "inside", "inside_corrected")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabatch.optim import multi_tensor
+from megabatch.optim import base, multi_tensor
 
 
-class Recorder(multi_tensor.MultiTensorOptimizer):
+class Recorder(base.MultiTensorOptimizer):
     """Keeps what each update is given."""
 
     state_names = ("momentum_buffer",)
@@ -18,12 +18,12 @@ class Recorder(multi_tensor.MultiTensorOptimizer):
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         self.sizes: list[list[int]] = []
         self.lists: list[multi_tensor.TensorLists] = []
-        super().__init__(params, {"capturable": False})
+        super().__init__(params, {"capturable": False, "fused": False, "foreach": None})
 
-    def check(self, group: multi_tensor.Group) -> None:
+    def check(self, group: base.Group) -> None:
         pass
 
-    def update(self, group: multi_tensor.Group, tensors: multi_tensor.TensorLists) -> None:
+    def update(self, group: base.Group, tensors: multi_tensor.TensorLists) -> None:
         del group
         self.sizes.append([w.numel() for w in tensors.weights])
         self.lists.append(tensors)

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megabatch.data.loader import TrainLoader
 from megabatch.data.shards import ShardSource
 from megabatch.data.source import EncodedSource
 from megabatch.data.tar_index import build_index, index_path, write_index
-from megabatch.errors import DataError
+from megabatch.errors import DataError, FetchError, SiteError
 
 fsspec = pytest.importorskip("fsspec")
 
-from megabatch.data.cache import FileCache, RemoteFile, RemoteShards, _lock  # noqa: E402
+from megabatch.data.cache import FileCache, RemoteFile, _lock  # noqa: E402
 from megabatch.data.pack_shard import file_sha256  # noqa: E402
+from megabatch.data.remote_shards import RemoteShards, open_remote_shards  # noqa: E402
 
 NUM_SHARDS, PER_SHARD = 5, 12
 MIB = 1 << 20
@@ -31,6 +33,14 @@ def content(i: int) -> bytes:
     return b"image %03d " % i * 900
 
 
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
 @pytest.fixture
 def far(tmp_path: Path) -> Path:
     """Five shards of one size, with indices and checksums as `pack` leaves them."""
@@ -38,12 +48,14 @@ def far(tmp_path: Path) -> Path:
     folder.mkdir()
     for shard in range(NUM_SHARDS):
         path = folder / f"train-{shard}.tar"
-        with tarfile.open(path, "w") as tar:
-            for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
-                for name, data in [(f"{i:04d}.jpg", content(i)), (f"{i:04d}.cls", b"%d" % (i % 2))]:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        write_tar(
+            path,
+            [
+                member
+                for i in range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+                for member in [(f"{i:04d}.jpg", content(i)), (f"{i:04d}.cls", b"%d" % (i % 2))]
+            ],
+        )
         write_index(build_index(path, extra={"tar_sha256": file_sha256(path)}), index_path(path))
     (folder / "classes.txt").write_text("cat\ndog\n")
     return folder
@@ -109,7 +121,7 @@ def test_the_cache_never_holds_more_than_it_may_and_lets_go_of_what_was_used_lon
 
 def test_a_file_larger_than_the_cache_is_refused(far, tmp_path, shard_bytes):
     source = remote(far, tmp_path / "cache", max_bytes=shard_bytes - 1)
-    with pytest.raises(DataError, match=f"{shard_bytes} bytes does not fit a cache of {shard_bytes - 1}"):
+    with pytest.raises(SiteError, match=f"{shard_bytes} bytes does not fit a cache of {shard_bytes - 1}"):
         source.read(0)
 
 
@@ -126,7 +138,7 @@ def test_a_damaged_copy_at_the_far_end_is_refused_and_leaves_nothing(far, tmp_pa
     whole = bytearray((far / "train-1.tar").read_bytes())
     whole[700] ^= 1
     (far / "train-1.tar").write_bytes(whole)
-    with pytest.raises(DataError, match=r"train-1\.tar could not be fetched.*SHA-256"):
+    with pytest.raises(FetchError, match=r"train-1\.tar could not be fetched.*SHA-256"):
         source.read(PER_SHARD)
     assert held(tmp_path / "cache") == 0
     assert source.read(0) == content(0)
@@ -148,7 +160,7 @@ def test_a_far_end_that_breaks_off_is_tried_again(far, tmp_path, monkeypatch):
     assert len(calls) == 2
     calls.clear()
     monkeypatch.setattr(source._fs, "open", lambda *_: (_ for _ in ()).throw(ConnectionResetError("gone")))
-    with pytest.raises(DataError, match="could not be fetched: gone"):
+    with pytest.raises(FetchError, match="could not be fetched: gone"):
         source.read(2 * PER_SHARD)
 
 
@@ -185,6 +197,64 @@ def test_shards_are_fetched_ahead_in_the_order_that_is_announced(far, tmp_path, 
     assert fetched == ["3", "0", "2"]
 
 
+def test_no_more_is_fetched_ahead_than_the_cache_holds(far, tmp_path, shard_bytes):
+    source = remote(far, tmp_path / "cache", max_bytes=2 * shard_bytes + 10)
+    source.will_read([3 * PER_SHARD, 0, PER_SHARD])
+    source._threads.shutdown(wait=True)
+    assert {path.name[-5] for path in (tmp_path / "cache").glob("*.tar")} == {"3", "0"}
+
+
+def test_a_network_that_fails_stops_a_run_and_is_no_bad_sample(far, tmp_path, monkeypatch):
+    """A sample that could not be fetched is not replaced by another: the next run would train on other images."""
+    source = remote(far, tmp_path / "cache")
+    monkeypatch.setattr(source._fs, "open", lambda *_: (_ for _ in ()).throw(RuntimeError("a fault of its own kind")))
+    loader = TrainLoader(source, seed=0, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, max_bad_share=1.0)
+    with pytest.raises(FetchError, match="a fault of its own kind"):
+        loader.load(range(4), resolution=8)
+    loader.close()
+    source.close()
+
+
+def test_shards_are_found_in_folders_of_their_parts_too_with_one_list_of_classes(far, tmp_path):
+    for part, names in (("train", "012"), ("val", "34")):
+        (far / part).mkdir()
+        for name in names:
+            (far / f"train-{name}.tar").rename(far / part / f"{part}-{name}.tar")
+    (far / "train-9.tar.gz").write_bytes(b"of another data set")
+    train, val = open_remote_shards(f"file://{far}", cache=tmp_path / "cache", max_bytes=MIB)
+    assert [len(train), len(val)] == [3 * PER_SHARD, 2 * PER_SHARD]
+    assert train.class_names == val.class_names == ("cat", "dog")
+    assert val.read(0) == content(3 * PER_SHARD)
+    (far / "train" / "more.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"more\.tar\.gz is compressed.*plain \.tar works"):
+        remote(far, tmp_path / "cache")
+
+
+def test_parts_without_a_list_of_classes_agree_on_the_larger_number(far, tmp_path):
+    (far / "classes.txt").unlink()
+    write_tar(far / "val-0.tar", [("a.jpg", b"image"), ("a.cls", b"6")])
+    train, val = open_remote_shards(f"file://{far}", cache=tmp_path / "cache", max_bytes=MIB)
+    assert train.class_names == val.class_names == tuple("0123456")
+    write_tar(far / "val-0.tar", [("a.jpg", b"image"), ("a.cls", b"cat")])
+    with pytest.raises(DataError, match="train and val name different classes"):
+        open_remote_shards(f"file://{far}", cache=tmp_path / "cache", max_bytes=MIB)
+
+
+def test_a_server_that_lists_no_sizes_is_asked_for_each_and_must_know(far, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    listing, info = LocalFileSystem.ls, LocalFileSystem.info
+    monkeypatch.setattr(
+        LocalFileSystem,
+        "ls",
+        lambda self, path, detail: [{"name": entry["name"], "size": None} for entry in listing(self, path, detail)],
+    )
+    assert remote(far, tmp_path / "cache").read(0) == content(0)
+    monkeypatch.setattr(LocalFileSystem, "info", lambda self, path: info(self, path) | {"size": None})
+    with pytest.raises(DataError, match="does not say how large"):
+        remote(far, tmp_path / "cache")
+
+
 def test_threads_that_want_one_shard_fetch_it_once(far, tmp_path, monkeypatch):
     source = remote(far, tmp_path / "cache")
     fetched = []
@@ -219,7 +289,7 @@ def test_a_copy_gets_its_name_only_while_nobody_counts_what_lies_in_the_cache(tm
             return super().read(size)
 
     class FileSystem:
-        def open(self, path, mode):
+        def open(self, *_):
             return Slow(b"12345")
 
     cache = FileCache(tmp_path, fs=FileSystem(), max_bytes=9)
@@ -242,7 +312,7 @@ def test_processes_share_a_small_cache_without_damage(far, tmp_path, shard_bytes
 import sys
 from pathlib import Path
 import numpy as np
-from megabatch.data.cache import RemoteShards
+from megabatch.data.remote_shards import RemoteShards
 far, cache, max_bytes, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 source = RemoteShards(f"file://{far}", part="train", cache=cache, max_bytes=max_bytes)
 def held():  # of one moment: a listing that another process changed while it was read is read again
@@ -302,9 +372,9 @@ def test_a_file_waits_for_room_while_another_is_being_fetched(tmp_path):
 
 def test_nothing_there_is_an_error_that_says_what_is_needed(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no shards train\*\.tar.*train-000000\.tar"):
+    with pytest.raises(DataError, match=r"no shards for 'train'.*train-000000\.tar"):
         remote(tmp_path / "empty", tmp_path / "cache")
-    with pytest.raises(DataError, match="cannot be listed"):
+    with pytest.raises(DataError, match=r"there is no .*missing"):
         remote(tmp_path / "missing", tmp_path / "cache")
     with pytest.raises(DataError, match="cannot be opened"):
         RemoteShards("nonsense://x", part="train", cache=tmp_path / "cache", max_bytes=MIB)
