@@ -12,6 +12,7 @@ from megabatch.nn.evaluation_statistics import (
     finish_precise,
     finish_step,
 )
+from megabatch.nn.fusion import Fusion, set_fusion
 from megabatch.nn.initialize import initialize, weights_digest
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
 from megabatch.nn.resnet import Norm, ResNet, resnet18, resnet34, resnet50
@@ -20,6 +21,7 @@ from megabatch.nn.span_groups import new_span_group, span_groups
 
 __all__ = [
     "AlexNet",
+    "Fusion",
     "ResNet",
     "ResNet8",
     "SpanBatchNorm2d",
@@ -40,6 +42,7 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "set_fusion",
     "span_groups",
     "weights_digest",
 ]

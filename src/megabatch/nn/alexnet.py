@@ -13,10 +13,11 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megabatch.nn.fusion import Fusable, is_hooked, norm_act
 from megabatch.nn.resnet import Norm
 
 
-class AlexNet(nn.Module):
+class AlexNet(Fusable):
     """Five convolutions and three linear layers. Input (N, in_channels, H, W), H and W at least 23.
 
     Caffe's last pooling (window 3, stride 2, from 13x13 to 6x6) is an adaptive one here: at 227 px it takes the same
@@ -43,11 +44,25 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(4096, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x).flatten(1)
+        x = self._features(x).flatten(1)
         x = functional.dropout(functional.relu(self.fc6(x)), 0.5, self.training)
         x = functional.dropout(functional.relu(self.fc7(x)), 0.5, self.training)
         logits: Tensor = self.fc8(x)
         return logits
+
+    def _features(self, x: Tensor) -> Tensor:
+        """`self.features(x)`, with each norm and the ReLU behind it as one."""
+        if self.fusion == "plain" or is_hooked(self.features):
+            features: Tensor = self.features(x)
+            return features
+        layers = iter(self.features)
+        for layer in layers:
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                next(layers)
+                x = norm_act(layer, x, fusion=self.fusion)
+            else:
+                x = layer(x)
+        return x
 
 
 def alexnet(*, num_classes: int = 1000, in_channels: int = 3) -> AlexNet:

@@ -83,11 +83,21 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         normalised = self._normalise(input)
         if recompute:
             self._add_pooled(normalised)
-        elif self.accumulate_statistics:
-            self._add_spans(normalised)
         elif normalised.statistics:
-            self.move_averages(torch.stack(normalised.statistics).sum(0), self.momentum)
+            self.take_statistics(torch.stack(normalised.statistics))
         return normalised.output
+
+    def take_statistics(self, spans: Tensor) -> None:
+        """What a training forward does with its spans, (spans, 2C + 1): means, unbiased variances, and 1 or 0.
+
+        For a forward that computes them elsewhere. No Python state, so that a captured graph can replay it.
+        """
+        total = spans[0] if len(spans) == 1 else spans.sum(0)
+        if not self.accumulate_statistics:
+            self.move_averages(total, self.momentum)
+        elif self._speaks_for_group():
+            torch.where(self.first_span[-1:] == 0, spans[0], self.first_span, out=self.first_span)
+            self.span_sum.add_(total)
 
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size > 1 else ""
@@ -123,14 +133,6 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             input, self.weight, self.bias, like=self.running_mean, eps=self.eps, group=self.process_group
         )
         return shared
-
-    def _add_spans(self, normalised: Normalised) -> None:
-        """Adds spans to the step's sums. No Python state, so that a captured graph can replay it."""
-        if normalised.statistics and self._speaks_for_group():
-            first, total = self.first_span, self.span_sum
-            torch.where(first[-1:] == 0, normalised.statistics[0], first, out=first)
-            for statistics in normalised.statistics:
-                total.add_(statistics)
 
     def _add_pooled(self, normalised: Normalised) -> None:
         """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""

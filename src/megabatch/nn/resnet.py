@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megabatch.nn.fusion import Fusable, Fusion, is_hooked, norm_act
 from megabatch.nn.initialize import last_norms
 
 Norm = Callable[[int], nn.Module]
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Fusable):
     """Two 3x3 convolutions and a shortcut."""
 
     expansion = 1
@@ -30,13 +31,11 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(in_channels, channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return functional.relu(y, inplace=True)
+        y = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
+        return norm_act(self.bn2, self.conv2(y), residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Fusable):
     """1x1 to fewer channels, 3x3, 1x1 to four times as many, and a shortcut."""
 
     expansion = 4
@@ -53,14 +52,12 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(in_channels, out_channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return functional.relu(y, inplace=True)
+        y = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
+        y = norm_act(self.bn2, self.conv2(y), fusion=self.fusion)
+        return norm_act(self.bn3, self.conv3(y), residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
 
 
-class ResNet(nn.Module):
+class ResNet(Fusable):
     """Stem, four stages of residual blocks, global average, linear. Input (N, in_channels, H, W), output (N, classes).
 
     `small_stem`: a 3x3 convolution of stride 1 and no pooling in front, for images of 32 to 64 px.
@@ -92,7 +89,7 @@ class ResNet(nn.Module):
         reset_weights(self, zero_gamma=zero_gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(functional.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(norm_act(self.bn1, self.conv1(x), fusion=self.fusion))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return global_average_then_linear(x, self.fc)
 
@@ -141,6 +138,19 @@ def shortcut(
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(convolution(in_channels, out_channels, 1, stride, blur_pool=blur_pool), norm(out_channels))
+
+
+def residual(downsample: nn.Sequential | None, x: Tensor, fusion: Fusion) -> Tensor:
+    """What a block adds to its branch: its input, or the shortcut of it."""
+    if downsample is None:
+        return x
+    if fusion == "plain" or is_hooked(downsample):
+        shortcut: Tensor = downsample(x)
+        return shortcut
+    *convolutions, norm = downsample
+    for layer in convolutions:
+        x = layer(x)
+    return norm_act(norm, x, relu=False, fusion=fusion)
 
 
 def stage(

@@ -1,0 +1,144 @@
+"""Batch norm, residual and ReLU of a model in one kernel: a choice of speed, made after building, that changes no key.
+
+Every net of `megabatch.nn` asks `norm_act` for "norm, plus residual, through ReLU". By default that is torch's own
+operations, one after the other; `set_fusion` lets the kernels of `megabatch.kernels` take the cases they serve.
+"""
+
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megabatch.errors import UserError
+from megabatch.kernels import Backend, fused_bn_act, has_triton
+from megabatch.nn.batch_norm import SpanBatchNorm2d
+
+Fusion = Literal["plain", "auto", "triton", "reference"]
+"""`plain`: torch's operations. `auto`: kernels on a GPU with Triton, torch's operations elsewhere. `triton` and
+`reference` force the kernels, or their equations in torch's operations on any device (for tests)."""
+
+FUSIONS: tuple[Fusion, ...] = ("plain", "auto", "triton", "reference")
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fusable(nn.Module):
+    """A module whose forward may fuse what its `fusion` allows; parameters and state dict do not depend on it."""
+
+    fusion: Fusion = "plain"
+
+
+def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
+    """Lets kernels take batch norm, ReLU and residual in every part of `model` that can, or gives them back.
+
+    Weights, state dict and module tree stay as they are, so this may be called at any time, any number of times.
+    Fused are training forwards through nn.BatchNorm2d or SpanBatchNorm2d with spans of its own, in float16, bfloat16 or
+    float32; with `auto`, only those with the channels last on a GPU. Everything else (evaluation, spans shared by
+    ranks, other norms, float64, layers with hooks) runs as before, and so does what torch.compile traces, which
+    fuses by itself. Gradients of gradients need "plain".
+
+    Raises:
+        UserError: an unknown choice, or a model without a part that can be fused.
+    """
+    if fusion not in FUSIONS:
+        raise UserError(f"fusion={fusion!r} was given, needed one of {', '.join(FUSIONS)}; fusion='auto' works")
+    parts = [module for module in model.modules() if isinstance(module, Fusable)]
+    if not parts and fusion != "plain":
+        raise UserError(
+            f"{type(model).__name__} has no part that can be fused, needed: a model of megabatch.nn; resnet50() works"
+        )
+    for part in parts:
+        part.fusion = fusion
+
+
+def norm_act(
+    norm: nn.Module, x: Tensor, *, fusion: Fusion, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """relu(norm(x) + residual), fused where `fusion` and the norm allow it; statistics are kept as the norm keeps them.
+
+    Shapes: x and residual (N, C, H, W).
+    """
+    if not can_fuse(norm, x, fusion) or not _agree(x, residual):
+        y: Tensor = norm(x)
+        if residual is not None:
+            y += residual
+        return functional.relu(y, inplace=True) if relu else y
+    y, mean, var = fused_bn_act(
+        x,
+        norm.weight,
+        norm.bias,
+        span=span_of(norm, x),
+        eps=norm.eps,
+        residual=residual,
+        relu=relu,
+        backend=backend_of(fusion),
+    )
+    keep_statistics(norm, mean, var)
+    return y
+
+
+def can_fuse(norm: nn.Module, x: Tensor, fusion: Fusion) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether the kernels give what norm(x) gives, and `fusion` wants them to."""
+    return (
+        fusion != "plain"
+        and _wants(x, fusion)
+        and _is_known(norm)
+        and norm.training
+        and norm.affine
+        and not is_hooked(norm)
+        and norm.running_mean is not None
+        and norm.running_mean.dtype == torch.float32
+        and x.numel() > x.shape[1]  # one value per channel is the norm's own error, or special case
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see what goes in or comes out, which only a call of the module itself shows."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def span_of(norm: nn.BatchNorm2d, x: Tensor) -> int:
+    """Samples per statistic of this forward."""
+    return min(norm.span, len(x)) if isinstance(norm, SpanBatchNorm2d) else len(x)
+
+
+def backend_of(fusion: Fusion) -> Backend:
+    """What the kernels are asked for; never for "plain"."""
+    assert fusion != "plain"
+    return fusion
+
+
+@torch.no_grad()
+def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    """Gives a forward's statistics, mean and unbiased variance (spans, C), to the norm, as its own forward would."""
+    if isinstance(norm, SpanBatchNorm2d):
+        norm.take_statistics(torch.cat([mean, var, torch.ones_like(mean[:, :1])], dim=1))
+        return
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.running_mean.lerp_(mean[0], norm.momentum)
+    norm.running_var.lerp_(var[0], norm.momentum)
+    norm.num_batches_tracked.add_(1)
+
+
+def _wants(x: Tensor, fusion: Fusion) -> bool:
+    """Whether `fusion` fuses a tensor like this one."""
+    if x.ndim != 4 or x.dtype not in _TYPES or torch.compiler.is_compiling():
+        return False
+    if fusion != "auto":
+        return True
+    return x.is_cuda and has_triton() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_known(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether it is a batch norm over samples of this process alone, with an exponential running average."""
+    if isinstance(norm, SpanBatchNorm2d):
+        return norm.group_size == 1
+    return type(norm) is nn.BatchNorm2d and norm.momentum is not None
+
+
+def _agree(x: Tensor, residual: Tensor | None) -> bool:
+    return residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
