@@ -4,6 +4,15 @@
 import triton
 import triton.language as tl
 
+IGNORED = tl.constexpr(-100)
+
+
+@triton.jit
+def _share(label, weight, classes: tl.constexpr):
+    """The weight of a label: 0 where torch ignores it, not a number where there is no such class."""
+    exists = (label >= 0) & (label < classes)
+    return tl.where(exists, weight, tl.where(label == IGNORED, 0.0, float("nan")))
+
 
 @triton.jit
 def cross_entropy_kernel(
@@ -29,14 +38,20 @@ def cross_entropy_kernel(
     top = tl.max(values, axis=0)
     exponentials = tl.exp(values - top)
     total = tl.sum(exponentials, axis=0)
-    target = tl.where(column == tl.load(labels + row), 1.0, 0.0)
+    label = tl.load(labels + row)
+    weight = 1.0
     if mixed:
-        share = tl.load(mix_weight + row) if weight_per_row else tl.load(mix_weight)
-        other = tl.where(column == tl.load(mixed_labels + row), 1.0, 0.0)
-        target = share * target + (1.0 - share) * other
-    target = (1.0 - smoothing) * target + smoothing / classes
+        weight = tl.load(mix_weight + row) if weight_per_row else tl.load(mix_weight)
+    whole = _share(label, weight, classes)
+    target = tl.where(column == label, whole, 0.0)
+    if mixed:
+        other = tl.load(mixed_labels + row)
+        share = _share(other, 1.0 - weight, classes)
+        target += tl.where(column == other, share, 0.0)
+        whole += share
+    target = (1.0 - smoothing) * target + smoothing / classes * whole
     away = tl.where(inside, values - top, 0.0)
-    loss = tl.log(total) - tl.sum(tl.where(inside, target * away, 0.0), axis=0)
+    loss = whole * tl.log(total) - tl.sum(tl.where(inside, target * away, 0.0), axis=0)
     tl.store(losses + row, loss)
-    result = (exponentials / total - target) * tl.load(scale)
+    result = (exponentials / total * whole - target) * tl.load(scale)
     tl.store(gradient + row.to(tl.int64) * classes + column, result.to(gradient.dtype.element_ty), mask=inside)

@@ -32,6 +32,9 @@ def fused_cross_entropy_sum(
     `megabatch.nn.cross_entropy_sum`. Forward computes the gradient too and keeps it in float32; backward scales it and
     rounds it to the logits' type once, so that a loss scale acts before the rounding.
 
+    Labels of -100 count for nothing, as torch has it. A label of no class is torch's error from the reference; the
+    kernel, which cannot raise, makes the loss NaN. What torch.compile traces is the reference.
+
     Shapes: logits (N, K), labels and mixed_labels (N,) class indices in [0, K), mix_weight 0-d, (N,) or a number.
 
     Raises:
@@ -152,7 +155,9 @@ def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def _fits(logits: Tensor, backend: Backend) -> bool:
-    return use_triton(logits, backend) and logits.dtype != torch.float64 and logits.shape[1] <= MAX_CLASSES
+    if torch.compiler.is_compiling() or not use_triton(logits, backend):
+        return False
+    return logits.dtype != torch.float64 and 0 < logits.shape[1] <= MAX_CLASSES
 
 
 def _check(logits: Tensor, labels: Tensor, mixed_labels: Tensor | None, mix_weight: Tensor | float | None) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from megabatch.kernels import Backend, fused_cross_entropy_sum
 
 
 def cross_entropy_sum(
@@ -14,6 +15,7 @@ def cross_entropy_sum(
     label_smoothing: float = 0.0,
     mixed_labels: Tensor | None = None,
     mix_weight: Tensor | float | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross entropy summed over the samples, 0-d, in float32 (float64 for float64 logits); 0 for no sample.
 
@@ -21,17 +23,22 @@ def cross_entropy_sum(
 
     (Szegedy et al. 2016, arXiv:1512.00567, section 7). Divide by the count of the *global* batch, not of this call.
     With `mixed_labels` (mixup, cutmix) the loss is w * loss(labels) + (1 - w) * loss(mixed_labels), where
-    `mix_weight` is w: a number, or one value per sample.
+    `mix_weight` is w: a number, or one value per sample. On a GPU with Triton one kernel reads the logits once for loss
+    and gradient (`backend="reference"` runs torch's operations there too).
 
     Shapes: logits (N, K); labels and mixed_labels (N,) class indices; mix_weight scalar or (N,).
+
+    Raises:
+        UserError: other shapes, or mixed_labels without mix_weight.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if mixed_labels is None:
-        return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    assert mix_weight is not None, "mixed_labels need their mix_weight"
-    first = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    second = functional.cross_entropy(logits, mixed_labels, reduction="none", label_smoothing=label_smoothing)
-    return (mix_weight * first + (1 - mix_weight) * second).sum()
+    return fused_cross_entropy_sum(
+        logits,
+        labels,
+        label_smoothing=label_smoothing,
+        mixed_labels=mixed_labels,
+        mix_weight=mix_weight,
+        backend=backend,
+    )
 
 
 @torch.no_grad()
