@@ -7,13 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabatch.optim import base, multi_tensor
+from megabatch.kernels import LarsGroup, lars_step
+from megabatch.optim import base, fused, multi_tensor
 
 
 class Recorder(base.MultiTensorOptimizer):
     """Keeps what each update is given."""
 
     state_names = ("momentum_buffer",)
+    kernel = fused.Kernel(LarsGroup, lars_step)
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:
         self.sizes: list[list[int]] = []

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from megabatch.kernels.crop_resize import crop_and_resize
     from megabatch.kernels.dispatch import Backend, has_triton
     from megabatch.kernels.fused_optimizer import FusedLARS
-    from megabatch.kernels.lars import lars_step, lars_step_reference
-    from megabatch.kernels.lars_tables import LarsGroup, LarsTables
+    from megabatch.kernels.lamb import LambGroup, lamb_step, lamb_step_reference
+    from megabatch.kernels.lars import LarsGroup, LarsTables, lars_step, lars_step_reference
     from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
+    from megabatch.kernels.optimizer_tables import StepTables
+    from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step, rmsprop_step_reference
 
 _HOMES = {
     "Backend": "dispatch",
     "FusedLARS": "fused_optimizer",
-    "LarsGroup": "lars_tables",
-    "LarsTables": "lars_tables",
+    "LambGroup": "lamb",
+    "LarsGroup": "lars",
+    "LarsTables": "lars",
     "Normalisation": "conv1x1",
+    "RmspropGroup": "rmsprop",
+    "StepTables": "optimizer_tables",
     "Tiling": "conv1x1",
     "batch_norm_act_reference": "batch_norm",
     "conv1x1_data_gradient": "conv1x1",
@@ -39,16 +44,23 @@ _HOMES = {
     "fused_bn_act": "batch_norm",
     "fused_cross_entropy_sum": "loss",
     "has_triton": "dispatch",
+    "lamb_step": "lamb",
+    "lamb_step_reference": "lamb",
     "lars_step": "lars",
     "lars_step_reference": "lars",
+    "rmsprop_step": "rmsprop",
+    "rmsprop_step_reference": "rmsprop",
 }
 
 __all__ = [
     "Backend",
     "FusedLARS",
+    "LambGroup",
     "LarsGroup",
     "LarsTables",
     "Normalisation",
+    "RmspropGroup",
+    "StepTables",
     "Tiling",
     "batch_norm_act_reference",
     "conv1x1_data_gradient",
@@ -59,8 +71,12 @@ __all__ = [
     "fused_bn_act",
     "fused_cross_entropy_sum",
     "has_triton",
+    "lamb_step",
+    "lamb_step_reference",
     "lars_step",
     "lars_step_reference",
+    "rmsprop_step",
+    "rmsprop_step_reference",
 ]
 
 

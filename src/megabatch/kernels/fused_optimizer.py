@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.lars import lars_step
-from megabatch.kernels.lars_tables import LarsGroup, LarsTables
+from megabatch.kernels.lars import LarsGroup, LarsTables, lars_step
 
 Group = dict[str, Any]
 _FORMS = ("outside", "inside", "inside_corrected")

@@ -1,20 +1,16 @@
 """LAMB: Adam with a trust ratio per layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megabatch.optim.multi_tensor import (
-    Group,
-    MultiTensorOptimizer,
-    Number,
-    TensorLists,
-    add_scaled_,
-    check_capturable,
-    check_number,
-)
+from megabatch.kernels.lamb import LambGroup, lamb_step
+from megabatch.optim.base import Group, MultiTensorOptimizer
+from megabatch.optim.checks import check_number, check_ways
+from megabatch.optim.fused import Kernel
+from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, scaled
 from megabatch.optim.trust import norms, trust_ratios
 
 
@@ -32,29 +28,35 @@ class LAMB(MultiTensorOptimizer):
     Args:
         params: parameters or groups; `param_groups(model, weight_decay=...)` makes the usual two. A group may set any
             of the values below, and `adapt`: False means ratio 1, that is Adam with decoupled weight decay.
+        lr: a float or a 0-d tensor; so are momentum, beta2 and weight decay. A step in a CUDA graph reads tensors anew.
         momentum: beta1.
         trust_clip: ratios of at most 1 (LAMBC).
-        foreach: False takes one tensor after another, as reference; None and True work on all together.
-        capturable: the step may be captured in a CUDA graph; `lr` must be a tensor then.
+        foreach: False takes one tensor after another, as reference; True works on all together; None does the same, on
+            a GPU see `fused`.
+        fused, copies: as in `LARS`.
+        capturable: as in `LARS`; the count of steps is then a tensor too.
 
     Raises:
-        UserError: a value out of range, a sparse or complex gradient.
+        UserError: a value out of range, a sparse or complex gradient; fused=True where it cannot be.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    kernel = Kernel(LambGroup, lamb_step)
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor,
         *,
-        momentum: float = 0.9,
-        beta2: float = 0.999,
+        momentum: float | Tensor = 0.9,
+        beta2: float | Tensor = 0.999,
         eps: float = 1e-6,
         weight_decay: float | Tensor = 0.0,
         trust_clip: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -64,11 +66,12 @@ class LAMB(MultiTensorOptimizer):
             "weight_decay": weight_decay,
             "trust_clip": trust_clip,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
             "adapt": True,
             "step": 0,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copies)
 
     def check(self, group: Group) -> None:
         """Raises UserError for a group whose values cannot work; makes the step count a tensor for CUDA graphs."""
@@ -77,18 +80,19 @@ class LAMB(MultiTensorOptimizer):
         check_number(group, "beta2", low=0.0, below=1.0, example=0.999)
         check_number(group, "eps", low=0.0, example=1e-6)
         check_number(group, "weight_decay", low=0.0, example=0.01)
-        check_capturable(group)
+        check_ways(group)
         if group["capturable"] and not isinstance(group["step"], Tensor):
             # float64, since 1 - 0.999^t loses five of fp32's seven digits
             group["step"] = torch.full_like(group["lr"], float(group["step"]), dtype=torch.float64)
 
     def update(self, group: Group, tensors: TensorLists) -> None:
         """Moves weights and both moments by one step."""
-        time = group["step"] + 1
-        corrections = 1 - group["momentum"] ** time, 1 - group["beta2"] ** time
         lists = (tensors.weights, tensors.gradients, tensors.states["exp_avg"], tensors.states["exp_avg_sq"])
-        step = _step_each if group["foreach"] is False else _step_together
-        step(group, corrections, *lists)
+        updates = _updates(group, *lists)
+        negative = -group["lr"]
+        if group["adapt"]:
+            negative = list((-_rates(group, norms(tensors.weights), norms(updates))).unbind())
+        add_scaled_(tensors.weights, updates, negative)
 
     def finish(self, group: Group) -> None:
         """Counts the step."""
@@ -102,63 +106,47 @@ def _rates(group: Group, weight_norms: Tensor, update_norms: Tensor) -> Tensor:
     return rates
 
 
-def _step_together(
-    group: Group,
-    corrections: tuple[Number, Number],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-) -> None:
-    """One step in multi-tensor operations; no operation is started per tensor from Python."""
-    updates = _updates_together(group, corrections, weights, gradients, means, squares)
-    negative = -group["lr"]
-    if group["adapt"]:
-        negative = list((-_rates(group, norms(weights), norms(updates))).unbind())
-    add_scaled_(weights, updates, negative)
-
-
-def _updates_together(
-    group: Group,
-    corrections: tuple[Number, Number],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
+def _updates(
+    group: Group, weights: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor]
 ) -> list[Tensor]:
     """u, corrections moved to where they cost least: (m / (sqrt(n) + eps c)) (c / c1) + beta w with c = sqrt(c2)."""
-    root = corrections[1] ** 0.5
-    offset, factor = (_in_dtype_of(weights[0], number) for number in (group["eps"] * root, root / corrections[0]))
-    torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-    torch._foreach_mul_(squares, group["beta2"])
-    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - group["beta2"])
+    root = _correction(group, "beta2") ** 0.5
+    factor = root / _correction(group, "momentum")
+    _move_average(means, gradients, group["momentum"])
+    _move_average_of_squares(squares, gradients, group["beta2"])
     divisors = torch._foreach_sqrt(squares)
-    torch._foreach_add_(divisors, offset)
+    torch._foreach_add_(divisors, _in_dtype_of(weights[0], group["eps"] * root))
     updates = list(torch._foreach_div(means, divisors))
-    torch._foreach_mul_(updates, factor)
+    torch._foreach_mul_(updates, _in_dtype_of(weights[0], factor))
     if isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:
         add_scaled_(updates, weights, group["weight_decay"])
     return updates
 
 
+def _correction(group: Group, name: str) -> Number:
+    """1 - beta^t; of a tensor in float64, since 1 - 0.999^t loses five of fp32's seven digits."""
+    beta = group[name]
+    corrected: Number = 1 - (beta.double() if isinstance(beta, Tensor) else beta) ** (group["step"] + 1)
+    return corrected
+
+
+def _move_average(averages: list[Tensor], values: list[Tensor], beta: Number) -> None:
+    """beta a + (1 - beta) x; torch's own operation takes numbers alone."""
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(averages, beta)
+        add_scaled_(averages, values, 1 - beta)
+    else:
+        torch._foreach_lerp_(averages, values, 1 - beta)
+
+
+def _move_average_of_squares(averages: list[Tensor], values: list[Tensor], beta: Number) -> None:
+    torch._foreach_mul_(averages, beta)
+    if isinstance(beta, Tensor):
+        torch._foreach_add_(averages, torch._foreach_mul(scaled(values, 1 - beta), values))
+    else:
+        torch._foreach_addcmul_(averages, values, values, value=1 - beta)
+
+
 def _in_dtype_of(tensor: Tensor, number: Number) -> Number:
     """A 0-d tensor in the lists' dtype, without which a GPU would take one tensor after another."""
     return number.to(tensor.dtype) if isinstance(number, Tensor) else number
-
-
-def _step_each(
-    group: Group,
-    corrections: tuple[Number, Number],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-) -> None:
-    """The same step, one tensor after another, as the equations stand: the reference for the multi-tensor path."""
-    for w, g, m, n in zip(weights, gradients, means, squares, strict=True):
-        m.mul_(group["momentum"]).add_((1 - group["momentum"]) * g)
-        n.mul_(group["beta2"]).add_((1 - group["beta2"]) * g**2)
-        adam = (m / corrections[0]) / ((n / corrections[1]).sqrt() + group["eps"])
-        u = adam + group["weight_decay"] * w
-        rate = _rates(group, w.norm(), u.norm()) if group["adapt"] else group["lr"]
-        w.sub_(rate * u)

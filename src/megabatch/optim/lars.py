@@ -1,13 +1,14 @@
 """LARS: momentum SGD with a learning rate per layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from megabatch.optim.base import Group
+from megabatch.optim.checks import check_choice, check_number
 from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
-from megabatch.optim.multi_tensor import Group, Number, check_choice, check_number, plus_scaled
+from megabatch.optim.multi_tensor import Number, plus_scaled
 from megabatch.optim.trust import clip_to_rate, norms, trust_ratios
 
 
@@ -31,16 +32,23 @@ class LARS(MomentumOptimizer):
     Args:
         params: parameters or groups; `param_groups(model, weight_decay=...)` makes the usual two. A group may set any
             of the values below, and `adapt`: False means ratio 1, plain momentum SGD at the same rate.
-        lr: a float or a 0-d tensor.
+        lr: a float or a 0-d tensor; so are momentum and weight decay. A step in a CUDA graph reads tensors anew.
         trust_coefficient: eta; 0.001 (You et al., MLPerf), 0.0025 (Fujitsu), 0.01 (Sony).
         trust_clip: min(ratio / lr, 1), so that no layer's rate exceeds `lr` (LARC).
         foreach: False takes one tensor after another, as reference. True works on all together: norms of all tensors,
             all ratios as one vector, the update in multi-tensor operations (on a CPU in parts that stay in cache).
-            None does the same, but on a CPU lets torch's fused SGD kernel do the update.
-        capturable: the step may be captured in a CUDA graph; `lr` must be a tensor then.
+            None does the same, but on a CPU lets torch's fused SGD kernel do the update; on a GPU see `fused`.
+        fused: two kernel launches for all tensors of all groups, with equal bits from equal inputs. None: where that
+            works, on a GPU with Triton, for fp32 and 16-bit parameters without gaps in memory, and rates that are
+            numbers or fp32 tensors there, unless `foreach` asks for another way. True: refuse to do without.
+        capturable: the step may be captured in a CUDA graph, after one step outside; `lr` must be a tensor then. No
+            way reads a tensor's value on the host. `torch.amp.GradScaler` hands over its scale and whether a gradient
+            overflowed, and the fused step changes nothing if one did.
+        copies: a 16-bit tensor for some of the parameters, of the same shape and layout, that every step overwrites
+            with the new weights (fused: in the same pass), so that a forward in 16 bit needs no casts.
 
     Raises:
-        UserError: a value out of range, an unknown form, a sparse or complex gradient.
+        UserError: a value out of range, an unknown form, a sparse or complex gradient; fused=True where it cannot be.
     """
 
     def __init__(
@@ -57,7 +65,9 @@ class LARS(MomentumOptimizer):
         trust_clip: bool = False,
         nesterov: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -70,11 +80,12 @@ class LARS(MomentumOptimizer):
             "trust_clip": trust_clip,
             "nesterov": nesterov,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
             "adapt": True,
             "previous_lr": 0.0,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copies)
 
     def check(self, group: Group) -> None:
         """Raises UserError for a group whose values cannot work."""
@@ -106,10 +117,4 @@ def _norms(group: Group, weights: list[Tensor], gradients: list[Tensor]) -> tupl
     others = gradients
     if group["denominator"] == "update":
         others = plus_scaled(gradients, weights, group["weight_decay"])
-    if group["foreach"] is False:
-        return _norms_each(weights), _norms_each(others)
     return norms(weights), norms(others)
-
-
-def _norms_each(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])

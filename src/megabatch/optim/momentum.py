@@ -18,19 +18,11 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.optim.multi_tensor import (
-    Group,
-    MultiTensorOptimizer,
-    Number,
-    TensorLists,
-    add_scaled_,
-    check_capturable,
-    check_choice,
-    check_number,
-    is_flat,
-    plus_scaled,
-    scaled,
-)
+from megabatch.kernels.lars import LarsGroup, lars_step
+from megabatch.optim.base import Group, MultiTensorOptimizer
+from megabatch.optim.checks import check_choice, check_number, check_ways
+from megabatch.optim.fused import Kernel
+from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, is_flat, plus_scaled, scaled
 
 MomentumForm = Literal["outside", "inside", "inside_corrected"]
 
@@ -39,6 +31,7 @@ class MomentumOptimizer(MultiTensorOptimizer):
     """A step of momentum SGD; a subclass may give each tensor its own rate in `rates`."""
 
     state_names: tuple[str, ...] = ("momentum_buffer",)
+    kernel = Kernel(LarsGroup, lars_step)
 
     def check(self, group: Group) -> None:
         """Raises UserError for a group whose values cannot work."""
@@ -46,7 +39,7 @@ class MomentumOptimizer(MultiTensorOptimizer):
         check_number(group, "momentum", low=0.0, below=1.0, example=0.9)
         check_number(group, "weight_decay", low=0.0, example=1e-4)
         check_choice(group, "momentum_form", ("outside", "inside", "inside_corrected"))
-        check_capturable(group)
+        check_ways(group)
         if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             raise UserError("nesterov=True with momentum=0 does nothing; needed: momentum above 0; momentum=0.9 works")
         if isinstance(group["lr"], Tensor) and not isinstance(group["previous_lr"], Tensor):
@@ -59,7 +52,7 @@ class MomentumOptimizer(MultiTensorOptimizer):
         return rate
 
     def update(self, group: Group, tensors: TensorLists) -> None:
-        """Moves weights and momentum by one step."""
+        """Moves weights and momentum by one step, in multi-tensor operations or in torch's fused kernel for a CPU."""
         rates = self.rates(group, tensors.weights, tensors.gradients)
         options = _Options(
             momentum=corrected_momentum(group),
@@ -68,9 +61,8 @@ class MomentumOptimizer(MultiTensorOptimizer):
             nesterov=group["nesterov"],
         )
         lists = (tensors.weights, tensors.gradients, tensors.states["momentum_buffer"])
-        if group["foreach"] is False:
-            _update_each(*lists, rates, options)
-        elif group["foreach"] is None and _fused_kernel_fits(*lists, options):
+        reads_rates = group["foreach"] is None and not group["capturable"]  # as a CPU's kernel takes numbers alone
+        if reads_rates and _fused_kernel_fits(*lists, options):
             _update_fused(*lists, rates, options)
         else:
             _update_together(*lists, rates, options)
@@ -131,19 +123,6 @@ def _update_together(
     add_scaled_(weights, direction, -1.0 if options.inside else negative)
 
 
-def _update_each(
-    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
-) -> None:
-    """The same step, one tensor after another, as the equations stand: the reference for the other paths."""
-    for w, g, v, rate in zip(weights, gradients, buffers, _each(rates, len(weights)), strict=True):
-        u = g + options.weight_decay * w
-        if options.inside:
-            u = rate * u
-        v.mul_(options.momentum).add_(u)
-        direction = u + options.momentum * v if options.nesterov else v
-        w.sub_(direction if options.inside else rate * direction)
-
-
 def _update_fused(
     weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], rates: Number, options: _Options
 ) -> None:
@@ -191,7 +170,3 @@ def _fused_kernel_fits(
     if weights[0].device.type != "cpu" or float(options.momentum) == 0:
         return False
     return all(map(is_flat, itertools.chain(weights, gradients, buffers)))
-
-
-def _each(rates: Number, count: int) -> list[Number]:
-    return list(rates.unbind()) if isinstance(rates, Tensor) and rates.ndim == 1 else [rates] * count

@@ -1,14 +1,18 @@
 """RMSprop that turns into momentum SGD during the first epochs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
+from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step
+from megabatch.optim.base import Group
+from megabatch.optim.checks import check_number
+from megabatch.optim.fused import Kernel
 from megabatch.optim.momentum import MomentumOptimizer
-from megabatch.optim.multi_tensor import Group, Number, TensorLists, check_number, plus_scaled, scaled
+from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, plus_scaled, scaled
 from megabatch.optim.schedule import sgd_share
 
 
@@ -21,30 +25,40 @@ class RMSpropWarmup(MomentumOptimizer):
         w -= lr v
 
     alpha is the group key `sgd_share`, set by `set_epoch` before a step. RMSprop's part moves the weights by
-    (1 - alpha) rmsprop_lr, whatever `lr` is. Where alpha is 1 the step is that of `SGD` to the bit.
+    (1 - alpha) rmsprop_lr, whatever `lr` is. Where alpha is the number 1 the step is that of `SGD` to the bit; a tensor
+    takes the same way before and after, and agrees to rounding.
 
     Args:
         params: parameters or groups; their key `adapt` has no meaning here and is ignored.
+        lr: a float or a 0-d tensor; so are momentum and weight decay. A step in a CUDA graph reads tensors anew.
         rmsprop_lr: eta_RMSprop.
         decay: mu2.
+        foreach, copies: as in `LARS`.
+        fused: as in `LARS`, in one kernel launch.
+        capturable: as in `LARS`; `sgd_share` is then a tensor too.
 
     Raises:
-        UserError: a value out of range; or lr = 0 while alpha < 1, since RMSprop's share is relative to `lr`.
+        UserError: a value out of range; or the number lr = 0 while alpha < 1, since RMSprop's share is relative to
+            `lr`. (In tensors, which are not read, a rate of 0 leaves that share out.)
     """
 
     state_names = ("momentum_buffer", "mean_square")
+    kernel = Kernel(RmspropGroup, rmsprop_step)
 
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor,
         *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        momentum: float | Tensor = 0.9,
+        weight_decay: float | Tensor = 0.0,
         rmsprop_lr: float = 3e-4,
         decay: float = 0.99,
         eps: float = 1e-8,
         foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -57,10 +71,11 @@ class RMSpropWarmup(MomentumOptimizer):
             "nesterov": False,
             "momentum_form": "outside",
             "foreach": foreach,
-            "capturable": False,
+            "fused": fused,
+            "capturable": capturable,
             "previous_lr": 0.0,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copies)
 
     def check(self, group: Group) -> None:
         """Raises UserError for a group whose values cannot work."""
@@ -68,30 +83,51 @@ class RMSpropWarmup(MomentumOptimizer):
         check_number(group, "rmsprop_lr", low=0.0, example=3e-4)
         check_number(group, "decay", low=0.0, below=1.0, example=0.99)
         check_number(group, "eps", low=0.0, example=1e-8)
+        if group["capturable"] and not isinstance(group["sgd_share"], Tensor):
+            group["sgd_share"] = torch.full_like(group["lr"], group["sgd_share"])
 
     def set_epoch(self, epoch: float, *, center_epoch: float = 10.0, period_epochs: float = 5.0) -> None:
         """Sets every group's `sgd_share` for steps at the fractional `epoch`."""
         share = sgd_share(epoch, center_epoch, period_epochs)
         for group in self.param_groups:
-            group["sgd_share"] = share
+            if isinstance(group["sgd_share"], Tensor):
+                group["sgd_share"].fill_(share)
+            else:
+                group["sgd_share"] = share
+
+    def kernel_options(self, group: Group) -> dict[str, Any]:
+        """As for every kernel, once lr and share are seen to fit."""
+        _check_share(group)
+        return super().kernel_options(group)
 
     def update(self, group: Group, tensors: TensorLists) -> None:
         """Moves weights, momentum and mean squares by one step."""
-        if group["sgd_share"] >= 1:
+        _check_share(group)
+        share = group["sgd_share"]
+        if not isinstance(share, Tensor) and share >= 1:
             super().update(group, tensors)
             return
-        lr = group["lr"]
-        if not isinstance(lr, Tensor) and lr == 0:
-            raise UserError(
-                f"lr=0 with sgd_share={group['sgd_share']:g}: RMSprop's share is divided by lr; "
-                "RMSprop warm-up needs no ramp of the rate, lr=0.1 works"
-            )
         lists = (tensors.weights, tensors.gradients, tensors.states["momentum_buffer"], tensors.states["mean_square"])
-        step = _blend_each if group["foreach"] is False else _blend_together
-        step(group, *lists, adaptive_share=(1 - group["sgd_share"]) * group["rmsprop_lr"] / lr)
+        _blend(group, *lists, adaptive_share=_adaptive_share(group))
 
 
-def _blend_together(
+def _check_share(group: Group) -> None:
+    lr, share = group["lr"], group["sgd_share"]
+    if not isinstance(lr, Tensor) and lr == 0 and not isinstance(share, Tensor) and share < 1:
+        raise UserError(
+            f"lr=0 with sgd_share={share:g}: RMSprop's share is divided by lr; "
+            "RMSprop warm-up needs no ramp of the rate, lr=0.1 works"
+        )
+
+
+def _adaptive_share(group: Group) -> Number:
+    """(1 - alpha) rmsprop_lr / lr."""
+    lr = group["lr"]
+    part: Number = (1 - group["sgd_share"]) * group["rmsprop_lr"]
+    return torch.where(lr > 0, part / lr, 0.0) if isinstance(lr, Tensor) else part / lr
+
+
+def _blend(
     group: Group,
     weights: list[Tensor],
     gradients: list[Tensor],
@@ -107,23 +143,6 @@ def _blend_together(
     torch._foreach_add_(divisors, group["eps"])
     normalised = scaled(list(torch._foreach_div(u, divisors)), adaptive_share)
     torch._foreach_mul_(buffers, group["momentum"])
-    torch._foreach_add_(buffers, u, alpha=group["sgd_share"])
+    add_scaled_(buffers, u, group["sgd_share"])
     torch._foreach_add_(buffers, normalised)
     torch._foreach_add_(weights, scaled(buffers, -group["lr"]))
-
-
-def _blend_each(
-    group: Group,
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    mean_squares: list[Tensor],
-    *,
-    adaptive_share: Number,
-) -> None:
-    for w, g, v, n in zip(weights, gradients, buffers, mean_squares, strict=True):
-        u = g + group["weight_decay"] * w
-        n.mul_(group["decay"]).add_((1 - group["decay"]) * u**2)
-        factor = group["sgd_share"] + adaptive_share / (n.sqrt() + group["eps"])
-        v.mul_(group["momentum"]).add_(factor * u)
-        w.sub_(group["lr"] * v)

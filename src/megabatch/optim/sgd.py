@@ -1,10 +1,11 @@
 """SGD with momentum, and with the rate where Caffe, PyTorch or Goyal et al. put it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from megabatch.optim.base import Group
 from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
 
 
@@ -17,10 +18,11 @@ class SGD(MomentumOptimizer):
 
     In exact arithmetic `inside_corrected` equals `outside`; `inside` without correction keeps the old rate's history,
     which can make a warm-up unstable. State is fp32 whatever the parameters' dtype. The group key `adapt` of
-    `param_groups` has no meaning here and is ignored.
+    `param_groups` has no meaning here and is ignored. `lr`, `momentum`, `weight_decay`, `foreach`, `fused` (one kernel
+    launch for all tensors; two under `inside_corrected`), `capturable` and `copies` are as in `LARS`.
 
     Raises:
-        UserError: a value out of range, an unknown form, a sparse or complex gradient.
+        UserError: a value out of range, an unknown form, a sparse or complex gradient; fused=True where it cannot be.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class SGD(MomentumOptimizer):
         nesterov: bool = False,
         momentum_form: MomentumForm = "outside",
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -42,7 +46,12 @@ class SGD(MomentumOptimizer):
             "nesterov": nesterov,
             "momentum_form": momentum_form,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
             "previous_lr": 0.0,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copies)
+
+    def kernel_options(self, group: Group) -> dict[str, Any]:
+        """LARS's kernel without trust ratios."""
+        return super().kernel_options(group) | {"adapt": False}
