@@ -75,6 +75,7 @@ class Recipe:
     cutmix_alpha: float = 0.0
     color_jitter: float = 0.0  # brightness and contrast are scaled by a factor in [1 - j, 1 + j]
     augmentation_ends_epoch: float | None = None  # from here on only flips (Fujitsu, MLPerf v0.6)
+    shard_local: bool = False  # samples are shuffled within windows of a few shards, for storage that is far or slow
 
     # Batch
     global_batch_size: int

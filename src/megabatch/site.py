@@ -26,8 +26,10 @@ class Site:
     bucket_mib: float = 25.0
     timeout_s: float = 300.0
 
-    data: Path | None = None  # a folder with train/ and val/, used instead of the recipe's data set
-    cache: Path | None = None  # where fetched data sets are kept; None: ~/.cache/megabatch
+    data: Path | str | None = None  # a folder with train/ and val/, or the URL of shards, instead of the recipe's data
+    cache: Path | None = None  # where fetched data sets and shards are kept; None: ~/.cache/megabatch
+    remote_cache_gib: float = 64.0  # local copies of remote shards, shared by all workers of a machine
+    max_bad_share: float | None = None  # unreadable samples that stop a run; None: 1 %, and any seen before the start
     output: Path | None = None  # the run folder; None: runs/RECIPE-DATE
     decode_threads: int | None = None
     prefetch_batches: int = 4

@@ -1,22 +1,28 @@
 """The data of a run: sources from a known data set or a folder, and the loaders over them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megabatch.comm.launch import World, available_cores
-from megabatch.data import fetch
+from megabatch.data import fetch, folder, parquet, shards
 from megabatch.data.arrays import ArraySource
-from megabatch.data.loader import EvalLoader, TrainLoader
+from megabatch.data.loader import EvalLoader, TrainLoader, shard_sizes
+from megabatch.data.order import SHARD_WINDOW
+from megabatch.data.remote_shards import RemoteShards, open_remote_shards
 from megabatch.data.source import EncodedSource
-from megabatch.errors import DataError
+from megabatch.errors import DataError, SiteError
 from megabatch.recipe import Recipe, validate
 from megabatch.site import Site
 
 Source = ArraySource | EncodedSource
 
 PROBED_FILES = 20_000
+_DEFAULT_BAD_SHARE = 0.01
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,12 @@ class Data:
     evaluation: Source
     origin: str
 
+    def close(self) -> None:
+        """Ends what the sources have in hand, such as fetching ahead; after the loaders over them are closed."""
+        for source in (self.train, self.evaluation):
+            if isinstance(source, RemoteShards):
+                source.close()
+
 
 def open_data(
     recipe: Recipe,
@@ -35,26 +47,36 @@ def open_data(
     on_progress: Callable[[str], None] | None = None,
     probe: bool = False,
 ) -> Data:
-    """The recipe's data set, or the folder the site names instead; DataError or FetchError if it cannot be had.
+    """The recipe's data set, or the folder or the remote shards that the site names instead.
 
-    `probe` looks for damaged files too (at most `PROBED_FILES` a set).
+    `probe` looks for damaged files in folders too (at most `PROBED_FILES` a set), unless the site says how many it
+    will bear.
+
+    Raises:
+        DataError, FetchError: it cannot be had.
+        SiteError: the room for copies of remote shards is too small.
     """
     if site.data is None and recipe.dataset == "folder":
         raise DataError(f"recipe {recipe.name} has no data set of its own; --data PATH names yours, a class per folder")
+    data = _open(recipe, site, on_progress=on_progress, probe=probe and site.max_bad_share is None)
+    if recipe.shard_local:
+        shard_sizes(data.train)
+    return data
+
+
+def _open(recipe: Recipe, site: Site, *, on_progress: Callable[[str], None] | None, probe: bool) -> Data:
     if site.data is None:
         fetched = fetch.fetch(recipe.dataset, cache=site.cache, on_progress=on_progress)
         return Data(*fetch.load(recipe.dataset, cache=site.cache), fetched.source)
-    if not site.data.is_dir():
-        raise DataError(
-            f"no folder {site.data}; --data needs a folder with train/ and val/, a class per folder in each"
-        )
-    train, evaluation = _open_path(site.data, probe=probe)
-    return Data(train, evaluation, f"folder {site.data.name}")
+    if "://" in str(site.data):
+        return _open_url(str(site.data), recipe, site)
+    path = Path(site.data)
+    if not path.is_dir():
+        raise DataError(f"no folder {path}; --data needs a folder with train/ and val/, a class per folder in each")
+    return Data(*_open_path(path, probe=probe), f"folder {path.name}")
 
 
 def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource]:
-    from megabatch.data import folder, parquet, shards
-
     if any(path.rglob("*.tar")) or any(path.rglob("*.tar.gz")):
         return shards.open_shards(path)
     if any(path.rglob("*.parquet")):
@@ -63,6 +85,37 @@ def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource
     for source in (train, evaluation) if probe else ():
         source.probe(sample=PROBED_FILES)
     return train, evaluation
+
+
+def _open_url(url: str, recipe: Recipe, site: Site) -> Data:
+    room = int(site.remote_cache_gib * _GIB)
+    cache = (site.cache or fetch.default_cache()) / "remote"
+    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=room)
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without what may be secret
+    data = Data(train, evaluation, shown)
+    # In shard-local order one window is read while the next one comes; otherwise any shard may be next.
+    needed = train.bytes_at_once(2 * SHARD_WINDOW if recipe.shard_local else None)
+    if needed > room:
+        data.close()
+        raise SiteError(_too_little_room(site.remote_cache_gib, needed, train.bytes_at_once(2 * SHARD_WINDOW), recipe))
+    return data
+
+
+def _too_little_room(given_gib: float, needed: int, needed_locally: int, recipe: Recipe) -> str:
+    where = "windows of shards" if recipe.shard_local else "all shards"
+    text = (
+        f"--remote-cache-gib {given_gib:g} is too little for samples in random order from {where}, "
+        f"{_up(needed)} GiB; --remote-cache-gib {_up(needed)} works"
+    )
+    if recipe.shard_local or needed_locally == needed:
+        return text
+    return f"{text}, or --set shard_local=true with --remote-cache-gib {max(_up(needed_locally), given_gib):g}"
+
+
+def _up(num_bytes: int) -> float:
+    """GiB, rounded up to a thousandth."""
+    return math.ceil(1000 * num_bytes / _GIB) / 1000
 
 
 def fit_to_data(recipe: Recipe, data: Data) -> Recipe:
@@ -92,6 +145,7 @@ def build_train_loader(
         cutmix_alpha=recipe.cutmix_alpha,
         color_jitter=recipe.color_jitter,
         augmentation_ends_epoch=recipe.augmentation_ends_epoch,
+        shard_local=recipe.shard_local,
         pixel_mean=recipe.pixel_mean,
         pixel_std=recipe.pixel_std,
         image_channels=recipe.image_channels,
@@ -99,6 +153,7 @@ def build_train_loader(
         channels_last=site.channels_last,
         decode_threads=site.decode_threads or max(1, available_cores() // world.local_world_size),
         prefetch_batches=site.prefetch_batches,
+        max_bad_share=_max_bad_share(site),
         on_bad_sample=on_bad_sample,
     )
 
@@ -115,7 +170,12 @@ def build_eval_loader(recipe: Recipe, site: Site, source: Source, *, world: Worl
         device=world.device,
         channels_last=site.channels_last,
         decode_threads=site.decode_threads or max(1, available_cores() // world.local_world_size),
+        max_bad_share=_max_bad_share(site),
     )
+
+
+def _max_bad_share(site: Site) -> float:
+    return _DEFAULT_BAD_SHARE if site.max_bad_share is None else site.max_bad_share
 
 
 def eval_block_size(recipe: Recipe) -> int:

@@ -1,6 +1,7 @@
 """What several verbs share: `KEY=VALUE` pairs and choices, refused with a value that works."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from megabatch.errors import RecipeError, SiteError
@@ -27,6 +28,11 @@ def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice
         if choice == given:
             return choice
     raise SiteError(f"{option} {given}: needed one of {', '.join(choices)}; {option} {choices[0]} works")
+
+
+def parse_data(text: str | None) -> Path | str | None:
+    """A path, or a URL as it is: as a path it would lose one of its slashes."""
+    return text if text is None or "://" in text else Path(text)
 
 
 def parse_workers(text: str) -> int | None:

@@ -1,28 +1,31 @@
 """`megabatch train RECIPE`: starts its own local workers, or joins those that torchrun started."""
 
+import contextlib
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import parse_settings, parse_workers, require_choice
+from megabatch.cli.options import parse_data, parse_settings, parse_workers, require_choice
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
 from megabatch.site import AllReduce, Precision, Site, Wire
+
+if TYPE_CHECKING:
+    from megabatch.data.loader import TrainLoader
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train/ and val/, instead of the recipe's data.")
+        str | None, typer.Option(help="Folder with train/ and val/, or URL of shards, instead of the recipe's data.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE-TIME.")] = None,
     workers: Annotated[str, typer.Option(help="Local workers, or auto.")] = "auto",
@@ -35,7 +38,11 @@ def train(
     all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
     wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
     channels_last: Annotated[bool, typer.Option(help="Memory layout of images and weights.")] = True,
-    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets are kept.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets and shards are kept.")] = None,
+    remote_cache_gib: Annotated[float, typer.Option(help="Room for local copies of remote shards.", min=0)] = 64.0,
+    max_bad_share: Annotated[
+        float | None, typer.Option(help="Share of unreadable images that stops a run; default 0.01.", min=0, max=1)
+    ] = None,
     checkpoint_every_steps: Annotated[int, typer.Option(help="Checkpoints besides those at evaluations.", min=0)] = 0,
     keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints kept, besides the best.", min=1)] = 2,
     timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
@@ -51,8 +58,10 @@ def train(
         all_reduce=cast(AllReduce, require_choice("--all-reduce", all_reduce, get_args(AllReduce))),
         wire=cast(Wire, require_choice("--wire", wire, get_args(Wire))),
         channels_last=channels_last,
-        data=data,
+        data=parse_data(data),
         cache=cache,
+        remote_cache_gib=remote_cache_gib,
+        max_bad_share=max_bad_share,
         checkpoint_every_steps=checkpoint_every_steps,
         keep_checkpoints=keep_checkpoints,
         timeout_s=timeout_s,
@@ -85,7 +94,8 @@ def _check_before_start(recipe: Recipe, site: Site) -> int:
     from megabatch.build.data import fit_to_data, open_data
     from megabatch.build.site import check, default_workers
 
-    fitted = fit_to_data(recipe, open_data(recipe, site, on_progress=_say, probe=True))
+    with contextlib.closing(open_data(recipe, site, on_progress=_say, probe=True)) as data:
+        fitted = fit_to_data(recipe, data)
     num_workers = site.workers or default_workers(fitted, site)
     check(fitted, site, world_size=num_workers, device=torch.device("cpu"))
     return num_workers
@@ -93,14 +103,18 @@ def _check_before_start(recipe: Recipe, site: Site) -> int:
 
 def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
     """One worker's whole life."""
+    import torch
+
     from megabatch.build.data import fit_to_data, open_data
     from megabatch.build.run import open_run
-    from megabatch.comm.launch import from_first, join
+    from megabatch.comm.launch import from_first, join, sum_over_workers
     from megabatch.train.loop import train as run_loop
 
-    with join(device=site.device, timeout_s=site.timeout_s, threads=site.threads_per_worker) as world:
+    with (
+        join(device=site.device, timeout_s=site.timeout_s, threads=site.threads_per_worker) as world,
+        contextlib.closing(open_data(recipe, site)) as data,
+    ):
         folder = from_first(output or _run_folder(recipe, site, None), world)
-        data = open_data(recipe, site)
         fitted = fit_to_data(recipe, data)
         started = time.perf_counter()
         with (
@@ -121,7 +135,10 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
             seconds = time.perf_counter() - started
             images_per_s = (run.state.samples_seen - first_sample) / seconds
             top1 = evaluation.top1 if evaluation else None
-            run.log({"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds})
+            loader = cast("TrainLoader", run.loader)
+            replaced = int(sum_over_workers(torch.tensor(loader.num_replaced), world))
+            end = {"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds}
+            run.log(end | {"num_replaced_samples": replaced})
         if world.is_first:
             _finish(folder, top1, images_per_s, seconds, run.state.step, quiet=quiet)
         if evaluation is None:
@@ -170,7 +187,7 @@ def _without_option(arguments: list[str], option: str) -> list[str]:
     return kept
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Within the block SIGINT and SIGTERM ask for a stop at the next step; a SIGINT 2 s later ends at once."""
     asked_at: list[float] = []

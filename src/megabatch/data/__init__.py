@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megabatch.data.loader import TrainLoader
     from megabatch.data.order import permute, stream_samples
     from megabatch.data.parquet import ParquetSource, open_parquet
+    from megabatch.data.remote_shards import RemoteShards, open_remote_shards
     from megabatch.data.shards import ShardSource, open_shards
     from megabatch.data.source import EncodedSource
     from megabatch.data.split import check_split, micro_batches
@@ -27,12 +28,14 @@ _HOMES = {
     "Fetched": "fetch",
     "FolderSource": "folder",
     "ParquetSource": "parquet",
+    "RemoteShards": "remote_shards",
     "ShardSource": "shards",
     "TrainLoader": "loader",
     "check_split": "split",
     "micro_batches": "split",
     "open_folder": "folder",
     "open_parquet": "parquet",
+    "open_remote_shards": "remote_shards",
     "open_shards": "shards",
     "permute": "order",
     "stream_samples": "order",
@@ -46,12 +49,14 @@ __all__ = [
     "Fetched",
     "FolderSource",
     "ParquetSource",
+    "RemoteShards",
     "ShardSource",
     "TrainLoader",
     "check_split",
     "micro_batches",
     "open_folder",
     "open_parquet",
+    "open_remote_shards",
     "open_shards",
     "permute",
     "stream_samples",

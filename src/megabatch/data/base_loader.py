@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from megabatch.data import augment
 from megabatch.data.arrays import ArraySource
 from megabatch.data.batch import Batch, Staging
 from megabatch.data.prefetch import in_order, usable_cores
+from megabatch.data.read_ahead import ReadAhead
 from megabatch.data.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
 from megabatch.data.source import EncodedSource
 from megabatch.errors import DataError
@@ -22,9 +23,22 @@ Replaced = NDArray[np.bool_]
 Source: TypeAlias = ArraySource | EncodedSource
 Request = TypeVar("Request")
 
+_FINISHED_AHEAD = 2
+
+
+class HostImages(NamedTuple):
+    """What reading leaves in host memory: a quarter of what the batch takes once it is normalised in float32."""
+
+    pixels: Tensor  # [n, channels, resolution, resolution] uint8, channels last; pinned with a GPU
+    replaced: Replaced  # [n]
+
 
 class BaseLoader:
-    """Pixels of a source by index, normalised on the device, made ahead by threads. Use its two children."""
+    """Pixels of a source by index, normalised on the device, made ahead by threads. Use its two children.
+
+    Batches are made in two steps: files are read and decoded `prefetch_batches` ahead, as uint8 on the host; they
+    become normalised images on the device only `_FINISHED_AHEAD` before they are handed out.
+    """
 
     def __init__(
         self,
@@ -46,13 +60,16 @@ class BaseLoader:
         self._dtype = dtype
         self._channels_last = channels_last
         self._prefetch = max(1, prefetch_batches)
-        # Each batch made ahead, one in the hands of the caller, and one being made use two buffers each.
-        self._staging = Staging(torch.device(device), num_buffers=2 * (self._prefetch + 2))
+        # Bytes read ahead and those being finished; images finished ahead and those in the hands of the caller.
+        self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 2 * _FINISHED_AHEAD + 1)
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
+        self._finish_threads = ThreadPoolExecutor(_FINISHED_AHEAD, thread_name_prefix="megabatch-finish")
         self._decode_threads = ThreadPoolExecutor(
             decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
         )
         self._check_channels()
+        self._ahead = ReadAhead(source)
+        self._num_replaced = 0
         self._bad: BadSamples | None = None
         if not isinstance(source, ArraySource):
             self._bad = BadSamples(source, max_share=max_bad_share, on_bad_sample=on_bad_sample)
@@ -65,8 +82,14 @@ class BaseLoader:
         """Different samples that could not be read so far."""
         return len(self._bad) if self._bad is not None else 0
 
+    @property
+    def num_replaced(self) -> int:
+        """How often so far a batch that was handed out held another sample in place of one that could not be read."""
+        return self._num_replaced
+
     def close(self) -> None:
-        """Stop the threads; batches not yet handed out are dropped."""
+        """Stop the threads; batches not yet handed out are dropped. The source stays open."""
+        self._finish_threads.shutdown(cancel_futures=True)
         self._batch_threads.shutdown(cancel_futures=True)
         self._decode_threads.shutdown(cancel_futures=True)
 
@@ -84,20 +107,28 @@ class BaseLoader:
             return self.source.labels[self._staging.to_device(indices)]
         return self._staging.to_device(np.asarray(self.source.labels[indices], dtype=np.int64))
 
-    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> tuple[Tensor, Replaced]:
-        """Pixels [n, channels, resolution, resolution] on the host, in channels_last memory, and what was replaced."""
+    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> HostImages:
         pixels = self._staging.host_images(len(indices), resolution, self._channels)
         replaced = self._reader.read(indices, resolution, draw_boxes, pixels.numpy())
-        return pixels.permute(0, 3, 1, 2), replaced
+        return HostImages(pixels.permute(0, 3, 1, 2), replaced)
 
     def _normalize(self, images: Tensor) -> Tensor:
         out = self._staging.device_images(images.shape, self._dtype, channels_last=self._channels_last)
         return augment.normalize(images, self._mean, self._std, out)
 
-    def _in_background(self, load: Callable[[Request], Batch], requests: Iterable[Request]) -> Iterator[Batch]:
-        batches = in_order(load, requests, executor=self._batch_threads, depth=self._prefetch)
+    def _hand_out(self, batch: Batch) -> Batch:
+        self._num_replaced += batch.num_replaced
+        return batch.take()
+
+    def _in_background(
+        self, read: Callable[[Request], Callable[[], Batch]], requests: Iterable[Request]
+    ) -> Iterator[Batch]:
+        """`read` does the host's part of a request and returns what does the device's."""
+        ready = in_order(read, requests, executor=self._batch_threads, depth=self._prefetch)
+        batches = in_order(self._staging.run, ready, executor=self._finish_threads, depth=_FINISHED_AHEAD)
         try:
             for batch in batches:
-                yield batch.take()
+                yield self._hand_out(batch)
         finally:
             batches.close()
+            ready.close()

@@ -1,14 +1,14 @@
 """Batches for evaluation, in index order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megabatch.data import augment, crops
 from megabatch.data.arrays import ArraySource
-from megabatch.data.base_loader import BaseLoader, Int64, Source
+from megabatch.data.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.batch import Batch
 from megabatch.data.reader import OnBadSample
 
@@ -58,32 +58,33 @@ class EvalLoader(BaseLoader):
 
     def load(self, indices: range) -> Batch:
         """The samples at consecutive indices."""
-        return self._load(indices).take()
+        return self._hand_out(self._staging.run(self._read(indices)))
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
         """Samples `first` .. `last - 1` in batches of `batch_size`, the last one shorter, made ahead."""
         starts = range(first, last, batch_size)
-        return self._in_background(self._load, (range(start, min(start + batch_size, last)) for start in starts))
+        return self._in_background(self._read, (range(start, min(start + batch_size, last)) for start in starts))
 
-    def _load(self, indices: range) -> Batch:
-        return self._staging.run(lambda: self._make(np.asarray(indices, dtype=np.int64)))
-
-    def _make(self, indices: Int64) -> Batch:
-        num_replaced = 0
+    def _read(self, indices: range) -> Callable[[], Batch]:
+        """Reads and decodes; what is left to do on the device."""
+        wanted = np.asarray(indices, dtype=np.int64)
         if isinstance(self.source, ArraySource):
-            images = self._from_arrays(self.source, indices)
-        else:
-            pixels, replaced = self._decode(indices, self._resolution, self._boxes)
-            images, num_replaced = self._staging.to_device(pixels), int(replaced.sum())
-        return Batch(self._normalize(images), self._labels(indices), len(indices), num_replaced=num_replaced)
+            return partial(self._from_arrays, self.source, wanted)
+        if self._ahead.listens:
+            self._ahead.say_from(indices.start)
+        return partial(self._from_files, self._decode(wanted, self._resolution, self._boxes), wanted)
 
-    def _from_arrays(self, source: ArraySource, indices: Int64) -> Tensor:
+    def _from_files(self, decoded: HostImages, indices: Int64) -> Batch:
+        images = self._normalize(self._staging.to_device(decoded.pixels))
+        return Batch(images, self._labels(indices), len(indices), num_replaced=int(decoded.replaced.sum()))
+
+    def _from_arrays(self, source: ArraySource, indices: Int64) -> Batch:
         images = source.images.index_select(0, self._staging.to_device(indices))
-        if images.shape[2:] == (self._resolution, self._resolution):
-            return images
-        heights, widths = (np.full(len(images), side) for side in images.shape[2:])
-        boxes = crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)
-        return augment.crop_and_resize(images, self._staging.to_device(boxes), self._resolution)
+        if images.shape[2:] != (self._resolution, self._resolution):
+            heights, widths = (np.full(len(images), side) for side in images.shape[2:])
+            boxes = crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)
+            images = augment.crop_and_resize(images, self._staging.to_device(boxes), self._resolution)
+        return Batch(self._normalize(images), self._labels(indices), len(indices))
 
     def _boxes(self, _chunk: slice, heights: Int64, widths: Int64) -> Int64:
         return crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)

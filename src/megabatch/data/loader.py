@@ -4,7 +4,7 @@ A loader keeps no position. `load` is a function of the positions asked for, so 
 which worker it is, on what it loaded before, or on where a run was stopped and continued.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megabatch.data import augment
 from megabatch.data.arrays import ArraySource
-from megabatch.data.base_loader import BaseLoader, Int64, Replaced, Source
+from megabatch.data.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.batch import Batch
 from megabatch.data.eval_loader import EvalLoader
-from megabatch.data.order import stream_samples
+from megabatch.data.order import shards_ahead, stream_samples
 from megabatch.data.policy import AugmentationKind, Policy, Samples
 from megabatch.data.reader import OnBadSample
 from megabatch.errors import DataError
@@ -113,34 +113,50 @@ class TrainLoader(BaseLoader):
 
     def load(self, positions: range, *, resolution: int) -> Batch:
         """The batch at consecutive stream positions; a function of its arguments alone. Callable from any thread."""
-        return self._load((positions, resolution)).take()
+        return self._hand_out(self._staging.run(self._read((positions, resolution))))
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
         """The batch of each request (positions, resolution), in order, made ahead in background threads.
 
-        Requests are drawn from the iterable up to `prefetch_batches` ahead. Close the iterator (or leave its loop
+        Requests are drawn from the iterable up to `prefetch_batches` + 2 ahead. Close the iterator (or leave its loop
         by an exception) to cancel what was asked for ahead.
         """
-        return self._in_background(self._load, requests)
+        return self._in_background(self._read, requests)
 
-    def _load(self, request: tuple[range, int]) -> Batch:
-        return self._staging.run(lambda: self._make(*request))
-
-    def _make(self, positions: range, resolution: int) -> Batch:
+    def _read(self, request: tuple[range, int]) -> Callable[[], Batch]:
+        """Reads and decodes; what is left to do on the device."""
+        positions, resolution = request
         loaded = with_partners(positions) if self._policy.mixes else positions
         samples = self._samples(loaded)
-        images, replaced = self._cropped(samples, resolution)
-        images = self._policy.recolor(images, samples)
-        images = self._policy.cut_out(self._normalize(images), samples)
-        labels = self._labels(samples.indices)
-        if not self._policy.mixes:
-            return Batch(images, labels, len(positions), num_replaced=int(replaced.sum()))
+        if self._shard_sizes is not None and self._ahead.listens:
+            self._ahead.say(shards_ahead(positions.start, shard_sizes=self._shard_sizes, seed=self._seed))
         asked = slice(positions.start - loaded.start, positions.stop - loaded.start)
+        if isinstance(self.source, ArraySource):
+            return partial(self._from_arrays, self.source, samples, resolution, asked)
+        images = self._decode(samples.indices, resolution, partial(self._boxes, samples))
+        return partial(self._from_files, images, samples, asked)
+
+    def _from_arrays(self, source: ArraySource, samples: Samples, resolution: int, asked: slice) -> Batch:
+        images = source.images.index_select(0, self._staging.to_device(samples.indices))
+        if self._policy.augmentation == "random_resized_crop":
+            heights, widths = (np.full(len(images), side) for side in images.shape[2:])
+            boxes = self._policy.boxes(samples, heights, widths)
+            images = augment.crop_and_resize(images, self._staging.to_device(boxes), resolution)
+            return self._augmented(self._policy.move_and_flip(images, samples), samples, asked)
+        return self._augmented(augment.resize(self._policy.move_and_flip(images, samples), resolution), samples, asked)
+
+    def _from_files(self, decoded: HostImages, samples: Samples, asked: slice) -> Batch:
+        images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
+        return self._augmented(images, samples, asked, num_replaced=int(decoded.replaced[asked].sum()))
+
+    def _augmented(self, images: Tensor, samples: Samples, asked: slice, num_replaced: int = 0) -> Batch:
+        """The batch of cropped and flipped images in [0, 255]."""
+        images = self._policy.cut_out(self._normalize(self._policy.recolor(images, samples)), samples)
+        labels, count = self._labels(samples.indices), asked.stop - asked.start
+        if not self._policy.mixes:
+            return Batch(images, labels, count, num_replaced=num_replaced)
         mixed, weight = self._policy.mix(images, swap_pairs(images), samples)
-        num_replaced = int(replaced[asked].sum())
-        return Batch(
-            mixed[asked], labels[asked], len(positions), swap_pairs(labels)[asked], weight[asked], num_replaced
-        )
+        return Batch(mixed[asked], labels[asked], count, swap_pairs(labels)[asked], weight[asked], num_replaced)
 
     def _samples(self, positions: range) -> Samples:
         epochs, indices = stream_samples(
@@ -154,22 +170,6 @@ class TrainLoader(BaseLoader):
         if self._ends_epoch is None:
             return Samples(epochs, indices, np.ones(len(positions), dtype=np.bool_))
         return Samples(epochs, indices, np.asarray(positions, dtype=np.float64) < self._ends_epoch * len(self.source))
-
-    def _cropped(self, samples: Samples, resolution: int) -> tuple[Tensor, Replaced]:
-        """Cropped, flipped images [n, channels, resolution, resolution] on the device, in [0, 255]."""
-        if isinstance(self.source, ArraySource):
-            return self._from_arrays(self.source, samples, resolution), np.zeros(len(samples.indices), dtype=np.bool_)
-        images, replaced = self._decode(samples.indices, resolution, partial(self._boxes, samples))
-        return self._policy.move_and_flip(self._staging.to_device(images), samples), replaced
-
-    def _from_arrays(self, source: ArraySource, samples: Samples, resolution: int) -> Tensor:
-        images = source.images.index_select(0, self._staging.to_device(samples.indices))
-        if self._policy.augmentation != "random_resized_crop":
-            return augment.resize(self._policy.move_and_flip(images, samples), resolution)
-        heights, widths = (np.full(len(images), side) for side in images.shape[2:])
-        boxes = self._policy.boxes(samples, heights, widths)
-        cropped = augment.crop_and_resize(images, self._staging.to_device(boxes), resolution)
-        return self._policy.move_and_flip(cropped, samples)
 
     def _boxes(self, samples: Samples, chunk: slice, heights: Int64, widths: Int64) -> Int64:
         return self._policy.boxes(samples.part(chunk), heights, widths)

@@ -14,10 +14,11 @@ from megabatch.data.hashing import GOLDEN, Integers, Stream, UInt64, as_words, m
 from megabatch.data.split import check_split, micro_batches
 from megabatch.errors import DataError
 
-__all__ = ["check_split", "micro_batches", "permute", "stream_samples"]
+__all__ = ["SHARD_WINDOW", "check_split", "micro_batches", "permute", "shards_ahead", "stream_samples"]
 
 Int64 = NDArray[np.int64]
 
+SHARD_WINDOW = 4  # shards among whose samples the shard-local order mixes
 _ROUNDS = 10
 _ROUNDS_OF_SMALL_DOMAINS = 24  # halves of a few bits mix slowly; with 24 rounds all orders of 5 samples are as likely
 
@@ -74,7 +75,7 @@ def stream_samples(
     seed: int,
     shuffle: bool = True,
     shard_sizes: Sequence[int] | None = None,
-    shard_window: int = 4,
+    shard_window: int = SHARD_WINDOW,
 ) -> tuple[Int64, Int64]:
     """Epoch and sample index of the stream positions `first` .. `first + count - 1`, which may straddle epochs.
 
@@ -98,6 +99,22 @@ def stream_samples(
     return epochs, permute(places, num_samples=num_samples, seed=seed, epoch=epoch)
 
 
+def shards_ahead(first: int, *, shard_sizes: Sequence[int], seed: int, num_windows: int = 2) -> list[int]:
+    """The shards that the shard-local order reads from stream position `first` on, in that order.
+
+    Those of the position's window and of the windows after it, `num_windows` in all, into the next epoch if need be;
+    shards without samples are left out.
+    """
+    sizes, shards = tuple(shard_sizes), list[int]()
+    epoch, place = divmod(first, sum(sizes))
+    for _ in range(num_windows):
+        read, place = _ShardEpoch.of(sizes, seed, epoch, SHARD_WINDOW).window_at(place)
+        shards += [shard for shard in read if sizes[shard]]
+        if place == sum(sizes):
+            epoch, place = epoch + 1, 0
+    return shards
+
+
 def _shard_local(
     places: Int64, epochs: Int64, shard_sizes: tuple[int, ...], *, seed: int, window: int, total: int
 ) -> Int64:
@@ -118,6 +135,7 @@ class _ShardEpoch:
         slots = np.arange(len(sizes), dtype=np.int64)
         shards = permute(slots, num_samples=len(sizes), seed=seed, epoch=epoch, stream=Stream.SHARD_ORDER)
         self._seed, self._epoch, self._window = seed, epoch, window
+        self._shards = shards
         self._index_start = (np.cumsum(sizes) - sizes)[shards]
         self._place_start = np.concatenate([[0], np.cumsum(sizes[shards])])
 
@@ -135,6 +153,12 @@ class _ShardEpoch:
         slots = self._slot(shuffled)
         samples: Int64 = self._index_start[slots] + shuffled - self._place_start[slots]
         return samples
+
+    def window_at(self, place: int) -> tuple[list[int], int]:
+        """The shards of the window around a place, and the place after its last."""
+        start = int(self._slot(np.asarray(place))) // self._window * self._window
+        shards = self._shards[start : start + self._window]
+        return shards.tolist(), int(self._place_start[start + len(shards)])
 
     def _slot(self, places: Int64) -> Int64:
         """Which shard of the epoch's order a place falls into; empty shards hold no place."""

@@ -25,7 +25,8 @@ class BadSamples:
     """The samples that could not be read, each named once; stops the run when they are too large a share.
 
     A bad sample is replaced by the next readable one of its class: in index order, starting after it and going
-    round. That depends on the data set alone, so every run and every worker replaces alike.
+    round. What was found bad before plays no part: another crop of a file that is damaged in the middle may be whole,
+    and a worker that has not met the damage yet must do as one that has. So every run and every worker replaces alike.
     """
 
     def __init__(self, source: EncodedSource, *, max_share: float, on_bad_sample: OnBadSample | None) -> None:
@@ -35,9 +36,6 @@ class BadSamples:
 
     def __len__(self) -> int:
         return len(self._reasons)
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._reasons
 
     def report(self, index: int, reason: str) -> None:
         """Note a bad sample.
@@ -63,7 +61,7 @@ class BadSamples:
         """Samples that may stand in for `index`, in order of preference."""
         same_class = np.flatnonzero(self._source.labels == self._source.labels[index])
         start = int(np.searchsorted(same_class, index)) + 1
-        return (int(i) for i in np.roll(same_class, -start)[:-1] if int(i) not in self)
+        return (int(i) for i in np.roll(same_class, -start)[:-1])
 
 
 class _Opened(NamedTuple):
@@ -111,8 +109,6 @@ class BatchReader:
         return replaced
 
     def _open(self, index: int) -> _Opened | None:
-        if index in self._bad:
-            return None
         try:
             data = self._source.read(index)
             return _Opened(data, *image_size(data))

@@ -25,7 +25,7 @@ from megabatch.errors import DataError
 
 CLASSES_FILE = "classes.txt"
 _MAX_OPEN_FILES = 128
-_COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class IndexedShards:
@@ -119,12 +119,19 @@ def open_shards(path: Path | str) -> tuple[ShardSource, ShardSource]:
                 f"no shards for '{part}' in {path}; needed: {path / part}-000000.tar or {path / part}/*.tar"
             )
     train, val = ShardSource(parts["train"]), ShardSource(parts["val"])
-    if train.class_names == val.class_names:
+    names = agreed_names(train.class_names, val.class_names, str(path))
+    if names is None:
         return train, val
-    if not all(name.isdecimal() for name in (*train.class_names, *val.class_names)):
-        raise DataError(f"{path}: train and val name different classes; both need the same, or one {CLASSES_FILE}")
-    names = max(train.class_names, val.class_names, key=len)  # plain numbers: the highest one seen says how many
     return ShardSource(parts["train"], class_names=names), ShardSource(parts["val"], class_names=names)
+
+
+def agreed_names(train: Sequence[str], val: Sequence[str], where: str) -> Sequence[str] | None:
+    """The class names to open both parts with, None if theirs are equal; DataError if they contradict each other."""
+    if train == val:
+        return None
+    if not all(name.isdecimal() for name in (*train, *val)):
+        raise DataError(f"{where}: train and val name different classes; both need the same, or one {CLASSES_FILE}")
+    return max(train, val, key=len)  # plain numbers: the highest one seen says how many
 
 
 def _part(path: Path, part: str) -> list[Path]:
@@ -134,7 +141,7 @@ def _part(path: Path, part: str) -> list[Path]:
 
 def _tars(folder: Path, stem: str) -> list[Path]:
     """Tars by name, compressed ones too, so that they are refused with the reason instead of being overlooked."""
-    endings = (".tar", *_COMPRESSED_ENDINGS)
+    endings = (".tar", *COMPRESSED_ENDINGS)
     return sorted(path for ending in endings for path in folder.glob(stem + ending))
 
 

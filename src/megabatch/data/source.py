@@ -1,6 +1,6 @@
 """What the loaders need of a data set whose images are files: bytes by index, and the label of each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -31,3 +31,15 @@ class EncodedSource(Protocol):
 
     def name(self, index: int) -> str:
         """What a person calls the sample: a path, or a key in a shard."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source in shards that are slow to come, and that can be told of them before they are read."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Samples in each shard, in index order."""
+
+    def will_read(self, indices: Iterable[int]) -> None:
+        """Samples whose shards are read next, in this order; returns at once."""

@@ -1,0 +1,132 @@
+"""Opening the data of a run: folders, shards, and shards at a URL; what is refused says what works."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megabatch import recipes
+from megabatch.build.data import build_eval_loader, build_train_loader, fit_to_data, open_data
+from megabatch.comm.launch import World
+from megabatch.data.pack import pack
+from megabatch.data.remote_shards import RemoteShards
+from megabatch.errors import DataError, SiteError
+from megabatch.recipe import Recipe, fields_as_json, from_json
+from megabatch.site import Site
+
+fsspec = pytest.importorskip("fsspec")
+
+PHOTOS = Path(__file__).parents[1] / "data" / "photos"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    pack(PHOTOS, folder, shard_bytes=40_000)
+    return folder
+
+
+def photos(**changes) -> Recipe:
+    return dataclasses.replace(recipes.get("photos"), **changes)
+
+
+def test_shards_at_a_url_give_the_batches_of_the_shards_here(packed, tmp_path):
+    recipe, batches = photos(), []
+    for where in (packed, f"file://{packed}"):
+        site = Site(data=where, cache=tmp_path / "cache", decode_threads=1)
+        data = open_data(recipe, site)
+        fitted = fit_to_data(recipe, data)
+        assert (fitted.num_train_images, fitted.num_classes) == (24, 6)
+        train = build_train_loader(fitted, site, data.train, world=World())
+        evaluation = build_eval_loader(fitted, site, data.evaluation, world=World())
+        batches.append((train.load(range(20, 28), resolution=32), next(evaluation.batches(0, 4, 4))))
+        train.close()
+        evaluation.close()
+        data.close()
+    for one, other in zip(*batches, strict=True):
+        assert one.images.equal(other.images)
+        assert one.labels.equal(other.labels)
+
+
+def test_both_parts_share_one_cache_in_the_folder_of_the_site(packed, tmp_path):
+    data = open_data(photos(), Site(data=f"file://{packed}", cache=tmp_path))
+    assert isinstance(data.train, RemoteShards)
+    data.train.read(0)
+    data.evaluation.read(0)
+    assert {path.name[17:22] for path in (tmp_path / "remote").glob("*.tar")} == {"train", "val-0"}
+    data.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        data.train.will_read([0])
+
+
+def test_a_url_is_shown_without_what_may_be_secret(packed, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(packed), "/bucket", recursive=True)
+    try:
+        data = open_data(photos(), Site(data="memory://bucket", cache=tmp_path))
+        assert data.origin == "memory://bucket"
+        data.close()
+    finally:
+        memory.rm("/bucket", recursive=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megabatch.build.data.open_remote_shards", lambda *_, **__: (data.train, data.evaluation))
+        hidden = open_data(photos(), Site(data="https://me:secret@host/set?token=secret", cache=tmp_path))
+    assert hidden.origin == "https://host/set"
+
+
+def test_too_small_a_cache_is_refused_with_a_size_that_works(packed, tmp_path):
+    in_any_order, shard_local = photos(), photos(shard_local=True)
+    sizes = sorted((path.stat().st_size for path in packed.glob("train-*.tar")), reverse=True)
+    assert len(sizes) > 8
+    for recipe, needed in ((in_any_order, sum(sizes)), (shard_local, sum(sizes[:8]))):
+        site = Site(data=f"file://{packed}", cache=tmp_path, remote_cache_gib=(needed - 1) / 2**30)
+        with pytest.raises(SiteError, match=r"--remote-cache-gib \S+ works") as refused:
+            open_data(recipe, site)
+        assert ("shard_local=true" in str(refused.value)) == (recipe is in_any_order)
+        works = float(re.search(r"--remote-cache-gib (\S+) works", str(refused.value))[1])
+        open_data(recipe, dataclasses.replace(site, remote_cache_gib=works)).close()
+
+
+def test_shard_local_order_of_a_folder_is_refused_before_the_start():
+    with pytest.raises(
+        DataError, match=r"needs a data set in shards \(`megabatch data pack`\); shard_local=False works"
+    ):
+        open_data(photos(shard_local=True), Site(data=PHOTOS))
+
+
+def test_shard_local_reaches_the_order_of_the_samples(packed):
+    site = Site(data=packed, decode_threads=1)
+    labels = []
+    for shard_local in (False, True):
+        recipe = photos(shard_local=shard_local)
+        data = open_data(recipe, site)
+        loader = build_train_loader(recipe, site, data.train, world=World())
+        labels.append(loader.load(range(24), resolution=8).labels.tolist())
+        loader.close()
+    assert labels[0] != labels[1]
+    assert sorted(labels[0]) == sorted(labels[1])
+
+
+def test_a_recipe_saved_before_there_was_a_shard_local_order_is_read_as_one_without():
+    saved = fields_as_json(photos())
+    del saved["shard_local"]
+    assert from_json(saved) == photos()
+
+
+def test_a_share_of_bad_images_is_borne_only_where_the_site_says_so(tmp_path):
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    victim = next((tmp_path / "photos" / "train" / "hat").iterdir())
+    victim.write_bytes(victim.read_bytes()[:2000])
+    with pytest.raises(DataError, match=victim.name):
+        open_data(photos(), Site(data=tmp_path / "photos"), probe=True)
+    for share, stops in ((0.01, True), (0.05, False)):
+        site = Site(data=tmp_path / "photos", max_bad_share=share)
+        loader = build_train_loader(photos(), site, open_data(photos(), site, probe=True).train, world=World())
+        if stops:
+            with pytest.raises(DataError, match=r"max_bad_share=0\.01"):
+                loader.load(range(24), resolution=8)
+        else:
+            assert loader.load(range(24), resolution=8).num_replaced == 1
+        loader.close()
