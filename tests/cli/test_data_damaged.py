@@ -1,0 +1,113 @@
+"""A folder seeded with every kind of damage: named by `data check`, and trained on all the same, the same each time."""
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from damaged_files import FILES, bomb_jpeg, jpeg
+from megabatch.cli.main import app
+from megabatch.data.check_file import KINDS
+from megabatch.data.decode import decode
+from megabatch.data.folder import FolderSource
+from megabatch.errors import DataError
+from megabatch.observe.events import read_events
+
+SMALL = ["--set", "model=resnet8", "--set", "resolution=0:16", "--set", "eval_resolution=16", "--set", "bn_span=4"]
+QUICK = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=2", "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cats of which most are damaged or odd, sound dogs, and a sound validation part."""
+    root = tmp_path_factory.mktemp("damaged")
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(6):
+                (root / part / name / f"good-{number}.jpg").write_bytes(jpeg())
+    for name, content, _ in FILES:
+        (root / "train" / "cat" / name).write_bytes(content())
+    return root
+
+
+def arguments(data: Path, output: Path, workers: int, *more: object) -> list[str]:
+    words = ["--data", data, "--output", output, "--workers", workers, "--quiet", *QUICK, *more]
+    return ["train", "photos", *map(str, words)]
+
+
+def events_of(data: Path, output: Path, workers: int) -> list[dict]:
+    command = [sys.executable, "-m", "megabatch", *arguments(data, output, workers, "--max-bad-share", 0.6)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return read_events(output / "events.jsonl")
+
+
+def test_check_names_each_of_thirty_kinds_of_file_by_its_kind(damaged):
+    assert len(FILES) >= 30
+    lines = CliRunner().invoke(app, ["data", "check", str(damaged)]).output.splitlines()
+    for name, _, kinds in FILES:
+        shown = name if name.isprintable() else ascii(name)[1:-1]
+        for kind in kinds:
+            line = f"{'bad' if KINDS[kind].is_bad else 'odd'}  {kind:18} "
+            assert any(each.startswith(line) and f"train/cat/{shown}" in each for each in lines), (name, kind)
+
+
+@pytest.mark.multiprocess
+def test_training_goes_through_with_the_same_count_of_replaced_samples_on_one_worker_and_two(damaged, tmp_path):
+    source = FolderSource(damaged / "train")
+    bad = set()
+    for index in range(len(source)):
+        try:
+            decode(source.read(index))
+        except DataError:
+            bad.add(Path(source.name(index)).name)
+    runs = [events_of(damaged, tmp_path / f"run-{workers}", workers) for workers in (1, 2)]
+    counts = [run[-1]["num_replaced_samples"] for run in runs]
+    assert counts[0] == counts[1]
+    # Each epoch meets every bad sample once; one that is broken in the middle may give a whole crop.
+    assert 2 * (len(bad) - 1) <= counts[0] <= 2 * len(bad)
+    named = {Path(event["text"].split(" was replaced")[0]).name for event in runs[0] if event["event"] == "warning"}
+    assert named <= bad
+    assert len(named) >= len(bad) - 1
+    losses = [[event["loss"] for event in run if event["event"] == "step"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def refused(data: Path, tmp_path: Path) -> str:
+    """What `train` says of data that it does not touch."""
+    result = CliRunner().invoke(app, arguments(data, tmp_path / "run", 1, "--max-bad-share", 1))
+    assert isinstance(result.exception, DataError)
+    assert not (tmp_path / "run").exists()
+    return str(result.exception)
+
+
+def test_a_link_out_of_the_folder_is_refused(damaged, tmp_path):
+    shutil.copytree(damaged, tmp_path / "set")
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    (tmp_path / "set" / "train" / "cat" / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    assert "out.jpg is a symbolic link out of the data set" in refused(tmp_path / "set", tmp_path)
+
+
+def test_a_name_in_a_tar_that_leaves_its_folder_is_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    for part, name in (("train", "../../up"), ("val", "fine")):
+        with tarfile.open(tmp_path / "set" / f"{part}-0.tar", "w") as tar:
+            for ending, data in (("jpg", jpeg()), ("cls", b"0")):
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert "leaves the archive's folder" in refused(tmp_path / "set", tmp_path)
+
+
+def test_a_bomb_is_refused_at_a_glance_unless_bad_images_are_borne(damaged, tmp_path):
+    shutil.copytree(damaged / "val", tmp_path / "set" / "train")
+    shutil.copytree(damaged / "val", tmp_path / "set" / "val")
+    (tmp_path / "set" / "train" / "cat" / "bomb.jpg").write_bytes(bomb_jpeg())
+    result = CliRunner().invoke(app, arguments(tmp_path / "set", tmp_path / "run", 1))
+    assert "bomb.jpg: the image is absurdly large" in str(result.exception)
