@@ -163,7 +163,7 @@ def _conv(session: Session, inputs: int, outputs: int, pixels: int, case: str) -
     weight = (torch.randn(outputs, inputs, device=session.device) / inputs**0.5).to(dtype)
     filters = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
     ones = torch.ones(1, inputs, device=session.device)
-    given = Normalisation(torch.zeros_like(ones), ones, torch.zeros(inputs, device=session.device))
+    given = Normalisation(torch.zeros_like(ones), ones, ones[0], torch.zeros(inputs, device=session.device))
     h = functional.relu(x)
     size, rows = x.element_size(), x.numel() // inputs
     kinds = {

@@ -150,7 +150,10 @@ def convolutions(*, every_tiling: bool = False) -> None:
     for tiling in module.DATA_GRADIENT_TILINGS[some]:
         x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
         dy, given = images(tiling.outputs), normalisation(tiling.inputs)
-        module.conv1x1_data_gradient(dy, weight, x, given, span=2, tiling=tiling, backend="triton")
+        for output in (None, x)[: 2 if every_tiling else 1]:
+            module.conv1x1_data_gradient(
+                dy, weight, x, given, span=2, output=output, addend=output, tiling=tiling, backend="triton"
+            )
     for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
         dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
         module.conv1x1_weight_gradient(dy, x, span=2, normalisation=given, tiling=tiling, backend="triton")
@@ -165,7 +168,7 @@ def sizes_of_one() -> None:
     vector, label = torch.ones(16), torch.zeros(1, dtype=torch.int64)
     fused_bn_act(one.requires_grad_(), vector, vector, span=1, backend="triton")[0].backward(one)
     cross_entropy_with_gradient(one.flatten(1), label, mixed_labels=label, mix_weight=torch.ones(1), backend="triton")
-    given, tiling = Normalisation(vector[None], vector[None], vector), Tiling(64, 64, 64, 4, 3)
+    given, tiling = Normalisation(vector[None], vector[None], vector, vector), Tiling(64, 64, 64, 4, 3)
     weight = torch.ones(16, 16, dtype=torch.bfloat16)
     conv1x1_forward(one, weight, span=1, normalisation=given, tiling=tiling, backend="triton")
     conv1x1_data_gradient(one, weight, one, given, span=1, tiling=tiling, backend="triton")
@@ -181,9 +184,9 @@ def images(channels: int) -> torch.Tensor:
 
 
 def normalisation(channels: int) -> Any:
-    from megabatch.kernels.conv1x1 import Normalisation
+    from megabatch.kernels import Normalisation
 
-    return Normalisation(torch.zeros(1, channels), torch.ones(1, channels), torch.zeros(channels))
+    return Normalisation(*torch.ones(2, 1, channels), *torch.ones(2, channels))
 
 
 ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, loss, crop)

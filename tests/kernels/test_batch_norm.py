@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import batch_norm as module
 from megabatch.kernels import fused_bn_act
+from megabatch.kernels import norm_passes as module
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
     from megabatch.kernels.conv1x1 import (
-        Normalisation,
         Tiling,
         conv1x1_data_gradient,
         conv1x1_forward,
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from megabatch.kernels.lamb import LambGroup, lamb_step, lamb_step_reference
     from megabatch.kernels.lars import LarsGroup, LarsTables, lars_step, lars_step_reference
     from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
+    from megabatch.kernels.norm_passes import Moments, Normalisation
     from megabatch.kernels.optimizer_tables import StepTables
     from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step, rmsprop_step_reference
 
@@ -31,7 +31,8 @@ _HOMES = {
     "LambGroup": "lamb",
     "LarsGroup": "lars",
     "LarsTables": "lars",
-    "Normalisation": "conv1x1",
+    "Moments": "norm_passes",
+    "Normalisation": "norm_passes",
     "RmspropGroup": "rmsprop",
     "StepTables": "optimizer_tables",
     "Tiling": "conv1x1",
@@ -58,6 +59,7 @@ __all__ = [
     "LambGroup",
     "LarsGroup",
     "LarsTables",
+    "Moments",
     "Normalisation",
     "RmspropGroup",
     "StepTables",

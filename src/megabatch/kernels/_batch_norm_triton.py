@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels of batch norm over spans. Loaded by `batch_norm` alone, when it runs on a GPU.
 
-All take a matrix of rows (samples x pixels) and channels, cut into spans of `span_rows` rows, the last of which may be
-short. A launch's second axis is the span, so that no tile holds rows of two spans; on its first, programs that take
-different channels of the same rows stand side by side. `columns` is the number of channels.
+All take a matrix of rows (samples x pixels) and `columns` channels, cut into spans of `span_rows` rows, the last of
+which may be short. A launch's second axis is the span, so that no tile holds rows of two spans; on its first, programs
+that take different channels of the same rows stand side by side. The number of channels is no compile-time constant,
+so that one compilation serves all layers.
 """
 
 import triton
@@ -11,13 +12,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _part_here(columns: tl.constexpr, block_columns: tl.constexpr):
+def _part_here(columns, block_columns: tl.constexpr):
     """Which part of its span this program takes."""
     return tl.program_id(0) // ((columns + block_columns - 1) // block_columns)
 
 
 @triton.jit
-def _rows_of_part(num_rows, span_rows, rows_per_part, columns: tl.constexpr, block_columns: tl.constexpr):
+def _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns: tl.constexpr):
     """First row of this program's part of its span, and how many rows the part has, which may be none."""
     start = tl.program_id(1).to(tl.int64) * span_rows
     size = tl.minimum(num_rows - start, span_rows).to(tl.int32)
@@ -27,21 +28,21 @@ def _rows_of_part(num_rows, span_rows, rows_per_part, columns: tl.constexpr, blo
 
 
 @triton.jit
-def _columns_here(columns: tl.constexpr, block_columns: tl.constexpr):
+def _columns_here(columns, block_columns: tl.constexpr):
     block = tl.program_id(0) % ((columns + block_columns - 1) // block_columns)
     column = block * block_columns + tl.arange(0, block_columns)
     return column, column < columns
 
 
 @triton.jit
-def _tile(column, inside, done, count, columns: tl.constexpr, block_rows: tl.constexpr):
+def _tile(column, inside, done, count, columns, block_rows: tl.constexpr):
     """Offsets from the part's first row of `block_rows` rows after the first `done`, and which of them exist."""
     row = done + tl.arange(0, block_rows)
     return row[:, None] * columns + column[None, :], (row[:, None] < count) & inside[None, :]
 
 
 @triton.jit
-def _put_pair(partials, num_parts, one, two, column, inside, columns: tl.constexpr, block_columns: tl.constexpr):
+def _put_pair(partials, num_parts, one, two, column, inside, columns, block_columns: tl.constexpr):
     """Writes this part's two rows of `partials` (spans, parts, 2, columns)."""
     part = tl.program_id(1) * num_parts + _part_here(columns, block_columns)
     place = partials + part * 2 * columns + column
@@ -57,7 +58,7 @@ def moments_kernel(
     span_rows,
     rows_per_part,
     num_parts,
-    columns: tl.constexpr,
+    columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -101,7 +102,7 @@ def statistics_kernel(
     rows_per_part,
     num_parts,
     eps,
-    columns: tl.constexpr,
+    columns,
     block_parts: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -155,7 +156,7 @@ def normalise_kernel(
     span_rows,
     has_residual: tl.constexpr,
     relu: tl.constexpr,
-    columns: tl.constexpr,
+    columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -180,6 +181,7 @@ def normalise_kernel(
 @triton.jit
 def gradient_sums_kernel(
     dy,
+    addend,
     x,
     y,
     dz,
@@ -192,13 +194,14 @@ def gradient_sums_kernel(
     span_rows,
     rows_per_part,
     num_parts,
+    has_addend: tl.constexpr,
     from_output: tl.constexpr,
     relu: tl.constexpr,
-    columns: tl.constexpr,
+    columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Sums of dz and dz * h over each part of a span; dz is dy where y > 0, h = (x - mean) deviation.
+    """Sums of dz and dz * h over each part of a span; dz is dy + addend where y > 0, h = (x - mean) deviation.
 
     With a residual (`from_output`) the sign is read from y, and dz is written, as it is the residual's gradient too.
     Without one the sign is computed again from x, which is read anyway.
@@ -217,10 +220,13 @@ def gradient_sums_kernel(
         place, here = _tile(column, inside, done, count, columns, block_rows)
         gradient = tl.load(dy + base + place, mask=here, other=0.0).to(tl.float32)
         values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
+        if has_addend:
+            gradient += tl.load(addend + base + place, mask=here, other=0.0).to(tl.float32)
         if from_output:
             output = tl.load(y + base + place, mask=here, other=0.0).to(tl.float32)
-            gradient = tl.where(output <= 0, 0.0, gradient)
-            tl.store(dz + base + place, gradient.to(dz.dtype.element_ty), mask=here)
+            rounded = tl.where(output <= 0, 0.0, gradient).to(dz.dtype.element_ty)
+            tl.store(dz + base + place, rounded, mask=here)
+            gradient = rounded.to(tl.float32)
         elif relu:
             output = _normalised(values, middle, slope, shift).to(x.dtype.element_ty).to(tl.float32)
             gradient = tl.where(output <= 0, 0.0, gradient)
@@ -231,9 +237,7 @@ def gradient_sums_kernel(
 
 
 @triton.jit
-def add_parts_kernel(
-    partials, sums, num_parts, columns: tl.constexpr, block_parts: tl.constexpr, block_columns: tl.constexpr
-):
+def add_parts_kernel(partials, sums, num_parts, columns, block_parts: tl.constexpr, block_columns: tl.constexpr):
     """Adds the two rows of a span's parts, in one order; `sums` is (spans, 2, columns)."""
     column, inside = _columns_here(columns, block_columns)
     span, which = tl.program_id(1), tl.program_id(2)
@@ -259,7 +263,7 @@ def input_gradient_kernel(
     num_rows,
     span_rows,
     relu: tl.constexpr,
-    columns: tl.constexpr,
+    columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):

@@ -3,8 +3,8 @@
 
 Images with the channels last are matrices of rows (samples x pixels) and channels, cut into spans of `span_rows` rows,
 the last of which may be short; a tile holds rows of one span. The convolution's input h is never in memory: it is
-relu((x - mean) slope + shift), computed from x as a tile is read. Loads go through tensor descriptors, which a Hopper
-GPU serves by its copy engine; stores and what is read once go through pointers, as a tile may end inside a span.
+relu((x - mean) deviation weight + bias), computed from x as a tile is read. Loads go through tensor descriptors, which
+a Hopper GPU serves by its copy engine; stores and what is read once go through pointers, as a tile may end in a span.
 A launch has about as many programs as the GPU has multiprocessors, each of which takes tile after tile.
 """
 
@@ -26,19 +26,20 @@ def _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows: tl.
 
 
 @triton.jit
-def _normalised(x, mean, slope, shift, span, column, count, columns: tl.constexpr, block_rows: tl.constexpr):
-    """relu((x - mean) slope + shift) of one tile, 0 in rows that are not of the span; the type is that of x."""
+def _normalised(x, mean, deviation, scale, bias, span, column, count, columns, block_rows: tl.constexpr):
+    """relu((x - mean) deviation scale + bias) of one tile, in the type of x; 0 in rows that are not of the span."""
     inside = column < columns
     middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    factor = tl.load(slope + span * columns + column, mask=inside, other=0.0)
-    offset = tl.load(shift + column, mask=inside, other=0.0)
-    values = (x.to(tl.float32) - middle[None, :]) * factor[None, :] + offset[None, :]
+    slope = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    slope *= tl.load(scale + column, mask=inside, other=0.0)
+    shift = tl.load(bias + column, mask=inside, other=0.0)
+    values = (x.to(tl.float32) - middle[None, :]) * slope[None, :] + shift[None, :]
     here = (tl.arange(0, block_rows) < count)[:, None]
-    return tl.where(here & (values > 0), values, 0.0).to(x.dtype)
+    return tl.where(here & ~(values <= 0), values, 0.0).to(x.dtype)
 
 
 @triton.jit
-def _put_moments(partials, row_tile, values, column, count, columns: tl.constexpr, block_rows: tl.constexpr):
+def _put_moments(partials, row_tile, values, column, count, columns, block_rows: tl.constexpr):
     """Mean and sum of squared differences from it of a tile's columns, to its two rows of (tiles, 2, columns)."""
     here = (tl.arange(0, block_rows) < count)[:, None]
     middle = tl.sum(tl.where(here, values, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
@@ -54,23 +55,24 @@ def forward_kernel(
     weight,
     y,
     mean,
-    slope,
-    shift,
+    deviation,
+    scale,
+    bias,
     partials,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
     normalise: tl.constexpr,
-    inputs: tl.constexpr,
-    outputs: tl.constexpr,
+    inputs,
+    outputs,
     block_rows: tl.constexpr,
     block_outputs: tl.constexpr,
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
     """y = h weight^T, and the moments of y as it is rounded. Programs side by side share rows, which stay in cache."""
-    across: tl.constexpr = (outputs + block_outputs - 1) // block_outputs
+    across = (outputs + block_outputs - 1) // block_outputs
     for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
         row_tile = tile // across
         left = (tile % across) * block_outputs
@@ -80,7 +82,7 @@ def forward_kernel(
             h = x.load([first.to(tl.int32), begin])
             if normalise:
                 column = begin + tl.arange(0, block_inputs)
-                h = _normalised(h, mean, slope, shift, span, column, count, inputs, block_rows)
+                h = _normalised(h, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
             sums = tl.dot(h, weight.load([left, begin]).T, sums, input_precision=precision)
         column = left + tl.arange(0, block_outputs)
         row = tl.arange(0, block_rows)
@@ -95,24 +97,32 @@ def data_gradient_kernel(
     dy,
     weight,
     x,
+    output,
+    addend,
     dz,
     mean,
-    slope,
-    shift,
+    deviation,
+    scale,
+    bias,
     partials,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
-    inputs: tl.constexpr,
-    outputs: tl.constexpr,
+    from_output: tl.constexpr,
+    has_addend: tl.constexpr,
+    inputs,
+    outputs,
     block_rows: tl.constexpr,
     block_outputs: tl.constexpr,
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """dz = dy weight where h > 0, and the sums of dz and of dz (x - mean) over each tile's rows, as dz is rounded."""
-    across: tl.constexpr = (inputs + block_inputs - 1) // block_inputs
+    """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) deviation, of dz rounded.
+
+    ReLU passes where the output that is given is above 0; if none is, where h is.
+    """
+    across = (inputs + block_inputs - 1) // block_inputs
     for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
         row_tile = tile // across
         left = (tile % across) * block_inputs
@@ -125,16 +135,22 @@ def data_gradient_kernel(
         row = tl.arange(0, block_rows)
         place = first * inputs + row[:, None] * inputs + column[None, :]
         here = (row < count)[:, None] & (column < inputs)[None, :]
+        if has_addend:
+            sums += tl.load(addend + place, mask=here, other=0.0).to(tl.float32)
         values = tl.load(x + place, mask=here, other=0.0)
-        h = _normalised(values, mean, slope, shift, span, column, count, inputs, block_rows)
-        rounded = tl.where(h > 0, sums, 0.0).to(dz.dtype.element_ty)
+        if from_output:
+            passed = tl.load(output + place, mask=here, other=0.0)
+        else:
+            passed = _normalised(values, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
+        rounded = tl.where(passed <= 0, 0.0, sums).to(dz.dtype.element_ty)
         tl.store(dz + place, rounded, mask=here)
         gradient = tl.where(here, rounded.to(tl.float32), 0.0)
         middle = tl.load(mean + span * inputs + column, mask=column < inputs, other=0.0)
+        slope = tl.load(deviation + span * inputs + column, mask=column < inputs, other=0.0)
         pair = partials + row_tile * 2 * inputs + column
         product = gradient * (values.to(tl.float32) - middle[None, :])
         tl.store(pair, tl.sum(gradient, axis=0), mask=column < inputs)
-        tl.store(pair + inputs, tl.sum(product, axis=0), mask=column < inputs)
+        tl.store(pair + inputs, tl.sum(product, axis=0) * slope, mask=column < inputs)
 
 
 @triton.jit
@@ -143,23 +159,24 @@ def weight_gradient_kernel(
     x,
     partials,
     mean,
-    slope,
-    shift,
+    deviation,
+    scale,
+    bias,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
     row_tiles_per_part,
     normalise: tl.constexpr,
-    inputs: tl.constexpr,
-    outputs: tl.constexpr,
+    inputs,
+    outputs,
     block_rows: tl.constexpr,
     block_outputs: tl.constexpr,
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
     """dweight = dy^T h over one part of the rows, to `partials` (parts, outputs, inputs) in float32."""
-    across: tl.constexpr = (inputs + block_inputs - 1) // block_inputs
+    across = (inputs + block_inputs - 1) // block_inputs
     top = (tl.program_id(0) // across) * block_outputs
     left = (tl.program_id(0) % across) * block_inputs
     part = tl.program_id(1)
@@ -171,7 +188,7 @@ def weight_gradient_kernel(
         gradient = dy.load([first.to(tl.int32), top])
         h = x.load([first.to(tl.int32), left])
         if normalise:
-            h = _normalised(h, mean, slope, shift, span, column, count, inputs, block_rows)
+            h = _normalised(h, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
         else:
             h = tl.where((tl.arange(0, block_rows) < count)[:, None], h, 0.0)
         sums = tl.dot(gradient.T, h, sums, input_precision=precision)

@@ -5,7 +5,7 @@ For 16-bit images with the channels last. Passes over the images, with the plain
 2; plain 6 and 2, 6 and 2). Statistics and sums are float32, added in one fixed order: equal inputs give equal bits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
-from megabatch.kernels.layout import images_of, rows_of
-
-TILE = 4096
-"""Values of one tile of the reducing kernels; those that write as they read take twice as many."""
-MIN_PROGRAMS, MAX_PROGRAMS = 264, 1024
-"""Of a reduction: enough to fill an H200 of 132 multiprocessors, few enough that adding their sums costs little."""
-TILES_PER_PROGRAM = 8
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+from megabatch.kernels import norm_passes as passes
+from megabatch.kernels.dispatch import Backend, use_triton
+from megabatch.kernels.norm_passes import Moments, Normalisation
 
 
 def fused_bn_act(
@@ -38,12 +32,10 @@ def fused_bn_act(
     """`(y, mean, var)`: each `span` samples by their own statistics, plus a residual, through ReLU; differentiable.
 
         h = (x - mean) / sqrt(biased variance + eps);   y = relu(weight h + bias + residual)      per span and channel
-        dz = dy where y > 0;   dresidual = dz;   dbias = sum dz;   dweight = sum dz h             over all spans
-        dx = weight / sqrt(biased variance + eps) (dz - sum(dz) / n - h sum(dz h) / n)            sums over one span
 
-    (Ioffe and Szegedy 2015, arXiv:1502.03167.) `mean` and `var` are (spans, C), in float32 and without gradient; `var`
-    is the unbiased variance, which running averages want. The last span is short where N is no multiple of `span`.
-    torch rounds between the three operations, the kernels only once.
+    (Ioffe and Szegedy 2015, arXiv:1502.03167; the gradients are in `norm_passes`.) `mean` and `var` are (spans, C), in
+    float32 and without gradient; `var` is the unbiased variance, which running averages want. The last span
+    is short where N is no multiple of `span`. torch rounds between the three operations, the kernels only once.
 
     Shapes: x and residual (N, C, H, W), float32, float16 or bfloat16, fastest with the channels last, in which y comes
     back from a GPU; weight and bias (C,), float32.
@@ -52,12 +44,11 @@ def fused_bn_act(
         UserError: no sample, a span below 1, or tensors of other shapes or types.
     """
     _check(x, weight, bias, residual, span)
-    if not use_triton(x, backend) or x.dtype not in _TYPES:
+    if not use_triton(x, backend) or x.dtype not in passes.TYPES:
         return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
-    y, mean, var = _FusedBatchNorm.apply(
-        x, weight.float().contiguous(), bias.float().contiguous(), residual, span, eps, relu
-    )  # type: ignore[no-untyped-call]
-    return y, mean, var
+    found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
+    y = norm_act(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, triton=True)
+    return y, found.mean, found.var
 
 
 def batch_norm_act_reference(
@@ -90,174 +81,62 @@ def _reference_of_span(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tens
     return functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
-class _Cut(NamedTuple):
-    """How a matrix of rows is cut into programs."""
+def norm_act(
+    x: Tensor,
+    moments: Moments,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    span: int,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    triton: bool,
+) -> Tensor:
+    """y of `fused_bn_act` where the moments of x are known, as of a convolution that measured its output.
 
-    num_rows: int
-    columns: int
-    span_rows: int
-    spans: int
-    rows_per_part: int
-    parts: int
-    block_rows: int
-    block_columns: int
-
-    def tiles(self) -> tuple[int, int]:
-        """Grid of the kernels that take one tile, twice as high, each."""
-        return self.column_blocks() * -(-self.span_rows // (2 * self.block_rows)), self.spans
-
-    def reductions(self) -> tuple[int, int]:
-        """Grid of the kernels that walk over one part of a span."""
-        return self.column_blocks() * self.parts, self.spans
-
-    def column_blocks(self) -> int:
-        """Programs next to each other."""
-        return -(-self.columns // self.block_columns)
-
-    def block(self, height: int = 1) -> dict[str, int]:
-        """The compile-time arguments of every kernel."""
-        return {
-            "columns": self.columns,
-            "block_rows": height * self.block_rows,
-            "block_columns": self.block_columns,
-            "num_warps": 8,
-        }
+    Its gradient is that of batch norm whole, moments included.
+    """
+    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, triton)  # type: ignore[no-untyped-call]
+    return y
 
 
-def _cut(shape: torch.Size, span: int) -> _Cut:
-    count, columns, height, width = shape
-    span_rows = min(span, count) * height * width
-    spans = -(-count // span)
-    block_columns = min(128, max(8, _power_of_2(columns)))
-    block_rows = TILE // block_columns
-    tiles = -(-span_rows // block_rows)
-    side_by_side = spans * -(-columns // block_columns)
-    programs = min(MAX_PROGRAMS, max(MIN_PROGRAMS, tiles * side_by_side // TILES_PER_PROGRAM))
-    rows_per_part = -(-tiles // min(tiles, max(1, programs // side_by_side))) * block_rows
-    parts = -(-span_rows // rows_per_part)
-    return _Cut(count * height * width, columns, span_rows, spans, rows_per_part, parts, block_rows, block_columns)
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-class _FusedBatchNorm(torch.autograd.Function):
+class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        moments: Moments,
         weight: Tensor,
         bias: Tensor,
         residual: Tensor | None,
         span: int,
-        eps: float,
         relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cut = _cut(x.shape, span)
-        rows = rows_of(x)
-        added = rows if residual is None else rows_of(residual)
-        with on_device(x):
-            mean, var, deviation = _statistics(rows, cut, eps)
-            y = torch.empty_like(rows)
-            load("_batch_norm_triton").normalise_kernel[cut.tiles()](
-                rows,
-                added,
-                y,
-                mean,
-                deviation,
-                weight,
-                bias,
-                cut.num_rows,
-                cut.span_rows,
-                has_residual=residual is not None,
-                relu=relu,
-                **cut.block(2),
-            )
-        ctx.cut, ctx.relu, ctx.has_residual = cut, relu, residual is not None
-        ctx.save_for_backward(x, weight, bias, mean, deviation, *([y] if relu and ctx.has_residual else []))
-        ctx.mark_non_differentiable(mean, var)
-        return images_of(y, x), mean, var
+        triton: bool,
+    ) -> Tensor:
+        norm = Normalisation.of(moments, weight, bias)
+        y = passes.normalise(x, norm, span=span, residual=residual, relu=relu, triton=triton)
+        ctx.options = {"span": span, "triton": triton}
+        ctx.relu, ctx.has_residual = relu, residual is not None
+        ctx.save_for_backward(x, *norm, *([y] if relu and ctx.has_residual else []))
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, deviation, *output = ctx.saved_tensors
-        rows, dy = rows_of(x), rows_of(grad)
-        with on_device(x):
-            dz, sums = _gradient_sums(dy, rows, output, (mean, deviation, weight, bias), ctx.cut, relu=ctx.relu)
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx = torch.empty_like(rows)
-                load("_batch_norm_triton").input_gradient_kernel[ctx.cut.tiles()](
-                    dz,
-                    rows,
-                    dx,
-                    sums,
-                    mean,
-                    deviation,
-                    weight,
-                    bias,
-                    ctx.cut.num_rows,
-                    ctx.cut.span_rows,
-                    relu=ctx.relu and not output,
-                    **ctx.cut.block(2),
-                )
-        dbias, dweight = sums.sum(0) if len(sums) > 1 else sums[0]
-        of_residual = images_of(dz, x) if ctx.has_residual else None
-        return None if dx is None else images_of(dx, x), dweight, dbias, of_residual, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, deviation, weight, bias, *output = ctx.saved_tensors
+        norm = Normalisation(mean, deviation, weight, bias)
+        y = output[0] if output else None
+        dz, sums = passes.gradient_sums(dy, x, norm, relu=ctx.relu, output=y, **ctx.options)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = passes.input_gradient(dz, x, norm, sums, relu=ctx.relu and not output, **ctx.options)
+        dbias, dweight = over_spans(sums)
+        return dx, None, dweight, dbias, dz if ctx.has_residual else None, None, None, None
 
 
-def _statistics(rows: Tensor, cut: _Cut, eps: float) -> Tensor:
-    """Rows of (3, spans, C): mean, unbiased variance, 1 / sqrt(biased variance + eps)."""
-    kernels = load("_batch_norm_triton")
-    partials = rows.new_empty(cut.spans, cut.parts, 2, cut.columns, dtype=torch.float32)
-    statistics = rows.new_empty(3, cut.spans, cut.columns, dtype=torch.float32)
-    kernels.moments_kernel[cut.reductions()](
-        rows, partials, cut.num_rows, cut.span_rows, cut.rows_per_part, cut.parts, **cut.block()
-    )
-    kernels.statistics_kernel[(-(-cut.columns // 32), cut.spans)](
-        partials,
-        *statistics,
-        cut.num_rows,
-        cut.span_rows,
-        cut.rows_per_part,
-        cut.parts,
-        eps,
-        columns=cut.columns,
-        block_parts=64,
-        block_columns=32,
-    )
-    return statistics
-
-
-def _gradient_sums(
-    dy: Tensor, rows: Tensor, output: list[Tensor], channels: tuple[Tensor, ...], cut: _Cut, *, relu: bool
-) -> tuple[Tensor, Tensor]:
-    """dz, which is dy itself where it need not be written, and (spans, 2, C): sums of dz and of dz h."""
-    kernels = load("_batch_norm_triton")
-    partials = rows.new_empty(cut.spans, cut.parts, 2, cut.columns, dtype=torch.float32)
-    sums = rows.new_empty(cut.spans, 2, cut.columns, dtype=torch.float32)
-    dz = torch.empty_like(dy) if output else dy
-    kernels.gradient_sums_kernel[cut.reductions()](
-        dy,
-        rows,
-        output[0] if output else rows,
-        dz,
-        partials,
-        *channels,
-        cut.num_rows,
-        cut.span_rows,
-        cut.rows_per_part,
-        cut.parts,
-        from_output=bool(output),
-        relu=relu,
-        **cut.block(),
-    )
-    kernels.add_parts_kernel[(-(-cut.columns // 32), cut.spans, 2)](
-        partials, sums, cut.parts, columns=cut.columns, block_parts=64, block_columns=32
-    )
-    return dz, sums
+def over_spans(sums: Tensor) -> Tensor:
+    """(2, C): gradients of bias and weight from the sums of each span (spans, 2, C)."""
+    return sums.sum(0) if len(sums) > 1 else sums[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int) -> None:

@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
+from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
+from megabatch.kernels.norm_passes import Moments, Normalisation
 
 _WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
-
-
-class Normalisation(NamedTuple):
-    """h = relu((x - mean) slope + shift): batch norm with slope = weight / sqrt(variance + eps), shift = bias.
-
-    mean and slope are (spans, C), shift is (C,), all float32.
-    """
-
-    mean: Tensor
-    slope: Tensor
-    shift: Tensor
 
 
 class Tiling(NamedTuple):
@@ -44,11 +35,10 @@ FORWARD_TILINGS = (
     Tiling(128, 128, 64, 8, 3),
     Tiling(128, 256, 64, 8, 3),
     Tiling(256, 64, 64, 8, 3),
-    Tiling(256, 128, 64, 8, 3),
 )
 DATA_GRADIENT_TILINGS = (
     Tiling(128, 64, 64, 4, 4),
-    Tiling(128, 64, 128, 8, 4),
+    Tiling(64, 64, 128, 8, 4),
     Tiling(64, 64, 256, 8, 3),
     Tiling(256, 64, 64, 8, 3),
 )
@@ -69,28 +59,29 @@ def conv1x1_forward(
     weight: Tensor,
     *,
     span: int,
+    eps: float = 1e-5,
     normalisation: Normalisation | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, mean, var)`: y = weight h, with each span's mean and unbiased variance of y as it is rounded. No gradient.
+) -> tuple[Tensor, Moments]:
+    """`(y, moments)`: y = weight h, with the moments of each span of y as it is rounded. No gradient.
 
-    h is x itself, or `normalisation` of x by the statistics of x's own spans.
+    h is x itself, or `normalisation` of x by the statistics of x's own spans and ReLU.
 
-    Shapes: x (N, C, H, W), weight (K, C) or (K, C, 1, 1) of x's type, y (N, K, H, W) with the channels last, mean and
-    var (spans, K) float32. Triton needs C and K to be multiples of 16, and the reference takes over where not.
+    Shapes: x (N, C, H, W), weight (K, C) or (K, C, 1, 1) of x's type, y (N, K, H, W) with the channels last, moments
+    (spans, K) float32. Triton needs C and K to be multiples of 16, and the reference takes over where not.
 
     Raises:
         UserError: shapes that do not agree.
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and _fits(x, len(matrix))):
-        return _forward_reference(x, matrix, normalisation, span)
+        return _forward_reference(x, matrix, normalisation, span, eps)
     tiling = tiling or _by_width(FORWARD_TILINGS, len(matrix), which="outputs")
     cut = _cut(x, span, tiling)
     rows = rows_of(x)
     y = rows.new_empty(cut.num_rows, len(matrix))
-    partials = rows.new_empty(cut.num_row_tiles, 2, len(matrix), dtype=torch.float32)
+    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, 2, len(matrix), dtype=torch.float32)
     with on_device(x):
         load("_conv1x1_triton").forward_kernel[(_programs(x, cut.num_row_tiles * -(-len(matrix) // tiling.outputs)),)](
             _described(rows, tiling.rows, tiling.inputs),
@@ -102,8 +93,7 @@ def conv1x1_forward(
             normalise=normalisation is not None,
             **_options(rows, matrix, tiling),
         )
-        mean, var = _moments(partials, cut, tiling.rows)
-    return images_of(y, x), mean, var
+        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps)
 
 
 def conv1x1_data_gradient(
@@ -113,29 +103,30 @@ def conv1x1_data_gradient(
     normalisation: Normalisation,
     *,
     span: int,
+    output: Tensor | None = None,
+    addend: Tensor | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`(dz, sums)`: dz = weight^T dy where h > 0, the gradient of the batch norm's output before its ReLU.
+    """`(dz, sums)`: dz = weight^T dy + addend where ReLU passes, the gradient of what went into that ReLU.
 
-    sums is (spans, 2, C): of dz, and of dz (x - mean), over each span. Times 1 / sqrt(variance + eps) the second is
-    what batch norm's own backward needs: its dbias, and its dweight.
+    The convolution's input is ReLU of the normalised x, or `output`: what ReLU made of the normalised x and a residual.
+    sums is (spans, 2, C): of dz and of dz (x - mean) deviation over each span, as batch norm's backward needs them.
 
-    Shapes as in `conv1x1_forward`; dy is like y, dz like x.
+    Shapes as in `conv1x1_forward`; dy is like y; dz, output and addend are like x.
 
     Raises:
         UserError: shapes that do not agree.
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and _fits(x, len(matrix))):
-        return _data_gradient_reference(dy, matrix, x, normalisation, span)
+        return _data_gradient_reference(dy, matrix, x, normalisation, span, output, addend)
     tiling = tiling or _by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
     cut = _cut(x, span, tiling)
     rows, gradient = rows_of(x), rows_of(dy)
     dz = torch.empty_like(rows)
     channels = rows.shape[1]
-    spans = cut.num_row_tiles // cut.tiles_per_span
-    partials = rows.new_empty(spans, cut.tiles_per_span, 2, channels, dtype=torch.float32)
+    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, 2, channels, dtype=torch.float32)
     with on_device(x):
         load("_conv1x1_triton").data_gradient_kernel[
             (_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs)),)
@@ -143,13 +134,17 @@ def conv1x1_data_gradient(
             _described(gradient, tiling.rows, tiling.outputs),
             _described(matrix, tiling.outputs, tiling.inputs),
             rows,
+            rows if output is None else rows_of(output),
+            rows if addend is None else rows_of(addend),
             dz,
             *_channel_arguments(normalisation, partials),
             partials,
             *cut,
+            from_output=output is not None,
+            has_addend=addend is not None,
             **_options(rows, matrix, tiling),
         )
-    return images_of(dz, x), partials.sum(1)
+        return images_of(dz, x), passes.add_parts(partials)
 
 
 def conv1x1_weight_gradient(
@@ -196,36 +191,28 @@ def conv1x1_weight_gradient(
 
 def _activation(x: Tensor, normalisation: Normalisation | None, span: int) -> Tensor:
     """h, in the type of x."""
-    if normalisation is None:
-        return x
-    mean, slope = (
-        values.repeat_interleave(span, 0)[: len(x), :, None, None]
-        for values in (normalisation.mean, normalisation.slope)
-    )
-    return torch.relu((x.to(mean.dtype) - mean) * slope + normalisation.shift[:, None, None]).to(x.dtype)
+    return x if normalisation is None else passes.normalise(x, normalisation, span=span, triton=False)
 
 
 def _forward_reference(
-    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int, eps: float
+) -> tuple[Tensor, Moments]:
     y = torch.nn.functional.conv2d(_activation(x, normalisation, span), matrix[:, :, None, None])
-    wide = y.double() if y.dtype == torch.float64 else y.float()
-    parts = [part.transpose(0, 1).flatten(1) for part in torch.split(wide, span)]
-    mean = torch.stack([part.mean(1) for part in parts])
-    squares = [(part - middle[:, None]).square().sum(1) for part, middle in zip(parts, mean, strict=True)]
-    return y, mean, torch.stack([s / max(1, p.shape[1] - 1) for s, p in zip(squares, parts, strict=True)])
+    return y, passes.moments(y, span=span, eps=eps, triton=False)
 
 
 def _data_gradient_reference(
-    dy: Tensor, matrix: Tensor, x: Tensor, normalisation: Normalisation, span: int
+    dy: Tensor,
+    matrix: Tensor,
+    x: Tensor,
+    normalisation: Normalisation,
+    span: int,
+    output: Tensor | None,
+    addend: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     through = torch.nn.functional.conv2d(dy, matrix.T[:, :, None, None])
-    dz = torch.where(_activation(x, normalisation, span) > 0, through, 0.0)
-    mean = normalisation.mean.repeat_interleave(span, 0)[: len(x), :, None, None]
-    wide = dz.to(mean.dtype)
-    products = wide * (x.to(mean.dtype) - mean)
-    sums = [torch.stack([part.sum((0, 2, 3)) for part in torch.split(t, span)]) for t in (wide, products)]
-    return dz, torch.stack(sums, dim=1)
+    output = _activation(x, normalisation, span) if output is None else output
+    return passes.gradient_sums(through, x, normalisation, span=span, output=output, addend=addend, triton=False)
 
 
 class _Cut(NamedTuple):
@@ -236,34 +223,16 @@ class _Cut(NamedTuple):
     tiles_per_span: int
     num_row_tiles: int
 
+    def spans(self) -> int:
+        """How many there are."""
+        return self.num_row_tiles // self.tiles_per_span
+
 
 def _cut(x: Tensor, span: int, tiling: Tiling) -> _Cut:
     count, _, height, width = x.shape
     span_rows = min(span, count) * height * width
     tiles_per_span = -(-span_rows // tiling.rows)
     return _Cut(count * height * width, span_rows, tiles_per_span, tiles_per_span * -(-count // span))
-
-
-def _moments(partials: Tensor, cut: _Cut, block_rows: int) -> tuple[Tensor, Tensor]:
-    """Each span's mean and unbiased variance from those of its tiles."""
-    channels = partials.shape[2]
-    spans = cut.num_row_tiles // cut.tiles_per_span
-    mean, var, deviation = partials.new_empty(3, spans, channels)
-    load("_batch_norm_triton").statistics_kernel[(-(-channels // 32), spans)](
-        partials,
-        mean,
-        var,
-        deviation,
-        cut.num_rows,
-        cut.span_rows,
-        block_rows,
-        cut.tiles_per_span,
-        1e-5,
-        columns=channels,
-        block_parts=64,
-        block_columns=32,
-    )
-    return mean, var
 
 
 def _by_width(tilings: tuple[Tiling, ...], channels: int, *, which: str) -> Tiling:
@@ -292,11 +261,10 @@ def _described(matrix: Tensor, block_rows: int, block_columns: int) -> Any:
     return tools.from_tensor(matrix, [block_rows, block_columns])
 
 
-def _channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> tuple[Tensor, ...]:
     if normalisation is None:
-        return unused, unused, unused
-    mean, slope, shift = (values.contiguous() for values in normalisation)
-    return mean, slope, shift
+        return unused, unused, unused, unused
+    return normalisation.in_rows()
 
 
 def _programs(x: Tensor, num_tiles: int) -> int:
@@ -321,7 +289,7 @@ def _check(x: Tensor, weight: Tensor, normalisation: Normalisation | None, span:
         )
     if normalisation is not None:
         shapes = [tuple(values.shape) for values in normalisation]
-        wanted = [(-(-len(x) // span), x.shape[1])] * 2 + [(x.shape[1],)]
+        wanted = [(-(-len(x) // span), x.shape[1])] * 2 + [(x.shape[1],)] * 2
         if shapes != wanted:
             raise UserError(f"the normalisation has shapes {shapes}, needed for these images and span: {wanted}")
     return weight.reshape(len(weight), x.shape[1]).contiguous()
