@@ -136,12 +136,18 @@ def _moments(
         n = beta2 * n + (1 - beta2) * (g * g)
         write(mean, offset + part, size, m, block, tl.float32, aligned, whole)
         write(square, offset + part, size, n, block, tl.float32, aligned, whole)
-        u = _update(w, m, n, decay, below, factor)
         if not whole:
-            u = tl.where(offset + part + tl.arange(0, block) < size, u, 0.0)  # 0 / 0 where eps is 0
+            n = _not_zero_past(n, offset + part, size, block)
+        u = _update(w, m, n, decay, below, factor)
         of_weight += w * w
         of_update += u * u
     return tl.sum(of_weight, axis=0), tl.sum(of_update, axis=0)
+
+
+@triton.jit
+def _not_zero_past(n, offset, size, block: tl.constexpr):
+    """1 for what is past the end, where 0 / 0 would otherwise reach the norms if eps is 0."""
+    return tl.where(offset + tl.arange(0, block) < size, n, 1.0)
 
 
 @triton.jit
@@ -236,6 +242,8 @@ def _move(
         w = read(weight, offset + part, size, block, weight_type, aligned, whole)
         m = read(mean, offset + part, size, block, tl.float32, aligned, whole)
         n = read(square, offset + part, size, block, tl.float32, aligned, whole)
+        if not whole:
+            n = _not_zero_past(n, offset + part, size, block)
         w -= rate * _update(w, m, n, decay, below, factor)
         write(weight, offset + part, size, w, block, weight_type, aligned, whole)
         if copy != 0:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend
+from megabatch.kernels.layout import same_layout
 from megabatch.kernels.optimizer_tables import StepGroup
 from megabatch.optim.fused import Kernel, KernelMemory, takes_kernel
 from megabatch.optim.multi_tensor import TensorLists, alike, flattened, wide_dtype
@@ -104,7 +105,7 @@ class MultiTensorOptimizer(Optimizer):
                 if name in {"fused", "foreach", "capturable"}:
                     group[name] = value
                 elif isinstance(value, Tensor):
-                    group[name] = value.copy_(torch.as_tensor(group.get(name, value)))
+                    group[name] = value.copy_(torch.as_tensor(group.get(name, value), dtype=value.dtype))
                 elif isinstance(group.get(name), Tensor):
                     group[name] = type(value)(group[name].item())
         self._load_states(state_dict)
@@ -151,7 +152,7 @@ class MultiTensorOptimizer(Optimizer):
         self, number: int, parameters: list[Tensor], backend: Backend, device: torch.device, scales: dict[str, Tensor]
     ) -> StepGroup:
         group, kind = self.param_groups[number], self.kernel.group
-        states = [self._state_of(p) for p in parameters]
+        states = [self._state_laid_out_as(p) for p in parameters]
         lists: dict[str, Any] = {
             field: [state[name] for state in states]
             for field, name in zip(kind.state_fields, self.state_names, strict=True)
@@ -190,6 +191,14 @@ class MultiTensorOptimizer(Optimizer):
             dtype = wide_dtype(parameter.dtype)
             for name in self.state_names:
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _state_laid_out_as(self, parameter: Tensor) -> dict[str, Tensor]:
+        """State with its elements in memory in the order of the weight's, which may have changed since."""
+        state = self._state_of(parameter)
+        for name in self.state_names:
+            if not same_layout(parameter, state[name]):
+                state[name] = torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
         return state
 
 

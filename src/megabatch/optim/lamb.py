@@ -10,7 +10,7 @@ from megabatch.kernels.lamb import LambGroup, lamb_step
 from megabatch.optim.base import Group, MultiTensorOptimizer
 from megabatch.optim.checks import check_number, check_ways
 from megabatch.optim.fused import Kernel
-from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, scaled
+from megabatch.optim.multi_tensor import Number, TensorLists, add_number_, add_scaled_, scaled
 from megabatch.optim.trust import norms, trust_ratios
 
 
@@ -115,7 +115,7 @@ def _updates(
     _move_average(means, gradients, group["momentum"])
     _move_average_of_squares(squares, gradients, group["beta2"])
     divisors = torch._foreach_sqrt(squares)
-    torch._foreach_add_(divisors, _in_dtype_of(weights[0], group["eps"] * root))
+    add_number_(divisors, _in_dtype_of(weights[0], group["eps"] * root))
     updates = list(torch._foreach_div(means, divisors))
     torch._foreach_mul_(updates, _in_dtype_of(weights[0], factor))
     if isinstance(group["weight_decay"], Tensor) or group["weight_decay"]:

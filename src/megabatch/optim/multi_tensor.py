@@ -75,6 +75,14 @@ def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | lis
         torch._foreach_add_(targets, others, alpha=scale)
 
 
+def add_number_(targets: list[Tensor], number: Number) -> None:
+    """target += number. Without `alpha` torch would read a tensor on the host and add what it holds."""
+    if isinstance(number, Tensor):
+        torch._foreach_add_(targets, number, alpha=1)
+    else:
+        torch._foreach_add_(targets, number)
+
+
 def scaled(tensors: list[Tensor], scale: Number | list[Tensor]) -> list[Tensor]:
     """scale * tensor, with one scale for all or one 0-d tensor for each."""
     return list(torch._foreach_mul(tensors, scale))
