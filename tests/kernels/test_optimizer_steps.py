@@ -261,6 +261,24 @@ def test_a_run_moves_between_the_ways_by_its_state_dict(case: str) -> None:
     assert_alike(back, unbroken)
 
 
+@ONE_OF_EACH
+@RATES
+def test_a_step_taken_back_and_taken_again_is_the_same_step(case: str, in_tensors: bool) -> None:
+    """Loading overwrites state in place, and what the kernel counted on the device goes back too."""
+    optimizer = make(case, groups(3, 1025), in_tensors=in_tensors, fused=True)
+    take_steps(optimizer, STEPS[:2])
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights, places = [p.detach().clone() for p in parameters(optimizer)], [s.data_ptr() for s in states(optimizer)]
+    take_steps(optimizer, STEPS[2:], first=2)
+    expected = [t.clone() for t in parameters(optimizer) + states(optimizer)]
+    optimizer.load_state_dict(saved)
+    for p, before in zip(parameters(optimizer), weights, strict=True):
+        p.data.copy_(before)
+    take_steps(optimizer, STEPS[2:], first=2)
+    assert all(map(torch.equal, parameters(optimizer) + states(optimizer), expected))
+    assert [s.data_ptr() for s in states(optimizer)] == places
+
+
 def test_a_copy_of_the_optimizer_goes_on_alone() -> None:
     ours = LARS(groups(3), lr=1.0, fused=True)
     take_steps(ours, STEPS[:1])

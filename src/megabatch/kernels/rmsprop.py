@@ -81,8 +81,9 @@ def rmsprop_step_reference(groups: Sequence[RmspropGroup]) -> None:
 def _reference_of_one(group: RmspropGroup, weight: Tensor, g: Tensor, v: Tensor, n: Tensor) -> None:
     w = weight.to(v.dtype)
     u = g + group.weight_decay * w
-    n.copy_(torch.where(group.sgd_share < 1, group.decay * n + (1 - group.decay) * u**2, n))
+    blends = (group.sgd_share < 1).to(v.dtype)
+    n.add_(blends * ((group.decay - 1) * n + (1 - group.decay) * u**2))
     adaptive = torch.where(group.lr > 0, (1 - group.sgd_share) * group.rmsprop_lr / group.lr, 0.0)
-    factor = torch.where(group.sgd_share < 1, group.sgd_share + adaptive / (n.sqrt() + group.eps), 1.0)
+    factor = blends * (group.sgd_share + adaptive / (n.sqrt() + group.eps)) + (1 - blends)
     v.mul_(group.momentum).add_(factor * u)
     weight.copy_(w - group.lr * v)

@@ -95,10 +95,11 @@ class MultiTensorOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps its own dtype (torch would round fp32 state of a bf16 parameter to bf16); and a
-        group keeps its way (`fused`, `foreach`, `capturable`), its tensors, overwritten in place since a captured CUDA
-        graph goes on reading them, and numbers where it has numbers. So a run moves between machines.
+        group keeps its way (`fused`, `foreach`, `capturable`) and numbers where it has numbers, so that a run moves
+        between machines. Tensors, of state and of groups, are overwritten: a captured CUDA graph goes on using them.
         """
         own = [dict(group) for group in self.param_groups]
+        own_states = {parameter: dict(state) for parameter, state in self.state.items()}
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own, strict=True):
             for name, value in before.items():
@@ -108,7 +109,7 @@ class MultiTensorOptimizer(Optimizer):
                     group[name] = value.copy_(torch.as_tensor(group.get(name, value), dtype=value.dtype))
                 elif isinstance(group.get(name), Tensor):
                     group[name] = type(value)(group[name].item())
-        self._load_states(state_dict)
+        self._load_states(state_dict, own_states)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in torch; what deepcopy or pickle makes starts without 16-bit copies."""
@@ -116,14 +117,16 @@ class MultiTensorOptimizer(Optimizer):
         self.__dict__.setdefault("copies", {})
         self.__dict__.setdefault("_memory", KernelMemory())
 
-    def _load_states(self, state_dict: dict[str, Any]) -> None:
+    def _load_states(self, state_dict: dict[str, Any], own_states: dict[Tensor, dict[str, Tensor]]) -> None:
         saved = state_dict["state"]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in saved.get(number, {}).items():
                 if name in self.state_names:
-                    own = torch.empty_like(parameter, dtype=wide_dtype(parameter.dtype), requires_grad=False)
+                    own = own_states.get(parameter, {}).get(name)
+                    if own is None:
+                        own = torch.empty_like(parameter, dtype=wide_dtype(parameter.dtype), requires_grad=False)
                     self.state[parameter][name] = own.copy_(value.detach())
 
     def _way_of(self, group: Group, parameters: list[Tensor]) -> tuple[Backend, torch.device] | None:
@@ -144,9 +147,16 @@ class MultiTensorOptimizer(Optimizer):
         scales = self._memory.scales(self, device)
         groups = [self._kernel_group(number, ps, backend, device, scales) for number, ps in members]
         self.kernel.step(groups, tables=self._memory.tables(device), backend=backend)
-        for group in (self.param_groups[number] for number, _ in members):
-            if not isinstance(group.get(self.kernel.group.carried), Tensor):
-                self.finish(group)
+        for number, _ in members:
+            self._finish_numbers(number)
+
+    def _finish_numbers(self, number: int) -> None:
+        group, name = self.param_groups[number], self.kernel.group.carried
+        before = group.get(name)
+        if not isinstance(before, Tensor):
+            self.finish(group)
+            if group.get(name) != before:
+                self._memory.forget(number, name)  # the kernel has overwritten the tensor that follows it
 
     def _kernel_group(
         self, number: int, parameters: list[Tensor], backend: Backend, device: torch.device, scales: dict[str, Tensor]

@@ -100,6 +100,11 @@ class KernelMemory:
             follower = self._numbers[group, name] = _Follower(torch.zeros((), dtype=dtype, device=device))
         return follower.follow(value)
 
+    def forget(self, group: int, name: str) -> None:
+        """The tensor that follows this number has another value by now."""
+        if (group, name) in self._numbers:
+            self._numbers[group, name].number = None
+
     def scales(self, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
         """What a GradScaler left for this step, at addresses that stay: 1 / loss scale, and whether it overflowed."""
         found: dict[str, Tensor] = {}
@@ -121,11 +126,11 @@ class _Follower:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._number: float | None = None
+        self.number: float | None = None
 
     def follow(self, number: float) -> Tensor:
-        if number != self._number:
+        if number != self.number:
             self.tensor.fill_(number)
             capturing = self.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-            self._number = None if capturing else number  # a captured write has not happened yet, and will again
+            self.number = None if capturing else number  # a captured write has not happened yet, and will again
         return self.tensor

@@ -114,7 +114,7 @@ def _updates(
     factor = root / _correction(group, "momentum")
     _move_average(means, gradients, group["momentum"])
     _move_average_of_squares(squares, gradients, group["beta2"])
-    divisors = torch._foreach_sqrt(squares)
+    divisors = list(torch._foreach_sqrt(squares))
     add_number_(divisors, _in_dtype_of(weights[0], group["eps"] * root))
     updates = list(torch._foreach_div(means, divisors))
     torch._foreach_mul_(updates, _in_dtype_of(weights[0], factor))
