@@ -5,6 +5,10 @@
 Only `step()` is timed, with gradients that are there. All cases run interleaved in one process; each has weights,
 gradients and state of its own (25.6 million fp32 values each). Ratios are to `megabatch LARS`. timm and
 pytorch_optimizer are left out where they are not installed.
+
+On a GPU every step is a replay of a CUDA graph, so that what the device does is timed and not Python; a case that
+cannot be captured is timed as it comes and says so. There `megabatch LARS`, `SGD`, `LAMB` and `RMSpropWarmup` go
+through the kernels, and their lines name the bytes that a step must move and the rate reached.
 """
 
 import argparse
@@ -19,13 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import Work, compare, record, table, write_lines
-from megabatch.optim import LAMB, LARS, SGD
+from gpu_session import graph_of
+from harness import Timing, Work, compare, record, table, write_lines
+from megabatch.errors import UserError
+from megabatch.optim import LAMB, LARS, SGD, RMSpropWarmup
 
 Group = dict[str, Any]
 BASELINE = "megabatch LARS"
 PACKAGES = ("timm", "pytorch-optimizer")
 DECAY = 5e-5
+FUSED = "megabatch {}, fused"
+COPIES = "megabatch LARS, fused, with 16-bit copies"
+BYTES_PER_VALUE = {BASELINE: 28, COPIES: 30, FUSED.format("SGD"): 20, FUSED.format("LAMB"): 40}
+BYTES_PER_VALUE |= {FUSED.format("RMSpropWarmup"): 28}
+"""What a step must move for each fp32 parameter: see the kernels' own words in `megabatch.kernels`."""
+
+Maker = Callable[[list[Group]], torch.optim.Optimizer]
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -61,14 +74,9 @@ def groups(pairs: list[tuple[Tensor, Tensor]]) -> list[Group]:
     ]
 
 
-def cases() -> Iterator[tuple[str, Callable[[list[Group]], torch.optim.Optimizer]]]:
-    """Name and maker of each optimizer."""
-    yield BASELINE, lambda g: LARS(g, lr=0.01)
-    yield "megabatch LARS foreach=True", lambda g: LARS(g, lr=0.01, foreach=True)
-    yield "megabatch LARS foreach=False", lambda g: LARS(g, lr=0.01, foreach=False)
-    yield "megabatch LARS inside_corrected", lambda g: LARS(g, lr=0.01, momentum_form="inside_corrected")
-    yield "megabatch SGD", lambda g: SGD(g, lr=1e-4)
-    yield "megabatch LAMB", lambda g: LAMB(g, lr=1e-4)
+def cases(device: str) -> Iterator[tuple[str, Maker]]:
+    """Name and maker of each optimizer that is there."""
+    yield from _ours_on_a_gpu(device) if device == "cuda" else _ours_on_a_cpu()
     for path in ("foreach", "fused"):
         yield f"torch SGD {path}=True", lambda g, path=path: torch.optim.SGD(g, lr=1e-4, momentum=0.9, **{path: True})
     if (timm_lars := _timm_optim("lars")) is not None:
@@ -84,21 +92,66 @@ def cases() -> Iterator[tuple[str, Callable[[list[Group]], torch.optim.Optimizer
         yield "pytorch_optimizer LARS foreach=False", lambda g: package.LARS(g, lr=0.01, foreach=False)
 
 
+def _ours_on_a_cpu() -> Iterator[tuple[str, Maker]]:
+    yield BASELINE, lambda g: LARS(g, lr=0.01)
+    yield "megabatch LARS foreach=True", lambda g: LARS(g, lr=0.01, foreach=True)
+    yield "megabatch LARS foreach=False", lambda g: LARS(g, lr=0.01, foreach=False)
+    yield "megabatch LARS inside_corrected", lambda g: LARS(g, lr=0.01, momentum_form="inside_corrected")
+    yield "megabatch SGD", lambda g: SGD(g, lr=1e-4)
+    yield "megabatch LAMB", lambda g: LAMB(g, lr=1e-4)
+
+
+def _ours_on_a_gpu(device: str) -> Iterator[tuple[str, Maker]]:
+    """Capturable, with the rate in a tensor; `LARS` goes through its kernel without being asked."""
+
+    def rate(value: float) -> dict[str, Any]:
+        return {"lr": torch.tensor(value, device=device), "capturable": True}
+
+    yield BASELINE, lambda g: LARS(g, **rate(0.01))
+    yield COPIES, lambda g: LARS(g, **rate(0.01), fused=True, copies={p: p.detach().bfloat16() for p in _of(g)})
+    yield "megabatch LARS foreach=True", lambda g: LARS(g, **rate(0.01), foreach=True)
+    yield FUSED.format("SGD"), lambda g: SGD(g, **rate(1e-4), fused=True)
+    yield FUSED.format("LAMB"), lambda g: LAMB(g, **rate(1e-4), fused=True)
+    yield "megabatch LAMB foreach=True", lambda g: LAMB(g, **rate(1e-4), foreach=True)
+    yield FUSED.format("RMSpropWarmup"), lambda g: RMSpropWarmup(g, **rate(1e-4), fused=True)
+
+
+def _of(own: list[Group]) -> list[Tensor]:
+    return [p for group in own for p in group["params"]]
+
+
+def works(device: str) -> dict[str, Work]:
+    """A step of each case; on a GPU a replay of it."""
+    pairs = tensors(device)
+    found: dict[str, Work] = {}
+    for name, make in cases(device):
+        step = make(groups(pairs)).step
+        if device == "cpu":
+            found[name] = step
+            continue
+        try:
+            found[name] = graph_of(step)
+        except (RuntimeError, UserError) as error:  # it reads the device, or was not made for it
+            torch.cuda.synchronize()
+            print(f"{name} cannot be captured: {str(error).splitlines()[0]}", file=sys.stderr)
+            found[f"{name}, not captured"] = make(groups(pairs)).step
+    return found
+
+
 def main() -> None:
     """Measures, prints a table and writes `optimizer.jsonl`."""
     options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pairs = tensors(options.device)
-    works: dict[str, Work] = {name: make(groups(pairs)).step for name, make in cases()}
-    timings = compare(works, warmup=options.warmup, repeats=options.repeats)
+    timings = compare(works(options.device), warmup=options.warmup, repeats=options.repeats)
+    count = sum(torch.Size(shape).numel() for shape in resnet50_shapes())
     parameters = {"tensors": len(resnet50_shapes()), "dtype": "float32", "device": options.device}
     records = [
         record(
             "optimizer step",
             name,
             timing,
-            parameters=parameters,
+            parameters=parameters | _bytes(name, options.device, count, timing),
             baseline=(BASELINE, timings[BASELINE]),
             packages=PACKAGES,
         )
@@ -106,6 +159,13 @@ def main() -> None:
     ]
     write_lines(options.output / "optimizer.jsonl", records)
     print(table(records))
+
+
+def _bytes(name: str, device: str, count: int, timing: Timing) -> dict[str, float]:
+    if device == "cpu" or name not in BYTES_PER_VALUE:
+        return {}
+    moved = BYTES_PER_VALUE[name] * count
+    return {"bytes": moved, "bytes_per_s": moved / timing.median_s}
 
 
 def _options() -> argparse.Namespace:

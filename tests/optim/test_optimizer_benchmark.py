@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from megabatch.errors import UserError
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -34,7 +36,7 @@ def test_the_shapes_are_those_of_resnet50(benchmark: ModuleType) -> None:
 def test_every_case_steps_without_error(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "resnet50_shapes", lambda: [(4, 3, 3, 3), (4,), (5, 4), (5,)])
     names = []
-    for name, make in benchmark.cases():
+    for name, make in benchmark.cases("cpu"):
         groups = benchmark.groups(benchmark.tensors("cpu"))
         before = [p.detach().clone() for p in groups[0]["params"]]
         make(groups).step()
@@ -42,6 +44,27 @@ def test_every_case_steps_without_error(benchmark: ModuleType, monkeypatch: pyte
         names.append(name)
     assert names[0] == benchmark.BASELINE
     assert len(names) == len(set(names))
+    assert list(benchmark.works("cpu")) == names
+
+
+def test_the_cases_for_a_gpu_are_capturable_and_their_bytes_are_counted(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the kernels themselves, which ask for a GPU: here they say so."""
+    monkeypatch.setattr(benchmark, "resnet50_shapes", lambda: [(4, 3, 3, 3), (4,)])
+    monkeypatch.setattr("megabatch.optim.fused.interprets", lambda: False)
+    names = []
+    for name, make in benchmark._ours_on_a_gpu("cpu"):
+        optimizer = make(benchmark.groups(benchmark.tensors("cpu")))
+        assert all(group["capturable"] for group in optimizer.param_groups)
+        if optimizer.param_groups[0]["fused"]:
+            with pytest.raises(UserError, match="fused=True was given"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        names.append(name)
+    assert names[0] == benchmark.BASELINE
+    assert set(benchmark.BYTES_PER_VALUE) <= set(names)
 
 
 def test_compared_works_run_equally_often_and_interleaved(harness: ModuleType) -> None:
