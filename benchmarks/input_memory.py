@@ -98,8 +98,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=5)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--batches", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--prefetch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--prefetch", type=int, default=4)
     parser.add_argument("--worker", nargs=2, metavar=("RANK", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -116,3 +116,16 @@ def test_bench_input_names_every_stage_and_the_bottleneck(folder, tmp_path):
         "augment",
         "copy",
     }
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (None, "decoder: libjpeg-turbo's library; `python -m megabatch.data._jpegcrop` builds"),
+        (1.0, "decoder: compiled\n"),
+        (0.75, "decoder: compiled, for 75% of the images"),
+    ],
+)
+def test_bench_input_says_which_decoder_is_in_use_and_how_to_get_the_compiled_one(folder, monkeypatch, share, said):
+    monkeypatch.setattr("megabatch.data.stages._compiled_share", lambda *_: share)
+    assert said in run("bench-input", "--data", folder, "--seconds", 0.01, "--resolution", 32).output

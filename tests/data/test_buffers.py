@@ -1,10 +1,18 @@
 import gc
+import mmap
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from megabatch.data import buffers
 from megabatch.data.buffers import BufferPool
+from megabatch.data.folder import FolderSource
+from megabatch.data.loader import TrainLoader
+
+PHOTOS = FolderSource(Path(__file__).parent / "photos" / "train")
 
 LARGE = (3, 1 << 20)  # bytes: more than the least that is pooled
 
@@ -83,3 +91,20 @@ def test_threads_never_share_a_buffer():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_loader_reads_ahead_in_bytes_and_finishes_few_batches_in_float(monkeypatch):
+    """What is ready for a model takes four times the room of what was decoded, so only decoded batches pile up."""
+    taken = []
+    real = mmap.mmap
+    monkeypatch.setattr(buffers.mmap, "mmap", lambda *arguments: taken.append(arguments[1]) or real(*arguments))
+    prefetch, batch, size = 6, 64, 128
+    loader = TrainLoader(PHOTOS, seed=0, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, prefetch_batches=prefetch)
+    for number, _ in enumerate(loader.batches((range(p, p + batch), size) for p in range(0, 14 * batch, batch))):
+        if number == 3:
+            time.sleep(0.3)  # let them pile up
+    loader.close()
+    decoded = batch * size * size * 3
+    assert sum(decoded <= num_bytes < 2 * decoded for num_bytes in taken) <= prefetch + 2
+    assert sum(num_bytes >= 4 * decoded for num_bytes in taken) <= 2
+    assert len(taken) > 4

@@ -34,7 +34,7 @@ def test_every_stage_is_timed_and_the_slowest_is_the_bottleneck(source):
     assert report.bottleneck == slowest.name
     assert report.loader_images_per_s > 0
     assert report.image_pixels == 90 * 120
-    assert report.has_compiled_decoder == _jpegcrop.is_available()
+    assert report.compiled_share == (1.0 if _jpegcrop.is_available() else None)
 
 
 def test_stages_run_on_one_core_and_torchs_threads_come_back(source):
@@ -79,6 +79,14 @@ def test_advice_follows_from_what_was_measured(source, monkeypatch):
     assert "compiled decoder" in advice(source, "decode at the crop", baseline)
     monkeypatch.setattr(_jpegcrop, "is_available", lambda: True)
     assert "compiled decoder" not in advice(source, "decode at the crop", baseline)
+
+
+def test_the_share_of_images_that_the_compiled_decoder_takes_is_told(source, tmp_path, monkeypatch):
+    (tmp_path / "cat" / "0.jpg").write_bytes(encode(photograph(90, 120), progressive=True))
+    if _jpegcrop.is_available():
+        assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share == 7 / 8
+    monkeypatch.setattr(_jpegcrop, "is_available", lambda: False)
+    assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share is None
 
 
 def test_crops_are_drawn_inside_every_image():

@@ -53,12 +53,21 @@ def _show(report: "InputReport") -> None:
     typer.echo("not run in training, for comparison:")
     for stage in report.compared:
         typer.echo(_line(stage))
-    decoder = "compiled" if report.has_compiled_decoder else "library (the compiled one is not built)"
-    typer.echo(f"decoder: {decoder}")
+    typer.echo(f"decoder: {_decoder(report.compiled_share)}")
     typer.echo(f"loader: {report.loader_images_per_s:,.0f} images/s with {report.num_threads} threads")
     typer.echo(f"bottleneck: {report.bottleneck}")
     for line in report.advice:
         typer.echo(f"would help: {line}")
+
+
+def _decoder(compiled_share: float | None) -> str:
+    from megabatch.data.stages import HOW_TO_COMPILE
+
+    if compiled_share is None:
+        return f"libjpeg-turbo's library; {HOW_TO_COMPILE}"
+    if compiled_share == 1:
+        return "compiled"
+    return f"compiled, for {compiled_share:.0%} of the images; the library for those that are no baseline JPEGs"
 
 
 def _line(stage: "Stage") -> str:

@@ -23,8 +23,6 @@ Replaced = NDArray[np.bool_]
 Source: TypeAlias = ArraySource | EncodedSource
 Request = TypeVar("Request")
 
-_FINISHED_AHEAD = 2
-
 
 class HostImages(NamedTuple):
     """What reading leaves in host memory: a quarter of what the batch takes once it is normalised in float32."""
@@ -37,7 +35,7 @@ class BaseLoader:
     """Pixels of a source by index, normalised on the device, made ahead by threads. Use its two children.
 
     Batches are made in two steps: files are read and decoded `prefetch_batches` ahead, as uint8 on the host; they
-    become normalised images on the device only `_FINISHED_AHEAD` before they are handed out.
+    become normalised images on the device when they are asked for, on a GPU one batch before.
     """
 
     def __init__(
@@ -60,10 +58,12 @@ class BaseLoader:
         self._dtype = dtype
         self._channels_last = channels_last
         self._prefetch = max(1, prefetch_batches)
-        # Bytes read ahead and those being finished; images finished ahead and those in the hands of the caller.
-        self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 2 * _FINISHED_AHEAD + 1)
+        # A GPU copies and normalises beside a step; on a CPU batches finished early would only take memory.
+        self._finished_ahead = 2 if torch.device(device).type == "cuda" else 1
+        # Bytes read ahead, handed on and being finished; images being finished and those in the hands of the caller.
+        self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 4)
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
-        self._finish_threads = ThreadPoolExecutor(_FINISHED_AHEAD, thread_name_prefix="megabatch-finish")
+        self._finish_threads = ThreadPoolExecutor(self._finished_ahead, thread_name_prefix="megabatch-finish")
         self._decode_threads = ThreadPoolExecutor(
             decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
         )
@@ -125,7 +125,7 @@ class BaseLoader:
     ) -> Iterator[Batch]:
         """`read` does the host's part of a request and returns what does the device's."""
         ready = in_order(read, requests, executor=self._batch_threads, depth=self._prefetch)
-        batches = in_order(self._staging.run, ready, executor=self._finish_threads, depth=_FINISHED_AHEAD)
+        batches = in_order(self._staging.run, ready, executor=self._finish_threads, depth=self._finished_ahead)
         try:
             for batch in batches:
                 yield self._hand_out(batch)

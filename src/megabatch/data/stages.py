@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megabatch.data import _jpegcrop, augment, crops
-from megabatch.data.decode import decode, decode_crop, image_size, resize_box
+from megabatch.data.decode import MAX_PIXELS, decode, decode_crop, image_size, resize_box
 from megabatch.data.formats import sniff
 from megabatch.data.loader import TrainLoader
 from megabatch.data.prefetch import usable_cores
@@ -24,6 +24,10 @@ _MIN_ROUNDS = 3
 
 READ, DECODE_CROP, AUGMENT, COPY = "read", "decode at the crop", "augment", "copy"
 WHOLE, CROP = "decode whole", "crop and resize"
+HOW_TO_COMPILE = (
+    "`python -m megabatch.data._jpegcrop` builds the compiled decoder, over twice as fast; it needs a C compiler, "
+    "for example gcc"
+)
 OnProgress = Callable[[str], None]
 T = TypeVar("T")
 
@@ -55,7 +59,8 @@ class InputReport:
     advice: list[str]
     image_bytes: float
     image_pixels: float
-    has_compiled_decoder: bool
+    compiled_share: float | None
+    """Share of the images that the compiled decoder takes, the others being no baseline JPEGs; None without it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def measure_input(
         advice=_advice(bottleneck, timed[READ], samples, source, resolution),
         image_bytes=statistics.mean(len(sample.data) for sample in samples),
         image_pixels=statistics.mean(sample.height * sample.width for sample in samples),
-        has_compiled_decoder=_jpegcrop.is_available(),
+        compiled_share=_compiled_share(samples, resolution),
     )
 
 
@@ -182,6 +187,17 @@ def _decode_crops(
         decode_crop(sample.data, box=box, size=batch.shape[1], out=out)
 
 
+def _compiled_share(samples: Sequence[_Sample], resolution: int) -> float | None:
+    if not _jpegcrop.is_available():
+        return None
+    out = np.empty((resolution, resolution, 3), dtype=np.uint8)
+    taken = [
+        _jpegcrop.crop(sample.data, box, channels=3, max_pixels=MAX_PIXELS, out=out)
+        for sample, box in zip(samples, _boxes(samples), strict=True)
+    ]
+    return sum(taken) / len(taken)
+
+
 def _augment(batch: NDArray[np.uint8]) -> Callable[[], object]:
     pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)
     out = torch.empty(pixels.shape).to(memory_format=torch.channels_last)
@@ -233,12 +249,12 @@ def _advice_on_reading(read: Stage, source: EncodedSource) -> Iterator[str]:
     if read.wall_s > 2 * read.cpu_s:
         yield "the disk makes reading wait: a faster or nearer one, or memory that holds the data set, helps"
         if source.shard_sizes is not None:
-            yield "shard_local=True in the loader reads shard by shard"
+            yield "`--set shard_local=true` reads a few shards at a time, in long runs"
 
 
 def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator[str]:
     if not _jpegcrop.is_available():
-        yield "`python -m megabatch.data._jpegcrop` builds the compiled decoder, over twice as fast; needs a C compiler"
+        yield HOW_TO_COMPILE
     side = statistics.median(max(sample.height, sample.width) for sample in samples)
     if side > 2.5 * resolution:
         target = 50 * round(2.2 * resolution / 50)
