@@ -120,6 +120,15 @@ def batch_norm() -> None:
             y.backward(torch.zeros_like(y))
 
 
+def stem() -> None:
+    """A ResNet's, of two samples."""
+    from megabatch.kernels.stem import fused_bn_relu_pool
+
+    x = torch.zeros(2, 64, 112, 112, dtype=torch.float16).requires_grad_()
+    y, _, _ = fused_bn_relu_pool(x, *torch.ones(2, 64), span=2, backend="triton")
+    y.backward(torch.zeros_like(y))
+
+
 def loss() -> None:
     """A thousand classes, with mixed labels and without."""
     from megabatch.kernels import fused_cross_entropy_sum
@@ -189,7 +198,7 @@ def normalisation(channels: int) -> Any:
     return Normalisation(*torch.ones(2, 1, channels), *torch.ones(2, channels))
 
 
-ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, loss, crop)
+ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, stem, loss, crop)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def conv1x1_forward(
         UserError: shapes that do not agree.
     """
     matrix = _check(x, weight, normalisation, span)
-    if not (use_triton(x, backend) and _fits(x, len(matrix))):
+    if not (use_triton(x, backend) and fits(x, len(matrix))):
         return _forward_reference(x, matrix, normalisation, span, eps)
     tiling = tiling or _by_width(FORWARD_TILINGS, len(matrix), which="outputs")
     cut = _cut(x, span, tiling)
@@ -119,7 +119,7 @@ def conv1x1_data_gradient(
         UserError: shapes that do not agree.
     """
     matrix = _check(x, weight, normalisation, span)
-    if not (use_triton(x, backend) and _fits(x, len(matrix))):
+    if not (use_triton(x, backend) and fits(x, len(matrix))):
         return _data_gradient_reference(dy, matrix, x, normalisation, span, output, addend)
     tiling = tiling or _by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
     cut = _cut(x, span, tiling)
@@ -165,7 +165,7 @@ def conv1x1_weight_gradient(
     """
     gradient = rows_of(dy)
     _check(x, gradient.new_empty(gradient.shape[1], x.shape[1]), normalisation, span)
-    if not (use_triton(x, backend) and _fits(x, gradient.shape[1])):
+    if not (use_triton(x, backend) and fits(x, gradient.shape[1])):
         return gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()
     rows = rows_of(x)
     outputs, inputs = gradient.shape[1], rows.shape[1]
@@ -273,7 +273,7 @@ def _programs(x: Tensor, num_tiles: int) -> int:
     return min(num_tiles, resident)
 
 
-def _fits(x: Tensor, outputs: int) -> bool:
+def fits(x: Tensor, outputs: int) -> bool:
     """Whether the kernels take it: types with matrix units or exact products, rows of whole 16 bytes."""
     known = x.dtype in {torch.float32, torch.float16, torch.bfloat16}
     return known and x.numel() // x.shape[1] < _WIDEST and x.shape[1] % 16 == 0 and outputs % 16 == 0

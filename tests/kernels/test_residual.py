@@ -1,0 +1,168 @@
+"""Batch norm where 1x1 convolutions read, in every way it can be computed, against autograd's own in float64."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megabatch.kernels import conv1x1, norm_passes, residual, tuning
+from megabatch.kernels.norm_passes import Moments, moments
+from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+EPS = 1e-3
+SMALL = conv1x1.Tiling(32, 16, 16, 4, 3)
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+SHAPE, OUTPUTS, SPAN = (5, 16, 3, 3), 32, 2
+WAYS = {"plain passes": "plain", "convolution kernels": "x".join(map(str, SMALL))}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_passes, "TILE", 512)
+    for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
+        monkeypatch.setattr(conv1x1, name, (SMALL,))
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """All tasks by one way."""
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, WAYS[request.param])))
+    yield request.param
+    tuning.use_table(None)
+
+
+def draw(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    count, inputs, height, width = SHAPE
+    return {
+        "x": (2 * normal(*SHAPE) + 1).to(dtype),
+        "scale": normal(inputs) + 1,
+        "shift": normal(inputs),
+        "weight": normal(OUTPUTS, inputs, 1, 1) / inputs**0.5,  # in float32, as under autocast
+        "residual": normal(*SHAPE).to(dtype),
+        "dy": normal(count, OUTPUTS, height, width).to(dtype),
+        "dz": normal(*SHAPE).to(dtype),
+    }
+
+
+def exact(given: dict[str, Tensor], *, join: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Outputs and gradients in float64, by autograd through torch's batch norm; the filter as it is rounded."""
+    names = ["x", "scale", "shift", "weight", *(["residual"] if join else [])]
+    wide = {name: t.double() for name, t in given.items()} | {"weight": given["weight"].to(given["x"].dtype).double()}
+    leaves = {name: wide[name].requires_grad_() for name in names}
+    h = torch.cat(
+        [
+            functional.batch_norm(part, None, None, leaves["scale"], leaves["shift"], training=True, eps=EPS)
+            for part in torch.split(leaves["x"], SPAN)
+        ]
+    )
+    z = torch.relu(h + leaves["residual"] if join else h)
+    y = functional.conv2d(z, leaves["weight"])
+    total = (y * wide["dy"]).sum() + ((z * wide["dz"]).sum() if join else 0)
+    return [z.detach(), y.detach()], torch.autograd.grad(total, list(leaves.values()))
+
+
+def ours(given: dict[str, Tensor], *, join: bool, backend: Any) -> tuple[list[Tensor], Moments, tuple[Tensor, ...]]:
+    names = ["x", "scale", "shift", "weight", *(["residual"] if join else [])]
+    leaves = {name: given[name].detach().requires_grad_() for name in names}
+    found = moments(given["x"], span=SPAN, eps=EPS, triton=backend == "triton")
+    if join:
+        z, y, measured = join_conv1x1(
+            leaves["x"],
+            found,
+            leaves["scale"],
+            leaves["shift"],
+            leaves["residual"],
+            leaves["weight"],
+            span=SPAN,
+            eps=EPS,
+            backend=backend,
+        )
+        pairs: tuple[list[Tensor], list[Tensor]] = ([z, y], [given["dz"], given["dy"]])
+    else:
+        y, measured = norm_conv1x1(
+            leaves["x"],
+            found,
+            leaves["scale"],
+            leaves["shift"],
+            leaves["weight"],
+            span=SPAN,
+            eps=EPS,
+            backend=backend,
+        )
+        pairs = ([y], [given["dy"]])
+    gradients = torch.autograd.grad(pairs[0], list(leaves.values()), pairs[1])
+    return [t.detach() for t in pairs[0]], measured, gradients
+
+
+def error(result: Tensor, reference: Tensor) -> float:
+    return float((result.double() - reference).norm() / reference.norm().clamp(min=1e-12))
+
+
+CASES = [
+    pytest.param(way, backend, dtype, id=f"{way}, {backend}, {dtype}")
+    for way in WAYS
+    for backend in ("triton", "reference")
+    for dtype in ROUNDING
+    if way == "plain passes" or (backend == "triton" and dtype == torch.float16)  # its interpreter multiplies no bf16
+]
+
+
+@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize(("way", "backend", "dtype"), CASES, indirect=["way"])
+def test_outputs_moments_and_gradients_are_those_of_float64(
+    way: str, backend: str, dtype: torch.dtype, join: bool
+) -> None:
+    given = draw(dtype)
+    outputs, expected = exact(given, join=join)
+    found, measured, gradients = ours(given, join=join, backend=backend)
+    for mine, reference in zip(found, outputs[-len(found) :], strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, reference) < 2 * ROUNDING[dtype]
+    exact_moments = moments(found[-1].double(), span=SPAN, eps=EPS, triton=False)
+    for one, other in zip(measured, exact_moments, strict=True):
+        assert error(one, other) < 1e-5
+    for name, mine, reference in zip(("x", "scale", "shift", "weight", "residual"), gradients, expected, strict=False):
+        assert error(mine, reference) < 4 * ROUNDING[dtype], name
+    assert gradients[3].dtype == torch.float32
+    again = ours(given, join=join, backend=backend)
+    assert all(map(torch.equal, gradients, again[2]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_the_filters_gradient_lies_in_memory_as_the_filter(way: str, layout: torch.memory_format) -> None:
+    given = draw(torch.float16)
+    given["weight"] = given["weight"].contiguous(memory_format=layout)
+    _, _, gradients = ours(given, join=False, backend="triton")
+    assert gradients[3].stride() == given["weight"].stride()
+
+
+def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
+    asked: list[str] = []
+
+    class Log(tuning.Table):
+        def choose(self, *arguments: Any) -> str:
+            asked.append(arguments[0])
+            assert list(arguments[3]) == list(WAYS.values())
+            return list(arguments[3])[len(asked) % 2]
+
+    tuning.use_table(Log())
+    try:
+        given = draw(torch.float16)
+        for join in (False, True):
+            _, _, gradients = ours(given, join=join, backend="triton")
+            expected = exact(given, join=join)[1]
+            assert error(gradients[0], expected[0]) < 4 * ROUNDING[torch.float16]
+    finally:
+        tuning.use_table(None)
+    assert sorted(asked) == sorted(residual.TASKS)
