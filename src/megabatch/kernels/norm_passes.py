@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megabatch.kernels.dispatch import load, on_device
+from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
 
 TILE = 4096
@@ -114,6 +114,11 @@ def moments(x: Tensor, *, span: int, eps: float, triton: bool) -> Moments:
             rows, partials, own.num_rows, own.span_rows, own.rows_per_part, own.parts, **own.block()
         )
         return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps)
+
+
+def measure(x: Tensor, *, span: int, eps: float, backend: Backend = "auto") -> Moments:
+    """`moments` by the kernel or by the reference, as `backend` says."""
+    return moments(x, span=span, eps=eps, triton=use_triton(x, backend))
 
 
 def combine_moments(partials: Tensor, num_rows: int, span_rows: int, rows_per_part: int, eps: float) -> Moments:

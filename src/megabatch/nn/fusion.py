@@ -82,7 +82,7 @@ def can_fuse(norm: nn.Module, x: Tensor, fusion: Fusion) -> TypeGuard[nn.BatchNo
     """Whether the kernels give what norm(x) gives, and `fusion` wants them to."""
     return (
         fusion != "plain"
-        and _wants(x, fusion)
+        and wants(x, fusion)
         and _is_known(norm)
         and norm.training
         and norm.affine
@@ -124,7 +124,7 @@ def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
     norm.num_batches_tracked.add_(1)
 
 
-def _wants(x: Tensor, fusion: Fusion) -> bool:
+def wants(x: Tensor, fusion: Fusion) -> bool:
     """Whether `fusion` fuses a tensor like this one."""
     if x.ndim != 4 or x.dtype not in _TYPES or torch.compiler.is_compiling():
         return False

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megabatch.nn.fused_bottleneck import FusableBottleneck, fits, run_bottlenecks
+from megabatch.nn.fused_stem import norm_relu_pool, stem_convolution
 from megabatch.nn.fusion import Fusable, Fusion, is_hooked, norm_act
 from megabatch.nn.initialize import last_norms
 
@@ -35,7 +37,7 @@ class BasicBlock(Fusable):
         return norm_act(self.bn2, self.conv2(y), residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
 
 
-class Bottleneck(Fusable):
+class Bottleneck(FusableBottleneck):
     """1x1 to fewer channels, 3x3, 1x1 to four times as many, and a shortcut."""
 
     expansion = 4
@@ -52,9 +54,15 @@ class Bottleneck(Fusable):
         self.downsample = shortcut(in_channels, out_channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fits(self, x):
+            return run_bottlenecks([self], x)
         y = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
         y = norm_act(self.bn2, self.conv2(y), fusion=self.fusion)
-        return norm_act(self.bn3, self.conv3(y), residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
+        return norm_act(self.bn3, self.conv3(y), residual=self.shortcut(x), fusion=self.fusion)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the branch: the input, or the shortcut of it."""
+        return residual(self.downsample, x, self.fusion)
 
 
 class ResNet(Fusable):
@@ -89,9 +97,18 @@ class ResNet(Fusable):
         reset_weights(self, zero_gamma=zero_gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x), fusion=self.fusion))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return global_average_then_linear(x, self.fc)
+        x = norm_relu_pool(self.bn1, self.maxpool, stem_convolution(self.conv1, x, self.fusion), fusion=self.fusion)
+        return global_average_then_linear(self._stages(x), self.fc)
+
+    def _stages(self, x: Tensor) -> Tensor:
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        if self.fusion != "plain" and not any(map(is_hooked, stages)):
+            blocks = [block for stage in stages for block in stage if isinstance(block, Bottleneck)]
+            if len(blocks) == sum(map(len, stages)):
+                return run_bottlenecks(blocks, x)
+        for stage in stages:
+            x = stage(x)
+        return x
 
 
 class BlurConv2d(nn.Conv2d):
