@@ -6,6 +6,7 @@ import torch
 from megabatch.data.arrays import ArraySource
 from megabatch.data.batch import Batch
 from megabatch.data.folder import FolderSource
+from megabatch.data.gpu_decode import GpuDecoder, has_torchvision
 from megabatch.data.loader import EvalLoader, TrainLoader
 
 pytestmark = [
@@ -66,3 +67,41 @@ def test_evaluation_on_a_gpu_is_that_of_a_cpu():
     cpu, gpu = (EvalLoader(PHOTOS, resolution=48, device=device, **COLOR) for device in ("cpu", "cuda"))
     for one, other in zip(gpu.batches(0, 24, 7), cpu.batches(0, 24, 7), strict=True):
         assert_close(one, other)
+
+
+needs_torchvision = pytest.mark.skipif(not has_torchvision(), reason="needs torchvision, which decodes on a GPU")
+
+
+@needs_torchvision
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
+def test_batches_decoded_on_a_gpu_are_those_of_a_cpu_but_for_the_decoders(augmentation):
+    options = {"seed": 1, "augmentation": augmentation, "channels_last": True, "device": "cuda", **COLOR}
+    by_cpu = TrainLoader(PHOTOS, **options)
+    by_gpu = TrainLoader(PHOTOS, gpu_decoder=GpuDecoder("cuda", cache_bytes=1 << 28), **options)
+    for first in (0, 24, 41):  # decoded, and then from the cache
+        one, other = (loader.load(range(first, first + 24), resolution=64) for loader in (by_gpu, by_cpu))
+        assert torch.equal(one.labels, other.labels)
+        assert one.images.stride() == other.images.stride()
+        steps = (one.images - other.images).abs().mean(dim=(1, 2, 3)) * 255 * min(COLOR["pixel_std"])
+        assert steps.max() < 4
+
+
+@needs_torchvision
+def test_decoding_on_a_gpu_overwrites_no_neighbour_while_the_gpu_is_behind():
+    """pytorch/vision#9606: tensors are let go of while work that reads them still waits, and a decode comes between."""
+    loader = TrainLoader(PHOTOS, seed=1, device="cuda", gpu_decoder=GpuDecoder("cuda"), prefetch_batches=4, **COLOR)
+    requests = [(range(p, p + 24), 96) for p in range(0, 24 * 20, 24)]
+    expected = [loader.load(positions, resolution=size).images.clone() for positions, size in requests]
+    torch.cuda.synchronize()
+    sums, kept, busy = [], [], torch.randn(6144, 6144, device="cuda")
+    for number, batch in enumerate(loader.batches(requests)):
+        neighbours = [torch.full((3, 534, 400), number + i, dtype=torch.uint8, device="cuda") for i in range(24)]
+        for _ in range(8):
+            busy = (busy @ busy).tanh()
+        kept.append(batch.images * 1.0)
+        sums.append(torch.stack([neighbour.float().sum() for neighbour in neighbours]))
+        del batch, neighbours
+    for number, (images, total) in enumerate(zip(kept, sums, strict=True)):
+        assert torch.equal(images, expected[number])
+        assert total.tolist() == [float(3 * 534 * 400 * (number + i)) for i in range(24)]
+    assert bool(torch.isfinite(busy).all())

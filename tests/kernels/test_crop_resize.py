@@ -105,6 +105,18 @@ def test_the_batch_is_16_bit_with_the_channels_last_and_its_padding_0(channels: 
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_part_of_a_larger_batch_is_written_where_it_belongs(backend: Any) -> None:
+    images = photographs((40, 50), (60, 45))
+    boxes = torch.tensor([BOXES["shrunk"], BOXES["fractions"]])
+    options: dict[str, Any] = {"size": SIZE, "mean": MEAN, "std": STD, "dtype": torch.float32, "backend": backend}
+    whole = torch.full((4, *SIZE, 4), 7.0).permute(0, 3, 1, 2)
+    written = crop_and_resize(images, boxes, out=whole[1:3], **options)
+    assert written.data_ptr() == whole[1].data_ptr()
+    assert torch.equal(whole[1:3], crop_and_resize(images, boxes, **options))
+    assert bool((whole[[0, 3]] == 7).all())
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_flip_is_a_mirror_image(backend: Any) -> None:
     (image,) = photographs((40, 50))
     boxes = torch.tensor([BOXES["fractions"]] * 2)
@@ -128,6 +140,8 @@ def test_a_flip_is_a_mirror_image(backend: Any) -> None:
         ({"std": (0.0, 1.0, 1.0)}, "needed: one each per channel"),
         ({"flip": torch.tensor([True, False])}, "1 images"),
         ({"layout": "HCW"}, "needed HWC or CHW"),
+        ({"out": torch.zeros(1, 4, 8, 8, dtype=torch.float16)}, "1 x 4 x 8 x 8 with the channels last in memory"),
+        ({"out": torch.zeros(1, 8, 8, 4).permute(0, 3, 1, 2)}, "out is torch.float32"),
     ],
 )
 def test_what_cannot_be_cut_is_named(changes: dict[str, Any], message: str) -> None:

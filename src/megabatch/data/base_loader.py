@@ -12,6 +12,8 @@ from torch import Tensor
 from megabatch.data import augment
 from megabatch.data.arrays import ArraySource
 from megabatch.data.batch import Batch, Staging
+from megabatch.data.gpu_decode import GpuDecoder
+from megabatch.data.gpu_reader import GpuReader, ReadSamples
 from megabatch.data.prefetch import in_order, usable_cores
 from megabatch.data.read_ahead import ReadAhead
 from megabatch.data.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
@@ -52,6 +54,7 @@ class BaseLoader:
         prefetch_batches: int,
         max_bad_share: float,
         on_bad_sample: OnBadSample | None,
+        gpu_decoder: GpuDecoder | None,
     ) -> None:
         self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
         self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
@@ -71,11 +74,16 @@ class BaseLoader:
         self._ahead = ReadAhead(source)
         self._num_replaced = 0
         self._bad: BadSamples | None = None
+        self._gpu_reader: GpuReader | None = None
         if not isinstance(source, ArraySource):
             self._bad = BadSamples(source, max_share=max_bad_share, on_bad_sample=on_bad_sample)
             self._reader = BatchReader(
                 source, channels=image_channels, executor=self._decode_threads, bad_samples=self._bad
             )
+            if gpu_decoder is not None:
+                self._gpu_reader = GpuReader(
+                    source, decoder=gpu_decoder, host=self._reader, executor=self._decode_threads
+                )
 
     @property
     def num_bad(self) -> int:
@@ -107,10 +115,24 @@ class BaseLoader:
             return self.source.labels[self._staging.to_device(indices)]
         return self._staging.to_device(np.asarray(self.source.labels[indices], dtype=np.int64))
 
-    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> HostImages:
+    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> HostImages | ReadSamples:
+        if self._gpu_reader is not None:
+            return self._gpu_reader.read(indices, resolution, draw_boxes)
         pixels = self._staging.host_images(len(indices), resolution, self._channels)
         replaced = self._reader.read(indices, resolution, draw_boxes, pixels.numpy())
         return HostImages(pixels.permute(0, 3, 1, 2), replaced)
+
+    def _crop(self, samples: ReadSamples, flips: NDArray[np.bool_] | None = None) -> Tensor:
+        """Crops of what a GPU decodes, mirrored where `flips`, normalised."""
+        assert self._gpu_reader is not None
+        images = self._gpu_reader.crop(samples, flips, mean=self._mean, std=self._std, dtype=self._dtype)
+        return images if self._channels_last else images.contiguous()
+
+    def _crop_raw(self, samples: ReadSamples) -> Tensor:
+        """Crops of what a GPU decodes, float32 in [0, 255]."""
+        assert self._gpu_reader is not None
+        mean, std = (0.0,) * self._channels, (1 / 255,) * self._channels
+        return self._gpu_reader.crop(samples, None, mean=mean, std=std, dtype=torch.float32)
 
     def _normalize(self, images: Tensor) -> Tensor:
         out = self._staging.device_images(images.shape, self._dtype, channels_last=self._channels_last)

@@ -190,6 +190,12 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return header is not None and header[2] in {"YCbCr", "Gray", "RGB"}
 
 
+def suits_a_gpu(data: bytes) -> bool:
+    """Whether a file is a JPEG in YCbCr or grey with its end in place, which is what nvJPEG decodes as others do."""
+    header = _jpeg_header(data)
+    return header is not None and header[2] in {"YCbCr", "Gray"} and data[-2:] == b"\xff\xd9"
+
+
 def _turbo(data: bytes, channels: int, height: int, width: int, *, denominator: int) -> tuple[Pixels, int]:
     """The whole image at 1 / denominator of its resolution, and that denominator, which may come back as 1."""
     rows, columns = -(-height // denominator), -(-width // denominator)

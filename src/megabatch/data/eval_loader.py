@@ -10,6 +10,8 @@ from megabatch.data import augment, crops
 from megabatch.data.arrays import ArraySource
 from megabatch.data.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.batch import Batch
+from megabatch.data.gpu_decode import GpuDecoder
+from megabatch.data.gpu_reader import ReadSamples
 from megabatch.data.reader import OnBadSample
 
 
@@ -36,6 +38,7 @@ class EvalLoader(BaseLoader):
         prefetch_batches: int = 4,
         max_bad_share: float = 0.01,
         on_bad_sample: OnBadSample | None = None,
+        gpu_decoder: GpuDecoder | None = None,
     ) -> None:
         super().__init__(
             source,
@@ -49,6 +52,7 @@ class EvalLoader(BaseLoader):
             prefetch_batches=prefetch_batches,
             max_bad_share=max_bad_share,
             on_bad_sample=on_bad_sample,
+            gpu_decoder=gpu_decoder,
         )
         self._resolution, self._crop_ratio = resolution, crop_ratio
 
@@ -74,8 +78,11 @@ class EvalLoader(BaseLoader):
             self._ahead.say_from(indices.start)
         return partial(self._from_files, self._decode(wanted, self._resolution, self._boxes), wanted)
 
-    def _from_files(self, decoded: HostImages, indices: Int64) -> Batch:
-        images = self._normalize(self._staging.to_device(decoded.pixels))
+    def _from_files(self, decoded: HostImages | ReadSamples, indices: Int64) -> Batch:
+        if isinstance(decoded, HostImages):
+            images = self._normalize(self._staging.to_device(decoded.pixels))
+        else:
+            images = self._crop(decoded)
         return Batch(images, self._labels(indices), len(indices), num_replaced=int(decoded.replaced.sum()))
 
     def _from_arrays(self, source: ArraySource, indices: Int64) -> Batch:
@@ -86,5 +93,5 @@ class EvalLoader(BaseLoader):
             images = augment.crop_and_resize(images, self._staging.to_device(boxes), self._resolution)
         return Batch(self._normalize(images), self._labels(indices), len(indices))
 
-    def _boxes(self, _chunk: slice, heights: Int64, widths: Int64) -> Int64:
+    def _boxes(self, _chunk: slice | Int64, heights: Int64, widths: Int64) -> Int64:
         return crops.center_boxes(heights, widths, crop_ratio=self._crop_ratio)

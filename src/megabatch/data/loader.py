@@ -16,6 +16,8 @@ from megabatch.data.arrays import ArraySource
 from megabatch.data.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.batch import Batch
 from megabatch.data.eval_loader import EvalLoader
+from megabatch.data.gpu_decode import GpuDecoder
+from megabatch.data.gpu_reader import ReadSamples
 from megabatch.data.order import shards_ahead, stream_samples
 from megabatch.data.policy import AugmentationKind, Policy, Samples
 from megabatch.data.reader import OnBadSample
@@ -43,6 +45,8 @@ class TrainLoader(BaseLoader):
         prefetch_batches: batches made ahead by `batches`.
         max_bad_share: unreadable samples, as a share of the data set, beyond which loading raises.
         on_bad_sample: called once per unreadable sample with its name and the reason, from any thread.
+        gpu_decoder: decodes JPEGs on `device`, instead of threads. Crops are the same, pixels not to the bit: another
+            decoder, whole images, and no rounding to 8 bits between resizing and normalising.
 
     Raises:
         DataError: channels that do not fit, padding as large as the image.
@@ -78,6 +82,7 @@ class TrainLoader(BaseLoader):
         prefetch_batches: int = 4,
         max_bad_share: float = 0.01,
         on_bad_sample: OnBadSample | None = None,
+        gpu_decoder: GpuDecoder | None = None,
     ) -> None:
         super().__init__(
             source,
@@ -91,6 +96,7 @@ class TrainLoader(BaseLoader):
             prefetch_batches=prefetch_batches,
             max_bad_share=max_bad_share,
             on_bad_sample=on_bad_sample,
+            gpu_decoder=gpu_decoder,
         )
         self._seed, self._shuffle = seed, shuffle
         self._ends_epoch = augmentation_ends_epoch
@@ -145,13 +151,23 @@ class TrainLoader(BaseLoader):
             return self._augmented(self._policy.move_and_flip(images, samples), samples, asked)
         return self._augmented(augment.resize(self._policy.move_and_flip(images, samples), resolution), samples, asked)
 
-    def _from_files(self, decoded: HostImages, samples: Samples, asked: slice) -> Batch:
-        images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
+    def _from_files(self, decoded: HostImages | ReadSamples, samples: Samples, asked: slice) -> Batch:
+        if isinstance(decoded, HostImages):
+            images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
+        elif self._policy.only_flips:
+            images = self._crop(decoded, self._policy.flips(samples))
+            return self._mixed(images, samples, asked, num_replaced=int(decoded.replaced[asked].sum()))
+        else:
+            images = self._policy.move_and_flip(self._crop_raw(decoded), samples)
         return self._augmented(images, samples, asked, num_replaced=int(decoded.replaced[asked].sum()))
 
     def _augmented(self, images: Tensor, samples: Samples, asked: slice, num_replaced: int = 0) -> Batch:
         """The batch of cropped and flipped images in [0, 255]."""
-        images = self._policy.cut_out(self._normalize(self._policy.recolor(images, samples)), samples)
+        return self._mixed(self._normalize(self._policy.recolor(images, samples)), samples, asked, num_replaced)
+
+    def _mixed(self, images: Tensor, samples: Samples, asked: slice, num_replaced: int) -> Batch:
+        """The batch of normalised images."""
+        images = self._policy.cut_out(images, samples)
         labels, count = self._labels(samples.indices), asked.stop - asked.start
         if not self._policy.mixes:
             return Batch(images, labels, count, num_replaced=num_replaced)
@@ -171,7 +187,7 @@ class TrainLoader(BaseLoader):
             return Samples(epochs, indices, np.ones(len(positions), dtype=np.bool_))
         return Samples(epochs, indices, np.asarray(positions, dtype=np.float64) < self._ends_epoch * len(self.source))
 
-    def _boxes(self, samples: Samples, chunk: slice, heights: Int64, widths: Int64) -> Int64:
+    def _boxes(self, samples: Samples, chunk: slice | Int64, heights: Int64, widths: Int64) -> Int64:
         return self._policy.boxes(samples.part(chunk), heights, widths)
 
 

@@ -23,7 +23,7 @@ class Samples(NamedTuple):
     indices: Int64
     augmented: NDArray[np.bool_]  # False once augmentation has ended: only flips are left
 
-    def part(self, chunk: slice) -> "Samples":
+    def part(self, chunk: slice | Int64) -> "Samples":
         return Samples(self.epochs[chunk], self.indices[chunk], self.augmented[chunk])
 
 
@@ -49,6 +49,12 @@ class Policy:
     def mixes(self) -> bool:
         """Whether a sample's batch entry also needs its partner."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    @property
+    def only_flips(self) -> bool:
+        """Whether a crop is only mirrored: not moved, and its colours left alone, before it is normalised."""
+        moves = self.augmentation == "pad_crop" and self.crop_padding > 0
+        return not moves and not self.color_jitter
 
     def boxes(self, samples: Samples, heights: Int64, widths: Int64) -> Int64:
         """What to cut out of each image, (top, left, height, width): drawn, or the centre without augmentation."""

@@ -15,10 +15,10 @@ from megabatch.errors import DataError
 Int64 = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 OnBadSample = Callable[[str, str], None]
-DrawBoxes = Callable[[slice, Int64, Int64], Int64]
+DrawBoxes = Callable[[slice | Int64, Int64, Int64], Int64]
 """(which of the wanted samples, their heights, their widths) -> boxes [n, 4]"""
 
-_CHUNK = 32  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
+CHUNK = 32  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
 
 
 class BadSamples:
@@ -74,7 +74,7 @@ class BatchReader:
     """Reads and decodes samples into batches [n, size, size, channels] of uint8."""
 
     def __init__(self, source: EncodedSource, *, channels: int, executor: Executor, bad_samples: BadSamples) -> None:
-        self._source, self._channels, self._executor, self._bad = source, channels, executor, bad_samples
+        self._source, self.channels, self._executor, self._bad = source, channels, executor, bad_samples
 
     def read(self, indices: Int64, size: int, draw_boxes: DrawBoxes, out: Pixels) -> NDArray[np.bool_]:
         """Fill `out` with the samples at `indices`; returns which of them were replaced, [n]."""
@@ -83,14 +83,7 @@ class BatchReader:
         def fill(chunk: slice) -> None:
             replaced[chunk] = self._read_chunk(indices[chunk], size, lambda h, w: draw_boxes(chunk, h, w), out[chunk])
 
-        chunks = [slice(start, start + _CHUNK) for start in range(0, len(indices), _CHUNK)]
-        tasks = [self._executor.submit(fill, chunk) for chunk in chunks]
-        try:
-            for task in tasks:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
+        in_chunks(fill, len(indices), self._executor)
         return replaced
 
     def _read_chunk(
@@ -119,7 +112,7 @@ class BatchReader:
     def _decode(self, index: int, data: bytes, box: Int64, size: int, out: Pixels) -> bool:
         top, left, height, width = (int(edge) for edge in box)
         try:
-            decode_crop(data, box=(top, left, height, width), size=size, channels=self._channels, out=out)
+            decode_crop(data, box=(top, left, height, width), size=size, channels=self.channels, out=out)
         except DataError as error:
             self._bad.report(index, str(error))
             return False
@@ -148,3 +141,14 @@ class BatchReader:
             f"no sample of class '{class_name}' can be read; the last tried was {self._source.name(index)}; "
             "`megabatch data check` lists every unreadable file"
         )
+
+
+def in_chunks(work: Callable[[slice], None], count: int, executor: Executor) -> None:
+    """`work` on neighbouring chunks of `count` samples, each a task of its own; the first error ends all."""
+    tasks = [executor.submit(work, slice(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -26,6 +26,7 @@ def crop_and_resize(
     padded_channels: int = 4,
     dtype: torch.dtype = torch.float16,
     layout: Literal["HWC", "CHW"] = "HWC",
+    out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """A batch (N, padded_channels, rows, columns) with the channels last, from N decoded images and one box of each.
@@ -39,7 +40,8 @@ def crop_and_resize(
 
     Shapes: images uint8, each (H, W, C) or, with `layout="CHW"` as nvJPEG gives it, (C, H, W), any strides, on one
     device; boxes (N, 4) = (top, left, height, width) in pixels, whole or not, and flip (N,) bool, both on the CPU;
-    mean and std of pixels in [0, 1], one per channel. The images must live until the kernel has run.
+    mean and std of pixels in [0, 1], one per channel. The images must live until the kernel has run. With `out`, of the
+    result's shape, type and memory layout, the batch is written there.
 
     Raises:
         UserError: no image, another type, a box that is not inside its image, or sizes that do not agree.
@@ -52,9 +54,12 @@ def crop_and_resize(
         )
     flips = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
     target = _Target(rows, columns, padded_channels, tuple(mean), tuple(std), dtype)
+    written = _written(out, (len(images), rows, columns, padded_channels), dtype, images[0].device)
     if use_triton(images[0], backend):
-        return _launch(images, boxes.double(), flips, target, _AXES[layout])
-    return crop_resize_reference(images, boxes, flips, target, layout)
+        _launch(images, boxes.double(), flips, target, _AXES[layout], written)
+    else:
+        crop_resize_reference(images, boxes, flips, target, layout, written)
+    return written.permute(0, 3, 1, 2)
 
 
 class _Target(NamedTuple):
@@ -66,12 +71,25 @@ class _Target(NamedTuple):
     dtype: torch.dtype
 
 
+def _written(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where the batch goes, with the channels last: (N, rows, columns, channels)."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    lines = out.permute(0, 2, 3, 1)
+    if lines.shape != shape or not lines.is_contiguous() or out.dtype != dtype or out.device != device:
+        raise UserError(
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, needed: {dtype}, {shape[0]} x {shape[3]} x "
+            f"{shape[1]} x {shape[2]} with the channels last in memory, on {device}; out=None works"
+        )
+    return lines
+
+
 def crop_resize_reference(
-    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, layout: str
-) -> Tensor:
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, layout: str, out: Tensor
+) -> None:
     """The same as two matrix products per image, in float32."""
     device = images[0].device
-    out = torch.zeros(len(images), target.rows, target.columns, target.padded, dtype=target.dtype, device=device)
+    out[..., len(target.mean) :] = 0
     mean, std = (torch.tensor(values, device=device) for values in (target.mean, target.std))
     for image, box, mirrored, written in zip(images, boxes.double(), flip, out, strict=True):
         pixels = image.permute(*_AXES[layout]).float()
@@ -81,7 +99,6 @@ def crop_resize_reference(
         resized = torch.einsum("ih,hwc,jw->ijc", by_row, pixels, by_column)
         resized = resized.flip(1) if mirrored else resized
         written[..., : len(mean)] = (resized / 255 - mean) / std
-    return out.permute(0, 3, 1, 2)
 
 
 def _weights(start: float, length: float, num_in: int, num_out: int) -> Tensor:
@@ -103,9 +120,10 @@ def _bounds(start: float, length: float, num_in: int) -> tuple[int, int]:
     return math.floor(start), min(num_in, math.ceil(start + length - _ROUNDING))
 
 
-def _launch(images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...]) -> Tensor:
+def _launch(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...], out: Tensor
+) -> None:
     device = images[0].device
-    out = torch.empty(len(images), target.rows, target.columns, target.padded, dtype=target.dtype, device=device)
     places = [
         [image.data_ptr(), *(image.stride(axis) for axis in axes), int(mirrored)]
         for image, mirrored in zip(images, flip.tolist(), strict=True)
@@ -134,7 +152,6 @@ def _launch(images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Targ
             block_columns=BLOCK_COLUMNS,
             num_warps=4,
         )
-    return out.permute(0, 3, 1, 2)
 
 
 def _side(start: float, length: float, num_in: int, num_out: int) -> tuple[float, float, float, float]:
