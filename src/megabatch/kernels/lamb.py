@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.optimizer_launch import NORM_BLOCK, Launch, run
-from megabatch.kernels.optimizer_tables import StepGroup, StepTables
+from megabatch.kernels.optimizer_tables import StepGroup, StepTables, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def _reference_of_one(group: LambGroup, weight: Tensor, g: Tensor, m: Tensor, n:
     mean, square = m / _correction(group.momentum, group.step), n / _correction(group.beta2, group.step)
     u = mean / (square.sqrt() + group.eps) + group.weight_decay * w
     rate = _reference_rate(group, w.norm(), u.norm()) if group.adapt else group.lr
-    weight.copy_(w - rate * u)
+    store(weight, w.sub_(rate * u))
 
 
 def _correction(beta: Tensor, step: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.optimizer_launch import NORM_BLOCK, Launch, run
-from megabatch.kernels.optimizer_tables import StepGroup, StepTables
+from megabatch.kernels.optimizer_tables import StepGroup, StepTables, store
 
 LarsTables = StepTables
 
@@ -136,7 +136,7 @@ def _reference_of_one(group: LarsGroup, weight: Tensor, g: Tensor, v: Tensor, mo
     moved = rate * u if inside else u
     v.mul_(momentum).add_(moved)
     direction = moved + momentum * v if group.nesterov else v
-    weight.copy_(w - (direction if inside else rate * direction))
+    store(weight, w.sub_(direction if inside else rate * direction))
 
 
 def _reference_rate(group: LarsGroup, w: Tensor, g: Tensor, u: Tensor) -> Tensor:

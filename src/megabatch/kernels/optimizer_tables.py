@@ -86,6 +86,12 @@ class StepGroup:
         return replace(self, **changes)
 
 
+def store(weight: Tensor, wide: Tensor) -> None:
+    """Rounds the new weights to the parameter's type; nothing is left to do where `wide` is the weight itself."""
+    if wide is not weight:
+        weight.copy_(wide)
+
+
 class StepTables:
     """What the kernels look up about a list of tensors, kept on the device from step to step.
 

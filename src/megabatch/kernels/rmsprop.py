@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.optimizer_launch import Launch, run
-from megabatch.kernels.optimizer_tables import StepGroup, StepTables
+from megabatch.kernels.optimizer_tables import StepGroup, StepTables, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +86,4 @@ def _reference_of_one(group: RmspropGroup, weight: Tensor, g: Tensor, v: Tensor,
     adaptive = torch.where(group.lr > 0, (1 - group.sgd_share) * group.rmsprop_lr / group.lr, 0.0)
     factor = blends * (group.sgd_share + adaptive / (n.sqrt() + group.eps)) + (1 - blends)
     v.mul_(group.momentum).add_(factor * u)
-    weight.copy_(w - group.lr * v)
+    store(weight, w.sub_(group.lr * v))

@@ -147,7 +147,9 @@ class MultiTensorOptimizer(Optimizer):
         scales = self._memory.scales(self, device)
         groups = [self._kernel_group(number, ps, backend, device, scales) for number, ps in members]
         self.kernel.step(groups, tables=self._memory.tables(device), backend=backend)
-        for number, _ in members:
+        for number, parameters in members:
+            if backend == "reference":
+                self._write_copies(parameters)
             self._finish_numbers(number)
 
     def _finish_numbers(self, number: int) -> None:
@@ -162,19 +164,19 @@ class MultiTensorOptimizer(Optimizer):
         self, number: int, parameters: list[Tensor], backend: Backend, device: torch.device, scales: dict[str, Tensor]
     ) -> StepGroup:
         group, kind = self.param_groups[number], self.kernel.group
-        states = [self._state_laid_out_as(p) for p in parameters]
-        lists: dict[str, Any] = {
-            field: [state[name] for state in states]
-            for field, name in zip(kind.state_fields, self.state_names, strict=True)
-        }
+        weights, gradients, *states = self._columns(parameters, backend)
+        lists: dict[str, Any] = dict(zip(kind.state_fields, states, strict=True))
         rates = {name: group[name] for name in (*kind.rates(), kind.carried) if name}
         given = lists | self._memory.values(number, rates, backend, device) | scales | self.kernel_options(group)
-        return kind(
-            weights=parameters,
-            gradients=[_gradient(p) for p in parameters],
-            copies=[self.copies.get(p) for p in parameters],
-            **given,
-        )
+        copies = [self.copies.get(p) if backend == "triton" else None for p in parameters]
+        return kind(weights=weights, gradients=gradients, copies=copies, **given)
+
+    def _columns(self, parameters: list[Tensor], backend: Backend) -> list[list[Tensor]]:
+        """Weights, gradients and each kind of state; for the reference, which is no kernel, flat where alike."""
+        states = [self._state_laid_out_as(p) for p in parameters]
+        columns = [parameters, [_gradient(p) for p in parameters]]
+        columns += [[state[name] for state in states] for name in self.state_names]
+        return columns if backend == "triton" else flattened(columns)
 
     def _step_in_lists(self, group: Group, parameters: list[Tensor]) -> None:
         for members, dtype in alike(parameters):
@@ -182,10 +184,14 @@ class MultiTensorOptimizer(Optimizer):
             self.update(group, self._lists(members, weights))
             if weights is not members:
                 torch._foreach_copy_(members, weights)  # rounds fp32 to the parameters' dtype
-            copied = [p for p in members if p in self.copies]
-            if copied:
-                torch._foreach_copy_([self.copies[p] for p in copied], copied)
+        self._write_copies(parameters)
         self.finish(group)
+
+    def _write_copies(self, parameters: list[Tensor]) -> None:
+        """What the kernel does in the same pass."""
+        copied = [p for p in parameters if p in self.copies]
+        if copied:
+            torch._foreach_copy_([self.copies[p] for p in copied], copied)
 
     def _lists(self, parameters: list[Tensor], weights: list[Tensor]) -> TensorLists:
         states = [self._state_of(p) for p in parameters]
