@@ -99,7 +99,7 @@ class Recipe:
     nesterov: bool = False
     momentum_form: MomentumForm = "outside"  # where the rate is: v=mv+u, w-=lr*v | v=mv+lr*u, w-=v | m*lr_t/lr_(t-1)
     weight_decay: float = 0.0
-    weight_decay_follows_lr: bool = False  # scale by lr / peak_lr (Fujitsu, MLPerf v0.6)
+    weight_decay_follows_lr: bool = False  # times lr / peak_lr, besides the lr in the update; see docs/decisions/0007
     decay_norm_and_bias: bool = False
     trust_coefficient: float = 0.001
     trust_denominator: TrustDenominator = "sum"  # |g| + wd |w|, |g + wd w|, or |g|

@@ -116,7 +116,11 @@ def lars_sqrt_peak_lr(global_batch_size: float) -> float:
 
 
 def weight_decay_at(lr: float, peak_lr: float, weight_decay: float) -> float:
-    """Weight decay that rises and falls with the rate: weight_decay * lr / peak_lr (Fujitsu, MLPerf v0.6)."""
+    """A coefficient that follows the rate, weight_decay * lr / peak_lr, where the update takes lr once more.
+
+    No recipe here does that. Fujitsu's code (MLPerf v0.6) schedules weight_decay * peak_lr and leaves lr out of the
+    update, which is ordinary weight decay: there the coefficient stays constant (docs/decisions/0007).
+    """
     _require(peak_lr > 0, f"peak_lr={peak_lr} was given, needed: above 0; for example peak_lr=0.1")
     return weight_decay * lr / peak_lr
 

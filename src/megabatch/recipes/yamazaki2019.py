@@ -22,8 +22,8 @@ def yamazaki2019_81k() -> Recipe:
             from epoch 85, evaluation every 4 epochs from the second, the accuracies by epoch of its first run.
         derived: 780 steps at 15 per epoch are 52 epochs. That code multiplies the weight decay by the peak rate and
             then lets it follow the schedule, while its update adds it without the rate: together that is ordinary
-            weight decay, so it is written as such here. Its trust ratio's denominator holds the product of decay and
-            peak rate, ours the decay; next to the gradient's norm both are small.
+            weight decay, so it is written as such here (docs/decisions/0007). Its trust ratio's denominator holds the
+            product of decay and peak rate throughout, 6.5e-4 |w|, ours the decay, 5e-5 |w|.
         chosen: 90 epochs are recalled for the paper and read for the stand-in; the rate stays 13.0 although the batch
             is 5 % smaller.
     """
