@@ -1,0 +1,105 @@
+"""Whole networks through the kernels in Triton's interpreter: gradients no further from float64 than the plain ones."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabatch.kernels import conv1x1, norm_passes, residual, tuning
+from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet8, set_fusion
+from megabatch.nn.initialize import last_norms
+from megabatch.nn.resnet import Bottleneck, ResNet, convolution, stage
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+COUNT, SPAN = 5, 2
+TILING = conv1x1.Tiling(32, 16, 16, 4, 3)
+SLACK = 1.5  # of two nets: which ReLUs flip by rounding is chance
+
+
+@pytest.fixture
+def convolution_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every part of a bottleneck that a kernel can compute is computed by one, with tiles that fit a small net."""
+    for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
+        monkeypatch.setattr(conv1x1, name, (TILING,))
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, "x".join(map(str, TILING)))))
+    yield
+    tuning.use_table(None)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_passes, "TILE", 1024)
+
+
+def thin_bottlenecks(norm: Any) -> nn.Module:
+    """A ResNet of three bottlenecks of 16 and 64 channels, with the full stem."""
+    model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10, norm=norm)
+    make = functools.partial(Bottleneck, norm=norm)
+    model.conv1, model.bn1 = convolution(3, 16, 7, 2), norm(16)
+    model.layer1 = stage(make, 16, 16, 2, stride=1, expansion=4)
+    model.layer2 = stage(make, 64, 16, 1, stride=2, expansion=4)
+    model.layer3, model.layer4, model.fc = nn.Sequential(), nn.Sequential(), nn.Linear(64, 10)
+    return model
+
+
+def build(make: Any, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model: nn.Module = make(norm=functools.partial(SpanBatchNorm2d, span=SPAN))
+    for norm in last_norms(model):
+        nn.init.constant_(norm.weight, 0.5)
+    collect_statistics(model)
+    return model
+
+
+def step(model: nn.Module, pixels: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of 64 times the mean loss, and the statistics collected; in 16 bit as autocast has it."""
+    images = torch.randn(COUNT, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype.itemsize == 2):
+        logits = model(images.to(wide))
+    (64 * cross_entropy_sum(logits, torch.arange(COUNT)) / COUNT).backward()
+    sums = {name: b.double() for name, b in model.named_buffers() if "span" in name}
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}, sums
+
+
+def error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    assert found.keys() == reference.keys()
+    one, other = (torch.cat([t.flatten() for t in tensors.values()]) for tensors in (found, reference))
+    return float((one - other).norm() / other.norm())
+
+
+def mean_errors(make: Any, pixels: int, dtype: torch.dtype, seeds: tuple[int, ...]) -> list[tuple[float, float]]:
+    """Fused and plain: of the gradients, of the statistics; mean over nets, as one ReLU that flips is seen in one."""
+    pairs = []
+    for seed in seeds:
+        plain = build(make, seed)
+        exact, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+        set_fusion(fused, "triton")
+        right = step(exact, pixels, torch.float64)
+        found = step(fused, pixels, dtype), step(plain, pixels, dtype)
+        pairs.append([error(result[what], right[what]) for what in (0, 1) for result in found])
+    means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
+    return [(means[0], means[1]), (means[2], means[3])]
+
+
+@pytest.mark.usefixtures("convolution_kernels")
+def test_bottlenecks_of_kernels_alone_are_no_further_from_float64_than_the_plain_net() -> None:
+    for fused, plain in mean_errors(thin_bottlenecks, 24, torch.float16, seeds=(1, 2)):
+        assert plain < 0.2  # or the comparison would say nothing
+        assert fused < SLACK * plain
+
+
+@pytest.mark.parametrize(
+    ("make", "pixels"),
+    [(thin_bottlenecks, 16), (functools.partial(resnet8, width=8), 16)],
+    ids=["bottlenecks", "basic"],
+)
+def test_in_single_precision_fused_nets_have_the_gradients_and_statistics_of_float64(make: Any, pixels: int) -> None:
+    for fused, plain in mean_errors(make, pixels, torch.float32, seeds=(0,)):
+        assert fused < 1e-4
+        assert plain < 1e-4
