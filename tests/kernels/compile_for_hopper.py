@@ -129,6 +129,16 @@ def stem() -> None:
     y.backward(torch.zeros_like(y))
 
 
+def statistics() -> None:
+    """Of one span and of several."""
+    from megabatch.kernels.statistics import collect_spans, move_averages
+
+    for spans in (1, 4):
+        mean, var = torch.zeros(2, spans, 2048).unbind()
+        collect_spans(mean, var, *torch.zeros(2, 4097).unbind(), backend="triton")
+        move_averages(mean, var, mean[0], var[0], torch.tensor(0), momentum=0.1, backend="triton")
+
+
 def loss() -> None:
     """A thousand classes, with mixed labels and without."""
     from megabatch.kernels import fused_cross_entropy_sum
@@ -198,7 +208,7 @@ def normalisation(channels: int) -> Any:
     return Normalisation(*torch.ones(2, 1, channels), *torch.ones(2, channels))
 
 
-ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, stem, loss, crop)
+ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, stem, statistics, loss, crop)
 
 
 def main() -> None:

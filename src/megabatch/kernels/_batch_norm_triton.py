@@ -288,3 +288,50 @@ def input_gradient_kernel(
     of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * scale
     gradient = gradient - of_gradient[None, :] - (values - middle[None, :]) * of_product[None, :]
     tl.store(dx + first * columns + place, (gradient * slope[None, :]).to(dx.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _totals(values, spans, column, inside, columns):
+    """Sum over spans of (spans, columns), in one order."""
+    total = tl.load(values + column, mask=inside, other=0.0)
+    for span in range(1, spans):
+        total += tl.load(values + span * columns + column, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def collect_kernel(mean, var, first, total, spans, columns, block: tl.constexpr):
+    """Adds the spans of a forward to `total` (2 columns + 1), and keeps the first in `first`, if it was empty.
+
+    One program, as all of it must see whether `first` is empty before that is changed.
+    """
+    column = tl.arange(0, block)
+    inside = column < columns
+    kept = tl.load(first + 2 * columns + tl.zeros((block,), dtype=tl.int32))
+    tl.debug_barrier()
+    fresh = inside & (kept == 0)
+    tl.store(first + column, tl.load(mean + column, mask=fresh, other=0.0), mask=fresh)
+    tl.store(first + columns + column, tl.load(var + column, mask=fresh, other=0.0), mask=fresh)
+    before = tl.load(total + column, mask=inside, other=0.0)
+    tl.store(total + column, before + _totals(mean, spans, column, inside, columns), mask=inside)
+    before = tl.load(total + columns + column, mask=inside, other=0.0)
+    tl.store(total + columns + column, before + _totals(var, spans, column, inside, columns), mask=inside)
+    last = column == 0
+    tl.store(first + 2 * columns + column, tl.full((block,), 1.0, tl.float32), mask=last)
+    count = tl.load(total + 2 * columns + column, mask=last, other=0.0)
+    tl.store(total + 2 * columns + column, count + spans, mask=last)
+
+
+@triton.jit
+def averages_kernel(mean, var, running_mean, running_var, num_forwards, spans, momentum, columns, block: tl.constexpr):
+    """running += momentum (mean over spans - running), for both, and one forward more."""
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    inside = column < columns
+    new = _totals(mean, spans, column, inside, columns) / spans
+    old = tl.load(running_mean + column, mask=inside, other=0.0)
+    tl.store(running_mean + column, old + momentum * (new - old), mask=inside)
+    new = _totals(var, spans, column, inside, columns) / spans
+    old = tl.load(running_var + column, mask=inside, other=0.0)
+    tl.store(running_var + column, old + momentum * (new - old), mask=inside)
+    counts = column == 0
+    tl.store(num_forwards + column, tl.load(num_forwards + column, mask=counts, other=0) + 1, mask=counts)

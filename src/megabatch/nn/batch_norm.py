@@ -84,13 +84,13 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         if recompute:
             self._add_pooled(normalised)
         elif normalised.statistics:
-            self.take_statistics(torch.stack(normalised.statistics))
+            self._take_statistics(torch.stack(normalised.statistics))
         return normalised.output
 
-    def take_statistics(self, spans: Tensor) -> None:
-        """What a training forward does with its spans, (spans, 2C + 1): means, unbiased variances, and 1 or 0.
+    def _take_statistics(self, spans: Tensor) -> None:
+        """Adds the spans, (spans, 2C + 1): means, unbiased variances, and 1 or 0, to the step's or to the averages.
 
-        For a forward that computes them elsewhere. No Python state, so that a captured graph can replay it.
+        No Python state, so that a captured graph can replay it.
         """
         total = spans[0] if len(spans) == 1 else spans.sum(0)
         if not self.accumulate_statistics:

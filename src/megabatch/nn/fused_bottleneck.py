@@ -80,18 +80,18 @@ def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
             eps=first.eps,
             backend=backend,
         )
-        keep_statistics(first, found.mean, found.var)
+        keep_statistics(first, found.mean, found.var, block.fusion)
         h = norm_act_of(y, found, first.weight, first.bias, span=span_of(first, y), backend=backend)
     else:
         x, h = state, norm_act(first, block.conv1(state), fusion=block.fusion)
     y = block.conv2(h)
     span = span_of(second, y)
     found = measure(y.detach(), span=span, eps=second.eps, backend=backend)
-    keep_statistics(second, found.mean, found.var)
+    keep_statistics(second, found.mean, found.var, block.fusion)
     y, found = norm_conv1x1(
         y, found, second.weight, second.bias, block.conv3.weight, span=span, eps=third.eps, backend=backend
     )
-    keep_statistics(third, found.mean, found.var)
+    keep_statistics(third, found.mean, found.var, block.fusion)
     return Pending(y, found, third, block.shortcut(x), block.fusion)
 
 

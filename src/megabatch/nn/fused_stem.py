@@ -40,7 +40,7 @@ def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, fusion: Fusio
     y, mean, var = fused_bn_relu_pool(
         x, norm.weight, norm.bias, span=span_of(norm, x), eps=norm.eps, backend=backend_of(fusion)
     )
-    keep_statistics(norm, mean, var)
+    keep_statistics(norm, mean, var, fusion)
     return y
 
 

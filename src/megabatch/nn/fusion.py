@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels import Backend, fused_bn_act, has_triton
+from megabatch.kernels.statistics import collect_spans, move_averages
 from megabatch.nn.batch_norm import SpanBatchNorm2d
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
@@ -74,7 +75,7 @@ def norm_act(
         relu=relu,
         backend=backend_of(fusion),
     )
-    keep_statistics(norm, mean, var)
+    keep_statistics(norm, mean, var, fusion)
     return y
 
 
@@ -109,19 +110,24 @@ def backend_of(fusion: Fusion) -> Backend:
     return fusion
 
 
-@torch.no_grad()
-def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, fusion: Fusion) -> None:
     """Gives a forward's statistics, mean and unbiased variance (spans, C), to the norm, as its own forward would."""
-    if isinstance(norm, SpanBatchNorm2d):
-        norm.take_statistics(torch.cat([mean, var, torch.ones_like(mean[:, :1])], dim=1))
+    if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
+        collect_spans(mean, var, norm.first_span, norm.span_sum, backend=backend_of(fusion))
         return
+    assert norm.momentum is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
-    norm.running_mean.lerp_(mean[0], norm.momentum)
-    norm.running_var.lerp_(var[0], norm.momentum)
-    norm.num_batches_tracked.add_(1)
+    move_averages(
+        mean,
+        var,
+        norm.running_mean,
+        norm.running_var,
+        norm.num_batches_tracked,
+        momentum=norm.momentum,
+        backend=backend_of(fusion),
+    )
 
 
 def wants(x: Tensor, fusion: Fusion) -> bool:
