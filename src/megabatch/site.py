@@ -7,6 +7,8 @@ from typing import Literal
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
 Wire = Literal["fp32", "fp16", "bf16"]
+Decode = Literal["auto", "cpu", "gpu"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,11 @@ class Site:
     micro_batch_size: int | None = None  # samples of one forward and backward on one worker; None: chosen
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "auto"
+    loss_scale: float | None = None  # fp16's, a power of two; None: follows the gradients
     channels_last: bool = True
-    compile: bool = False
+    compile: bool = False  # by torch.compile; costs minutes at the start
+    capture: Switch = "auto"  # whole steps in a CUDA graph
+    keep_memory: bool = True  # a worker on a CPU keeps what it frees instead of handing it back at every step
     threads_per_worker: int | None = None
 
     all_reduce: AllReduce = "auto"
@@ -31,6 +36,8 @@ class Site:
     remote_cache_gib: float = 64.0  # local copies of remote shards, shared by all workers of a machine
     max_bad_share: float | None = None  # unreadable samples that stop a run; None: 1 %, and any seen before the start
     output: Path | None = None  # the run folder; None: runs/RECIPE-DATE
+    decode: Decode = "auto"  # what decodes JPEGs; auto: a GPU where few cores are left to a worker, else the cores
+    decoded_cache_gib: float = 0.0  # of each GPU's memory, for training images that it has decoded
     decode_threads: int | None = None
     prefetch_batches: int = 4
 

@@ -1,9 +1,10 @@
 """The recipe's model and optimizer."""
 
 import functools
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megabatch import nn as models
 from megabatch import optim
@@ -12,6 +13,7 @@ from megabatch.comm.launch import World
 from megabatch.nn.batch_norm import SpanBatchNorm2d
 from megabatch.recipe import Recipe
 from megabatch.site import Site
+from megabatch.train.precision import widen_logits
 from megabatch.train.state import StepSettings
 
 
@@ -38,22 +40,34 @@ def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: i
     )
     models.initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
     models.collect_statistics(model, True)
+    widen_logits(model)
     memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
     return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
 
-def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed."""
+def build_optimizer(recipe: Recipe, module: nn.Module, *, capturable: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed.
+
+    With `capturable` its rates are tensors on the parameters' device, which a captured graph reads at every replay.
+    """
     groups = optim.param_groups(
         module, weight_decay=recipe.weight_decay, decay_norm_and_bias=recipe.decay_norm_and_bias
     )
-    lr = peak_lr(recipe)
+    device = next(module.parameters()).device
+
+    def rate(value: float) -> float | Tensor:
+        return torch.tensor(value, device=device) if capturable else value
+
+    for group in groups:
+        group["weight_decay"] = rate(group["weight_decay"])
+    lr, momentum = rate(peak_lr(recipe)), rate(recipe.momentum)
     match recipe.optimizer:
         case "lars":
             return optim.LARS(
                 groups,
                 lr,
-                momentum=recipe.momentum,
+                momentum=momentum,
+                capturable=capturable,
                 trust_coefficient=recipe.trust_coefficient,
                 eps=recipe.trust_eps,
                 momentum_form=recipe.momentum_form,
@@ -62,26 +76,37 @@ def build_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
                 nesterov=recipe.nesterov,
             )
         case "lamb":
-            return optim.LAMB(groups, lr, momentum=recipe.momentum, beta2=recipe.beta2)
+            return optim.LAMB(groups, lr, momentum=momentum, capturable=capturable, beta2=recipe.beta2)
         case "sgd":
             return optim.SGD(
                 groups,
                 lr,
-                momentum=recipe.momentum,
+                momentum=momentum,
+                capturable=capturable,
                 nesterov=recipe.nesterov,
                 momentum_form=recipe.momentum_form,
             )
         case "rmsprop_warmup":
-            return optim.RMSpropWarmup(groups, lr, momentum=recipe.momentum, rmsprop_lr=recipe.rmsprop_lr)
+            return optim.RMSpropWarmup(
+                groups, lr, momentum=momentum, capturable=capturable, rmsprop_lr=recipe.rmsprop_lr
+            )
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
-    """Writes a step's rates into every parameter group."""
+    """Writes a step's rates into every parameter group; into the tensors themselves where a graph reads them."""
     for group in optimizer.param_groups:
-        group.setdefault("base_weight_decay", group["weight_decay"])
-        group["lr"] = settings.lr
-        group["weight_decay"] = group["base_weight_decay"] * settings.weight_decay_factor
+        if "base_weight_decay" not in group:
+            group["base_weight_decay"] = float(group["weight_decay"])
+        _set(group, "lr", settings.lr)
+        _set(group, "weight_decay", group["base_weight_decay"] * settings.weight_decay_factor)
         if "momentum" in group:
-            group["momentum"] = settings.momentum
+            _set(group, "momentum", settings.momentum)
         if "sgd_share" in group and settings.sgd_share is not None:
-            group["sgd_share"] = settings.sgd_share
+            _set(group, "sgd_share", settings.sgd_share)
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value

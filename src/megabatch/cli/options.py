@@ -42,3 +42,13 @@ def parse_workers(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise SiteError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
     return int(text)
+
+
+def parse_loss_scale(text: str) -> float | None:
+    """A number, or None for `dynamic`; SiteError otherwise. Whether the number will do is for the run to say."""
+    if text == "dynamic":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise SiteError(f"--loss-scale {text}: needed dynamic or a power of two; --loss-scale 1024 works") from None

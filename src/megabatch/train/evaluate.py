@@ -40,7 +40,7 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker."""
-    counts = torch.zeros(4, dtype=torch.float64)  # samples, correct at 1, correct at 5, loss sum
+    counts = torch.zeros(4, dtype=torch.float64, device=world.device)  # samples, correct at 1, correct at 5, loss sum
     was_training = module.training
     module.eval()
     first, last = share_of_blocks(data.num_samples, block_size, rank=world.rank, world_size=world.world_size)
@@ -66,4 +66,4 @@ def _count(module: nn.Module, batch: Batch, precision: Precision) -> Tensor:
         logits = module(batch.images)
     top1, top5 = correct_counts(logits, batch.labels, k=(1, min(5, logits.shape[1])))
     loss = cross_entropy_sum(logits, batch.labels, label_smoothing=0.0)
-    return torch.tensor([batch.count, float(top1), float(top5), float(loss)], dtype=torch.float64)
+    return torch.stack([part.detach().double() for part in (top1.new_tensor(batch.count), top1, top5, loss)])

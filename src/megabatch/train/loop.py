@@ -3,40 +3,69 @@
     settings(step, samples seen) -> micro-batches -> gradients -> exchange -> update -> event
     every k epochs: exact evaluation, then a checkpoint
 
-All that can change from one machine to another is wired in build.py; here are free functions on plain state.
+All that can change from one machine to another is wired in build/; here are free functions on plain state.
 """
 
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from megabatch.comm.launch import sum_over_workers
 from megabatch.data.loader import Batch
-from megabatch.errors import DivergedError
 from megabatch.train.state import Evaluation, Run, StepSettings
-from megabatch.train.step import Objective, accumulate_and_measure, accumulate_gradients, first_not_finite
+from megabatch.train.update import Taken, require_finite, take_step
 
 
 def train(run: Run) -> Evaluation | None:
     """Trains until the last sample, `max_steps`, or a request to stop; the last evaluation, None if there was none."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
+    under_way = _UnderWay(run)
     for settings, batches in _steps(run):
-        started = time.perf_counter()
-        loss = _step(run, settings, batches)
-        stop, seconds = _agree(run, started)
-        run.log(_step_event(run, settings, loss, seconds))
+        under_way.add(take_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
-        evaluation = run.evaluate() if ended or _evaluation_is_due(run, settings) else None
-        if evaluation or stop or _checkpoint_is_due(run):
+        evaluates = ended or _evaluation_is_due(run, settings)
+        saves = evaluates or _checkpoint_is_due(run)
+        stop = under_way.settle(all_of_them=saves)
+        evaluation = run.evaluate() if evaluates else None
+        if saves or stop:
             run.save(evaluation)
         if stop or ended:
             break
     return evaluation
+
+
+class _UnderWay:
+    """Steps that were started and not yet looked at: none on a CPU.
+
+    On a GPU a step's loss is read when the next step has been started, so that the device never waits for Python; what
+    keeps or judges the weights waits until all losses before are known to be finite.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._taken: deque[Taken] = deque()
+        self._settled_at = 0.0
+
+    def add(self, taken: Taken) -> None:
+        self._taken.append(taken)
+
+    def settle(self, *, all_of_them: bool) -> bool:
+        """Checks and reports steps, all or all but one that is late; whether a worker was asked to stop."""
+        stop = False
+        while self._taken and (all_of_them or stop or len(self._taken) > self._taken[0].numbers.is_late):
+            stop = self._finish(self._taken.popleft()) or stop
+        return stop
+
+    def _finish(self, taken: Taken) -> bool:
+        require_finite(self._run, taken)
+        now = time.perf_counter()
+        seconds = now - max(taken.started, self._settled_at)
+        self._settled_at = now
+        self._run.log(_step_event(self._run, taken, seconds))
+        return taken.stops()
 
 
 def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
@@ -63,64 +92,21 @@ def _plan(run: Run) -> Iterator[StepSettings]:
         first = settings.next_sample
 
 
-def _step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> float:
-    """One update; the global mean loss."""
-    state = run.state
-    state.optimizer.zero_grad(set_to_none=True)
-    run.apply_settings(settings)
-    num_micro_batches = len(run.micro_batches(settings))
-    objective = Objective(settings.count, run.label_smoothing, state.precision)
-    if state.batch_policy is None:
-        loss_sum = accumulate_gradients(
-            run.model, batches, num_micro_batches, objective, world_size=run.world.world_size
-        )
-    else:
-        loss_sum, noise = accumulate_and_measure(run.model, batches, num_micro_batches, objective, world=run.world)
-        state.batch_policy.observe(*noise)
-    loss = float(sum_over_workers(loss_sum, run.world)) / settings.count
-    _require_finite(run, settings, loss)
-    state.precision.unscale(state.optimizer)
-    if state.precision.step(state.optimizer):
-        run.finish_statistics()
-        if state.average:
-            state.average.update(settings.count / run.num_train_images)
-    else:
-        state.skipped_steps += 1
-        run.discard_statistics()
-    state.step += 1
-    state.samples_seen = settings.next_sample
-    return loss
-
-
-def _require_finite(run: Run, settings: StepSettings, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"the loss is {loss} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): "
-            f"{first_not_finite(run.state.module)} is not finite; a smaller peak_lr, half of it say, or more "
-            "warmup_epochs may help; earlier checkpoints are kept"
-        )
-
-
-def _agree(run: Run, started: float) -> tuple[bool, float]:
-    """Whether any worker was asked to stop, and the step's seconds; every worker gets the same answer."""
-    asked = torch.tensor([float(run.stop_requested())])
-    return bool(sum_over_workers(asked, run.world) > 0), time.perf_counter() - started
-
-
-def _step_event(run: Run, settings: StepSettings, loss: float, seconds: float) -> dict[str, Any]:
+def _step_event(run: Run, taken: Taken, seconds: float) -> dict[str, Any]:
+    settings = taken.settings
     event: dict[str, Any] = {
         "event": "step",
-        "step": run.state.step,
-        "epoch": run.state.samples_seen / run.num_train_images,
-        "loss": loss,
+        "step": settings.step + 1,
+        "epoch": settings.next_sample / run.num_train_images,
+        "loss": taken.loss(),
         "lr": settings.lr,
         "momentum": settings.momentum,
         "global_batch_size": settings.count,
         "resolution": settings.resolution,
         "images_per_s": settings.count / seconds,
     }
-    if run.state.precision.scaler.is_enabled():
-        event |= {"loss_scale": run.state.precision.scaler.get_scale(), "skipped_steps": run.state.skipped_steps}
+    if run.state.precision.loss_scale:
+        event |= {"loss_scale": run.state.precision.loss_scale.value, "skipped_steps": run.state.skipped_steps}
     return event | (run.exchange_report() if run.exchange_report else {})
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from megabatch.comm.launch import World
 from megabatch.data.loader import Batch
+from megabatch.train.capture import CapturedStep
 from megabatch.train.precision import Precision
 
 
@@ -80,9 +81,25 @@ class WeightAverage(Protocol):
         ...
 
 
+class WireScales(Protocol):
+    """By what gradients in fp16 are multiplied on their way between workers (comm/wire.py); equal on all of them."""
+
+    def state_dict(self) -> dict[int, float]:
+        """Plain numbers, by bucket."""
+        ...
+
+    def load_state_dict(self, kept: dict[int, float]) -> None:
+        """Inverse of `state_dict`."""
+        ...
+
+
 @dataclass
 class TrainState:
-    """Mutable: the weights, the optimizer, and how far the run is. Position in the data is `samples_seen`."""
+    """Mutable: the weights, the optimizer, and how far the run is. Position in the data is `samples_seen`.
+
+    What error feedback on the wire has kept is left out: it is another on every worker, and as large as the gradients,
+    and a checkpoint continues on any number of workers.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -93,6 +110,14 @@ class TrainState:
     samples_seen: int = 0
     best_top1: float = 0.0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    wire_scales: WireScales | None = None
+    _saved_scales: dict[int, float] = field(default_factory=dict)
+
+    def keep_wire_scales(self, scales: WireScales) -> None:
+        """Makes the exchange's scales part of the state, and goes on with those that a checkpoint held."""
+        self.wire_scales = scales
+        scales.load_state_dict(self._saved_scales)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it back."""
@@ -106,6 +131,7 @@ class TrainState:
             "samples_seen": self.samples_seen,
             "best_top1": self.best_top1,
             "skipped_steps": self.skipped_steps,
+            "wire_scales": self.wire_scales.state_dict() if self.wire_scales else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +145,7 @@ class TrainState:
             self.batch_policy.load_state_dict(state["batch_policy"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.best_top1, self.skipped_steps = state["best_top1"], state["skipped_steps"]
+        self._saved_scales = state.get("wire_scales", {})
 
 
 @dataclass(frozen=True)
@@ -166,3 +193,4 @@ class Run:
     max_steps: int | None = None
     stop_requested: Callable[[], bool]
     exchange_report: Callable[[], dict[str, Any]] | None = None
+    captured: CapturedStep | None = None  # of train/update.py's `captured_work`; None: every step is taken as written

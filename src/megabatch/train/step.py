@@ -45,20 +45,22 @@ def accumulate_gradients(
     *,
     world_size: int,
 ) -> Tensor:
-    """Leaves the global mean gradient in `.grad` on every worker; returns this worker's loss sum (0-d, float64).
+    """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
 
+    Returns this worker's loss sum (0-d, float64, on the batches' device); reads nothing back from there.
     DistributedDataParallel averages over workers, hence the factor `world_size`; it exchanges during the last
     micro-batch's backward alone.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    for number in range(num_micro_batches):
-        batch = next(batches)
-        exchanges = number == num_micro_batches - 1
-        with contextlib.nullcontext() if exchanges else _without_exchange(model):
-            loss = forward_loss(model, batch, objective)
-            torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
-        loss_sum = loss_sum + loss.detach().to("cpu", torch.float64)
-    return loss_sum
+    losses = []
+    with objective.precision.kept_casts():
+        for number in range(num_micro_batches):
+            batch = next(batches)
+            exchanges = number == num_micro_batches - 1
+            with contextlib.nullcontext() if exchanges else _without_exchange(model):
+                loss = forward_loss(model, batch, objective)
+                torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
+            losses.append(loss.detach())
+    return torch.stack(losses).double().sum()
 
 
 def accumulate_and_measure(
@@ -72,32 +74,31 @@ def accumulate_and_measure(
     """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
 
     The micro-batch is the estimator's small batch; it is a recipe value (one batch-norm span), so that the measured
-    noise scale does not depend on the number of workers.
+    noise scale does not depend on the number of workers. Norms are of gradients without the loss scale.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, sum of |g_b|^2, micro-batches, samples in them
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, |g_b|^2, micro-batches, samples in them
+    scale = objective.precision.loss_scale.value if objective.precision.loss_scale else 1.0
     for _ in range(num_micro_batches):
         batch = next(batches)
         with _without_exchange(model):
             loss = forward_loss(model, batch, objective)
-            torch.autograd.backward(loss / objective.global_count)
+            torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
         gradients = [_gradient(p) for p in parameters]
         torch._foreach_add_(total, gradients)
-        share = objective.global_count / max(1, batch.count)
+        share = objective.global_count / max(1, batch.count) / scale
         norm = _squared_norm(gradients) * share**2
-        sums += torch.tensor([float(loss.detach()), norm, 1.0, batch.count], dtype=torch.float64)
+        sums += sums.new_tensor([float(loss.detach()), norm, 1.0, batch.count])
         for parameter in parameters:
             parameter.grad = None
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = sum_over_workers(gradient, world)
     loss_sum = sums[0].clone()
     sum_over_workers(sums, world)
-    count = float(sums[2])
-    sample = NoiseSample(
-        float(sums[1]) / count, float(sums[3]) / count, _squared_norm(total), float(objective.global_count)
-    )
-    return loss_sum, sample
+    _, squares, count, samples = sums.tolist()
+    global_sq_norm = _squared_norm(total) / scale**2
+    return loss_sum, NoiseSample(squares / count, samples / count, global_sq_norm, float(objective.global_count))
 
 
 def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
@@ -111,16 +112,6 @@ def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor
         mixed_labels=batch.mixed_labels,
         mix_weight=batch.mix_weight,
     )
-
-
-def first_not_finite(module: nn.Module) -> str:
-    """Name of the first parameter, from the input on, whose gradient or value is not finite; "the loss" if none is."""
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return f"the gradient of {name}"
-        if not bool(torch.isfinite(parameter).all()):
-            return f"the weights of {name}"
-    return "the loss"
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
