@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megabatch import recipes
 from megabatch.build.data import build_eval_loader, build_train_loader, fit_to_data, open_data
 from megabatch.comm.launch import World
+from megabatch.data.arrays import ArraySource
+from megabatch.data.folder import FolderSource
 from megabatch.data.pack import pack
 from megabatch.data.remote_shards import RemoteShards
 from megabatch.errors import DataError, SiteError
@@ -130,3 +133,60 @@ def test_a_share_of_bad_images_is_borne_only_where_the_site_says_so(tmp_path):
         else:
             assert loader.load(range(24), resolution=8).num_replaced == 1
         loader.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"decode": "gpu"}, r"--decode gpu was given, needed: a GPU to train on; --decode cpu .* works"),
+        ({"decoded_cache_gib": 2.0}, r"--decoded-cache-gib 2 was given, needed: a GPU"),
+        ({"decode": "cpu", "decoded_cache_gib": 2.0}, r"--decoded-cache-gib 0 works"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(monkeypatch, options, said):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SiteError, match=said):
+        open_data(photos(), Site(data=PHOTOS, **options))
+
+
+def test_decoding_on_a_gpu_is_refused_without_torchvision_and_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("megabatch.build.data.has_torchvision", lambda: False)
+    with pytest.raises(SiteError, match="needed: a torchvision built for this torch; --decode cpu"):
+        open_data(photos(), Site(data=PHOTOS, decode="gpu"))
+    with pytest.raises(SiteError, match="needed: a GPU to train on"):
+        open_data(photos(), Site(data=PHOTOS, decode="gpu", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("decode", "device", "threads", "torchvision", "cache_gib", "by_gpu"),
+    [
+        ("auto", "cpu", 2, True, 0, False),
+        ("auto", "cuda", 2, False, 0, False),
+        ("auto", "cuda", 2, True, 0, True),
+        ("auto", "cuda", 16, True, 0, False),
+        ("auto", "cuda", 16, True, 3, True),
+        ("cpu", "cuda", 2, True, 0, False),
+        ("gpu", "cuda", 16, True, 0, True),
+    ],
+)
+def test_a_gpu_decodes_where_it_is_asked_to_or_where_cores_are_few(
+    monkeypatch, decode, device, threads, torchvision, cache_gib, by_gpu
+):
+    made = []
+    monkeypatch.setattr(
+        "megabatch.build.data.GpuDecoder", lambda device, **options: made.append((device.type, options)) or "decoder"
+    )
+    monkeypatch.setattr("megabatch.build.data.has_torchvision", lambda: torchvision)
+    for loader in ("TrainLoader", "EvalLoader"):
+        monkeypatch.setattr(f"megabatch.build.data.{loader}", lambda *_, **options: options["gpu_decoder"])
+    world, site = World(device=torch.device(device)), Site(decode=decode, decode_threads=threads)
+    site = dataclasses.replace(site, decoded_cache_gib=cache_gib)
+    source = FolderSource(PHOTOS / "train")
+    train = build_train_loader(photos(), site, source, world=world)
+    evaluation = build_eval_loader(photos(), site, source, world=world)
+    assert train == evaluation == ("decoder" if by_gpu else None)
+    expected = [{"channels": 3, "cache_bytes": int(gib * 2**30)} for gib in (cache_gib, 0)]
+    assert made == ([(device, options) for options in expected] if by_gpu else [])
+    pixels = ArraySource(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ("a",))
+    assert build_train_loader(photos(), site, pixels, world=world) is None
