@@ -23,6 +23,7 @@ import gpu_kernels
 import gpu_steps
 from gpu_session import Session, guarded
 from megabatch.kernels import has_triton
+from megabatch.kernels.tuning import Table, use_table
 from megabatch.observe.environment import describe
 
 LIMIT_S = 520.0
@@ -37,8 +38,9 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "conv1x1": gpu_kernels.convolutions,
     "profile": gpu_steps.profile,
     "step": gpu_steps.step_speed,
+    "choices": gpu_steps.choices,
 }
-"""In the order in which they run; whole steps last, as they take what time is left."""
+"""In the order in which they run; whole steps near the end, as they take what time is left."""
 
 
 def main() -> None:
@@ -46,6 +48,7 @@ def main() -> None:
     options = _options()
     torch.backends.cudnn.benchmark = True  # for torch's convolutions and ours alike
     session = Session(torch.device(options.device), options.quick, options.output, options.limit)
+    use_table(Table(gpu_steps.tables(session)))
     session.add("environment", "machine", triton=_triton_version(), machine=platform.machine(), **describe())
     for name in options.section or SECTIONS:
         guarded(session, name, "whole section", lambda name=name: SECTIONS[name](session))
@@ -60,7 +63,11 @@ def line(result: dict[str, Any]) -> str:
     for problem in ("error", "skipped"):
         if problem in result:
             return f"{start} {problem}: {result[problem]}"[:180]
-    parts = []
+    parts = [f"{result['way']}"] if "way" in result else []
+    if "bytes_per_image" in result:
+        parts.append(f"{result['bytes_per_image'] / 1e6:.1f} MB an image")
+    if "total_ms" in result:
+        parts.append(f"{result['total_ms']:9.3f} ms in {result['calls']} calls")
     if "median_ms" in result:
         first, third = result["quartiles_ms"]
         parts.append(f"{result['median_ms']:9.3f} ms ({first:.3f} .. {third:.3f})")
@@ -68,6 +75,7 @@ def line(result: dict[str, Any]) -> str:
         parts.append(f"{result['images_per_s']:,.0f} images/s")
     for name, words in (
         ("of_copy_rate", "of copy"),
+        ("of_product_rate", "of a product"),
         ("of_fused_floor", "of the fused floor"),
         ("share", "of the step"),
     ):

@@ -1,17 +1,28 @@
 """Sections of `gpu.py` about whole training steps: their speed, their kernels, and their gradients."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from gpu_models import Fused, Step, fused_step, has_torchvision, our_model, plain_step, torchvision_model
+from gpu_models import (
+    Half,
+    Step,
+    fusion_here,
+    half_step,
+    has_torchvision,
+    our_model,
+    plain_step,
+    torchvision_model,
+)
 from gpu_session import Session, free, graph_of, guarded
+from gpu_traffic import Kernel, Traffic, by_kind
 from harness import measure
-from megabatch.kernels import fused_cross_entropy_sum
-from megabatch.nn import cross_entropy_sum
+from megabatch.kernels import Backend
+from megabatch.nn import Fusion, cross_entropy_sum, set_fusion
 
 BATCHES = (1024, 32, 256, 64, 16)
 COMPILE_S, EAGER_S = 75.0, 15.0
@@ -21,11 +32,10 @@ ELEMENTS = 11.1e6
 """Convolution outputs of one image at 224 px, and how often a fully fused step must move them (docs/decisions/0005)."""
 
 
-def batch(session: Session, count: int, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Random images and labels; a fourth channel is 0."""
+def batch(session: Session, count: int) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
     pixels = 32 if session.quick else 224
     images = session.images(count, 3, pixels, torch.float32)
-    images = functional.pad(images, (0, 0, 0, 0, 0, channels - 3)).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (count,), device=session.device, generator=torch.Generator(session.device))
     return images, labels
 
@@ -47,21 +57,30 @@ def _ways(session: Session, count: int, *, compiled: bool) -> Iterator[tuple[str
     if compiled and not session.is_cuda:
         return  # minutes of compiling on a CPU tell nothing about a GPU
 
-    def fused() -> Step:
-        own = Fused(our_model(session.device, quick=session.quick), span=count, dtype=dtype)
-        images, labels = batch(session, count, channels=4)
-        return fused_step(own, images.to(dtype), labels)
+    def own(fusion: Fusion) -> nn.Module:
+        model = our_model(session.device, quick=session.quick)
+        set_fusion(model, fusion)
+        return model
 
-    def plain(model: Callable[..., nn.Module]) -> Step:
-        own = model(session.device, quick=session.quick)
-        return plain_step(own, *batch(session, count), dtype, compiled=compiled)
+    def plain(model: nn.Module, backend: Backend = "reference") -> Step:
+        return plain_step(model, *batch(session, count), dtype, compiled=compiled, backend=backend)
 
     kind = "compiled" if compiled else "eager"
+    fusion = fusion_here(session.device)
     if not compiled:
-        yield "ours fused", fused
+        yield "ours fused, 16-bit weights, LARS", lambda: fused_step(session, count)
+        yield "ours fused", lambda: plain(own(fusion), "auto")
     if has_torchvision():
-        yield f"torchvision {kind}", lambda: plain(torchvision_model)
-    yield f"ours {kind}", lambda: plain(our_model)
+        yield f"torchvision {kind}", lambda: plain(torchvision_model(session.device, quick=session.quick))
+    yield f"ours {kind}", lambda: plain(own("plain"))
+
+
+def fused_step(session: Session, count: int) -> Step:
+    """The fastest step there is here."""
+    dtype = torch.float16 if session.is_cuda else torch.bfloat16
+    half = Half(our_model(session.device, quick=session.quick), dtype, fusion_here(session.device))
+    images, labels = batch(session, count)
+    return half_step(half, images.to(dtype), labels)
 
 
 def _timed(session: Session, case: str, count: int, make: Callable[[], Step]) -> None:
@@ -88,24 +107,63 @@ def _add(session: Session, case: str, count: int, work: Step) -> None:
 
 
 def profile(session: Session) -> None:
-    """Which kernels the fused step spends its time in."""
-    if not session.is_cuda:
-        session.add("profile", "kernels of the fused step", skipped="needs a GPU")
-        return
-    own = Fused(our_model(session.device, quick=session.quick), span=1024, dtype=torch.float16)
-    count = 8 if session.quick else 1024
-    images, labels = batch(session, count, channels=4)
-    step = fused_step(own, images.half(), labels)
-    for _ in range(3):
+    """What the fused step spends its time on: each kind of kernel with its bytes and its share of the GPU's limits."""
+    count = 2 if session.quick else 1024
+    step = fused_step(session, count)
+    for _ in range(3 if session.is_cuda else 1):
         step()
+    with Traffic() as traffic:
+        step()
+    moved = traffic.total_bytes()
+    floor = moved / session.ceilings["copy_bytes_per_s"] if "copy_bytes_per_s" in session.ceilings else None
+    session.add("profile", "all that the step moves", bytes=moved, bytes_per_image=moved / count, floor_s=floor)
+    kernels = _kernel_times(step) if session.is_cuda else {}
+    for kind, seconds in sorted(by_kind(kernels).items(), key=lambda item: -item[1].seconds):
+        _add_kind(session, traffic, kind, seconds, sum(kernel.seconds for kernel in kernels.values()))
+    for kind in sorted(set(traffic.work) - set(by_kind(kernels))):
+        session.add("profile", f"{kind}, not timed", calls=traffic.work[kind].calls, bytes=traffic.work[kind].bytes)
+    longest = sorted(kernels.items(), key=lambda item: -item[1].seconds)[:25]
+    for name, kernel in longest:
+        session.add("profile", f"kernel {name[:80]}", calls=kernel.calls, total_ms=1e3 * kernel.seconds)
+
+
+def _kernel_times(step: Step) -> dict[str, Kernel]:
+    """Calls and seconds of each GPU kernel of one step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    rows = sorted(trace.key_averages(), key=lambda row: -row.device_time_total)
-    total = sum(row.device_time_total for row in rows)
-    for row in rows[:40]:
-        share = row.device_time_total / total
-        session.add("profile", row.key[:90], calls=row.count, total_ms=row.device_time_total / 1e3, share=share)
+    rows = [row for row in trace.key_averages() if row.device_time_total]
+    return {row.key: Kernel(row.count, row.device_time_total / 1e6) for row in rows}
+
+
+def _add_kind(session: Session, traffic: Traffic, kind: str, kernel: Kernel, total_s: float) -> None:
+    """One kind with what it moved and multiplied, as shares of a copy's and of a product's rate."""
+    facts: dict[str, Any] = {"calls": kernel.calls, "total_ms": 1e3 * kernel.seconds, "share": kernel.seconds / total_s}
+    work = traffic.work.get(kind)
+    if work is not None:
+        rate = work.bytes / kernel.seconds
+        facts |= {"bytes": work.bytes, "bytes_per_s": rate, "flop_per_s": work.flop / kernel.seconds}
+        if "copy_bytes_per_s" in session.ceilings:
+            facts["of_copy_rate"] = rate / session.ceilings["copy_bytes_per_s"]
+        if "flop_per_s" in session.ceilings:
+            facts["of_product_rate"] = work.flop / kernel.seconds / session.ceilings["flop_per_s"]
+    session.add("profile", kind, **facts)
+
+
+def choices(session: Session) -> None:
+    """Which way the fused steps took for each part and shape, by measuring here."""
+    found = {
+        key: way for path in sorted(tables(session).glob("*.json")) for key, way in json.loads(path.read_text()).items()
+    }
+    for key, way in found.items():
+        session.add("choices", key, way=way)
+    if not found:
+        session.add("choices", "of convolutions", skipped="nothing was measured: that needs a GPU")
+
+
+def tables(session: Session) -> Path:
+    """Where the choices of this run are kept, so that each run measures for itself."""
+    return session.output / "kernels"
 
 
 def gradients(session: Session) -> None:
@@ -114,43 +172,32 @@ def gradients(session: Session) -> None:
     count, pixels = (4, 64) if session.quick else (16, 128)
     images = session.images(count, 3, pixels, torch.float32).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(count, device=session.device)
-    exact = _gradients_in_float64(session, images, labels)
-    plain = _gradients_under_autocast(session, images, labels, dtype)
+    exact = _gradients(session, images.double(), labels, "plain", torch.float64)
+    plain = _gradients(session, images, labels, "plain", dtype)
     free()
-    ours = _gradients_of_fused(session, images, labels, dtype)
+    ours = _gradients(session, images, labels, fusion_here(session.device), dtype)
     for name, found in (("plain autocast", plain), ("fused", ours)):
         errors = {key: _error(found[key], exact[key]) for key in exact}
-        whole = _error(torch.cat([g.flatten().double() for g in found.values()]), _flat(exact))
-        worst = sorted(errors, key=lambda key: -errors[key])[:5]
+        parts = {key: ".".join(key.split(".")[:2]) if key.startswith("layer") else key.split(".")[0] for key in exact}
+        blocks = {
+            part: _error(*(_flat({key: g[key] for key in exact if parts[key] == part}) for g in (found, exact)))
+            for part in dict.fromkeys(parts.values())
+        }
         median = sorted(errors.values())[len(errors) // 2]
-        facts = {"of_all": whole, "median": median, "worst": {key: errors[key] for key in worst}}
+        facts = {"of_all": _error(_flat(found), _flat(exact)), "median": median, "blocks": blocks, "tensors": errors}
         session.add("gradients", f"{name}, {dtype}, against float64", **facts)
 
 
-def _model(session: Session) -> nn.Module:
-    """Without a branch that starts at 0, behind which every gradient would be 0."""
-    return our_model(session.device, quick=session.quick, zero_gamma=False)
-
-
-def _gradients_in_float64(session: Session, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    model = _model(session).double()
-    return _backward(model, cross_entropy_sum(model(images.double()), labels, label_smoothing=0.1) / len(labels))
-
-
-def _gradients_under_autocast(
-    session: Session, images: Tensor, labels: Tensor, dtype: torch.dtype
+def _gradients(
+    session: Session, images: Tensor, labels: Tensor, fusion: Fusion, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    model = _model(session)
-    with torch.autocast(session.device.type, dtype=dtype):
+    """Of the mean loss. Branches begin small: at 0 nothing would pass them, at 1 rounding grows from block to block."""
+    model = our_model(session.device, quick=session.quick, last_norm=0.2).to(images.dtype)
+    set_fusion(model, fusion)
+    with torch.autocast(session.device.type, dtype=dtype, enabled=dtype != torch.float64):
         logits = model(images)
-    return _backward(model, cross_entropy_sum(logits, labels, label_smoothing=0.1) / len(labels))
-
-
-def _gradients_of_fused(session: Session, images: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    own = Fused(_model(session), span=len(labels), dtype=dtype)
-    padded = functional.pad(images, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
-    logits = own.model(padded.to(dtype))
-    return _backward(own.model, fused_cross_entropy_sum(logits, labels, label_smoothing=0.1) / len(labels))
+    backend: Backend = "reference" if fusion == "plain" else "auto"
+    return _backward(model, cross_entropy_sum(logits, labels, label_smoothing=0.1, backend=backend) / len(labels))
 
 
 def _backward(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -164,7 +211,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def fastest(session: Session) -> list[str]:
