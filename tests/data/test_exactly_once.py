@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabatch.data.loader import TrainLoader
+from megabatch.data.loader import EvalLoader, TrainLoader
 from megabatch.data.order import micro_batches, shards_ahead, stream_samples
 from megabatch.data.pack import pack
 from megabatch.data.shards import ShardSource
@@ -141,3 +141,13 @@ def test_the_training_loader_announces_a_window_and_the_next_before_it_reads_the
     source.told = []
     in_any_order.load(range(4), resolution=8)
     assert source.told == []
+
+
+def test_the_evaluation_loader_announces_the_shard_it_reads_and_the_next(packed):
+    source = Announced(sorted(packed.glob("train-*.tar")))
+    source.reads, source.told = [], []
+    loader = EvalLoader(source, resolution=8, decode_threads=1, prefetch_batches=1, **COLOR)
+    assert sum(batch.count for batch in loader.batches(0, len(source), 1)) == len(source)
+    loader.close()
+    last = len(source.shard_sizes) - 1
+    assert source.told == [[shard, shard + 1] for shard in range(last)] + [[last]]

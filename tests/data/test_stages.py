@@ -70,6 +70,12 @@ def test_advice_follows_from_what_was_measured(source, monkeypatch):
     assert "max-side" not in advice(source, "decode at the crop", baseline)
     assert "100% are progressive" in advice(source, "decode at the crop", progressive)
     assert "progressive" not in advice(source, "decode at the crop", baseline)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--decode gpu" not in advice(source, "decode at the crop", baseline)
+    for there, said in ((False, "once torchvision is installed"), (True, "leaves it to the GPU")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(stages, "has_torchvision", lambda there=there: there)
+        assert advice(source, "decode at the crop", baseline).endswith(said)
     assert "data pack" in advice(source, "read", baseline)
     assert "disk" in advice(source, "read", baseline, wall_s=9.0)
     assert "disk" not in advice(source, "read", baseline)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megabatch.data import _jpegcrop, augment, crops
 from megabatch.data.decode import MAX_PIXELS, decode, decode_crop, image_size, resize_box
 from megabatch.data.formats import sniff
+from megabatch.data.gpu_decode import has_torchvision
 from megabatch.data.loader import TrainLoader
 from megabatch.data.prefetch import usable_cores
 from megabatch.data.source import EncodedSource
@@ -237,7 +238,7 @@ def _advice(
     if bottleneck == READ:
         return list(_advice_on_reading(read, source))
     if bottleneck == DECODE_CROP:
-        return [*_advice_on_decoding(samples, resolution), "more cores: decoding scales with them"]
+        return [*_advice_on_decoding(samples, resolution), *_advice_on_hardware()]
     if bottleneck == AUGMENT:
         return ["a GPU takes over augmentation; on a CPU, recipes without colour jitter and mixing cost less"]
     return ["memory bandwidth is what limits; smaller batches that stay in the caches may help"]
@@ -262,6 +263,12 @@ def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator
     others = sum(not _is_baseline(sample.data) for sample in samples) / len(samples)
     if others > 0.2:
         yield f"{others:.0%} are progressive JPEGs or other formats, which are slow: `megabatch data pack --quality 90`"
+
+
+def _advice_on_hardware() -> Iterator[str]:
+    yield "more cores: decoding scales with them"
+    if torch.cuda.is_available():
+        yield "`--decode gpu` leaves it to the GPU" + ("" if has_torchvision() else ", once torchvision is installed")
 
 
 def _is_baseline(data: bytes) -> bool:
