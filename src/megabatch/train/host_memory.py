@@ -30,7 +30,7 @@ def keep_freed_memory(num_workers: int = 1) -> str | None:
     if library is None:
         return None
     library.mallopt(_M_MMAP_MAX, 0)  # or large blocks come from mmap, and go back to it
-    library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    library.mallopt(_M_TRIM_THRESHOLD, -1)  # never
     library.mallopt(_M_TOP_PAD, _GROWTH)
     available = available_bytes()
     room = min(_MOST_RESERVED, (available or 0) // 2 // max(1, num_workers))

@@ -1,0 +1,116 @@
+"""How fast a whole training step is on a CPU, beside torchvision's and timm's models in plain scripts.
+
+    python benchmarks/step.py --output benchmarks/out [--model resnet50|resnet18] [--case NAME ...] [--repeats 9]
+
+ResNet-50 at 224 px with 32 images and ResNet-18 at 32 px (3x3 stem) with 128: forward, cross entropy with label
+smoothing, backward, SGD with momentum. Every contender is a process of its own (`step_cases.py`); they are warm before
+the first round, take turns in an order drawn anew each round, and wait idle in between. torchvision's compiled
+operators need not load: only its Python models are used, and timm's same network where there are none.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import Timing, record, table, write_lines
+from step_cases import SETTINGS, cases
+
+BASELINE = "torchvision eager fp32"
+HERE = Path(__file__).resolve().parent
+
+
+class Contender:
+    """A process that takes a step when it is told to."""
+
+    def __init__(self, case: str, model: str) -> None:
+        command = [sys.executable, str(HERE / "step_cases.py"), case, model]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        own = {"GOMP_SPINCOUNT": "1000"} if case.startswith("megabatch") else {}  # as the command line sets it
+        self.process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | own, **pipes)
+        self.answer = self._line().split()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def end(self) -> float:
+        """Ends the process; its peak memory in MiB."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        peak = float(self._line())
+        self.process.wait()
+        return peak
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} ended without an answer")  # type: ignore[arg-type]
+        return line
+
+
+def race(model: str, names: Sequence[str], *, repeats: int) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
+    """Seconds of each step of each contender, and facts about each."""
+    contenders = {}
+    for name in names:
+        print(f"warming up: {name}", file=sys.stderr, flush=True)
+        contenders[name] = Contender(name, model)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    generator = random.Random(0)
+    for _ in range(repeats):
+        for name in generator.sample(list(names), len(names)):
+            seconds[name].append(contenders[name].step())
+    facts = {}
+    for name, contender in contenders.items():
+        _, parameters, threads = contender.answer
+        facts[name] = {"parameters": float(parameters), "threads": float(threads), "peak_mib": contender.end()}
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}, facts
+
+
+def main() -> None:
+    """Races the models asked for, prints tables, writes one JSON line per contender."""
+    options = _options()
+    for model in options.model or SETTINGS:
+        names = [*dict.fromkeys([*(options.case or cases(model)), BASELINE])]
+        timings, facts = race(model, names, repeats=options.repeats)
+        images = SETTINGS[model]["batch"]
+        records = [
+            record(
+                "step",
+                name,
+                timing,
+                parameters={"model": model, **SETTINGS[model], "images_per_s": images / timing.median_s, **facts[name]},
+                baseline=(BASELINE, timings[BASELINE]),
+                packages=("timm", "torchvision"),
+            )
+            for name, timing in sorted(timings.items(), key=lambda item: item[1].median_s)
+        ]
+        write_lines(options.output / f"step_{model}.jsonl", records)
+        print(f"{model}, {images} images of {SETTINGS[model]['pixels']} px", flush=True)
+        print(table(records), flush=True)
+        for values in records:
+            about = values["parameters"]
+            print(
+                f"{values['case']:<40} {about['images_per_s']:7.2f} images/s, {1 / values['ratio']:5.2f} x as fast as "
+                f"{BASELINE}, peak {about['peak_mib']:,.0f} MiB"
+            )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON lines")
+    parser.add_argument("--model", action="append", choices=tuple(SETTINGS), help="may be given several times")
+    parser.add_argument("--case", action="append", choices=tuple(cases("resnet50")), help="may be given several times")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each contender")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

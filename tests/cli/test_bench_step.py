@@ -1,0 +1,71 @@
+"""`megabatch bench step` as a person meets it, and how it ranks what it measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megabatch import recipes
+from megabatch.cli.bench_step import Measured, Way, table, ways_to_measure
+from megabatch.site import Site
+
+QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "megabatch", "bench", "step", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def test_every_way_is_measured_and_the_fastest_ones_options_are_named(tmp_path):
+    done = bench("fashion_mnist", *QUICK, "--output", tmp_path / "step.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["images"] == 16
+    assert "torch" in str(written["environment"])
+    names = [way["way"] for way in written["ways"]]
+    assert names == ["fp32", "bf16", "bf16 in micro-batches of 8", "bf16 in micro-batches of 4"]
+    assert [way["micro_batch_size"] for way in written["ways"]][2:] == [8, 4]
+    for way in written["ways"]:
+        assert len(way["seconds"]) >= 3
+        assert way["way"] in done.stdout
+        assert f"warming up: {way['way']}" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("fastest: ")
+    assert "megabatch train fashion_mnist --precision" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["no_such"], ["fashion_mnist", "--device", "tpu"]])
+def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_options_named_are_those_that_make_the_site():
+    recipe = recipes.get("fashion_mnist")
+    for way in ways_to_measure(recipe, 512, device="cuda", compiled=True):
+        site = Site()
+        words = dict(
+            pair.split(" ", 1) if " " in pair else (pair, True) for pair in way.options.removeprefix("--").split(" --")
+        )
+        for key in ("precision", "capture"):
+            assert str(getattr(way.site, key)) == words.get(key, getattr(site, key))
+        assert way.site.compile is bool(words.get("compile", False))
+        assert str(way.site.micro_batch_size or "") == words.get("micro-batch-size", "")
+
+
+def test_micro_batches_hold_whole_spans():
+    recipe = recipes.get("fashion_mnist")
+    sizes = [w.site.micro_batch_size for w in ways_to_measure(recipe, 1024, device="cpu", compiled=False)]
+    assert [size for size in sizes if size] == [512, 256, 128]
+
+
+def test_what_does_not_work_comes_last_with_its_reason():
+    good = Measured(Way("slow", Site(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
+    better = Measured(Way("quick", Site(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
+    broken = Measured(Way("compiled", Site(), "--compile"), error="no compiler")
+    lines = table([broken, good, better], 16, "photos").splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["quick", "slow", "compiled"]
+    assert "no compiler" in lines[3]
+    assert lines[4] == "fastest: quick; megabatch train photos --precision bf16"

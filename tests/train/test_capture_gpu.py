@@ -1,0 +1,106 @@
+"""Captured steps on a GPU: they compute what the steps as written compute. Skipped without one."""
+
+import functools
+
+import pytest
+import torch
+
+from megabatch.build.run import open_run
+from megabatch.comm.launch import World
+from megabatch.nn import cross_entropy_sum, resnet8
+from megabatch.optim import LARS, SGD, param_groups
+from megabatch.site import Site
+from megabatch.train.capture import CapturedStep
+from megabatch.train.loop import train
+from megabatch.train.readback import Readback
+from tiny_run import tiny_data, tiny_recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def steps(optimizer_class, *, captured):
+    """Losses and weights of eight steps, the rate changing at each, the batch at the fifth."""
+    torch.manual_seed(0)
+    model = resnet8(num_classes=5, width=8).cuda().to(memory_format=torch.channels_last)
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer = optimizer_class(param_groups(model, weight_decay=1e-4), lr, capturable=True)
+
+    def step(images, labels):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            logits = model(images)
+        loss = cross_entropy_sum(logits, labels) / len(labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    call = CapturedStep(step, warmup=2) if captured else step
+    generator = torch.Generator("cuda").manual_seed(1)
+    losses = []
+    for number in range(12):
+        count = 16 if number < 6 else 8
+        images = torch.randn(count, 1, 12, 12, device="cuda", generator=generator)
+        lr.fill_(0.1 / (1 + number))
+        losses.append(call(images.expand(-1, 3, -1, -1).contiguous(), torch.arange(count, device="cuda") % 5).clone())
+    return torch.stack(losses).tolist(), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("optimizer_class", [SGD, LARS])
+def test_replayed_steps_equal_steps_as_written(optimizer_class):
+    plain_losses, plain_weights = steps(optimizer_class, captured=False)
+    losses, weights = steps(optimizer_class, captured=True)
+    assert losses == pytest.approx(plain_losses, rel=1e-2)
+    torch.testing.assert_close(weights, plain_weights, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_captured_run_trains_what_an_uncaptured_one_trains(tmp_path, precision):
+    recipe, losses, graphs = tiny_recipe(total_epochs=3.0), {}, {}
+    for capture in ("off", "on"):
+        losses[capture] = []
+        site = Site(precision=precision, micro_batch_size=24, capture=capture)
+        with open_run(
+            recipe,
+            site,
+            tiny_data(recipe),
+            world=World(device=torch.device("cuda", 0)),
+            folder=tmp_path / capture,
+            stop_requested=lambda: False,
+            quiet=True,
+        ) as run:
+            inner = run.log
+            run.log = functools.partial(_note, inner, losses[capture])
+            train(run)
+            graphs[capture] = run.captured.num_graphs if run.captured else 0
+    assert graphs == {"off": 0, "on": 1}
+    assert losses["on"] == pytest.approx(losses["off"], rel=2e-2)
+
+
+def _note(inner, losses, event):
+    inner(event)
+    if event["event"] == "step":
+        losses.append(event["loss"])
+
+
+def test_values_are_read_as_they_were_when_asked_for():
+    values = torch.tensor([1.0, 2.0], device="cuda")
+    readback = Readback(values)
+    values.fill_(9.0)
+    assert readback.is_late
+    assert readback.read() == [1.0, 2.0]
+
+
+def test_nothing_waits_for_the_device_in_a_captured_step():
+    x = torch.ones(4, device="cuda")
+    step = CapturedStep(lambda t: t * 2, warmup=1)
+    for _ in range(3):
+        step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.tolist() == [2.0] * 4
