@@ -189,7 +189,7 @@ class MultiTensorOptimizer(Optimizer):
 
     def _write_copies(self, parameters: list[Tensor]) -> None:
         """What the kernel does in the same pass."""
-        copied = [p for p in parameters if p in self.copies]
+        copied = [p for p in parameters if p in self.copies] if self.copies else []
         if copied:
             torch._foreach_copy_([self.copies[p] for p in copied], copied)
 
