@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from megabatch.build.model import apply_settings, build_model, build_optimizer
 from megabatch.build.run import open_run
 from megabatch.build.schedule import settings_at
-from megabatch.build.site import check, choose_capture, choose_precision
+from megabatch.build.site import check, choose_capture
 from megabatch.comm.launch import World
 from megabatch.errors import DivergedError, SiteError
 from megabatch.observe.events import read_events

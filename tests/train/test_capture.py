@@ -116,7 +116,7 @@ def test_captured_or_not_any_sequence_of_calls_computes_the_same(sizes, warmup, 
 
 
 class Refusing(StandIn):
-    def record(self, work):
+    def record(self, _):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 

@@ -79,7 +79,7 @@ def test_casts_kept_over_micro_batches_give_the_same_gradients():
             accumulate_gradients(model, iter(parts), len(parts), Objective(8, 0.0, precision), world_size=1)
             with torch.no_grad():
                 for p in model.parameters():
-                    p -= 0.1 * p.grad
+                    p.sub_(0.1 * p.grad)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].norm() > 0.1
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
