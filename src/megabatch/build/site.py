@@ -36,6 +36,7 @@ def check(recipe: Recipe, site: Site, *, world_size: int, device: torch.device) 
     """The micro-batch size; RecipeError or SiteError if recipe and site do not fit together."""
     validate(recipe)
     choose_precision(site, device)
+    choose_capture(recipe, site, World(world_size=world_size, device=device))
     micro_batch_size = choose_micro_batch(recipe, site, world_size=world_size, device=device)
     if recipe.max_global_batch_size and micro_batch_size != recipe.bn_span:
         raise SiteError(

@@ -113,7 +113,8 @@ def _check_before_start(recipe: Recipe, site: Site) -> int:
     with contextlib.closing(open_data(recipe, site, on_progress=_say, probe=True)) as data:
         fitted = fit_to_data(recipe, data)
     num_workers = site.workers or default_workers(fitted, site)
-    check(fitted, site, world_size=num_workers, device=torch.device("cpu"))
+    on_gpu = site.device != "cpu" and torch.cuda.is_available()
+    check(fitted, site, world_size=num_workers, device=torch.device("cuda" if on_gpu else "cpu"))
     return num_workers
 
 

@@ -61,7 +61,8 @@ def _mark_for_huge_pages(library: ctypes.CDLL, num_bytes: int) -> bool:
     library.malloc.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = library.malloc(num_bytes) if num_bytes > 2 * _HUGE_PAGE else None
+    strict = _text(_PROC / "sys/vm/overcommit_memory").strip() == "2"  # address space counts as memory there
+    block = library.malloc(num_bytes) if num_bytes > 2 * _HUGE_PAGE and not strict else None
     if not block:
         return False  # no memory to speak of, or the user's limit on address space is lower
     first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
