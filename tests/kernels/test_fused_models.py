@@ -26,7 +26,7 @@ def convolution_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every part of a bottleneck that a kernel can compute is computed by one, with tiles that fit a small net."""
     for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
         monkeypatch.setattr(conv1x1, name, (TILING,))
-    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, "x".join(map(str, TILING)))))
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, TILING.name())))
     yield
     tuning.use_table(None)
 

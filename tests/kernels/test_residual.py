@@ -18,7 +18,7 @@ EPS = 1e-3
 SMALL = conv1x1.Tiling(32, 16, 16, 4, 3)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SHAPE, OUTPUTS, SPAN = (5, 16, 3, 3), 32, 2
-WAYS = {"plain passes": "plain", "convolution kernels": "x".join(map(str, SMALL))}
+WAYS = {"plain passes": "plain", "convolution kernels": SMALL.name()}
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,10 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def name(self) -> str:
+        """Under which a choice of it is kept."""
+        return "x".join(map(str, self))
+
 
 FORWARD_TILINGS = (
     Tiling(128, 64, 64, 4, 4),

@@ -230,7 +230,7 @@ def _take(
     """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings."""
     ways: Mapping[str, Callable[[], Result]] = {tuning.PLAIN: plain}
     if triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight)):
-        ways = {**ways, **{"x".join(map(str, tiling)): partial(fused, tiling) for tiling in tilings}}
+        ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
     rows = x.numel() // x.shape[1]
     sizes = (
         1 << (rows - 1).bit_length(),

@@ -4,6 +4,7 @@ Ways differ in the order of sums, so results are equal bit by bit only for equal
 device and versions; processes that share it agree on what was chosen first.
 """
 
+import functools
 import json
 import os
 import re
@@ -119,6 +120,7 @@ def gpu_seconds(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """A file name for the device with the versions that decide speed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
