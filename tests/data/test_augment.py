@@ -1,7 +1,3 @@
-import os
-import threading
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -155,33 +151,3 @@ def test_every_operation_takes_an_empty_batch(channels):
     assert augment.normalize(images, (0.5,) * channels, (0.5,) * channels, images.float()).shape == images.shape
     floats = augment.jitter(images.float(), none.float(), none.float())
     assert augment.erase(augment.mix(floats, floats, none.float()), boxes).shape == images.shape
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to count threads")
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_a_batch_is_mirrored_and_normalised_in_the_thread_that_calls(memory_format):
-    """torch's own threads would wait, at each of hundreds of operations, for cores that decoding threads hold."""
-    pixels = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8).contiguous(memory_format=memory_format)
-    if memory_format == torch.contiguous_format:
-        pixels = pixels[:, :, :, :96].contiguous()  # an image is still more than torch leaves to one thread
-    out = torch.empty_like(pixels, dtype=torch.float32)
-    seen, threads = [], torch.get_num_threads()
-
-    def work() -> None:
-        seen.append(set(os.listdir("/proc/self/task")))
-        if memory_format == torch.channels_last:
-            augment.flip_some(pixels, [0, 2])
-        augment.normalize(pixels, (0.5,) * 3, (0.5,) * 3, out)
-        seen.append(set(os.listdir("/proc/self/task")))
-        (out + 1).sum()  # shared out: this test can tell
-        seen.append(set(os.listdir("/proc/self/task")))
-
-    torch.set_num_threads(3)
-    try:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-    finally:
-        torch.set_num_threads(threads)
-    assert not seen[1] - seen[0]
-    assert seen[2] - seen[1]

@@ -1,11 +1,14 @@
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
-from megabatch.data.prefetch import in_order
+from megabatch.data.prefetch import in_order, serial_threads
 
 
 @pytest.fixture
@@ -73,3 +76,28 @@ def test_closing_cancels_what_has_not_started_and_waits_for_what_has():
 
 def test_no_requests_give_no_results(threads):
     assert list(in_order(lambda n: n, [], executor=threads, depth=3)) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to count threads")
+def test_torch_works_alone_in_serial_threads_and_as_before_in_others():
+    """In each of many operations it would wait for threads of its own, for which busy cores have no time."""
+
+    def new_threads_of_an_operation() -> int:
+        before = set(os.listdir("/proc/self/task"))
+        torch.ones(1 << 20).mul_(2.0)
+        return len(set(os.listdir("/proc/self/task")) - before)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        serial, others = serial_threads(2, "serial"), ThreadPoolExecutor(1)
+        assert torch.get_num_threads() == 3
+        together = threading.Barrier(2)
+        both = [serial.submit(lambda: (together.wait(), new_threads_of_an_operation())[1]) for _ in range(2)]
+        assert [future.result() for future in both] == [0, 0]
+        assert [serial.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        assert others.submit(new_threads_of_an_operation).result() > 0
+        serial.shutdown()
+        others.shutdown()
+    finally:
+        torch.set_num_threads(threads)

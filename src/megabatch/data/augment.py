@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SERIAL = (1 << 15) - 1
-"""Elements up to which torch works on them in the calling thread. Loaders call from threads beside others that decode:
-with more elements torch would share them out to threads of its own, and wait, at every operation, for the slowest of
-them to get a core. With two cores and two threads that took 3 to 60 times as long."""
-
+_PIECE_ELEMENTS = 1 << 17  # half a megabyte of float32
 _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
 
 
@@ -36,8 +32,7 @@ def flip_some(images: Tensor, which: Sequence[int] | Tensor) -> Tensor:
         images[which] = images[which].flip(3)
         return images
     for i in which:  # torch mirrors one image of interleaved channels ten times faster than an indexed batch of them
-        for piece in torch.split(rows[i], _lines(rows[i])):
-            piece.copy_(piece.flip(1))
+        rows[i] = rows[i].flip(1)
     return images
 
 
@@ -73,7 +68,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: 
     """(x / 255 - mean) / std per channel, written to `out`, in its dtype and memory format; returns `out`.
 
     `mean` and `std` are those of pixels in [0, 1]. On a CPU it goes piece by piece, each of which stays in the
-    processor's cache through all three operations, and in the calling thread.
+    processor's cache through all three operations.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
@@ -81,30 +76,19 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: 
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if channels_last:
         # Lines of width * channels: broadcasting over an innermost dimension of 3 would be five times slower.
-        source, target = (t.permute(0, 2, 3, 1).flatten(2).flatten(0, 1) for t in (images, out))
-        _scale(source, target, scale.repeat(out.shape[3]), shift.repeat(out.shape[3]))
-    elif out.is_cuda or out[:1].numel() <= _SERIAL:
-        _scale(images, out, scale.view(-1, 1, 1), shift.view(-1, 1, 1))
+        source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (images, out))
+        scale, shift = (values.repeat(out.shape[3]) for values in (scale, shift))
     else:
-        for planes, results in zip(images, out, strict=True):
-            for plane, result, factor, summand in zip(planes, results, scale, shift, strict=True):
-                _scale(plane, result, factor, summand)
-    return out
-
-
-def _scale(source: Tensor, out: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """source * scale + shift, in pieces along the first dimension."""
-    step = max(1, len(out)) if out.is_cuda else _lines(out)
-    for piece, result in zip(torch.split(source, step), torch.split(out, step), strict=True):
+        source, target = images, out
+        scale, shift = (values.view(-1, 1, 1) for values in (scale, shift))
+    per_piece = len(out) if out.is_cuda else max(1, _PIECE_ELEMENTS // max(1, out[:1].numel()))
+    for start in range(0, len(out), per_piece):
+        piece, result = source[start : start + per_piece], target[start : start + per_piece]
         if out.dtype == torch.float32:
             result.copy_(piece).mul_(scale).add_(shift)
         else:
             result.copy_(piece.float().mul_(scale).add_(shift))
-
-
-def _lines(tensor: Tensor) -> int:
-    """How many entries of the first dimension torch takes on in one thread."""
-    return max(1, _SERIAL // max(1, tensor[:1].numel()))
+    return out
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from megabatch.data.arrays import ArraySource
 from megabatch.data.batch import Batch, Staging
 from megabatch.data.gpu_decode import GpuDecoder
 from megabatch.data.gpu_reader import GpuReader, ReadSamples
-from megabatch.data.prefetch import in_order, usable_cores
+from megabatch.data.prefetch import in_order, serial_threads, usable_cores
 from megabatch.data.read_ahead import ReadAhead
 from megabatch.data.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
 from megabatch.data.source import EncodedSource
@@ -66,7 +66,7 @@ class BaseLoader:
         # Bytes read ahead, handed on and being finished; images being finished and those in the hands of the caller.
         self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 4)
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
-        self._finish_threads = ThreadPoolExecutor(self._finished_ahead, thread_name_prefix="megabatch-finish")
+        self._finish_threads = serial_threads(self._finished_ahead, "megabatch-finish")
         self._decode_threads = ThreadPoolExecutor(
             decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
         )
