@@ -39,6 +39,16 @@ def cases() -> Iterator[tuple[str, type[Optimizer], dict[str, Any]]]:
 CASES = {name: (kind, values) for name, kind, values in cases()}
 EVERY = pytest.mark.parametrize("case", CASES)
 ONE_OF_EACH = pytest.mark.parametrize("case", ["lars inside_corrected sum", "sgd outside", "lamb", "rmsprop"])
+WITH_NUMBERS_AND_TENSORS = pytest.mark.parametrize(
+    ("case", "in_tensors"),
+    [
+        *((case, False) for case in CASES),
+        *(
+            (case, True)
+            for case in ("lars inside_corrected sum", "lars clip", "sgd inside_corrected", "lamb", "rmsprop")
+        ),
+    ],
+)
 RATES = pytest.mark.parametrize("in_tensors", [False, True])
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.optimizer_cases import (
-    EVERY,
     ONE_OF_EACH,
     RAGGED,
     RATES,
     STEPS,
+    WITH_NUMBERS_AND_TENSORS,
     assert_alike,
     groups,
     make,
@@ -30,8 +30,7 @@ from megabatch.optim import LAMB, LARS, SGD
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-@EVERY
-@RATES
+@WITH_NUMBERS_AND_TENSORS
 def test_three_steps_on_ragged_tensors_are_those_of_the_equations(case: str, in_tensors: bool) -> None:
     sizes = RAGGED[1:3] if in_tensors else RAGGED
     fused, exact = make(case, groups(*sizes), in_tensors=in_tensors, fused=True), reference(case, *sizes)
