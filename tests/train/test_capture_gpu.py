@@ -1,10 +1,13 @@
-"""Captured steps on a GPU: they compute what the steps as written compute. Skipped without one."""
+"""Captured steps and fitted micro-batches on a GPU; skipped without one."""
 
 import functools
 
 import pytest
 import torch
 
+from megabatch.build import micro_batch
+from megabatch.build.micro_batch import fit_micro_batch
+from megabatch.build.model import build_model
 from megabatch.build.run import open_run
 from megabatch.comm.launch import World
 from megabatch.nn import cross_entropy_sum, resnet8
@@ -12,6 +15,7 @@ from megabatch.optim import LARS, SGD, param_groups
 from megabatch.site import Site
 from megabatch.train.capture import CapturedStep
 from megabatch.train.loop import train
+from megabatch.train.precision import Precision
 from megabatch.train.readback import Readback
 from tiny_run import tiny_data, tiny_recipe
 
@@ -104,3 +108,31 @@ def test_nothing_waits_for_the_device_in_a_captured_step():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.tolist() == [2.0] * 4
+
+
+def test_a_trial_finds_a_micro_batch_within_the_memory_and_gives_the_memory_back():
+    recipe = tiny_recipe(global_batch_size=960, num_train_images=960)
+    precision = Precision("bf16", torch.device("cuda", 0))
+    world = World(device=torch.device("cuda", 0))
+    module = build_model(recipe, Site(), world=world, micro_batch_size=recipe.bn_span)
+    before = torch.cuda.memory_allocated()
+    drawn = torch.cuda.get_rng_state()
+    found = fit_micro_batch(recipe, Site(), recipe.bn_span, module, precision, world=world)
+    assert found.size == 960
+    assert "by trial" in found.reason
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(torch.cuda.get_rng_state(), drawn)
+
+
+def test_a_size_that_overflows_is_no_error(monkeypatch):
+    recipe = tiny_recipe(global_batch_size=960, num_train_images=960)
+    world = World(device=torch.device("cuda", 0))
+    module = build_model(recipe, Site(), world=world, micro_batch_size=recipe.bn_span)
+
+    def overflow(module, precision, sample, size):
+        if size > 100:
+            raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(micro_batch, "_forward_and_backward", overflow)
+    precision = Precision("bf16", torch.device("cuda", 0))
+    assert fit_micro_batch(recipe, Site(), recipe.bn_span, module, precision, world=world).size == 64

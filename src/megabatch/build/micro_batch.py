@@ -71,18 +71,19 @@ def _trial_on_gpu(module: nn.Module, precision: Precision, sample: Tensor) -> Ca
     def fits(size: int) -> bool:
         device = sample.device
         torch.cuda.reset_peak_memory_stats(device)
+        overflowed = False
         try:
-            _forward_and_backward(module, precision, sample, size)
+            with torch.random.fork_rng(devices=[device]):  # dropout must draw as if nothing had been tried
+                _forward_and_backward(module, precision, sample, size)
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            module.zero_grad(set_to_none=True)
-            models.discard_step(module)
-            # Blocks that were cut for one size fit another badly.
-            torch.cuda.empty_cache()
+            overflowed = True
+        module.zero_grad(set_to_none=True)
+        models.discard_step(module)
+        peak = torch.cuda.max_memory_reserved(device)
+        torch.cuda.empty_cache()  # blocks that were cut for one size fit another badly
         free, total = torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
-        return torch.cuda.max_memory_reserved(device) + others <= (1 - MARGIN) * total
+        return not overflowed and peak + others <= (1 - MARGIN) * total
 
     return fits
 

@@ -58,7 +58,7 @@ def open_run(
         micro_batch = fit_micro_batch(recipe, site, wished, state.module, state.precision, world=world)
         model, report = wrap(recipe, state, site, folder, world=world, stack=stack)
         if world.is_first:
-            choices = (micro_batch.reason, memory, captures.words)
+            choices = (f"micro-batch {micro_batch.reason}", memory, captures.words)
             describe_run(sinks, recipe, site, data, world, micro_batch.size, choices, state, resumed_from)
         loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
         stack.callback(loader.close)

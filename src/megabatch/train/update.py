@@ -170,7 +170,7 @@ def _skip(run: Run, settings: StepSettings) -> None:
 
 def _over_workers(run: Run, loss_sum: Tensor) -> Tensor:
     """(2,) float64: the loss summed over all workers, and how many of them were asked to stop."""
-    return sum_over_workers(torch.stack([loss_sum, loss_sum.new_tensor(float(run.stop_requested()))]), run.world)
+    return sum_over_workers(torch.stack([loss_sum, torch.full_like(loss_sum, float(run.stop_requested()))]), run.world)
 
 
 def _parameters(run: Run) -> list[torch.nn.Parameter]:
