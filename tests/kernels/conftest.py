@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ REPORT = "INTERPRETED_TESTS_REPORT"
 IS_CHILD = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+LONGEST_TEST_S = 170.0
+
 Outcome = dict[str, str]
 CHOSEN = pytest.StashKey[list[str]]()
-OUTCOMES = pytest.StashKey[dict[str, Outcome]]()
+CHILD = pytest.StashKey["Child"]()
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +61,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if IS_CHILD or not is_interpreted(pyfuncitem):
         return None
     stash = pyfuncitem.config.stash
-    if OUTCOMES not in stash:
-        stash[OUTCOMES] = run_in_child(stash[CHOSEN], pyfuncitem.config.rootpath)
-    outcome = stash[OUTCOMES].get(pyfuncitem.nodeid)
-    if outcome is None:
-        pytest.fail("the child process ended before this test", pytrace=False)
+    if CHILD not in stash:
+        stash[CHILD] = Child(stash[CHOSEN], pyfuncitem.config.rootpath)
+    outcome = stash[CHILD].outcome(pyfuncitem.nodeid)
     if outcome["outcome"] == "skipped":
         pytest.skip(outcome["text"])
     if outcome["outcome"] != "passed":
@@ -70,19 +71,50 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-def run_in_child(tests: list[str], root: Path) -> dict[str, Outcome]:
-    """Outcome and failure text of each test."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report"
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if CHILD in config.stash:
+        config.stash[CHILD].end()
+
+
+class Child:
+    """The second pytest, which runs the tests in the order in which they are asked for, and reports each at its end."""
+
+    def __init__(self, tests: list[str], root: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._report, self._output = (Path(self._folder.name) / name for name in ("report", "output"))
+        self._outcomes: dict[str, Outcome] = {}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(report)}
-        done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=170, check=False
-        )
-        if not report.exists():
-            pytest.fail(f"the child process ran no test:\n{done.stdout}{done.stderr}", pytrace=False)
-        outcomes = map(json.loads, report.read_text().splitlines())
-        return {outcome["test"]: outcome for outcome in outcomes}
+        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(self._report)}
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
+
+    def outcome(self, test: str) -> Outcome:
+        """Waits for the outcome of one test."""
+        deadline = time.monotonic() + LONGEST_TEST_S
+        while test not in self._outcomes:
+            ended = self._process.poll() is not None  # before the report is read, which may be whole by then
+            self._read()
+            if test in self._outcomes:
+                break
+            if ended:
+                pytest.fail(f"the child process ended before this test:\n{self._output.read_text()}", pytrace=False)
+            if time.monotonic() > deadline:
+                pytest.fail(f"no outcome within {LONGEST_TEST_S:g} s", pytrace=False)
+            time.sleep(0.02)
+        return self._outcomes[test]
+
+    def end(self) -> None:
+        """Ends the process, should it still run."""
+        self._process.kill()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def _read(self) -> None:
+        text = self._report.read_text() if self._report.exists() else ""
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):  # or it is being written
+                outcome = json.loads(line)
+                self._outcomes[outcome["test"]] = outcome
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
