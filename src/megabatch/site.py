@@ -8,6 +8,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
 Wire = Literal["fp32", "fp16", "bf16"]
 Decode = Literal["auto", "cpu", "gpu"]
+Fusion = Literal["auto", "plain"]
 Switch = Literal["auto", "on", "off"]
 
 
@@ -23,6 +24,7 @@ class Site:
     channels_last: bool = True
     compile: bool = False  # by torch.compile; costs minutes at the start
     capture: Switch = "auto"  # whole steps in a CUDA graph
+    fusion: Fusion = "auto"  # batch norm, ReLU and residuals in kernels of ours, where there is a GPU and Triton
     keep_memory: bool = True  # a worker on a CPU keeps what it frees instead of handing it back at every step
     threads_per_worker: int | None = None
 

@@ -40,6 +40,7 @@ def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: i
     )
     models.initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
     models.collect_statistics(model, True)
+    models.set_fusion(model, site.fusion)
     widen_logits(model)
     memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
     return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]

@@ -16,7 +16,7 @@ from megabatch import recipes
 from megabatch.cli.options import parse_data, parse_loss_scale, parse_settings, parse_workers, require_choice
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
-from megabatch.site import AllReduce, Decode, Precision, Site, Switch, Wire
+from megabatch.site import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
 
 if TYPE_CHECKING:
     from megabatch.data.loader import TrainLoader
@@ -40,6 +40,7 @@ def train(
         bool, typer.Option("--compile/--no-compile", help="torch.compile: minutes at the start.")
     ] = False,
     capture: Annotated[str, typer.Option(help="Whole steps in a CUDA graph: auto, on or off.")] = "auto",
+    fusion: Annotated[str, typer.Option(help="Fused kernels on a GPU, auto, or plain operations.")] = "auto",
     keep_memory: Annotated[bool, typer.Option(help="On a CPU, keep freed memory: a third faster.")] = True,
     all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
     wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
@@ -68,6 +69,7 @@ def train(
         loss_scale=parse_loss_scale(loss_scale),
         compile=compile_model,
         capture=cast(Switch, require_choice("--capture", capture, get_args(Switch))),
+        fusion=cast(Fusion, require_choice("--fusion", fusion, get_args(Fusion))),
         keep_memory=keep_memory,
         all_reduce=cast(AllReduce, require_choice("--all-reduce", all_reduce, get_args(AllReduce))),
         wire=cast(Wire, require_choice("--wire", wire, get_args(Wire))),

@@ -1,0 +1,49 @@
+"""The site's choice of fused kernels reaches every part of the model, and no weight."""
+
+import functools
+
+import pytest
+import torch
+
+from megabatch import nn as models
+from megabatch.build.model import build_model
+from megabatch.comm.launch import World
+from megabatch.nn import fusion
+from megabatch.nn.fusion import Fusable
+from megabatch.site import Site
+from tiny_run import run_tiny, tiny_recipe
+
+
+@pytest.mark.parametrize("choice", ["auto", "plain"])
+@pytest.mark.parametrize("model", ["resnet8", "resnet50", "alexnet_bn"])
+def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
+    recipe = tiny_recipe(model=model, resolution=((0.0, 32.0),))
+    module = build_model(recipe, Site(fusion=choice), world=World(), micro_batch_size=8)
+    parts = [part.fusion for part in module.modules() if isinstance(part, Fusable)]
+    assert parts
+    assert set(parts) == {choice}
+
+
+@pytest.mark.parametrize("eval_stats", ["running", "last_batch", "precise"])
+def test_a_run_by_the_fused_equations_trains_the_same_weights_and_statistics(eval_stats, tmp_path, monkeypatch):
+    """The equations of the kernels in torch's operations, in micro-batches of two spans, against torch's own layers."""
+    recipe = tiny_recipe(eval_stats=eval_stats)
+    site = Site(precision="fp32", micro_batch_size=16)
+    plain = run_tiny(tmp_path / "plain", recipe, site=site)
+    calls = []
+    monkeypatch.setattr(models, "set_fusion", functools.partial(_force, models.set_fusion))
+    monkeypatch.setattr(fusion, "fused_bn_act", functools.partial(_counted, fusion.fused_bn_act, calls))
+    fused = run_tiny(tmp_path / "fused", recipe, site=site)
+    assert len(calls) >= 9 * 10  # norms of the net x steps
+    torch.testing.assert_close(fused["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused["weights"], plain["weights"], rtol=1e-3, atol=1e-5)
+
+
+def _counted(function, calls, *arguments, **options):
+    calls.append(function)
+    return function(*arguments, **options)
+
+
+def _force(set_fusion, model, fusion):
+    assert fusion == "auto"
+    set_fusion(model, "reference")
