@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[Session], None]] = {
     "optimizers": gpu_kernels.optimizers,
     "loss": gpu_kernels.loss,
     "batch_norm": gpu_kernels.batch_norm,
+    "stem": gpu_kernels.stem,
     "gradients": gpu_steps.gradients,
     "input": gpu_kernels.input_images,
     "conv1x1": gpu_kernels.convolutions,

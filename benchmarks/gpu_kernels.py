@@ -17,6 +17,7 @@ from megabatch.kernels import (
     cross_entropy_with_gradient,
     fused_bn_act,
 )
+from megabatch.kernels.stem import fused_bn_relu_pool
 from megabatch.nn import cross_entropy_sum
 from megabatch.optim import LAMB, LARS, SGD
 from optimizer import resnet50_shapes
@@ -128,6 +129,54 @@ def _norm(session: Session, channels: int, pixels: int, residual: bool, case: st
     for name, timing in session.time(works).items():
         moved = passes[name.split(", ")[1]] * x.numel() * x.element_size()
         session.add("batch_norm", f"{case}, {name}", timing, **session.bandwidth(moved, timing))
+
+
+def stem(session: Session) -> None:
+    """What stands first in a ResNet: its convolution with 3, 4 and 8 channels; batch norm, ReLU and pooling."""
+    guarded(session, "stem", "convolution", lambda: _stem_convolution(session))
+    guarded(session, "stem", "batch norm, ReLU, pooling", lambda: _stem_pooling(session))
+
+
+def _stem_convolution(session: Session) -> None:
+    count, pixels, dtype = (2, 32, torch.bfloat16) if session.quick else (256, 224, torch.float16)
+    x = session.images(count, 3, pixels, dtype)
+    weight = (torch.randn(64, 3, 7, 7, device=session.device) / 12).to(dtype).requires_grad_()
+    dy = session.images(count, 64, pixels // 2, dtype, seed=1)
+
+    def both_ways(width: int) -> Tensor:
+        images, filters = (
+            functional.pad(t, (0, 0, 0, 0, 0, width - 3)).contiguous(memory_format=torch.channels_last)
+            for t in (x, weight)
+        )
+        return torch.autograd.grad(functional.conv2d(images, filters, stride=2, padding=3), weight, dy)[0]
+
+    works: dict[str, Work] = {f"{width} channels": lambda width=width: both_ways(width) for width in (3, 4, 8)}
+    for name, timing in session.time(works).items():
+        session.add("stem", f"convolution both ways, {name}", timing)
+
+
+def _stem_pooling(session: Session) -> None:
+    count, pixels, dtype = (2, 16, torch.bfloat16) if session.quick else (256, 112, torch.float16)
+    x = session.images(count, 64, pixels, dtype).requires_grad_()
+    dy = session.images(count, 64, pixels // 2, dtype, seed=1)
+    weight, bias = (torch.ones(64, device=session.device).requires_grad_() for _ in range(2))
+    averages = torch.zeros(2, 64, device=session.device)
+
+    def ours() -> Tensor:
+        return fused_bn_relu_pool(x, weight, bias, span=count)[0]
+
+    def torchs() -> Tensor:
+        y = functional.relu(functional.batch_norm(x, *averages, weight, bias, training=True))
+        return functional.max_pool2d(y, 3, 2, 1)
+
+    works: dict[str, Work] = {}
+    for name, forward in (("fused", ours), ("torch", torchs)):
+        works[f"{name}, forward"] = forward
+        works[f"{name}, both ways"] = lambda forward=forward: torch.autograd.grad(forward(), (x, weight, bias), dy)
+    passes = {"forward": 2.375, "both ways": 6.125}  # full-size images, and quarter-size ones with their places
+    for name, timing in session.time(works).items():
+        moved = passes[name.split(", ")[1]] * x.numel() * x.element_size()
+        session.add("stem", f"batch norm, ReLU, pooling, {name}", timing, **session.bandwidth(moved, timing))
 
 
 def loss(session: Session) -> None:

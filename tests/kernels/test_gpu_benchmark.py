@@ -30,7 +30,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
 
 def test_every_section_runs_and_none_fails(quick: tuple[list[dict[str, Any]], str]) -> None:
     results, table = quick
-    sections = ("environment", "ceilings", "optimizers", "loss", "batch_norm", "gradients", "input", "conv1x1")
+    sections = ("environment", "ceilings", "optimizers", "loss", "batch_norm", "stem", "gradients", "input", "conv1x1")
     assert {result["section"] for result in results} == {*sections, "profile", "step", "choices"}
     missing = set() if importlib.util.find_spec("torchvision") else {"decode_jpeg"}
     assert {result["case"] for result in results if "error" in result} == missing

@@ -19,6 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megabatch.kernels.dispatch import on_device
+
 Result = TypeVar("Result")
 Timer = Callable[[Callable[[], object]], float]
 PLAIN = "plain"
@@ -63,7 +65,8 @@ class Table:
             timer = self._timer_for(like)
             if timer is None:
                 return PLAIN
-            seconds = {name: _seconds(timer, work) for name, work in ways.items()}
+            with on_device(like):
+                seconds = {name: _seconds(timer, work) for name, work in ways.items()}
             return self._keep(device, key, min(seconds, key=lambda name: seconds[name]), ways)
 
     def clear(self) -> None:

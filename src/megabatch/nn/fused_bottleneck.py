@@ -65,27 +65,10 @@ def run_bottlenecks(blocks: Iterable[FusableBottleneck], x: Tensor) -> Tensor:
 
 
 def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
-    norms = [norm for norm in (block.bn1, block.bn2, block.bn3) if isinstance(norm, nn.BatchNorm2d)]
-    first, second, third = norms
-    backend = backend_of(block.fusion)
-    if isinstance(state, Pending):
-        x, y, found = join_conv1x1(
-            state.y,
-            state.moments,
-            state.norm.weight,
-            state.norm.bias,
-            state.residual,
-            block.conv1.weight,
-            span=span_of(first, state.y),
-            eps=first.eps,
-            backend=backend,
-        )
-        keep_statistics(first, found.mean, found.var, block.fusion)
-        h = norm_act_of(y, found, first.weight, first.bias, span=span_of(first, y), backend=backend)
-    else:
-        x, h = state, norm_act(first, block.conv1(state), fusion=block.fusion)
+    x, h = _enter(block, state)
     y = block.conv2(h)
-    span = span_of(second, y)
+    second, third = _batch_norm(block.bn2), _batch_norm(block.bn3)
+    span, backend = span_of(second, y), backend_of(block.fusion)
     found = measure(y.detach(), span=span, eps=second.eps, backend=backend)
     keep_statistics(second, found.mean, found.var, block.fusion)
     y, found = norm_conv1x1(
@@ -93,6 +76,32 @@ def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
     )
     keep_statistics(third, found.mean, found.var, block.fusion)
     return Pending(y, found, third, block.shortcut(x), block.fusion)
+
+
+def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, Tensor]:
+    """The block's input, and what its 3x3 convolution reads."""
+    norm, backend = _batch_norm(block.bn1), backend_of(block.fusion)
+    if not isinstance(state, Pending):
+        return state, norm_act(norm, block.conv1(state), fusion=block.fusion)
+    span = span_of(norm, state.y)
+    x, y, found = join_conv1x1(
+        state.y,
+        state.moments,
+        state.norm.weight,
+        state.norm.bias,
+        state.residual,
+        block.conv1.weight,
+        span=span,
+        eps=norm.eps,
+        backend=backend,
+    )
+    keep_statistics(norm, found.mean, found.var, block.fusion)
+    return x, norm_act_of(y, found, norm.weight, norm.bias, span=span, backend=backend)
+
+
+def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
+    assert isinstance(norm, nn.BatchNorm2d), "of a block that fits"
+    return norm
 
 
 def _joined(state: Tensor | Pending) -> Tensor:
