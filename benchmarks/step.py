@@ -29,7 +29,7 @@ class Contender:
     def __init__(self, case: str, model: str) -> None:
         command = [sys.executable, str(HERE / "step_cases.py"), case, model]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        own = {"GOMP_SPINCOUNT": "1000"} if case.startswith("megabatch") else {}  # as the command line sets it
+        own = {"GOMP_SPINCOUNT": "3000"} if case.startswith("megabatch") else {}  # as the command line sets it
         self.process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | own, **pipes)
         self.answer = self._line().split()
 
