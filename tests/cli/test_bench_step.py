@@ -49,7 +49,7 @@ def test_the_options_named_are_those_that_make_the_site():
         words = dict(
             pair.split(" ", 1) if " " in pair else (pair, True) for pair in way.options.removeprefix("--").split(" --")
         )
-        for key in ("precision", "capture"):
+        for key in ("precision", "capture", "fusion"):
             assert str(getattr(way.site, key)) == words.get(key, getattr(site, key))
         assert way.site.compile is bool(words.get("compile", False))
         assert str(way.site.micro_batch_size or "") == words.get("micro-batch-size", "")

@@ -73,11 +73,12 @@ def bench_step(
 
 
 def ways_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool) -> list[Way]:
-    """Every precision as it comes; the rest in 16 bit: captured or not, several micro-batches, compiled."""
+    """Every precision as it comes; then, in 16 bit, captured or not, fused or not, in micro-batches, and compiled."""
     precisions = ["fp32", "bf16", "fp16"] if device == "cuda" else ["fp32", "bf16"]
     ways = [_way(f"{name}", precision=name) for name in precisions]
     if device == "cuda":
         ways += [_way(f"{name} without a graph", precision=name, capture="off") for name in precisions[1:]]
+        ways += [_way(f"{name} in plain operations", precision=name, fusion="plain") for name in precisions[1:]]
     size = images // 2
     while size >= recipe.bn_span and size >= images // 8:
         if size % recipe.bn_span == 0:

@@ -41,7 +41,7 @@ def train(
     ] = False,
     capture: Annotated[str, typer.Option(help="Whole steps in a CUDA graph: auto, on or off.")] = "auto",
     fusion: Annotated[str, typer.Option(help="Fused kernels on a GPU, auto, or plain operations.")] = "auto",
-    keep_memory: Annotated[bool, typer.Option(help="On a CPU, keep freed memory: a third faster.")] = True,
+    keep_memory: Annotated[bool, typer.Option(help="On a CPU, keep freed memory for the next step.")] = True,
     all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
     wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
     channels_last: Annotated[bool, typer.Option(help="Memory layout of images and weights.")] = True,
