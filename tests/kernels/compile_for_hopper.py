@@ -120,6 +120,14 @@ def batch_norm() -> None:
             y.backward(torch.zeros_like(y))
 
 
+def join() -> None:
+    """The gradient of a residual's join between torch's convolutions."""
+    from megabatch.kernels.norm_passes import gradient_sums
+
+    x = images(256)
+    gradient_sums(x, x, normalisation(256), span=2, output=x, addend=x, triton=True)
+
+
 def stem() -> None:
     """A ResNet's, of two samples."""
     from megabatch.kernels.stem import fused_bn_relu_pool
@@ -208,7 +216,7 @@ def normalisation(channels: int) -> Any:
     return Normalisation(*torch.ones(2, 1, channels), *torch.ones(2, channels))
 
 
-ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, stem, statistics, loss, crop)
+ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, join, stem, statistics, loss, crop)
 
 
 def main() -> None:
