@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megabatch.errors import UserError
 from megabatch.kernels import conv1x1, norm_passes, residual, tuning
 from megabatch.kernels.norm_passes import Moments, moments
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
@@ -166,3 +167,30 @@ def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
     finally:
         tuning.use_table(None)
     assert sorted(asked) == sorted(residual.TASKS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(8, 15, 1, 1)}, r"weight is \(8, 15, 1, 1\)"),
+        ({"weight": torch.ones(8, 16, 3, 3)}, r"\(64, 16, 1, 1\) works"),
+        ({"scale": torch.ones(15)}, r"weight \(15,\)"),
+        ({"residual": torch.ones(5, 16, 3, 2)}, "the residual is"),
+        ({"x": torch.ones(9, 16, 3, 3), "residual": torch.ones(9, 16, 3, 3)}, r"three of \(5, 16\)"),
+    ],
+)
+def test_tensors_that_do_not_agree_are_named(changes: dict[str, Tensor], message: str) -> None:
+    found = moments(draw(torch.float32)["x"], span=SPAN, eps=EPS, triton=False)
+    given = {**draw(torch.float32), **changes}
+    with pytest.raises(UserError, match=message):
+        join_conv1x1(
+            given["x"],
+            found,
+            given["scale"],
+            given["shift"],
+            given["residual"],
+            given["weight"],
+            span=SPAN,
+            eps=EPS,
+            backend="triton",
+        )

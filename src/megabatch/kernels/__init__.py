@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
     from megabatch.kernels.norm_passes import Moments, Normalisation
     from megabatch.kernels.optimizer_tables import StepTables
+    from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
     from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step, rmsprop_step_reference
+    from megabatch.kernels.stem import fused_bn_relu_pool
+    from megabatch.kernels.tuning import Table, use_table
 
 _HOMES = {
     "Backend": "dispatch",
@@ -35,6 +38,7 @@ _HOMES = {
     "Normalisation": "norm_passes",
     "RmspropGroup": "rmsprop",
     "StepTables": "optimizer_tables",
+    "Table": "tuning",
     "Tiling": "conv1x1",
     "batch_norm_act_reference": "batch_norm",
     "conv1x1_data_gradient": "conv1x1",
@@ -43,14 +47,18 @@ _HOMES = {
     "crop_and_resize": "crop_resize",
     "cross_entropy_with_gradient": "loss",
     "fused_bn_act": "batch_norm",
+    "fused_bn_relu_pool": "stem",
     "fused_cross_entropy_sum": "loss",
     "has_triton": "dispatch",
+    "join_conv1x1": "residual",
     "lamb_step": "lamb",
     "lamb_step_reference": "lamb",
     "lars_step": "lars",
     "lars_step_reference": "lars",
+    "norm_conv1x1": "residual",
     "rmsprop_step": "rmsprop",
     "rmsprop_step_reference": "rmsprop",
+    "use_table": "tuning",
 }
 
 __all__ = [
@@ -63,6 +71,7 @@ __all__ = [
     "Normalisation",
     "RmspropGroup",
     "StepTables",
+    "Table",
     "Tiling",
     "batch_norm_act_reference",
     "conv1x1_data_gradient",
@@ -71,14 +80,18 @@ __all__ = [
     "crop_and_resize",
     "cross_entropy_with_gradient",
     "fused_bn_act",
+    "fused_bn_relu_pool",
     "fused_cross_entropy_sum",
     "has_triton",
+    "join_conv1x1",
     "lamb_step",
     "lamb_step_reference",
     "lars_step",
     "lars_step_reference",
+    "norm_conv1x1",
     "rmsprop_step",
     "rmsprop_step_reference",
+    "use_table",
 ]
 
 

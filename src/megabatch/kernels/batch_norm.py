@@ -43,7 +43,7 @@ def fused_bn_act(
     Raises:
         UserError: no sample, a span below 1, or tensors of other shapes or types.
     """
-    _check(x, weight, bias, residual, span)
+    check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
         return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
     found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
@@ -95,7 +95,11 @@ def norm_act_of(
     """y of `fused_bn_act` where the moments of x are known, as of a convolution that measured its output.
 
     Its gradient is that of batch norm whole, moments included.
+
+    Raises:
+        UserError: tensors of shapes or types that do not agree.
     """
+    check(x, weight, bias, residual, span, moments)
     triton = use_triton(x, backend)
     y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, triton)  # type: ignore[no-untyped-call]
     return y
@@ -140,7 +144,10 @@ def over_spans(sums: Tensor) -> Tensor:
     return sums.sum(0) if len(sums) > 1 else sums[0]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int) -> None:
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int, moments: Moments | None = None
+) -> None:
+    """Raises UserError for what a kernel, which knows no shapes, would read wrongly."""
     channels = x.shape[1] if x.ndim == 4 else None
     if channels is None or weight.shape != (channels,) or bias.shape != (channels,) or not x.numel():
         raise UserError(
@@ -153,3 +160,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, spa
         )
     if span < 1:
         raise UserError(f"span={span} was given, needed: 1 or more; span=32 works")
+    if moments is not None and any(values.shape != (-(-len(x) // span), channels) for values in moments):
+        raise UserError(
+            f"moments of {[tuple(values.shape) for values in moments]} were given with x {tuple(x.shape)} and "
+            f"span={span}, needed: three of {(-(-len(x) // span), channels)}, as norm_passes.measure gives them"
+        )

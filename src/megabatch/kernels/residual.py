@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megabatch.errors import UserError
 from megabatch.kernels import conv1x1, tuning
 from megabatch.kernels import norm_passes as passes
-from megabatch.kernels.batch_norm import over_spans
+from megabatch.kernels.batch_norm import check, over_spans
 from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
@@ -45,7 +46,11 @@ def norm_conv1x1(
     a kernel reads x through batch norm, its result is never in memory; backward computes it again.
 
     Shapes: x (N, C, H, W), weight (K, C, 1, 1), cast to x's type; norm_weight and norm_bias (C,) float32.
+
+    Raises:
+        UserError: tensors of shapes or types that do not agree.
     """
+    _check(x, moments, norm_weight, norm_bias, None, weight, span)
     y, *found = _NormConv.apply(
         x, moments.mean, moments.deviation, norm_weight, norm_bias, weight, span, eps, use_triton(x, backend)
     )  # type: ignore[no-untyped-call]
@@ -68,11 +73,32 @@ def join_conv1x1(
 
     In backward the gradients that reach z through y and past it are added, masked and summed for the batch norm in one
     pass, which is the convolution's own where the kernel is faster.
+
+    Raises:
+        UserError: tensors of shapes or types that do not agree.
     """
+    _check(x, moments, norm_weight, norm_bias, residual, weight, span)
     z, y, *found = _JoinConv.apply(
         x, moments.mean, moments.deviation, norm_weight, norm_bias, residual, weight, span, eps, use_triton(x, backend)
     )  # type: ignore[no-untyped-call]
     return z, y, Moments(*found)
+
+
+def _check(
+    x: Tensor,
+    moments: Moments,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    span: int,
+) -> None:
+    check(x, norm_weight, norm_bias, residual, span, moments)
+    if weight.shape != (len(weight), x.shape[1], 1, 1):
+        raise UserError(
+            f"the weight is {tuple(weight.shape)}, needed for x {tuple(x.shape)}: (K, {x.shape[1]}, 1, 1); "
+            f"(64, {x.shape[1]}, 1, 1) works"
+        )
 
 
 class _NormConv(torch.autograd.Function):

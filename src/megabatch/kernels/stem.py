@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.kernels import norm_passes as passes
-from megabatch.kernels.batch_norm import batch_norm_act_reference, over_spans
+from megabatch.kernels.batch_norm import batch_norm_act_reference, check, over_spans
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.norm_passes import Normalisation
@@ -29,7 +29,11 @@ def fused_bn_relu_pool(
     value that is not a number is the maximum, as in torch's MaxPool2d.
 
     Shapes: x (N, C, H, W), y (N, C, (H + 1) // 2, (W + 1) // 2), weight and bias (C,), float32.
+
+    Raises:
+        UserError: no sample, a span below 1, or tensors of other shapes.
     """
+    check(x, weight, bias, None, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES or x.numel() // x.shape[1] >= _MOST_ROWS:
         h, mean, var = batch_norm_act_reference(x, weight, bias, span=span, eps=eps)
         return functional.max_pool2d(h, 3, 2, 1), mean, var
