@@ -24,7 +24,7 @@ def serial_threads(count: int, name: str) -> ThreadPoolExecutor:
     """Threads in which torch does its work on the CPU alone.
 
     Elsewhere it shares out every operation on more than 32,768 elements to threads of its own and waits for the
-    slowest; beside threads that decode, which hold the cores, that took 3 to 60 times as long on two cores. How many
+    slowest; beside threads that decode, which hold the cores, a loader took three times as long and more. How many
     threads torch uses is kept for each thread that calls it, and once more for all that have not called it yet.
     """
     before = torch.get_num_threads()
