@@ -72,6 +72,10 @@ def test_a_run_on_a_url_is_the_run_on_the_folder(shards, tmp_path, shard_local):
     assert far[-1]["top1"] == near[-1]["top1"]
     assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache" / "remote").glob("*.tar")) <= room
     assert next(event for event in far if event["event"] == "run_start")["data"] == f"file://{shards}"
+    counted = CliRunner().invoke(
+        app, ["evaluate", str(tmp_path / "far"), "--data", f"file://{shards}", "--cache", str(tmp_path / "cache")]
+    )
+    assert f"top1 {far[-1]['top1']:.4f}" in counted.output
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 

@@ -27,7 +27,7 @@ def wrap(
     if world.world_size == 1:
         return module, None
     hosts = from_all(host_name(), world)
-    timeline = comm.Timeline()
+    timeline = comm.Timeline() if world.device.type == "cpu" else None  # on a GPU it would wait for every step
     wrapped = comm.wrap(
         module,
         algorithm=site.all_reduce,
@@ -48,6 +48,8 @@ def wrap(
     wrapped.exchange_state.forget()
     if wrapped.exchange_state.scales is not None:
         state.keep_wire_scales(wrapped.exchange_state.scales)
+    if timeline is None:
+        return wrapped, None
     timeline.finish_step()
     if world.is_first:
         stack.callback(timeline.to_chrome_trace, folder / "timeline.json")

@@ -1,19 +1,20 @@
 """`megabatch evaluate CHECKPOINT`: exact top-1 and top-5, whatever the number of workers."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 
-from megabatch.cli.options import parse_workers, require_choice
+from megabatch.cli.options import parse_data, parse_workers, require_choice
 from megabatch.site import Precision, Site
 
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt, or a run folder (its best checkpoint).")],
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train/ and val/, instead of the recipe's data.")
+        str | None, typer.Option(help="Folder with train/ and val/, or URL of shards, instead of the recipe's data.")
     ] = None,
     workers: Annotated[str, typer.Option(help="Local workers.")] = "1",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
@@ -28,7 +29,7 @@ def evaluate(
         workers=parse_workers(workers),
         device=require_choice("--device", device, ("auto", "cpu", "cuda")),
         precision=cast(Precision, require_choice("--precision", precision, get_args(Precision))),
-        data=data,
+        data=parse_data(data),
         cache=cache,
     )
     if not launch.started_by_launcher():
@@ -50,19 +51,20 @@ def _evaluate(checkpoint: Path, site: Site) -> None:
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import evaluate as count
 
-    with join(device=site.device) as world:
+    with join(device=site.device) as world, contextlib.ExitStack() as stack:
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
-        data = open_data(recipe, site)
+        data = stack.enter_context(contextlib.closing(open_data(recipe, site)))
         found = fit_to_data(recipe, data).num_classes
         if found != recipe.num_classes:
             raise DataError(
                 f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was of"
             )
-        module = load_for_evaluation(recipe, site, state, world=world)
+        loader = build_eval_loader(recipe, site, data.evaluation, world=world)
+        stack.callback(loader.close)
         result = count(
-            module,
-            build_eval_loader(recipe, site, data.evaluation, world=world),
+            load_for_evaluation(recipe, site, state, world=world),
+            loader,
             world=world,
             precision=choose_precision(site, world.device),
             block_size=eval_block_size(recipe),
