@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megabatch.errors import SiteError
+
 
 class CompiledModel(nn.Module):
     """Calls `module` compiled, shape by shape, from a shape's second training forward on; otherwise as it is.
@@ -15,7 +17,7 @@ class CompiledModel(nn.Module):
     the original for checkpoints: this wrapper's keys begin with `module.`.
 
     Raises:
-        whatever torch.compile raises where there is no compiler, in the second forward of a shape.
+        SiteError: it cannot be compiled here, for want of a C++ compiler as a rule; in the second forward of a shape.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
@@ -29,4 +31,12 @@ class CompiledModel(nn.Module):
         self._calls[images.shape] += self.training
         if not self.training or self._calls[images.shape] < 2:
             return self.module(images)
-        return self._compiled[0](images)
+        try:
+            return self._compiled[0](images)
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
+                raise  # of the model, not of its compilation
+            reason = str(error).strip().splitlines()[0]
+            raise SiteError(f"torch.compile failed: {reason}; compile=False works") from error
