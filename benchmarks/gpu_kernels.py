@@ -11,7 +11,6 @@ import megabatch.kernels.conv1x1 as conv
 from gpu_session import Session, guarded
 from harness import Work, compare
 from megabatch.kernels import (
-    FusedLARS,
     Normalisation,
     crop_and_resize,
     cross_entropy_with_gradient,
@@ -55,19 +54,20 @@ def optimizers(session: Session) -> None:
     """One step on ResNet-50's 161 tensors, from gradients that are there."""
     shapes = resnet50_shapes()[:9] if session.quick else resnet50_shapes()
     makers: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-        "FusedLARS": lambda g: FusedLARS(g, lr=_number(session, 0.01), capturable=True),
-        "FusedLARS with 16-bit copies": lambda g: FusedLARS(
+        "LARS": lambda g: LARS(g, lr=_number(session, 0.01), capturable=True),
+        "LARS with 16-bit copies": lambda g: LARS(
             g, lr=_number(session, 0.01), capturable=True, copies={p: p.detach().bfloat16() for p in _parameters(g)}
         ),
-        "LARS": lambda g: LARS(g, lr=_number(session, 0.01), capturable=True),
+        "LARS foreach": lambda g: LARS(g, lr=_number(session, 0.01), capturable=True, foreach=True),
         "SGD": lambda g: SGD(g, lr=_number(session, 1e-4), capturable=True),
         "LAMB": lambda g: LAMB(g, lr=_number(session, 1e-4), capturable=True),
+        "LAMB foreach": lambda g: LAMB(g, lr=_number(session, 1e-4), capturable=True, foreach=True),
         "torch SGD foreach": lambda g: torch.optim.SGD(g, lr=1e-4, momentum=0.9, foreach=True),
         "torch SGD fused": lambda g: torch.optim.SGD(g, lr=1e-4, momentum=0.9, fused=True),
     }
     works: dict[str, Work] = {name: make(_groups(session, shapes)).step for name, make in makers.items()}
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    per_element = {"FusedLARS": 28, "FusedLARS with 16-bit copies": 30, "LARS": 28}
+    per_element = {"LARS": 28, "LARS with 16-bit copies": 30, "LARS foreach": 28, "LAMB": 40, "LAMB foreach": 40}
     for name, timing in session.time(works).items():
         facts = session.bandwidth(per_element.get(name, 20) * elements, timing)
         session.add("optimizers", name, timing, tensors=len(shapes), **facts)

@@ -12,7 +12,6 @@ from torch.nn import functional
 from megabatch.data.decode import resize_box
 from megabatch.errors import UserError
 from megabatch.kernels import (
-    FusedLARS,
     Normalisation,
     conv1x1_data_gradient,
     conv1x1_forward,
@@ -106,8 +105,8 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def test_lars_in_two_launches_is_lars(form: Any, denominator: Any) -> None:
     values = {"momentum_form": form, "denominator": denominator, "trust_coefficient": 0.02, "eps": 1e-3}
     own = filled()
-    ours, lars = FusedLARS(copy.deepcopy(own), lr=1.0, **values), LARS(own, lr=1.0, **values)
-    again = FusedLARS(filled(), lr=1.0, **values)
+    ours, lars = LARS(copy.deepcopy(own), lr=1.0, fused=True, **values), LARS(own, lr=1.0, foreach=True, **values)
+    again = LARS(filled(), lr=1.0, fused=True, **values)
     for optimizer in (ours, lars, again):
         take_steps(optimizer)
     for p, q, r in zip(parameters(ours), parameters(lars), parameters(again), strict=True):
@@ -118,7 +117,7 @@ def test_lars_in_two_launches_is_lars(form: Any, denominator: Any) -> None:
 def test_16_bit_copies_are_the_rounded_weights() -> None:
     own = filled()
     copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for group in own for p in group["params"]}
-    optimizer = FusedLARS(own, lr=1.0, copies=copies)
+    optimizer = LARS(own, lr=1.0, fused=True, copies=copies)
     take_steps(optimizer)
     for p, written in copies.items():
         assert torch.equal(written, p.detach().bfloat16())
@@ -129,8 +128,8 @@ def test_a_captured_step_reads_rates_anew_and_steps_outside_do_not_disturb_it(fo
     rate = torch.tensor(0.3, device="cuda")
     values = {"momentum_form": form, "trust_coefficient": 0.02}
     own = filled()
-    captured = FusedLARS(copy.deepcopy(own), lr=rate, capturable=True, **values)
-    plain = FusedLARS(own, lr=torch.tensor(0.3, device="cuda"), **values)
+    captured = LARS(copy.deepcopy(own), lr=rate, fused=True, capturable=True, **values)
+    plain = LARS(own, lr=torch.tensor(0.3, device="cuda"), fused=True, **values)
     for optimizer in (captured, plain):
         for p in parameters(optimizer):
             p.grad = torch.full_like(p, 0.01)
@@ -156,7 +155,7 @@ def test_a_captured_step_reads_rates_anew_and_steps_outside_do_not_disturb_it(fo
 
 
 def test_a_capture_without_a_step_before_says_what_to_do() -> None:
-    optimizer = FusedLARS(filled(), lr=torch.tensor(0.3, device="cuda"), capturable=True)
+    optimizer = LARS(filled(), lr=torch.tensor(0.3, device="cuda"), fused=True, capturable=True)
     for p in parameters(optimizer):
         p.grad = torch.zeros_like(p)
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

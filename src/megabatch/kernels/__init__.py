@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     )
     from megabatch.kernels.crop_resize import crop_and_resize
     from megabatch.kernels.dispatch import Backend, has_triton
-    from megabatch.kernels.fused_optimizer import FusedLARS
     from megabatch.kernels.lamb import LambGroup, lamb_step, lamb_step_reference
-    from megabatch.kernels.lars import LarsGroup, LarsTables, lars_step, lars_step_reference
+    from megabatch.kernels.lars import LarsGroup, lars_step, lars_step_reference
     from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
     from megabatch.kernels.norm_passes import Moments, Normalisation
     from megabatch.kernels.optimizer_tables import StepTables
@@ -30,10 +29,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Backend": "dispatch",
-    "FusedLARS": "fused_optimizer",
     "LambGroup": "lamb",
     "LarsGroup": "lars",
-    "LarsTables": "lars",
     "Moments": "norm_passes",
     "Normalisation": "norm_passes",
     "RmspropGroup": "rmsprop",
@@ -63,10 +60,8 @@ _HOMES = {
 
 __all__ = [
     "Backend",
-    "FusedLARS",
     "LambGroup",
     "LarsGroup",
-    "LarsTables",
     "Moments",
     "Normalisation",
     "RmspropGroup",

@@ -17,8 +17,6 @@ from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.optimizer_launch import NORM_BLOCK, Launch, run
 from megabatch.kernels.optimizer_tables import StepGroup, StepTables, store
 
-LarsTables = StepTables
-
 
 @dataclass(frozen=True, kw_only=True)
 class LarsGroup(StepGroup):
