@@ -23,6 +23,7 @@ check: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/optimizer.py --output benchmarks/out
 	$(BIN)/python benchmarks/batch_norm.py --output benchmarks/out
+	$(BIN)/python benchmarks/step.py --output benchmarks/out
 	$(BIN)/megabatch bench allreduce
 
 $(VENV)/.ready: $(SOURCES)

@@ -1,6 +1,12 @@
-"""Settings for every test: no deadline on single examples, for shared machines pause at will."""
+"""Settings for every test, made before torch is imported."""
+
+import os
 
 from hypothesis import settings
 
-settings.register_profile("megabatch", deadline=None)
+# Threads that wait for one another spin for milliseconds otherwise, and keep an awaited one off a busy core: a test of a
+# second took a hundred on a machine that others used. The command line sets the same.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+settings.register_profile("megabatch", deadline=None)  # shared machines pause at will
 settings.load_profile("megabatch")
