@@ -4,8 +4,8 @@ import os
 
 from hypothesis import settings
 
-# Threads that wait for one another spin for milliseconds otherwise, and keep an awaited one off a busy core: a test of a
-# second took a hundred on a machine that others used. The command line sets the same.
+# Threads that wait for one another spin for milliseconds otherwise, and keep an awaited one off a busy core: a test of
+# one second took a hundred on a machine that others used. The command line sets the same.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 settings.register_profile("megabatch", deadline=None)  # shared machines pause at will
