@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megabatch.comm.launch import _wait_for_threads, join
@@ -52,3 +54,14 @@ def fail_within_a_world():
 @pytest.mark.multiprocess
 def test_an_error_leaves_the_world_too():
     assert run_processes(1, fail_within_a_world) == [False]
+
+
+def test_a_world_leaves_threads_and_denormal_numbers_as_they_were():
+    """Else whatever else the process computes would round otherwise from then on."""
+    smallest = torch.tensor(sys.float_info.min, dtype=torch.float64)
+    before = torch.get_num_threads()
+    with join(device="cpu", threads=before + 1):
+        assert torch.get_num_threads() == before + 1
+        assert smallest / 2 == 0
+    assert torch.get_num_threads() == before
+    assert smallest / 2 > 0
