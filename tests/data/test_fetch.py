@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megabatch.data import fetch as fetching
-from megabatch.data.fetch import default_cache, fetch, load
+from megabatch.data.fetch import fetch, load
 from megabatch.data.known import CIFAR10, FASHION_MNIST
 from megabatch.data.unpack import Arrays
 from megabatch.errors import DataError, FetchError
@@ -189,16 +189,6 @@ def test_a_cache_that_cannot_be_written_is_named(use, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FetchError, match=r"the cache folder .*file/cache cannot be written \(.*\); name another"):
         fetch("fashion_mnist", cache=tmp_path / "file" / "cache")
-
-
-def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "megabatch"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache() == tmp_path / ".cache" / "megabatch"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == tmp_path / ".cache" / "megabatch"
 
 
 # The official address, on a loopback server

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from megabatch.cache_folder import cache_folder
 from megabatch.comm.launch import World, available_cores
 from megabatch.data import fetch, folder, parquet, shards
 from megabatch.data.arrays import ArraySource
@@ -94,7 +95,7 @@ def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource
 
 def _open_url(url: str, recipe: Recipe, site: Site) -> Data:
     room = int(site.remote_cache_gib * _GIB)
-    cache = (site.cache or fetch.default_cache()) / "remote"
+    cache = (site.cache or cache_folder()) / "remote"
     train, evaluation = open_remote_shards(url, cache=cache, max_bytes=room)
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without what may be secret

@@ -10,7 +10,7 @@ from torch import nn
 
 from megabatch import comm
 from megabatch import nn as models
-from megabatch.comm.auto import TUNING
+from megabatch.comm.auto import tuning_file
 from megabatch.comm.launch import World, from_all
 from megabatch.comm.peers import PeerMonitor, host_name
 from megabatch.recipe import Recipe
@@ -33,7 +33,7 @@ def wrap(
         algorithm=site.all_reduce,
         wire=site.wire,
         hosts=hosts,
-        tuning=TUNING.expanduser(),
+        tuning=tuning_file(),
         bucket_mib=site.bucket_mib,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         timeline=timeline,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch.cli.options import require_choice
-from megabatch.comm.auto import TUNING
+from megabatch.comm.auto import tuning_file
 from megabatch.errors import SiteError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def bench_allreduce(
     tune: Annotated[
         bool, typer.Option("--tune", help="Try more buckets and wires; keep for --all-reduce auto.")
     ] = False,
-    table: Annotated[Path, typer.Option(help="Where --tune keeps its table.")] = TUNING,
+    table: Annotated[
+        Path | None, typer.Option(help="Where --tune keeps its table; default allreduce.json in ~/.cache/megabatch.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
 ) -> None:
@@ -58,7 +60,7 @@ def bench_allreduce(
         buckets=[4.0, 25.0] if tune and buckets == "25" else [_number("--bucket-mib", t) for t in buckets.split(",")],
         shape=parse_shape(shape),
         repeats=repeats,
-        table=table.expanduser() if tune else None,
+        table=(table or tuning_file()).expanduser() if tune else None,
     )
     if not launch.started_by_launcher():
         code = launch.run_local_workers(workers, sys.argv[1:])

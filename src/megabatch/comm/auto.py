@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megabatch.cache_folder import cache_folder
 from megabatch.comm.cost import Link, Network, predict_s
 from megabatch.errors import SiteError
 
@@ -17,8 +18,9 @@ TIE = 0.05  # medians closer than this are called equal
 WIRE_SHARE = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}
 
 
-TUNING = Path("~/.cache/megabatch/allreduce.json")
-"""Where `megabatch bench allreduce --tune` keeps its tables unless told otherwise."""
+def tuning_file() -> Path:
+    """Where `megabatch bench allreduce --tune` keeps its tables unless told otherwise."""
+    return cache_folder() / "allreduce.json"
 
 
 @dataclass(frozen=True)

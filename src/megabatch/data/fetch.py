@@ -6,7 +6,6 @@ rename, complete and verified, so several workers, or a killed one, never leave 
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megabatch.cache_folder import cache_folder
 from megabatch.data.arrays import ArraySource
 from megabatch.data.download import DownloadError, OnProgress, download
 from megabatch.data.known import KnownDataSet, Split, known
@@ -48,12 +48,6 @@ class Fetched:
     failed: tuple[str, ...] = ()
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/megabatch, by default ~/.cache/megabatch."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "megabatch"
-
-
 def fetch(
     name: str, *, cache: Path | None = None, folder: Path | None = None, on_progress: OnProgress | None = None
 ) -> Fetched:
@@ -68,7 +62,7 @@ def fetch(
         FetchError: no source served, with each one's reason; or the cache cannot be written.
     """
     what = known(name)
-    cache = (cache or default_cache()).expanduser()
+    cache = (cache or cache_folder()).expanduser()
     home = cache / what.name
     if folder is None and _is_whole(what, home):
         return Fetched(home, "cache")

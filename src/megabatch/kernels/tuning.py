@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megabatch.cache_folder import cache_folder
 from megabatch.kernels.dispatch import on_device
 
 Result = TypeVar("Result")
@@ -138,10 +139,10 @@ _table: Table | None = None
 
 
 def table() -> Table:
-    """The table that kernels ask; by default its files are in ~/.cache/megabatch/kernels."""
+    """The table that kernels ask; by default its files are in `kernels` of the cache folder."""
     global _table  # noqa: PLW0603  # what is fastest is a fact about the machine, one for all models
     if _table is None:
-        _table = Table(Path.home() / ".cache" / "megabatch" / "kernels")
+        _table = Table(cache_folder() / "kernels")
     return _table
 
 
