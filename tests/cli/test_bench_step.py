@@ -1,6 +1,7 @@
 """`megabatch bench step` as a person meets it, and how it ranks what it measured."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "-
 
 def bench(*arguments):
     command = [sys.executable, "-m", "megabatch", "bench", "step", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
 
 
 def test_every_way_is_measured_and_the_fastest_ones_options_are_named(tmp_path):
@@ -35,7 +37,9 @@ def test_every_way_is_measured_and_the_fastest_ones_options_are_named(tmp_path):
     assert "megabatch train fashion_mnist --precision" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [["no_such"], ["fashion_mnist", "--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["no_such"], ["fashion_mnist", "--device", "tpu"], ["fashion_mnist", "--device", "cuda"]]
+)
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments):
     done = bench(*arguments)
     assert done.returncode == 2

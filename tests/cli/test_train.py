@@ -37,15 +37,20 @@ def megabatch(*arguments, timeout_s=120, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
 
 
-def refused(folder, *arguments):
-    """The one line on stderr of a command that must fail with exit code 2 and write nothing."""
-    output = folder / "run"
-    done = megabatch("train", *arguments, "--output", output)
+def one_line_of(done):
+    """What a command that must fail with exit code 2 said, which is one line on stderr."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not output.exists()
     return done.stderr
+
+
+def refused(folder, *arguments, **options):
+    """The one line of a `train` that must fail and write nothing."""
+    output = folder / "run"
+    said = one_line_of(megabatch("train", *arguments, "--output", output, **options))
+    assert not output.exists()
+    return said
 
 
 def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tmp_path):
@@ -77,6 +82,14 @@ def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tm
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, arguments, said):
     assert said in refused(tmp_path, *arguments)
+
+
+WITHOUT_GPU = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}}
+
+
+def test_a_gpu_that_is_not_there_is_said_once_whatever_the_number_of_workers(tmp_path):
+    said = refused(tmp_path, "fashion_mnist", "--device", "cuda", "--workers", "2", **WITHOUT_GPU)
+    assert "torch finds no GPU; --device cpu works" in said
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
@@ -190,6 +203,8 @@ def test_evaluate_counts_what_train_counted(photos, tmp_path):
         counted = megabatch("evaluate", output, "--data", photos, "--workers", workers, "--precision", "fp32")
         assert counted.returncode == 0, counted.stderr
         assert f"top1 {top1}" in counted.stdout
+    said = one_line_of(megabatch("evaluate", output, "--device", "cuda", "--workers", 2, **WITHOUT_GPU))
+    assert "--device cpu works" in said
 
 
 def test_evaluate_refuses_what_is_no_checkpoint(tmp_path):

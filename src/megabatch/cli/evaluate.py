@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from megabatch.cli.options import parse_data, parse_workers, require_choice
+from megabatch.cli.options import device_here, parse_data, parse_workers, require_choice
 from megabatch.site import Precision, Site
 
 
@@ -34,6 +34,7 @@ def evaluate(
     )
     if not launch.started_by_launcher():
         open_checkpoint(checkpoint)  # a mistake is said once, not by every worker
+        device_here(site.device)
         if (site.workers or 1) > 1:
             if code := launch.run_local_workers(site.workers or 1, sys.argv[1:]):
                 raise typer.Exit(code)

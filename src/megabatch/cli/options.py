@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from megabatch.errors import RecipeError, SiteError
+
+if TYPE_CHECKING:
+    import torch
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -52,3 +55,14 @@ def parse_loss_scale(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise SiteError(f"--loss-scale {text}: needed dynamic or a power of two; --loss-scale 1024 works") from None
+
+
+def device_here(wanted: str) -> "torch.device":
+    """What one worker on this machine would compute on; SiteError where it is not there.
+
+    For the process that starts local workers: each of them would say so for itself.
+    """
+    from megabatch.comm.launch import join
+
+    with join(device=wanted) as world:
+        return world.device

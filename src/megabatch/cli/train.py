@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import parse_data, parse_loss_scale, parse_settings, parse_workers, require_choice
+from megabatch.cli.options import (
+    device_here,
+    parse_data,
+    parse_loss_scale,
+    parse_settings,
+    parse_workers,
+    require_choice,
+)
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
 from megabatch.site import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
@@ -107,16 +114,14 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
 
 def _check_before_start(recipe: Recipe, site: Site) -> int:
     """The number of local workers; whatever the user got wrong is said here, before anything is written."""
-    import torch
-
     from megabatch.build.data import fit_to_data, open_data
     from megabatch.build.site import check, default_workers
 
+    device = device_here(site.device)
     with contextlib.closing(open_data(recipe, site, on_progress=_say, probe=True)) as data:
         fitted = fit_to_data(recipe, data)
     num_workers = site.workers or default_workers(fitted, site)
-    on_gpu = site.device != "cpu" and torch.cuda.is_available()
-    check(fitted, site, world_size=num_workers, device=torch.device("cuda" if on_gpu else "cpu"))
+    check(fitted, site, world_size=num_workers, device=device)
     return num_workers
 
 
