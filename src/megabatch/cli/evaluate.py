@@ -45,7 +45,7 @@ def evaluate(
 def _evaluate(checkpoint: Path, site: Site) -> None:
     from megabatch.build.data import build_eval_loader, eval_block_size, fit_to_data, open_data
     from megabatch.build.run import load_for_evaluation
-    from megabatch.build.site import choose_precision
+    from megabatch.build.site import choose_memory, choose_precision
     from megabatch.comm.launch import join
     from megabatch.errors import DataError
     from megabatch.recipe import from_json
@@ -53,6 +53,7 @@ def _evaluate(checkpoint: Path, site: Site) -> None:
     from megabatch.train.evaluate import evaluate as count
 
     with join(device=site.device) as world, contextlib.ExitStack() as stack:
+        choose_memory(site, world)
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
         data = stack.enter_context(contextlib.closing(open_data(recipe, site)))
