@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megabatch import native
 from megabatch.data import _jpegcrop
 from megabatch.data.decode import MAX_PIXELS, decode, decode_center, decode_crop, image_size
 from megabatch.errors import DataError, SiteError
@@ -391,7 +392,7 @@ def test_a_missing_compiler_is_named_and_called_optional(monkeypatch, tmp_path):
 
 
 def test_a_library_of_another_machine_counts_as_missing(monkeypatch, tmp_path):
-    (tmp_path / _jpegcrop._file_name()).write_bytes(b"not a library")
+    (tmp_path / native.file_name(_jpegcrop.NAME)).write_bytes(b"not a library")
     monkeypatch.setattr(_jpegcrop, "library_folder", tmp_path)
     _jpegcrop._function.cache_clear()
     assert not _jpegcrop.is_available()

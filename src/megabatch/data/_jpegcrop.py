@@ -8,24 +8,18 @@ speed (docs/decisions/0003-jpeg-decoding.md).
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from megabatch.errors import SiteError
+from megabatch import native
 
 SOURCES = Path(__file__).parent
 library_folder = SOURCES
 NAME = "_jpegcrop_native"
-COMPILE_FLAGS = ("-O3", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
 def is_available() -> bool:
@@ -56,36 +50,15 @@ def crop(
 
 def build(folder: Path = SOURCES) -> Path:
     """Compile the library into `folder` and return its path. Raises SiteError without a working C compiler."""
-    compiler = shutil.which(os.fspath((sysconfig.get_config_var("CC") or "cc").split()[0])) or shutil.which("cc")
-    if compiler is None:
-        raise SiteError(
-            "no C compiler was found on PATH; install one, for example gcc, or go on without: it is optional"
-        )
-    target = folder / _file_name()
-    sources = sorted(str(source) for source in SOURCES.glob("_jpegcrop*.c"))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / target.name
-        command = [compiler, *COMPILE_FLAGS, *sources, "-o", str(built), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        if done.returncode != 0:
-            raise SiteError(f"{compiler} could not build the JPEG crop: {done.stderr.strip()[-2000:]}")
-        built.replace(target)  # at once, so that no other process loads half a file
+    path = native.build_library(NAME, SOURCES.glob("_jpegcrop*.c"), folder)
     _function.cache_clear()
-    return target
-
-
-def _file_name() -> str:
-    return NAME + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+    return path
 
 
 @functools.cache
 def _function() -> Callable[..., int] | None:
-    path = library_folder / _file_name()
-    if not path.exists():
-        return None
-    try:
-        function = ctypes.CDLL(str(path)).megabatch_jpeg_crop
-    except (OSError, AttributeError):  # built for another machine: as good as missing
+    function = native.open_function(library_folder / native.file_name(NAME), "megabatch_jpeg_crop")
+    if function is None:
         return None
     number, size = ctypes.c_double, ctypes.c_int
     box, shape = [number] * 4, [size] * 3

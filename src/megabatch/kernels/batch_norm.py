@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
+from megabatch.kernels import cpu_batch_norm
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
@@ -45,6 +46,8 @@ def fused_bn_act(
     """
     check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
+        if backend == "auto" and cpu_batch_norm.serves(x, weight, bias):
+            return cpu_batch_norm.norm_act(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
         return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
     found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
     y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")

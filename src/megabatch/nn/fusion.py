@@ -4,20 +4,20 @@ Every net of `megabatch.nn` asks `norm_act` for "norm, plus residual, through Re
 operations, one after the other; `set_fusion` lets the kernels of `megabatch.kernels` take the cases they serve.
 """
 
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import Backend, fused_bn_act, has_triton
+from megabatch.kernels import Backend, cpu_batch_norm, fused_bn_act, has_triton
 from megabatch.kernels.statistics import collect_spans, move_averages
 from megabatch.nn.batch_norm import SpanBatchNorm2d
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
-"""`plain`: torch's operations. `auto`: kernels on a GPU with Triton, torch's operations elsewhere. `triton` and
-`reference` force the kernels, or their equations in torch's operations on any device (for tests)."""
+"""`plain`: torch's operations. `auto`: kernels on a GPU with Triton, compiled ones on a CPU, else torch's operations.
+`triton` and `reference` force the GPU's kernels, or their equations in torch's operations, anywhere (for tests)."""
 
 FUSIONS: tuple[Fusion, ...] = ("plain", "auto", "triton", "reference")
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,9 +35,9 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
 
     Weights, state dict and module tree stay as they are, so this may be called at any time, any number of times.
     Fused are training forwards through nn.BatchNorm2d or SpanBatchNorm2d with spans of its own, in float16, bfloat16 or
-    float32; with `auto`, only those with the channels last on a GPU. Everything else (evaluation, spans shared by
-    ranks, other norms, float64, layers with hooks) runs as before, and so does what torch.compile traces, which
-    fuses by itself. Gradients of gradients need "plain".
+    float32; with `auto`, only those with the channels last, and on a CPU not float16. Everything else (evaluation,
+    spans shared by ranks, other norms, float64, layers with hooks) runs as before, and so does what torch.compile
+    traces, which fuses by itself. Gradients of gradients need "plain".
 
     Raises:
         UserError: an unknown choice, or a model without a part that can be fused.
@@ -60,31 +60,37 @@ def norm_act(
 
     Shapes: x and residual (N, C, H, W).
     """
-    if not can_fuse(norm, x, fusion) or not _agree(x, residual):
-        y: Tensor = norm(x)
-        if residual is not None:
-            y += residual
-        return functional.relu(y, inplace=True) if relu else y
-    y, mean, var = fused_bn_act(
-        x,
-        norm.weight,
-        norm.bias,
-        span=span_of(norm, x),
-        eps=norm.eps,
-        residual=residual,
-        relu=relu,
-        backend=backend_of(fusion),
-    )
+    if fusion == "plain" or torch.compiler.is_compiling() or not (_is_fusable(norm, x) and _agree(x, residual)):
+        return _plain(norm, x, residual, relu)
+    options: dict[str, Any] = {"span": span_of(norm, x), "eps": norm.eps, "residual": residual, "relu": relu}
+    if wants(x, fusion):
+        y, mean, var = fused_bn_act(x, norm.weight, norm.bias, backend=backend_of(fusion), **options)
+    elif fusion == "auto" and cpu_batch_norm.serves(x, norm.weight, norm.bias):
+        collect = _collected(norm)
+        y, mean, var = cpu_batch_norm.norm_act(x, norm.weight, norm.bias, collect=collect, **options)
+        if collect:
+            return y
+    else:
+        return _plain(norm, x, residual, relu)
     keep_statistics(norm, mean, var, fusion)
     return y
 
 
+def _plain(norm: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y: Tensor = norm(x)
+    if residual is not None:
+        y += residual
+    return functional.relu(y, inplace=True) if relu else y
+
+
 def can_fuse(norm: nn.Module, x: Tensor, fusion: Fusion) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether the kernels give what norm(x) gives, and `fusion` wants them to."""
+    """Whether the kernels of a GPU give what norm(x) gives, and `fusion` wants them to."""
+    return fusion != "plain" and wants(x, fusion) and _is_fusable(norm, x)
+
+
+def _is_fusable(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
     return (
-        fusion != "plain"
-        and wants(x, fusion)
-        and _is_known(norm)
+        _is_known(norm)
         and norm.training
         and norm.affine
         and not is_hooked(norm)
@@ -112,8 +118,8 @@ def backend_of(fusion: Fusion) -> Backend:
 
 def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, fusion: Fusion) -> None:
     """Gives a forward's statistics, mean and unbiased variance (spans, C), to the norm, as its own forward would."""
-    if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
-        collect_spans(mean, var, norm.first_span, norm.span_sum, backend=backend_of(fusion))
+    if collected := _collected(norm):
+        collect_spans(mean, var, *collected, backend=backend_of(fusion))
         return
     assert norm.momentum is not None
     assert norm.running_mean is not None
@@ -137,6 +143,13 @@ def wants(x: Tensor, fusion: Fusion) -> bool:
     if fusion != "auto":
         return True
     return x.is_cuda and has_triton() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _collected(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+    """Where the statistics of a step's forwards are added up, if they are."""
+    if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
+        return norm.first_span, norm.span_sum
+    return None
 
 
 def _is_known(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
