@@ -48,6 +48,12 @@ def events_of(data: Path, output: Path, workers: int) -> list[dict]:
     return read_events(output / "events.jsonl")
 
 
+def named_in(run: list[dict]) -> list[str]:
+    """Files that a run's log calls replaced, as often as it does."""
+    texts = [event["text"].partition(" was replaced") for event in run if event["event"] == "warning"]
+    return [Path(name).name for name, replaced, _ in texts if replaced]
+
+
 def test_check_names_each_of_thirty_kinds_of_file_by_its_kind(damaged):
     assert len(FILES) >= 30
     lines = CliRunner().invoke(app, ["data", "check", str(damaged)]).output.splitlines()
@@ -72,9 +78,13 @@ def test_training_goes_through_with_the_same_count_of_replaced_samples_on_one_wo
     assert counts[0] == counts[1]
     # Each epoch meets every bad sample once; one that is broken in the middle may give a whole crop.
     assert 2 * (len(bad) - 1) <= counts[0] <= 2 * len(bad)
-    named = {Path(event["text"].split(" was replaced")[0]).name for event in runs[0] if event["event"] == "warning"}
-    assert named <= bad
-    assert len(named) >= len(bad) - 1
+    for run in runs:
+        assert len(named_in(run)) == len(set(named_in(run)))
+        assert set(named_in(run)) <= bad
+        assert len(named_in(run)) >= len(bad) - 1
+        last = [event for event in run if event["event"] == "bad_samples"][-1]
+        assert last["num_replaced_samples"] == run[-1]["num_replaced_samples"]
+        assert last["num_bad_samples"] == len(named_in(run))
     losses = [[event["loss"] for event in run if event["event"] == "step"] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -94,7 +94,22 @@ def test_each_bad_sample_is_named_once_with_the_reason(damaged):
         loader.load(range(24), resolution=32)
     assert [name for name, _ in sorted(told)] == ["007.jpg", "008.jpg"]
     assert "empty" in dict(told)["008.jpg"]
-    assert loader.num_bad == 2
+    assert {index: Path(damaged.name(index)).name for index in loader.bad_samples} == {5: "007.jpg", 6: "008.jpg"}
+
+
+def test_what_another_worker_found_is_named_once_too_and_counts_towards_the_share(damaged):
+    told = []
+    first = in_index_order(damaged, on_bad_sample=lambda name, _: told.append(Path(name).name), max_bad_share=2 / 24)
+    other = in_index_order(damaged)
+    first.load(range(6), resolution=32)
+    other.load(range(24), resolution=32)
+    for _ in range(2):
+        first.learn_bad_samples(other.bad_samples)
+    first.load(range(24), resolution=32)
+    assert told == ["007.jpg", "008.jpg"]
+    assert first.bad_samples == other.bad_samples
+    with pytest.raises(DataError, match=r"3 of 24 samples cannot be read, more than max_bad_share=0\.0833"):
+        first.learn_bad_samples({20: "cut off"})
 
 
 def test_more_bad_samples_than_their_share_stop_the_run(damaged):

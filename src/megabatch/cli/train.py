@@ -160,7 +160,7 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
             images_per_s = (run.state.samples_seen - first_sample) / seconds
             top1 = evaluation.top1 if evaluation else None
             loader = cast("TrainLoader", run.loader)
-            replaced = int(sum_over_workers(torch.tensor(loader.num_replaced), world))
+            replaced = int(sum_over_workers(torch.tensor(loader.num_replaced, device=world.device), world))
             end = {"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds}
             run.log(end | {"num_replaced_samples": replaced})
         if world.is_first:

@@ -1,6 +1,6 @@
 """What the training and the evaluation loader share: threads, the way to the device, pixels by index."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -88,7 +88,23 @@ class BaseLoader:
     @property
     def num_bad(self) -> int:
         """Different samples that could not be read so far."""
-        return len(self._bad) if self._bad is not None else 0
+        return len(self.bad_samples)
+
+    @property
+    def bad_samples(self) -> dict[int, str]:
+        """Index and reason of each sample that could not be read so far, here or where `learn_bad_samples` was told."""
+        return self._bad.so_far() if self._bad is not None else {}
+
+    def learn_bad_samples(self, reasons: Mapping[int, str]) -> None:
+        """Take in what other workers' loaders over the same source could not read.
+
+        Those samples count as met: `on_bad_sample` is called for each that is new, and never for it again.
+
+        Raises:
+            DataError: with them, bad samples exceed `max_bad_share`.
+        """
+        if self._bad is not None:
+            self._bad.learn(reasons)
 
     @property
     def num_replaced(self) -> int:

@@ -1,7 +1,7 @@
 """Images of an encoded source, decoded by a pool of threads into one uint8 batch, bad files replaced."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -34,8 +34,15 @@ class BadSamples:
         self._reasons: dict[int, str] = {}
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._reasons)
+    def so_far(self) -> dict[int, str]:
+        """The reason by index of each sample that is known to be bad."""
+        with self._lock:
+            return dict(self._reasons)
+
+    def learn(self, reasons: Mapping[int, str]) -> None:
+        """Note what others found, as if it had been met here; raises what `report` does."""
+        for index in sorted(reasons):
+            self.report(index, reasons[index])
 
     def report(self, index: int, reason: str) -> None:
         """Note a bad sample.

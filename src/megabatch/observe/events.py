@@ -6,8 +6,9 @@ Each line holds `event` (its kind), `time_s` (seconds since 1970) and the fields
     step         step, epoch, loss (global mean), lr, momentum, global_batch_size, images_per_s
     evaluation   step, epoch, top1, top5, loss, num_samples, seconds
     checkpoint   step, path
+    bad_samples  step, num_bad_samples (different ones), num_replaced_samples: so far, over all workers; only if any
     warning      text
-    run_end      top1, images_per_s, train_s
+    run_end      top1, images_per_s, train_s, num_replaced_samples
 """
 
 import json

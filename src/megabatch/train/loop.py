@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megabatch.data.loader import Batch
+from megabatch.train.damage import Damage
 from megabatch.train.state import Evaluation, Run, StepSettings
 from megabatch.train.update import Taken, require_finite, take_step
 
@@ -22,7 +23,7 @@ def train(run: Run) -> Evaluation | None:
     """Trains until the last sample, `max_steps`, or a request to stop; the last evaluation, None if there was none."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
-    under_way = _UnderWay(run)
+    under_way, damage = _UnderWay(run), Damage(run)
     for settings, batches in _steps(run):
         under_way.add(take_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
@@ -32,6 +33,7 @@ def train(run: Run) -> Evaluation | None:
         evaluation = run.evaluate() if evaluates else None
         if saves or stop:
             run.save(evaluation)
+            damage.meet()
         if stop or ended:
             break
     return evaluation
