@@ -102,10 +102,27 @@ FOR_EACH_CPU void NAMED(part_sums_of_join)(const TYPE *restrict dy, const TYPE *
                                            float *restrict of_product) {
     memset(of_dz, 0, width * sizeof *of_dz);
     memset(of_product, 0, width * sizeof *of_product);
-    for (int64_t row = rows.first; row < rows.first + rows.count; row++)
+    int64_t row = rows.first, end = rows.first + rows.count;
+    for (; row + 4 <= end; row += 4)
+        for (int64_t c = 0; c < width; c++) {
+            float sum = 0, product = 0;
+#pragma GCC unroll 4
+            for (int64_t next = 0; next < 4; next++) {
+                int64_t at = (row + next) * width + c;
+                float value = WIDE(dy[at]), out = WIDE(output[at]); /* both read, or the loop is no vector loop */
+                value = out <= 0 ? 0 : value;
+                dz[at] = NARROW(value);
+                sum += value;
+                product += value * (WIDE(x[at]) - mean[c]);
+            }
+            of_dz[c] += sum;
+            of_product[c] += product;
+        }
+    for (; row < end; row++)
         for (int64_t c = 0; c < width; c++) {
             int64_t at = row * width + c;
-            float value = WIDE(output[at]) <= 0 ? 0 : WIDE(dy[at]);
+            float value = WIDE(dy[at]), out = WIDE(output[at]);
+            value = out <= 0 ? 0 : value;
             dz[at] = NARROW(value);
             of_dz[c] += value;
             of_product[c] += value * (WIDE(x[at]) - mean[c]);
