@@ -1,23 +1,36 @@
 """What one training step must move and multiply, counted as it runs, by kinds of kernels whose names a profile shows.
 
-Each kernel's work is what its arguments say: every large tensor that it reads or writes, once. Operations of torch
-other than convolutions are not counted: they are what a fused step should have none of.
+    python benchmarks/gpu_traffic.py [--batch 32] [--pixels 224] [--kernels]
+
+As a script it counts the launches and the bytes of a fused ResNet-50's forward and backward in 16 bit, one JSON line a
+kind of kernel, on any machine with Triton: on tensors that hold no values, so nothing is computed. `--kernels`: with
+kernels of ours for 1x1 convolutions wherever they fit, else with torch's convolutions between our passes.
+
+Each kernel's bytes are what its arguments say: every large tensor that it reads or writes, once. Those of torch's
+operations other than convolutions are not counted: they are what a fused step should have none of. Each operation of
+torch that computes is taken for one launch, and a convolution's backward for one a gradient.
 """
 
+import argparse
 import functools
+import json
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabatch.kernels import conv1x1, norm_passes
-from megabatch.nn import fused_stem
+from megabatch.kernels import conv1x1, dispatch, join_passes, norm_passes, residual, tuning
+from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, fused_stem, resnet50, set_fusion
 
 CONVOLUTIONS = "torch's convolutions"
 OTHERS = "other operations of torch"
@@ -26,6 +39,9 @@ PASSES: dict[tuple[ModuleType, str], str] = {
     (norm_passes, "normalise"): "normalise_kernel",
     (norm_passes, "gradient_sums"): "gradient_sums_kernel",
     (norm_passes, "input_gradient"): "input_gradient_kernel",
+    (join_passes, "join"): "join_kernel",
+    (join_passes, "join_gradient"): "join_gradient_kernel",
+    (join_passes, "two_input_gradients"): "two_input_gradients_kernel",
     (conv1x1, "conv1x1_forward"): "forward_kernel",
     (conv1x1, "conv1x1_data_gradient"): "data_gradient_kernel",
     (conv1x1, "conv1x1_weight_gradient"): "weight_gradient_kernel",
@@ -50,6 +66,7 @@ OURS = (
     "pool_gradient_sums_kernel",
     "pool_input_gradient_kernel",
 )
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device"}
 _OF_CONVOLUTIONS = re.compile(r"cudnn|cutlass|xmma|cask|implicit|conv|wgrad|dgrad|gemm|nchwToNhwc|nhwcToNchw", re.I)
 
 
@@ -75,6 +92,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.work: dict[str, Work] = defaultdict(Work)
+        self.operations: Counter[str] = Counter()
         self._saved: list[tuple[ModuleType, str, Any]] = []
         self._inside = False
 
@@ -95,6 +113,8 @@ class Traffic(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if num_launches(func, args):
+            self.operations[func.overloadpacket.__name__] += num_launches(func, args)
         if not self._inside and func is torch.ops.aten.convolution.default:
             self._add(CONVOLUTIONS, [*args[:2], out], _products(args[1], out))
         if not self._inside and func is torch.ops.aten.convolution_backward.default:
@@ -132,14 +152,90 @@ class Traffic(TorchDispatchMode):
             self._add("pool_gradient_sums_kernel", [x, y], 0, places)
             self._add("pool_input_gradient_kernel", [x, x, y], 0, places)
             return
-        made = [] if kind == "gradient_sums_kernel" and options.get("output") is None else list(_tensors([out]))
-        self._add(kind, [*given, *made], FLOP[kind](args) if kind in FLOP else 0)
+        self._add(kind, [*given, *_tensors([out])], FLOP[kind](args) if kind in FLOP else 0)
 
     def _add(self, kind: str, tensors: Iterable[Tensor], flop: int, more_bytes: int = 0) -> None:
         work = self.work[kind]
         work.calls += 1
         work.bytes += sum(map(_size, tensors)) + more_bytes
         work.flop += flop
+
+
+def num_launches(func: Any, args: tuple[Any, ...]) -> int:
+    """Kernels that an operation of torch is taken for."""
+    if func is torch.ops.aten.convolution_backward.default:
+        return sum(args[10])
+    is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
+    return 0 if is_view or func.overloadpacket.__name__ in ALLOCATIONS else 1
+
+
+class Step(NamedTuple):
+    """Of one forward and backward."""
+
+    launches: Counter[str]
+    work: Mapping[str, Work]
+
+    def rows(self, count: int) -> Iterator[dict[str, Any]]:
+        """Each kind with its launches and megabytes an image, and all together."""
+        for kind in sorted(self.launches.keys() | self.work.keys(), key=lambda kind: -self.launches[kind]):
+            moved = self.work[kind].bytes if kind in self.work else 0
+            yield {"kind": kind, "launches": self.launches[kind], "mb_per_image": round(moved / count / 1e6, 2)}
+        moved = sum(work.bytes for work in self.work.values())
+        yield {"kind": "all", "launches": self.launches.total(), "mb_per_image": round(moved / count / 1e6, 1)}
+
+
+def count_step(count: int, pixels: int, *, kernels: bool) -> Step:
+    """Of a fused ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
+    ways = {task: tilings[0].name() for task, tilings in _tilings().items()} if kernels else {}
+    tuning.use_table(tuning.Table(fixed={**ways, fused_stem.TASK: "4"}))
+    with FakeTensorMode(), _recorded() as launches, Traffic() as traffic:
+        model = _half(resnet50(norm=functools.partial(SpanBatchNorm2d, span=count)))
+        collect_statistics(model)
+        set_fusion(model, "triton")
+        images = torch.empty(count, 3, pixels, pixels, dtype=torch.float16)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.empty(count, dtype=torch.int64)
+        launches.clear()
+        traffic.operations.clear()
+        cross_entropy_sum(model(images), labels, label_smoothing=0.1, backend="triton").backward()
+    tuning.use_table(None)
+    for name, number in traffic.operations.items():
+        launches[CONVOLUTIONS if name.startswith("convolution") else OTHERS] += number
+    return Step(launches, traffic.work)
+
+
+def _tilings() -> dict[str, tuple[conv1x1.Tiling, ...]]:
+    kinds = {
+        "forward": conv1x1.FORWARD_TILINGS,
+        "data": conv1x1.DATA_GRADIENT_TILINGS,
+        "weight": conv1x1.WEIGHT_GRADIENT_TILINGS,
+    }
+    return {task: kinds[task.split()[1]] for task in residual.TASKS}
+
+
+@contextmanager
+def _recorded() -> Iterator[Counter[str]]:
+    """Triton's launches are counted by name, and not done."""
+    from triton.runtime.jit import JITFunction
+
+    launches: Counter[str] = Counter()
+
+    def record(self: Any, *_: Any, **__: Any) -> None:
+        launches.update([self.__name__])
+
+    with patch.object(JITFunction, "run", record), patch.object(dispatch, "interprets", lambda: True):
+        yield launches
+
+
+def _half(model: nn.Module) -> nn.Module:
+    """With convolutions and the last layer in 16 bit, filters with the channels last."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+                small = parameter.detach().to(torch.float16).contiguous(memory_format=layout)
+                layer.register_parameter(name, nn.Parameter(small))
+    return model
 
 
 def by_kind(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
@@ -174,3 +270,18 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
+
+
+def main() -> None:
+    """One line a kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
+    parser.add_argument("--pixels", type=int, default=224, help="their height and width (default 224)")
+    parser.add_argument("--kernels", action="store_true", help="our kernels for 1x1 convolutions wherever they fit")
+    chosen = parser.parse_args()
+    for row in count_step(chosen.batch, chosen.pixels, kernels=chosen.kernels).rows(chosen.batch):
+        sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -121,11 +121,14 @@ def batch_norm() -> None:
 
 
 def join() -> None:
-    """The gradient of a residual's join between torch's convolutions."""
-    from megabatch.kernels.norm_passes import gradient_sums
+    """The join of a shortcut with a batch norm of its own, and its gradient between torch's convolutions."""
+    from megabatch.kernels import join_passes
 
-    x = images(256)
-    gradient_sums(x, x, normalisation(256), span=2, output=x, addend=x, triton=True)
+    x, norm = images(256), normalisation(256)
+    for other in (None, norm):
+        _, passed = join_passes.join(x, norm, x, residual_norm=other, span=2, triton=True)
+        join_passes.join_gradient(x, x, norm, passed, addend=x, residual=x, residual_norm=other, span=2, triton=True)
+    join_passes.two_input_gradients(x, x, norm, x, norm, torch.zeros(1, 4, 256), span=2, triton=True)
 
 
 def stem() -> None:
@@ -177,10 +180,11 @@ def convolutions(*, every_tiling: bool = False) -> None:
     for tiling in module.DATA_GRADIENT_TILINGS[some]:
         x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
         dy, given = images(tiling.outputs), normalisation(tiling.inputs)
-        for output in (None, x)[: 2 if every_tiling else 1]:
-            module.conv1x1_data_gradient(
-                dy, weight, x, given, span=2, output=output, addend=output, tiling=tiling, backend="triton"
-            )
+        bits = torch.zeros(x.numel() // tiling.inputs, tiling.inputs // 8, dtype=torch.uint8)
+        join = {"passed": bits, "addend": x}
+        shortcut = {**join, "residual": x, "residual_norm": given}
+        for behind in ({}, join, shortcut)[: 3 if every_tiling else 1]:
+            module.conv1x1_data_gradient(dy, weight, x, given, span=2, **behind, tiling=tiling, backend="triton")
     for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
         dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
         module.conv1x1_weight_gradient(dy, x, span=2, normalisation=given, tiling=tiling, backend="triton")

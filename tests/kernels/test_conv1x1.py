@@ -16,6 +16,7 @@ from megabatch.kernels import (
     conv1x1_weight_gradient,
     fused_bn_act,
 )
+from megabatch.kernels.join_passes import bits_of
 from megabatch.kernels.norm_passes import input_gradient
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -109,36 +110,44 @@ def test_the_data_gradient_and_its_sums_are_those_of_float64(case: Case, dtype: 
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("two_norms", [False, True])
 @pytest.mark.parametrize("with_addend", [False, True])
-def test_behind_a_residual_the_gradients_add_up_and_the_output_tells_where_relu_passed(
-    with_addend: bool, dtype: torch.dtype
+def test_behind_a_residual_the_gradients_add_up_and_bits_tell_where_relu_passed(
+    with_addend: bool, two_norms: bool, dtype: torch.dtype
 ) -> None:
     case = CASES[0]
-    given = draw(case, dtype)
-    exact = given.double()
-    other = draw(case, dtype, seed=1)
-    output, addend = torch.relu(other.x), draw(case, dtype, seed=2).x if with_addend else None
+    given, other, third = (draw(case, dtype, seed=seed) for seed in range(3))
+    exact, wide = given.double(), other.double()
+    passes = torch.relu(other.x)  # as if it were the output
+    behind: dict[str, Any] = {"passed": bits_of(passes), "addend": third.x if with_addend else None}
+    if two_norms:
+        behind |= {"residual": other.x, "residual_norm": other.normalisation}
     dz, sums = conv1x1_data_gradient(
         given.dy,
         given.weight,
         given.x,
         given.normalisation,
-        output=output,
-        addend=addend,
         span=case.span,
         tiling=TILING,
         backend="triton",
+        **behind,
     )
-    through = torch.einsum("nkhw,kc->nchw", exact.dy, exact.weight) + (0.0 if addend is None else addend.double())
-    expected = torch.where(output > 0, through, 0.0)
-    mean, deviation = (
-        t.repeat_interleave(case.span, 0)[: case.shape[0], :, None, None] for t in exact.normalisation[:2]
-    )
-    products = expected * (exact.x - mean) * deviation
+    through = torch.einsum("nkhw,kc->nchw", exact.dy, exact.weight) + (third.x.double() if with_addend else 0.0)
+    expected = torch.where(passes > 0, through, 0.0)
     assert error(dz, expected) < 2 * ROUNDING[dtype]
-    for number, values in enumerate((expected, products)):
-        by_span = torch.stack([part.sum((0, 2, 3)) for part in torch.split(values, case.span)])
+    products = [expected, expected * hat(exact, case), expected, expected * hat(wide, case)]
+    assert sums.shape[1] == (4 if two_norms else 2)
+    for number in range(sums.shape[1]):
+        by_span = torch.stack([part.sum((0, 2, 3)) for part in torch.split(products[number], case.span)])
         assert error(sums[:, number], by_span) < 2 * ROUNDING[dtype]
+
+
+def hat(given: Given, case: Case) -> Tensor:
+    """(x - mean) deviation."""
+    mean, deviation = (
+        t.repeat_interleave(case.span, 0)[: case.shape[0], :, None, None] for t in given.normalisation[:2]
+    )
+    return (given.x - mean) * deviation
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels import conv1x1, norm_passes, residual, tuning
-from megabatch.kernels.norm_passes import Moments, moments
+from megabatch.kernels.norm_passes import Moments, Normalisation, moments
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -37,6 +37,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     tuning.use_table(None)
 
 
+KINDS = ("norm", "join", "join of two norms")
+
+
 def draw(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
@@ -50,57 +53,59 @@ def draw(dtype: torch.dtype) -> dict[str, Tensor]:
         "shift": normal(inputs),
         "weight": normal(OUTPUTS, inputs, 1, 1) / inputs**0.5,  # in float32, as under autocast
         "residual": normal(*SHAPE).to(dtype),
+        "residual scale": normal(inputs) + 1,
+        "residual shift": normal(inputs),
         "dy": normal(count, OUTPUTS, height, width).to(dtype),
         "dz": normal(*SHAPE).to(dtype),
     }
 
 
-def exact(given: dict[str, Tensor], *, join: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def leaves_of(given: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """What has a gradient."""
+    names = ["x", "scale", "shift", "weight"]
+    names += [] if kind == "norm" else ["residual"]
+    names += ["residual scale", "residual shift"] if kind == "join of two norms" else []
+    return {name: given[name].detach().requires_grad_() for name in names}
+
+
+def exact(given: dict[str, Tensor], kind: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Outputs and gradients in float64, by autograd through torch's batch norm; the filter as it is rounded."""
-    names = ["x", "scale", "shift", "weight", *(["residual"] if join else [])]
     wide = {name: t.double() for name, t in given.items()} | {"weight": given["weight"].to(given["x"].dtype).double()}
-    leaves = {name: wide[name].requires_grad_() for name in names}
-    h = torch.cat(
-        [
-            functional.batch_norm(part, None, None, leaves["scale"], leaves["shift"], training=True, eps=EPS)
-            for part in torch.split(leaves["x"], SPAN)
-        ]
-    )
-    z = torch.relu(h + leaves["residual"] if join else h)
+    leaves = leaves_of(wide, kind)
+
+    def batch_norm(x: str, scale: str, shift: str) -> Tensor:
+        parts = torch.split(leaves[x], SPAN)
+        vectors = leaves[scale], leaves[shift]
+        return torch.cat([functional.batch_norm(part, None, None, *vectors, training=True, eps=EPS) for part in parts])
+
+    total = batch_norm("x", "scale", "shift")
+    if kind == "join":
+        total = total + leaves["residual"]
+    if kind == "join of two norms":
+        total = total + batch_norm("residual", "residual scale", "residual shift")
+    z = torch.relu(total)
     y = functional.conv2d(z, leaves["weight"])
-    total = (y * wide["dy"]).sum() + ((z * wide["dz"]).sum() if join else 0)
-    return [z.detach(), y.detach()], torch.autograd.grad(total, list(leaves.values()))
+    loss = (y * wide["dy"]).sum() + (0 if kind == "norm" else (z * wide["dz"]).sum())
+    return [z.detach(), y.detach()], torch.autograd.grad(loss, list(leaves.values()))
 
 
-def ours(given: dict[str, Tensor], *, join: bool, backend: Any) -> tuple[list[Tensor], Moments, tuple[Tensor, ...]]:
-    names = ["x", "scale", "shift", "weight", *(["residual"] if join else [])]
-    leaves = {name: given[name].detach().requires_grad_() for name in names}
-    found = moments(given["x"], span=SPAN, eps=EPS, triton=backend == "triton")
-    if join:
-        z, y, measured = join_conv1x1(
-            leaves["x"],
-            found,
-            leaves["scale"],
-            leaves["shift"],
-            leaves["residual"],
-            leaves["weight"],
-            span=SPAN,
-            eps=EPS,
-            backend=backend,
-        )
-        pairs: tuple[list[Tensor], list[Tensor]] = ([z, y], [given["dz"], given["dy"]])
+def ours(given: dict[str, Tensor], kind: str, *, backend: Any) -> tuple[list[Tensor], Moments, tuple[Tensor, ...]]:
+    leaves = leaves_of(given, kind)
+    options: dict[str, Any] = {"span": SPAN, "eps": EPS, "backend": backend}
+
+    def measured_of(name: str) -> Moments:
+        return moments(given[name], span=SPAN, eps=EPS, triton=backend == "triton")
+
+    first = (leaves["x"], measured_of("x"), leaves["scale"], leaves["shift"])
+    if kind == "norm":
+        y, measured = norm_conv1x1(*first, leaves["weight"], **options)
+        pairs: tuple[list[Tensor], list[Tensor]] = ([y], [given["dy"]])
     else:
-        y, measured = norm_conv1x1(
-            leaves["x"],
-            found,
-            leaves["scale"],
-            leaves["shift"],
-            leaves["weight"],
-            span=SPAN,
-            eps=EPS,
-            backend=backend,
-        )
-        pairs = ([y], [given["dy"]])
+        if kind == "join of two norms":
+            vectors = leaves["residual scale"], leaves["residual shift"]
+            options["residual_norm"] = Normalisation.of(measured_of("residual"), *vectors)
+        z, y, measured = join_conv1x1(*first, leaves["residual"], leaves["weight"], **options)
+        pairs = ([z, y], [given["dz"], given["dy"]])
     gradients = torch.autograd.grad(pairs[0], list(leaves.values()), pairs[1])
     return [t.detach() for t in pairs[0]], measured, gradients
 
@@ -118,24 +123,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("way", "backend", "dtype"), CASES, indirect=["way"])
 def test_outputs_moments_and_gradients_are_those_of_float64(
-    way: str, backend: str, dtype: torch.dtype, join: bool
+    way: str, backend: str, dtype: torch.dtype, kind: str
 ) -> None:
     given = draw(dtype)
-    outputs, expected = exact(given, join=join)
-    found, measured, gradients = ours(given, join=join, backend=backend)
+    outputs, expected = exact(given, kind)
+    found, measured, gradients = ours(given, kind, backend=backend)
     for mine, reference in zip(found, outputs[-len(found) :], strict=True):
         assert mine.dtype == dtype
         assert error(mine, reference) < 2 * ROUNDING[dtype]
     exact_moments = moments(found[-1].double(), span=SPAN, eps=EPS, triton=False)
     for one, other in zip(measured, exact_moments, strict=True):
         assert error(one, other) < 1e-5
-    for name, mine, reference in zip(("x", "scale", "shift", "weight", "residual"), gradients, expected, strict=False):
+    for name, mine, reference in zip(leaves_of(given, kind), gradients, expected, strict=True):
         assert error(mine, reference) < 4 * ROUNDING[dtype], name
     assert gradients[3].dtype == torch.float32
-    again = ours(given, join=join, backend=backend)
+    again = ours(given, kind, backend=backend)
     assert all(map(torch.equal, gradients, again[2]))
 
 
@@ -144,7 +149,7 @@ def test_outputs_moments_and_gradients_are_those_of_float64(
 def test_the_filters_gradient_lies_in_memory_as_the_filter(way: str, layout: torch.memory_format) -> None:
     given = draw(torch.float16)
     given["weight"] = given["weight"].contiguous(memory_format=layout)
-    _, _, gradients = ours(given, join=False, backend="triton")
+    _, _, gradients = ours(given, "norm", backend="triton")
     assert gradients[3].stride() == given["weight"].stride()
 
 
@@ -160,9 +165,9 @@ def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
     tuning.use_table(Log())
     try:
         given = draw(torch.float16)
-        for join in (False, True):
-            _, _, gradients = ours(given, join=join, backend="triton")
-            expected = exact(given, join=join)[1]
+        for kind in ("norm", "join"):
+            _, _, gradients = ours(given, kind, backend="triton")
+            expected = exact(given, kind)[1]
             assert error(gradients[0], expected[0]) < 4 * ROUNDING[torch.float16]
     finally:
         tuning.use_table(None)
@@ -176,6 +181,7 @@ def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
         ({"weight": torch.ones(8, 16, 3, 3)}, r"\(64, 16, 1, 1\) works"),
         ({"scale": torch.ones(15)}, r"weight \(15,\)"),
         ({"residual": torch.ones(5, 16, 3, 2)}, "the residual is"),
+        ({"residual scale": torch.ones(15)}, r"the normalisation has shapes .*\(15,\)"),
         ({"x": torch.ones(9, 16, 3, 3), "residual": torch.ones(9, 16, 3, 3)}, r"three of \(5, 16\)"),
     ],
 )
@@ -192,5 +198,6 @@ def test_tensors_that_do_not_agree_are_named(changes: dict[str, Tensor], message
             given["weight"],
             span=SPAN,
             eps=EPS,
+            residual_norm=Normalisation.of(found, given["residual scale"], given["residual shift"]),
             backend="triton",
         )

@@ -42,10 +42,21 @@ def _tile(column, inside, done, count, columns, block_rows: tl.constexpr):
 
 
 @triton.jit
-def _put_pair(partials, num_parts, one, two, column, inside, columns, block_columns: tl.constexpr):
-    """Writes this part's two rows of `partials` (spans, parts, 2, columns)."""
+def _put_pair(
+    partials,
+    num_parts,
+    one,
+    two,
+    column,
+    inside,
+    columns,
+    block_columns: tl.constexpr,
+    pairs: tl.constexpr = 1,
+    pair: tl.constexpr = 0,
+):
+    """Writes two rows of this part's 2 `pairs` in `partials` (spans, parts, 2 pairs, columns)."""
     part = tl.program_id(1) * num_parts + _part_here(columns, block_columns)
-    place = partials + part * 2 * columns + column
+    place = partials + (part * pairs + pair) * 2 * columns + column
     tl.store(place, one, mask=inside)
     tl.store(place + columns, two, mask=inside)
 
@@ -146,7 +157,6 @@ def _normalised(x, middle, slope, shift):
 @triton.jit
 def normalise_kernel(
     x,
-    residual,
     y,
     mean,
     deviation,
@@ -154,25 +164,20 @@ def normalise_kernel(
     bias,
     num_rows,
     span_rows,
-    has_residual: tl.constexpr,
     relu: tl.constexpr,
     columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """y = relu(weight (x - mean) deviation + bias + residual) in one pass."""
+    """y = relu(weight (x - mean) deviation + bias) in one pass."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
     values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    if has_residual:
-        added = tl.load(residual + first * columns + place, mask=here, other=0.0).to(tl.float32)
     own = tl.program_id(1) * columns + column
     slope = tl.load(weight + column, mask=inside, other=0.0) * tl.load(deviation + own, mask=inside, other=0.0)
     middle = tl.load(mean + own, mask=inside, other=0.0)
     values = _normalised(values, middle, slope, tl.load(bias + column, mask=inside, other=0.0))
-    if has_residual:
-        values += added
     if relu:
         values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(y + first * columns + place, values.to(y.dtype.element_ty), mask=here)
@@ -181,10 +186,7 @@ def normalise_kernel(
 @triton.jit
 def gradient_sums_kernel(
     dy,
-    addend,
     x,
-    y,
-    dz,
     partials,
     mean,
     deviation,
@@ -194,17 +196,14 @@ def gradient_sums_kernel(
     span_rows,
     rows_per_part,
     num_parts,
-    has_addend: tl.constexpr,
-    from_output: tl.constexpr,
     relu: tl.constexpr,
     columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Sums of dz and dz * h over each part of a span; dz is dy + addend where y > 0, h = (x - mean) deviation.
+    """Sums of dz and dz * h over each part of a span; dz is dy where y > 0, h = (x - mean) deviation.
 
-    With a residual (`from_output`) the sign is read from y, and dz is written, as it is the residual's gradient too.
-    Without one the sign is computed again from x, which is read anyway.
+    The sign of y is computed again from x, which is read anyway.
     """
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
@@ -220,14 +219,7 @@ def gradient_sums_kernel(
         place, here = _tile(column, inside, done, count, columns, block_rows)
         gradient = tl.load(dy + base + place, mask=here, other=0.0).to(tl.float32)
         values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
-        if has_addend:
-            gradient += tl.load(addend + base + place, mask=here, other=0.0).to(tl.float32)
-        if from_output:
-            output = tl.load(y + base + place, mask=here, other=0.0).to(tl.float32)
-            rounded = tl.where(output <= 0, 0.0, gradient).to(dz.dtype.element_ty)
-            tl.store(dz + base + place, rounded, mask=here)
-            gradient = rounded.to(tl.float32)
-        elif relu:
+        if relu:
             output = _normalised(values, middle, slope, shift).to(x.dtype.element_ty).to(tl.float32)
             gradient = tl.where(output <= 0, 0.0, gradient)
         sums += gradient
@@ -238,16 +230,24 @@ def gradient_sums_kernel(
 
 @triton.jit
 def add_parts_kernel(partials, sums, num_parts, columns, block_parts: tl.constexpr, block_columns: tl.constexpr):
-    """Adds the two rows of a span's parts, in one order; `sums` is (spans, 2, columns)."""
+    """Adds a span's parts row by row, in one order, to `sums` (spans, rows, columns); the third axis counts rows."""
     column, inside = _columns_here(columns, block_columns)
-    span, which = tl.program_id(1), tl.program_id(2)
-    base = partials + (span * num_parts * 2 + which) * columns
+    span, which, rows = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    base = partials + (span * num_parts * rows + which) * columns
     total = tl.zeros((block_parts, block_columns), dtype=tl.float32)
     for start in range(0, num_parts, block_parts):
         part = start + tl.arange(0, block_parts)
         here = (part < num_parts)[:, None] & inside[None, :]
-        total += tl.load(base + part[:, None] * 2 * columns + column[None, :], mask=here, other=0.0)
-    tl.store(sums + (span * 2 + which) * columns + column, tl.sum(total, axis=0), mask=inside)
+        total += tl.load(base + part[:, None] * rows * columns + column[None, :], mask=here, other=0.0)
+    tl.store(sums + (span * rows + which) * columns + column, tl.sum(total, axis=0), mask=inside)
+
+
+@triton.jit
+def _input_gradient(gradient, values, middle, scale, slope, pair, size, column, inside, columns):
+    """slope (dz - sum(dz) / n - h sum(dz h) / n), of which `pair` holds the sums of this span."""
+    of_gradient = tl.load(pair + column, mask=inside, other=0.0) / size
+    of_product = tl.load(pair + columns + column, mask=inside, other=0.0) / size * scale
+    return (gradient - of_gradient[None, :] - (values - middle[None, :]) * of_product[None, :]) * slope[None, :]
 
 
 @triton.jit
@@ -283,11 +283,9 @@ def input_gradient_kernel(
         shift = tl.load(bias + column, mask=inside, other=0.0)
         output = _normalised(values, middle, slope, shift).to(x.dtype.element_ty).to(tl.float32)
         gradient = tl.where(output <= 0, 0.0, gradient)
-    pair = sums + tl.program_id(1) * 2 * columns + column
-    of_gradient = tl.load(pair, mask=inside, other=0.0) / size
-    of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * scale
-    gradient = gradient - of_gradient[None, :] - (values - middle[None, :]) * of_product[None, :]
-    tl.store(dx + first * columns + place, (gradient * slope[None, :]).to(dx.dtype.element_ty), mask=here)
+    pair = sums + tl.program_id(1) * 2 * columns
+    result = _input_gradient(gradient, values, middle, scale, slope, pair, size, column, inside, columns)
+    tl.store(dx + first * columns + place, result.to(dx.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megabatch.kernels._join_triton import _bits
+
 __all__ = ["TensorDescriptor"]
 
 
@@ -93,24 +95,39 @@ def forward_kernel(
 
 
 @triton.jit
+def _put_sums(pair, gradient, values, mean, deviation, span, column, columns):
+    """The sums of a tile's gradient and of the gradient times (values - mean) deviation, to two rows at `pair`."""
+    inside = column < columns
+    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
+    slope = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    product = gradient * (values.to(tl.float32) - middle[None, :])
+    tl.store(pair + column, tl.sum(gradient, axis=0), mask=inside)
+    tl.store(pair + columns + column, tl.sum(product, axis=0) * slope, mask=inside)
+
+
+@triton.jit
 def data_gradient_kernel(
     dy,
     weight,
     x,
-    output,
+    passed,
     addend,
+    residual,
     dz,
     mean,
     deviation,
     scale,
     bias,
+    other_mean,
+    other_deviation,
     partials,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
-    from_output: tl.constexpr,
+    behind_residual: tl.constexpr,
     has_addend: tl.constexpr,
+    two_norms: tl.constexpr,
     inputs,
     outputs,
     block_rows: tl.constexpr,
@@ -120,7 +137,8 @@ def data_gradient_kernel(
 ):
     """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) deviation, of dz rounded.
 
-    ReLU passes where the output that is given is above 0; if none is, where h is.
+    ReLU passes where the bits `passed` say so behind a residual, else where h is above 0. With `two_norms` the sums of
+    the residual's batch norm stand behind: the first of these is the same sum again.
     """
     across = (inputs + block_inputs - 1) // block_inputs
     for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
@@ -138,19 +156,22 @@ def data_gradient_kernel(
         if has_addend:
             sums += tl.load(addend + place, mask=here, other=0.0).to(tl.float32)
         values = tl.load(x + place, mask=here, other=0.0)
-        if from_output:
-            passed = tl.load(output + place, mask=here, other=0.0)
+        if behind_residual:
+            bits = passed + first * ((inputs + 7) // 8)
+            byte = left // 8 + tl.arange(0, block_inputs // 8)
+            passes = _bits(bits, row, byte, count, inputs, block_rows, block_inputs)
         else:
-            passed = _normalised(values, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
-        rounded = tl.where(passed <= 0, 0.0, sums).to(dz.dtype.element_ty)
+            h = _normalised(values, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
+            passes = ~(h <= 0)
+        rounded = tl.where(passes, sums, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + place, rounded, mask=here)
         gradient = tl.where(here, rounded.to(tl.float32), 0.0)
-        middle = tl.load(mean + span * inputs + column, mask=column < inputs, other=0.0)
-        slope = tl.load(deviation + span * inputs + column, mask=column < inputs, other=0.0)
-        pair = partials + row_tile * 2 * inputs + column
-        product = gradient * (values.to(tl.float32) - middle[None, :])
-        tl.store(pair, tl.sum(gradient, axis=0), mask=column < inputs)
-        tl.store(pair + inputs, tl.sum(product, axis=0) * slope, mask=column < inputs)
+        pairs: tl.constexpr = 2 if two_norms else 1
+        pair = partials + row_tile * pairs * 2 * inputs
+        _put_sums(pair, gradient, values, mean, deviation, span, column, inputs)
+        if two_norms:
+            added = tl.load(residual + place, mask=here, other=0.0)
+            _put_sums(pair + 2 * inputs, gradient, added, other_mean, other_deviation, span, column, inputs)
 
 
 @triton.jit

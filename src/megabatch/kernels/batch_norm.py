@@ -1,8 +1,9 @@
 """Batch norm over spans, a residual and ReLU, each tensor read and written as few times as the arithmetic allows.
 
 For 16-bit images with the channels last. Passes over the images, with the plain operations' in brackets: forward reads
-2 and writes 1 (with a residual 3 and 1; plain 4 and 2, 6 and 3); backward reads 4 and writes 1 (with a residual 5 and
-2; plain 6 and 2, 6 and 2). Statistics and sums are float32, added in one fixed order: equal inputs give equal bits.
+2 and writes 1 (with a residual 3 and 1; plain 4 and 2, 6 and 3); backward reads 4 and writes 1 (with a residual 4 and
+2; plain 6 and 2, 6 and 2), and with a residual one bit a value each way, ReLU's mask. Statistics and sums are float32,
+added in one fixed order: equal inputs give equal bits.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import cpu_batch_norm
+from megabatch.kernels import cpu_batch_norm, join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
@@ -122,22 +123,26 @@ class _NormAct(torch.autograd.Function):
         triton: bool,
     ) -> Tensor:
         norm = Normalisation.of(moments, weight, bias)
-        y = passes.normalise(x, norm, span=span, residual=residual, relu=relu, triton=triton)
+        if residual is None:
+            y, passed = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
+        else:
+            y, passed = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
         ctx.options = {"span": span, "triton": triton}
         ctx.relu, ctx.has_residual = relu, residual is not None
-        ctx.save_for_backward(x, *norm, *([y] if relu and ctx.has_residual else []))
+        ctx.save_for_backward(x, *norm, passed)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, weight, bias, *output = ctx.saved_tensors
+        x, mean, deviation, weight, bias, passed = ctx.saved_tensors
         norm = Normalisation(mean, deviation, weight, bias)
-        y = output[0] if output else None
-        dz, sums = passes.gradient_sums(dy, x, norm, relu=ctx.relu, output=y, **ctx.options)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = passes.input_gradient(dz, x, norm, sums, relu=ctx.relu and not output, **ctx.options)
+        relu = ctx.relu and passed is None
+        if passed is None:
+            dz, sums = dy, passes.gradient_sums(dy, x, norm, relu=relu, **ctx.options)
+        else:
+            dz, sums = join_passes.join_gradient(dy, x, norm, passed, **ctx.options)
+        dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
         dbias, dweight = over_spans(sums)
         return dx, None, dweight, dbias, dz if ctx.has_residual else None, None, None, None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
+from megabatch.kernels import join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
@@ -107,30 +108,36 @@ def conv1x1_data_gradient(
     normalisation: Normalisation,
     *,
     span: int,
-    output: Tensor | None = None,
+    passed: Tensor | None = None,
     addend: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_norm: Normalisation | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`(dz, sums)`: dz = weight^T dy + addend where ReLU passes, the gradient of what went into that ReLU.
 
-    The convolution's input is ReLU of the normalised x, or `output`: what ReLU made of the normalised x and a residual.
-    sums is (spans, 2, C): of dz and of dz (x - mean) deviation over each span, as batch norm's backward needs them.
+    The convolution's input is ReLU of the normalised x; behind a residual, ReLU of their sum, and `passed` says where
+    it passed (`join_passes`). sums is (spans, 2, C): of dz and of dz (x - mean) deviation over each span, as batch
+    norm's backward needs them; with a `residual_norm` of `residual` (spans, 4, C), those of that batch norm behind.
 
-    Shapes as in `conv1x1_forward`; dy is like y; dz, output and addend are like x.
+    Shapes as in `conv1x1_forward`; dy is like y; dz, addend and residual are like x.
 
     Raises:
         UserError: shapes that do not agree.
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and fits(x, len(matrix))):
-        return _data_gradient_reference(dy, matrix, x, normalisation, span, output, addend)
+        return _data_gradient_reference(
+            dy, matrix, x, normalisation, span, passed, addend, residual=residual, residual_norm=residual_norm
+        )
     tiling = tiling or _by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
     cut = _cut(x, span, tiling)
     rows, gradient = rows_of(x), rows_of(dy)
     dz = torch.empty_like(rows)
     channels = rows.shape[1]
-    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, 2, channels, dtype=torch.float32)
+    num_sums = 2 if residual_norm is None else 4
+    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, num_sums, channels, dtype=torch.float32)
     with on_device(x):
         load("_conv1x1_triton").data_gradient_kernel[
             (_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs)),)
@@ -138,14 +145,17 @@ def conv1x1_data_gradient(
             _described(gradient, tiling.rows, tiling.outputs),
             _described(matrix, tiling.outputs, tiling.inputs),
             rows,
-            rows if output is None else rows_of(output),
+            rows if passed is None else passed,
             rows if addend is None else rows_of(addend),
+            rows if residual is None else rows_of(residual),
             dz,
             *_channel_arguments(normalisation, partials),
+            *_channel_arguments(residual_norm, partials)[:2],
             partials,
             *cut,
-            from_output=output is not None,
+            behind_residual=passed is not None,
             has_addend=addend is not None,
+            two_norms=residual_norm is not None,
             **_options(rows, matrix, tiling),
         )
         return images_of(dz, x), passes.add_parts(partials)
@@ -211,12 +221,15 @@ def _data_gradient_reference(
     x: Tensor,
     normalisation: Normalisation,
     span: int,
-    output: Tensor | None,
+    passed: Tensor | None,
     addend: Tensor | None,
+    **residual: Any,
 ) -> tuple[Tensor, Tensor]:
     through = torch.nn.functional.conv2d(dy, matrix.T[:, :, None, None])
-    output = _activation(x, normalisation, span) if output is None else output
-    return passes.gradient_sums(through, x, normalisation, span=span, output=output, addend=addend, triton=False)
+    passed = join_passes.bits_of(_activation(x, normalisation, span)) if passed is None else passed
+    return join_passes.join_gradient(
+        through, x, normalisation, passed, span=span, addend=addend, triton=False, **residual
+    )
 
 
 class _Cut(NamedTuple):
@@ -292,8 +305,13 @@ def _check(x: Tensor, weight: Tensor, normalisation: Normalisation | None, span:
             "needed: (N, C, H, W), (K, C, 1, 1) of one type, and 1 or more; (32, 64, 56, 56), (256, 64, 1, 1), 32 work"
         )
     if normalisation is not None:
-        shapes = [tuple(values.shape) for values in normalisation]
-        wanted = [(-(-len(x) // span), x.shape[1])] * 2 + [(x.shape[1],)] * 2
-        if shapes != wanted:
-            raise UserError(f"the normalisation has shapes {shapes}, needed for these images and span: {wanted}")
+        check_normalisation(x, normalisation, span)
     return weight.reshape(len(weight), x.shape[1]).contiguous()
+
+
+def check_normalisation(x: Tensor, normalisation: Normalisation, span: int) -> None:
+    """Raises UserError for one that is not of these images' spans and channels."""
+    shapes = [tuple(values.shape) for values in normalisation]
+    wanted = [(-(-len(x) // span), x.shape[1])] * 2 + [(x.shape[1],)] * 2
+    if shapes != wanted:
+        raise UserError(f"the normalisation has shapes {shapes}, needed for these images and span: {wanted}")

@@ -1,10 +1,10 @@
-"""The passes over images that batch norm, a residual and ReLU are made of, forward and backward; no autograd.
+"""The passes over images that batch norm and ReLU are made of, forward and backward; no autograd.
 
 With h = (x - mean) deviation per span and channel, where deviation = 1 / sqrt(biased variance + eps):
 
-    y  = relu(weight h + bias + residual)
-    dz = dy + addend where y > 0;   dresidual = dz;   dbias = sum dz;   dweight = sum dz h          over all spans
-    dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n)                                      sums over one span
+    y  = relu(weight h + bias)
+    dz = dy where y > 0;   dbias = sum dz;   dweight = sum dz h          over all spans
+    dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n)           sums over one span
 
 (Ioffe and Szegedy 2015, arXiv:1502.03167.) Each pass is a Triton kernel on matrices of rows (samples x pixels) and
 channels, and beside it the same in torch's operations. Sums are float32, added in one order: equal inputs give equal
@@ -140,78 +140,49 @@ def combine_moments(partials: Tensor, num_rows: int, span_rows: int, rows_per_pa
     return found
 
 
-def normalise(
-    x: Tensor, norm: Normalisation, *, span: int, triton: bool, residual: Tensor | None = None, relu: bool = True
-) -> Tensor:
-    """y: one read of x and of the residual, one write."""
+def normalise(x: Tensor, norm: Normalisation, *, span: int, triton: bool, relu: bool = True) -> Tensor:
+    """y: one read of x, one write."""
     if not triton:
-        return _normalise_reference(x, norm, span, residual, relu)
+        return _normalise_reference(x, norm, span, relu)
     own, rows = cut(x.shape, span), rows_of(x)
     y = torch.empty_like(rows)
     with on_device(x):
         load("_batch_norm_triton").normalise_kernel[own.tiles()](
-            rows,
-            rows if residual is None else rows_of(residual),
-            y,
-            *norm.in_rows(),
-            own.num_rows,
-            own.span_rows,
-            has_residual=residual is not None,
-            relu=relu,
-            **own.block(2),
+            rows, y, *norm.in_rows(), own.num_rows, own.span_rows, relu=relu, **own.block(2)
         )
     return images_of(y, x)
 
 
-def gradient_sums(
-    dy: Tensor,
-    x: Tensor,
-    norm: Normalisation,
-    *,
-    span: int,
-    triton: bool,
-    relu: bool = True,
-    output: Tensor | None = None,
-    addend: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`(dz, sums)`: the sums of dz and of dz h over each span, (spans, 2, C).
+def gradient_sums(dy: Tensor, x: Tensor, norm: Normalisation, *, span: int, triton: bool, relu: bool = True) -> Tensor:
+    """The sums of dz and of dz h over each span, (spans, 2, C).
 
-    With `output`, which is y, its sign is ReLU's mask and dz is written. Without, the mask is computed from x again,
-    dz is not written, and dy stands for it: `input_gradient` with `relu` masks it as it reads. An addend needs
-    `output`.
+    ReLU's mask is computed from x again, and dz is not written: `input_gradient` with `relu` masks dy as it reads.
     """
-    assert addend is None or output is not None
     if not triton:
-        return _gradient_sums_reference(dy, x, norm, span, relu, output, addend)
-    own, rows, gradient = cut(x.shape, span), rows_of(x), rows_of(dy)
-    dz = gradient if output is None else torch.empty_like(gradient)
+        return sums_over_spans(_masked(dy, x, norm, span, relu), x, norm, span)
+    own, rows = cut(x.shape, span), rows_of(x)
     partials = rows.new_empty(own.spans, own.parts, 2, own.columns, dtype=torch.float32)
     with on_device(x):
         load("_batch_norm_triton").gradient_sums_kernel[own.reductions()](
-            gradient,
-            gradient if addend is None else rows_of(addend),
+            rows_of(dy),
             rows,
-            rows if output is None else rows_of(output),
-            dz,
             partials,
             *norm.in_rows(),
             own.num_rows,
             own.span_rows,
             own.rows_per_part,
             own.parts,
-            has_addend=addend is not None,
-            from_output=output is not None,
             relu=relu,
             **own.block(),
         )
-        return images_of(dz, x), add_parts(partials)
+        return add_parts(partials)
 
 
 def add_parts(partials: Tensor) -> Tensor:
-    """(spans, 2, C) from (spans, parts, 2, C), added in one order."""
-    spans, parts, _, columns = partials.shape
-    sums = partials.new_empty(spans, 2, columns)
-    load("_batch_norm_triton").add_parts_kernel[(-(-columns // 32), spans, 2)](
+    """(spans, rows, C) from (spans, parts, rows, C), added in one order."""
+    spans, parts, num_sums, columns = partials.shape
+    sums = partials.new_empty(spans, num_sums, columns)
+    load("_batch_norm_triton").add_parts_kernel[(-(-columns // 32), spans, num_sums)](
         partials, sums, parts, columns=columns, block_parts=64, block_columns=32
     )
     return sums
@@ -233,39 +204,43 @@ def input_gradient(
 
 
 def _moments_reference(x: Tensor, span: int, eps: float) -> Moments:
-    pairs = [torch.var_mean(part, (0, 2, 3), correction=0) for part in torch.split(_wide(x), span)]
+    pairs = [torch.var_mean(part, (0, 2, 3), correction=0) for part in torch.split(wide(x), span)]
     var, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
     sizes = _sizes(x, span)
     return Moments(mean, var * sizes / (sizes - 1).clamp(min=1), torch.rsqrt(var + eps))
 
 
-def _normalise_reference(x: Tensor, norm: Normalisation, span: int, residual: Tensor | None, relu: bool) -> Tensor:
-    y = _hat(x, norm, span) * norm.weight[:, None, None] + norm.bias[:, None, None]
-    y = y if residual is None else y + _wide(residual)
+def _normalise_reference(x: Tensor, norm: Normalisation, span: int, relu: bool) -> Tensor:
+    y = affine(x, norm, span)
     return (torch.relu(y) if relu else y).to(x.dtype)
 
 
-def _gradient_sums_reference(
-    dy: Tensor, x: Tensor, norm: Normalisation, span: int, relu: bool, output: Tensor | None, addend: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    given = dy if addend is None else (_wide(dy) + _wide(addend)).to(dy.dtype)
-    mask = output if output is not None or not relu else _normalise_reference(x, norm, span, None, relu)
-    dz = given if mask is None else torch.where(mask <= 0, 0.0, given)
-    products = _wide(dz) * _hat(x, norm, span)
-    sums = [torch.stack([part.sum((0, 2, 3)) for part in torch.split(t, span)]) for t in (_wide(dz), products)]
-    return dz if output is not None else dy, torch.stack(sums, dim=1)
+def _masked(dy: Tensor, x: Tensor, norm: Normalisation, span: int, relu: bool) -> Tensor:
+    """dz."""
+    return torch.where(_normalise_reference(x, norm, span, relu) <= 0, 0.0, dy) if relu else dy
+
+
+def sums_over_spans(dz: Tensor, x: Tensor, norm: Normalisation, span: int) -> Tensor:
+    """Those of dz and of dz h, (spans, 2, C), in torch's operations."""
+    products = wide(dz) * _hat(x, norm, span)
+    sums = [torch.stack([part.sum((0, 2, 3)) for part in torch.split(t, span)]) for t in (wide(dz), products)]
+    return torch.stack(sums, dim=1)
 
 
 def _input_gradient_reference(
     dz: Tensor, x: Tensor, norm: Normalisation, sums: Tensor, span: int, relu: bool
 ) -> Tensor:
-    mask = _normalise_reference(x, norm, span, None, relu) if relu else None
-    masked = _wide(dz if mask is None else torch.where(mask <= 0, 0.0, dz))
+    masked = wide(_masked(dz, x, norm, span, relu))
     means = sums / _sizes(x, span)[:, None]
     of_gradient, of_product, slope = (
         by_sample(values, span, len(x)) for values in (means[:, 0], means[:, 1], norm.weight * norm.deviation)
     )
     return ((masked - of_gradient - _hat(x, norm, span) * of_product) * slope).to(x.dtype)
+
+
+def affine(x: Tensor, norm: Normalisation, span: int) -> Tensor:
+    """weight h + bias, unrounded, in torch's operations."""
+    return _hat(x, norm, span) * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def by_sample(values: Tensor, span: int, count: int) -> Tensor:
@@ -275,7 +250,7 @@ def by_sample(values: Tensor, span: int, count: int) -> Tensor:
 
 def _hat(x: Tensor, norm: Normalisation, span: int) -> Tensor:
     mean, deviation = (by_sample(values, span, len(x)) for values in (norm.mean, norm.deviation))
-    return (_wide(x) - mean) * deviation
+    return (wide(x) - mean) * deviation
 
 
 def _sizes(x: Tensor, span: int) -> Tensor:
@@ -284,5 +259,6 @@ def _sizes(x: Tensor, span: int) -> Tensor:
     return torch.tensor(sizes, device=x.device)[:, None]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In which sums are added: float32, or float64 as it came."""
     return x if x.dtype == torch.float64 else x.float()

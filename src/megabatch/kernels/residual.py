@@ -1,15 +1,14 @@
 """The parts of a bottleneck block that are more than one operation each: batch norms where 1x1 convolutions read.
 
 Between a block's last convolution and the next block's first stand batch norm, a residual sum and ReLU
-(`join_conv1x1`); between its 3x3 and its last convolution stand batch norm and ReLU (`norm_conv1x1`). Each is one
-differentiable function, because each convolution's gradients can do part of the batch norm's backward as they write.
-How each part is computed (torch's convolution between the passes of `norm_passes`, or a kernel of `conv1x1` in one of
-its tilings) is chosen by measuring (`tuning`).
+(`join_conv1x1`), and where the residual is a shortcut's, that one's batch norm too; between a block's 3x3 and its last
+convolution stand batch norm and ReLU (`norm_conv1x1`). Each is one differentiable function, because each convolution's
+gradients can do part of the batch norm's backward as they write.
+How each part is computed (torch's convolution between passes, or a kernel of `conv1x1` in one of its tilings) is chosen
+by measuring (`products`).
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +16,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import conv1x1, tuning
+from megabatch.kernels import conv1x1, join_passes, products
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.batch_norm import check, over_spans
 from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
 
-Result = TypeVar("Result")
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
 """What the table of `tuning` is asked about: forward, data gradient and weight gradient of each."""
 
@@ -67,9 +65,13 @@ def join_conv1x1(
     *,
     span: int,
     eps: float,
+    residual_norm: Normalisation | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Moments]:
     """`(z, y, moments of y)`: z = relu(batch norm of x + residual) and y = weight z; as `norm_conv1x1` otherwise.
+
+    With a `residual_norm`, of the moments of the residual's spans, that batch norm of the residual is added, and its
+    weight and bias have gradients too: a shortcut's, whose convolution's output is then read where it is needed.
 
     In backward the gradients that reach z through y and past it are added, masked and summed for the batch norm in one
     pass, which is the convolution's own where the kernel is faster.
@@ -78,10 +80,31 @@ def join_conv1x1(
         UserError: tensors of shapes or types that do not agree.
     """
     _check(x, moments, norm_weight, norm_bias, residual, weight, span)
+    if residual_norm is not None:
+        conv1x1.check_normalisation(residual, residual_norm, span)
+    other = residual_norm or (None,) * 4
     z, y, *found = _JoinConv.apply(
-        x, moments.mean, moments.deviation, norm_weight, norm_bias, residual, weight, span, eps, use_triton(x, backend)
+        x,
+        norm_weight,
+        norm_bias,
+        residual,
+        *other[2:],
+        weight,
+        _Statistics(moments.mean, moments.deviation, *other[:2]),
+        span,
+        eps,
+        use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
     return z, y, Moments(*found)
+
+
+class _Statistics(NamedTuple):
+    """Means and deviations of a join's two batch norms; gradients take them into account, but do not flow to them."""
+
+    mean: Tensor
+    deviation: Tensor
+    other_mean: Tensor | None
+    other_deviation: Tensor | None
 
 
 def _check(
@@ -129,9 +152,9 @@ class _NormConv(torch.autograd.Function):
             )
             return None, y, found
 
-        h, y, found = _take("norm_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
-        ctx.save_for_backward(x, *norm, small, *([] if h is None else [h]))
-        ctx.filter = _Filter.of(weight)
+        h, y, found = products.take("norm_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
+        ctx.save_for_backward(x, *norm, small, h)
+        ctx.filter = products.Filter.of(weight)
         ctx.options = {"span": span, "triton": triton}
         ctx.mark_non_differentiable(*found)
         return y, *found
@@ -139,12 +162,12 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, norm_weight, norm_bias, small, *kept = ctx.saved_tensors
+        x, mean, deviation, norm_weight, norm_bias, small, h = ctx.saved_tensors
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
 
         def plain() -> tuple[Tensor, Tensor]:
-            dh = _data_gradient(dy, x, small)
-            _, sums = passes.gradient_sums(dh, x, norm, **ctx.options)
+            dh = products.data_gradient(dy, x, small)
+            sums = passes.gradient_sums(dh, x, norm, **ctx.options)
             return passes.input_gradient(dh, x, norm, sums, relu=True, **ctx.options), sums
 
         def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -154,9 +177,9 @@ class _NormConv(torch.autograd.Function):
             return passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options), sums
 
         tilings = conv1x1.DATA_GRADIENT_TILINGS
-        dx, sums = _take("norm_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"])
+        dx, sums = products.take("norm_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"])
         dbias, dscale = over_spans(sums)
-        dweight = _weight_gradient("norm_conv weight", dy, x, norm, small, kept[0] if kept else None, **ctx.options)
+        dweight = products.weight_gradient("norm_conv weight", dy, x, norm, small, h, **ctx.options)
         return dx, None, None, dscale, dbias, ctx.filter.gradient(dweight), None, None, None
 
 
@@ -165,19 +188,21 @@ class _JoinConv(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        mean: Tensor,
-        deviation: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         residual: Tensor,
+        other_weight: Tensor | None,
+        other_bias: Tensor | None,
         weight: Tensor,
+        statistics: _Statistics,
         span: int,
         eps: float,
         triton: bool,
     ) -> tuple[Tensor, ...]:
-        norm = Normalisation(mean, deviation, norm_weight, norm_bias)
+        norm = Normalisation(statistics.mean, statistics.deviation, norm_weight, norm_bias)
+        other = _normalisation(statistics.other_mean, statistics.other_deviation, other_weight, other_bias)
         small = weight.to(x.dtype)
-        z = passes.normalise(x, norm, span=span, residual=residual, triton=triton)
+        z, passed = join_passes.join(x, norm, residual, residual_norm=other, span=span, triton=triton)
 
         def plain() -> tuple[Tensor, Moments]:
             y = functional.conv2d(z, small)
@@ -186,9 +211,10 @@ class _JoinConv(torch.autograd.Function):
         def fused(tiling: Tiling) -> tuple[Tensor, Moments]:
             return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, tiling=tiling, backend="triton")
 
-        y, found = _take("join_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
-        ctx.save_for_backward(x, *norm, z, small)
-        ctx.filter = _Filter.of(weight)
+        y, found = products.take("join_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
+        to_normalise = (None,) * 5 if other is None else (residual, *other)
+        ctx.save_for_backward(x, *norm, passed, z, small, *to_normalise)
+        ctx.filter = products.Filter.of(weight)
         ctx.options = {"span": span, "triton": triton}
         ctx.mark_non_differentiable(*found)
         return z, y, *found
@@ -196,101 +222,37 @@ class _JoinConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, past: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, norm_weight, norm_bias, z, small = ctx.saved_tensors
-        norm = Normalisation(mean, deviation, norm_weight, norm_bias)
+        x, mean, deviation, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
+        norm, other = Normalisation(mean, deviation, norm_weight, norm_bias), _normalisation(*others)
+        behind = {"passed": passed, "addend": past, "residual": residual, "residual_norm": other}
 
         def plain() -> tuple[Tensor, Tensor]:
-            through = _data_gradient(dy, z, small)
-            return passes.gradient_sums(through, x, norm, output=z, addend=past, **ctx.options)
+            through = products.data_gradient(dy, z, small)
+            return join_passes.join_gradient(through, x, norm, **behind, **ctx.options)
 
         def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
             span = ctx.options["span"]
             return conv1x1.conv1x1_data_gradient(
-                dy, small, x, norm, span=span, output=z, addend=past, tiling=tiling, backend="triton"
+                dy, small, x, norm, span=span, **behind, tiling=tiling, backend="triton"
             )
 
-        tilings = conv1x1.DATA_GRADIENT_TILINGS
-        dz, sums = _take("join_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"])
-        dx = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options)
-        dbias, dscale = over_spans(sums)
-        dweight = _weight_gradient("join_conv weight", dy, z, None, small, z, **ctx.options)
-        return dx, None, None, dscale, dbias, dz, ctx.filter.gradient(dweight), None, None, None
+        tilings, more = conv1x1.DATA_GRADIENT_TILINGS, (int(other is not None),)
+        dz, sums = products.take(
+            "join_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"], more=more
+        )
+        if other is None:
+            dx, dresidual = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options), dz
+        else:
+            dx, dresidual = join_passes.two_input_gradients(dz, x, norm, residual, other, sums, **ctx.options)
+        dbias, dscale, *of_other = over_spans(sums)
+        other_dbias, other_dscale = of_other or (None, None)
+        dweight = ctx.filter.gradient(
+            products.weight_gradient("join_conv weight", dy, z, None, small, z, **ctx.options)
+        )
+        return dx, dscale, dbias, dresidual, other_dscale, other_dbias, dweight, None, None, None, None
 
 
-def _weight_gradient(
-    task: str,
-    dy: Tensor,
-    x: Tensor,
-    norm: Normalisation | None,
-    small: Tensor,
-    h: Tensor | None,
-    *,
-    span: int,
-    triton: bool,
-) -> Tensor:
-    """Of the convolution whose input is x, normalised by `norm`; `h` is that input where it is in memory."""
-
-    def plain() -> Tensor:
-        assert norm is not None or h is not None
-        given = passes.normalise(x, norm, span=span, triton=triton) if h is None and norm is not None else h
-        return _convolution_backward(dy, given, small, [False, True, False])[1]
-
-    def fused(tiling: Tiling) -> Tensor:
-        return conv1x1.conv1x1_weight_gradient(dy, x, span=span, normalisation=norm, tiling=tiling, backend="triton")
-
-    tilings = conv1x1.WEIGHT_GRADIENT_TILINGS
-    return _take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None),))
-
-
-def _take(
-    task: str,
-    x: Tensor,
-    weight: Tensor,
-    plain: Callable[[], Result],
-    fused: Callable[[Tiling], Result],
-    tilings: tuple[Tiling, ...],
-    *,
-    triton: bool,
-    more: tuple[int, ...] = (),
-) -> Result:
-    """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings."""
-    ways: Mapping[str, Callable[[], Result]] = {tuning.PLAIN: plain}
-    if triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight)):
-        ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
-    rows = x.numel() // x.shape[1]
-    sizes = (
-        1 << (rows - 1).bit_length(),
-        x.shape[1],
-        len(weight),
-        *more,
-    )  # so that a short last batch asks for nothing new
-    return tuning.table().take(task, sizes, x, ways)
-
-
-def _data_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _convolution_backward(dy, x, weight, [True, False, False])[0]
-
-
-def _convolution_backward(dy: Tensor, x: Tensor | None, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
-    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
-    )
-    return of_input, of_weight
-
-
-class _Filter(NamedTuple):
-    """How a 1x1 filter lies in memory."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "_Filter":
-        return cls(weight.shape, weight.stride(), weight.dtype)
-
-    def gradient(self, values: Tensor) -> Tensor:
-        """(K, C) or (K, C, 1, 1), row by row in memory, as the filter's own; DDP wants equal strides."""
-        matrix = values.reshape(self.shape[:2]).to(self.dtype)
-        in_rows = self.stride[:2] == (self.shape[1], 1)
-        return matrix.as_strided(self.shape, self.stride) if in_rows else matrix.view(self.shape)
+def _normalisation(*values: Tensor | None) -> Normalisation | None:
+    """Where all four are there."""
+    given = [value for value in values if value is not None]
+    return Normalisation(*given) if len(given) == len(values) else None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels import Moments
+from megabatch.kernels import Moments, Normalisation
 from megabatch.kernels.batch_norm import norm_act_of
 from megabatch.kernels.norm_passes import measure
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
@@ -27,32 +27,51 @@ class FusableBottleneck(Fusable):
     bn2: nn.Module
     conv3: nn.Conv2d
     bn3: nn.Module
+    downsample: nn.Sequential | None
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the branch of x."""
         raise NotImplementedError
 
 
-class Pending(NamedTuple):
-    """A block's output before its last batch norm, the residual sum and ReLU."""
+class Measured(NamedTuple):
+    """A convolution's output before its batch norm."""
 
     y: Tensor
     moments: Moments
     norm: nn.BatchNorm2d
-    residual: Tensor
-    fusion: Fusion
 
-    def join(self) -> Tensor:
-        """The block's output."""
+    def normalisation(self) -> Normalisation:
+        """What the batch norm does to it."""
+        return Normalisation.of(self.moments, self.norm.weight, self.norm.bias)
+
+    def normalised(self, fusion: Fusion, *, residual: Tensor | None = None, relu: bool) -> Tensor:
+        """What comes out of batch norm, sum and ReLU."""
         return norm_act_of(
             self.y,
             self.moments,
             self.norm.weight,
             self.norm.bias,
             span=span_of(self.norm, self.y),
-            residual=self.residual,
-            backend=backend_of(self.fusion),
+            residual=residual,
+            relu=relu,
+            backend=backend_of(fusion),
         )
+
+
+class Pending(NamedTuple):
+    """A block's output before its last batch norm, the residual sum and ReLU; the residual may wait for its own."""
+
+    branch: Measured
+    residual: Tensor | Measured
+    fusion: Fusion
+
+    def join(self) -> Tensor:
+        """The block's output."""
+        residual = self.residual
+        if isinstance(residual, Measured):
+            residual = residual.normalised(self.fusion, relu=False)
+        return self.branch.normalised(self.fusion, residual=residual, relu=True)
 
 
 def run_bottlenecks(blocks: Iterable[FusableBottleneck], x: Tensor) -> Tensor:
@@ -66,37 +85,65 @@ def run_bottlenecks(blocks: Iterable[FusableBottleneck], x: Tensor) -> Tensor:
 
 def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
     x, h = _enter(block, state)
-    y = block.conv2(h)
-    second, third = _batch_norm(block.bn2), _batch_norm(block.bn3)
-    span, backend = span_of(second, y), backend_of(block.fusion)
-    found = measure(y.detach(), span=span, eps=second.eps, backend=backend)
-    keep_statistics(second, found.mean, found.var, block.fusion)
+    third = _batch_norm(block.bn3)
+    second = _measured(block.bn2, block.conv2(h), block.fusion)
+    span, backend = span_of(third, second.y), backend_of(block.fusion)
     y, found = norm_conv1x1(
-        y, found, second.weight, second.bias, block.conv3.weight, span=span, eps=third.eps, backend=backend
+        second.y,
+        second.moments,
+        second.norm.weight,
+        second.norm.bias,
+        block.conv3.weight,
+        span=span,
+        eps=third.eps,
+        backend=backend,
     )
     keep_statistics(third, found.mean, found.var, block.fusion)
-    return Pending(y, found, third, block.shortcut(x), block.fusion)
+    return Pending(Measured(y, found, third), _shortcut(block, x, third, y), block.fusion)
 
 
 def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, Tensor]:
     """The block's input, and what its 3x3 convolution reads."""
-    norm, backend = _batch_norm(block.bn1), backend_of(block.fusion)
+    norm = _batch_norm(block.bn1)
     if not isinstance(state, Pending):
         return state, norm_act(norm, block.conv1(state), fusion=block.fusion)
-    span = span_of(norm, state.y)
+    (branch, residual, _), other = state, None
+    if isinstance(residual, Measured):
+        other, residual = residual.normalisation(), residual.y
     x, y, found = join_conv1x1(
-        state.y,
-        state.moments,
-        state.norm.weight,
-        state.norm.bias,
-        state.residual,
+        branch.y,
+        branch.moments,
+        branch.norm.weight,
+        branch.norm.bias,
+        residual,
         block.conv1.weight,
-        span=span,
+        span=span_of(norm, branch.y),
         eps=norm.eps,
-        backend=backend,
+        residual_norm=other,
+        backend=backend_of(block.fusion),
     )
     keep_statistics(norm, found.mean, found.var, block.fusion)
-    return x, norm_act_of(y, found, norm.weight, norm.bias, span=span, backend=backend)
+    return x, Measured(y, found, norm).normalised(block.fusion, relu=True)
+
+
+def _shortcut(block: FusableBottleneck, x: Tensor, last: nn.BatchNorm2d, y: Tensor) -> Tensor | Measured:
+    """What is added to y by batch norm `last`; where a batch norm ends it that can be fused, what that is to read."""
+    if block.downsample is None or is_hooked(block.downsample):
+        return block.shortcut(x)
+    *layers, norm = block.downsample
+    for layer in layers:
+        x = layer(x)
+    if can_fuse(norm, x, block.fusion) and x.dtype == y.dtype and span_of(norm, x) == span_of(last, y):
+        return _measured(norm, x, block.fusion)
+    return norm_act(norm, x, relu=False, fusion=block.fusion)
+
+
+def _measured(norm: nn.Module, y: Tensor, fusion: Fusion) -> Measured:
+    """The output of a convolution that does not measure what it writes."""
+    norm = _batch_norm(norm)
+    found = measure(y.detach(), span=span_of(norm, y), eps=norm.eps, backend=backend_of(fusion))
+    keep_statistics(norm, found.mean, found.var, fusion)
+    return Measured(y, found, norm)
 
 
 def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
@@ -110,7 +157,7 @@ def _joined(state: Tensor | Pending) -> Tensor:
 
 def fits(block: FusableBottleneck, state: Tensor | Pending) -> bool:
     """Whether the block can be fused behind this state, its input or what that is made of."""
-    x = state.y if isinstance(state, Pending) else state
+    x = state.branch.y if isinstance(state, Pending) else state
     norms = (block.bn1, block.bn2, block.bn3)
     return (
         len(x) > 1  # so that there are two values per channel whatever the resolution
@@ -123,7 +170,7 @@ def fits(block: FusableBottleneck, state: Tensor | Pending) -> bool:
 
 
 def _span_of_state(state: Tensor | Pending) -> set[int]:
-    return {span_of(state.norm, state.y)} if isinstance(state, Pending) else set()
+    return {span_of(state.branch.norm, state.branch.y)} if isinstance(state, Pending) else set()
 
 
 def _is_pointwise(conv: nn.Module) -> bool:

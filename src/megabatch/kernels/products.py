@@ -1,0 +1,94 @@
+"""How a bottleneck's 1x1 convolutions are computed: by torch between passes, or by a kernel of `conv1x1`.
+
+Which is faster is measured for each shape (`tuning`); what a kernel cannot take is torch's.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from megabatch.kernels import conv1x1, tuning
+from megabatch.kernels import norm_passes as passes
+from megabatch.kernels.conv1x1 import Tiling
+from megabatch.kernels.norm_passes import Normalisation
+
+Result = TypeVar("Result")
+
+
+def take(
+    task: str,
+    x: Tensor,
+    weight: Tensor,
+    plain: Callable[[], Result],
+    fused: Callable[[Tiling], Result],
+    tilings: tuple[Tiling, ...],
+    *,
+    triton: bool,
+    more: tuple[int, ...] = (),
+) -> Result:
+    """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings."""
+    ways: Mapping[str, Callable[[], Result]] = {tuning.PLAIN: plain}
+    if triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight)):
+        ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
+    rows = x.numel() // x.shape[1]
+    rounded = 1 << (rows - 1).bit_length()  # so that a short last batch asks for nothing new
+    sizes = (rounded, x.shape[1], len(weight), *more)
+    return tuning.table().take(task, sizes, x, ways)
+
+
+def data_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Of torch's 1x1 convolution of x."""
+    return _convolution_backward(dy, x, weight, [True, False, False])[0]
+
+
+def weight_gradient(
+    task: str,
+    dy: Tensor,
+    x: Tensor,
+    norm: Normalisation | None,
+    small: Tensor,
+    h: Tensor | None,
+    *,
+    span: int,
+    triton: bool,
+) -> Tensor:
+    """Of the convolution whose input is x, normalised by `norm`; `h` is that input where it is in memory."""
+
+    def plain() -> Tensor:
+        assert norm is not None or h is not None
+        given = passes.normalise(x, norm, span=span, triton=triton) if h is None and norm is not None else h
+        return _convolution_backward(dy, given, small, [False, True, False])[1]
+
+    def fused(tiling: Tiling) -> Tensor:
+        return conv1x1.conv1x1_weight_gradient(dy, x, span=span, normalisation=norm, tiling=tiling, backend="triton")
+
+    tilings = conv1x1.WEIGHT_GRADIENT_TILINGS
+    return take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None),))
+
+
+def _convolution_backward(dy: Tensor, x: Tensor | None, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
+    return of_input, of_weight
+
+
+class Filter(NamedTuple):
+    """How a 1x1 filter lies in memory."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Filter":
+        return cls(weight.shape, weight.stride(), weight.dtype)
+
+    def gradient(self, values: Tensor) -> Tensor:
+        """(K, C) or (K, C, 1, 1), row by row in memory, as the filter's own; DDP wants equal strides."""
+        matrix = values.reshape(self.shape[:2]).to(self.dtype)
+        in_rows = self.stride[:2] == (self.shape[1], 1)
+        return matrix.as_strided(self.shape, self.stride) if in_rows else matrix.view(self.shape)
