@@ -1,5 +1,6 @@
 """Opening the data of a run: folders, shards, and shards at a URL; what is refused says what works."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megabatch import recipes
-from megabatch.build.data import build_eval_loader, build_train_loader, fit_to_data, open_data
+from megabatch.build.data import Data, build_eval_loader, build_train_loader, check_room, fit_to_data, open_data
 from megabatch.comm.launch import World
 from megabatch.data.arrays import ArraySource
 from megabatch.data.folder import FolderSource
@@ -85,11 +86,50 @@ def test_too_small_a_cache_is_refused_with_a_size_that_works(packed, tmp_path):
     assert len(sizes) > 8
     for recipe, needed in ((in_any_order, sum(sizes)), (shard_local, sum(sizes[:8]))):
         site = Site(data=f"file://{packed}", cache=tmp_path, remote_cache_gib=(needed - 1) / 2**30)
-        with pytest.raises(SiteError, match=r"--remote-cache-gib \S+ works") as refused:
-            open_data(recipe, site)
-        assert ("shard_local=true" in str(refused.value)) == (recipe is in_any_order)
-        works = float(re.search(r"--remote-cache-gib (\S+) works", str(refused.value))[1])
-        open_data(recipe, dataclasses.replace(site, remote_cache_gib=works)).close()
+        with contextlib.closing(open_data(recipe, site)) as data:
+            with pytest.raises(SiteError, match=r"--remote-cache-gib \S+ works") as refused:
+                check_room(recipe, site, data, world=World())
+            assert ("shard_local=true" in str(refused.value)) == (recipe is in_any_order)
+            works = float(re.search(r"--remote-cache-gib (\S+) works", str(refused.value))[1])
+            check_room(recipe, dataclasses.replace(site, remote_cache_gib=works), data, world=World())
+
+
+@pytest.mark.parametrize("field", ["global_batch_size", "batch_sizes", "max_global_batch_size"])
+def test_a_machines_share_of_a_batch_beyond_a_window_needs_two_windows_for_each_worker(monkeypatch, field):
+    """20 shards of 3 samples and 1 GiB, so that a window holds 12 samples and takes 4 GiB."""
+    monkeypatch.setattr(RemoteShards, "bytes_at_once", lambda _, num_shards: min(20, num_shards or 20) << 30)
+    source = RemoteShards.__new__(RemoteShards)
+    source.shard_sizes = [3] * 20
+
+    def needed(batch: int, workers: int, machines: int = 1) -> int:
+        sizes = {"global_batch_size": 8, field: ((0.0, 8.0), (1.0, batch)) if field == "batch_sizes" else batch}
+        recipe, world = (
+            photos(shard_local=True, **sizes),
+            World(world_size=workers * machines, local_world_size=workers),
+        )
+        for gib in range(1, 21):
+            with contextlib.suppress(SiteError):
+                check_room(recipe, Site(remote_cache_gib=gib), Data(source, source, "shards"), world=world)
+                return gib
+        raise AssertionError("no room is enough")
+
+    assert [needed(batch, 2) for batch in (11, 12, 13, 48)] == [8, 8, 16, 16]
+    assert [needed(batch, 1) for batch in (12, 13, 48)] == [8, 8, 8]
+    assert needed(13, 4) == 20  # all there are
+    assert [needed(batch, 2, machines=2) for batch in (24, 26)] == [8, 16]
+
+
+def test_evaluation_needs_no_room_for_the_training_shards(packed, tmp_path):
+    recipe, site = photos(), Site(data=f"file://{packed}", cache=tmp_path, decode_threads=1)
+    site = dataclasses.replace(
+        site, remote_cache_gib=2 * max(path.stat().st_size for path in packed.glob("*.tar")) / 2**30
+    )
+    with contextlib.closing(open_data(recipe, site)) as data:
+        loader = build_eval_loader(recipe, site, data.evaluation, world=World())
+        assert sum(batch.count for batch in loader.batches(0, len(data.evaluation), 4)) == len(data.evaluation)
+        loader.close()
+        with pytest.raises(SiteError):
+            check_room(recipe, site, data, world=World())
 
 
 def test_shard_local_order_of_a_folder_is_refused_before_the_start():

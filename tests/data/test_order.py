@@ -1,3 +1,4 @@
+import itertools
 import tracemalloc
 from collections import Counter
 from math import factorial
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megabatch.data.order import permute, stream_samples
+from megabatch.data.order import SHARD_WINDOW, permute, shards_ahead, shards_at_once, stream_samples
 from megabatch.errors import DataError
 
 SEED = st.integers(0, 2**63)
@@ -130,6 +131,19 @@ def test_shard_local_order_has_at_most_a_window_of_shards_open():
     open_shards = [sum(first[s] <= place <= last[s] for s in first) for place in range(len(visits))]
     assert max(open_shards) <= 3
     assert len({*visits[:10].tolist()}) > 1  # and within the window it is a shuffle, not shard after shard
+
+
+def test_as_many_samples_in_a_row_as_the_smallest_window_holds_lie_in_two_windows():
+    sizes = [5, 2, 7, 3, 4, 9, 2, 6, 8, 1, 5, 5]
+    smallest = 1 + 2 + 2 + 3
+    assert shards_at_once(smallest, num_workers=3, shard_sizes=sizes) == 2 * SHARD_WINDOW
+    assert shards_at_once(smallest + 1, num_workers=3, shard_sizes=sizes) == 3 * 2 * SHARD_WINDOW
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    for seed, first in itertools.product(range(20), range(2 * sum(sizes))):
+        _, samples = stream_samples(first, smallest, num_samples=sum(sizes), seed=seed, shard_sizes=sizes)
+        pair = shards_ahead(first, shard_sizes=sizes, seed=seed)
+        assert set(shard_of[samples].tolist()) <= set(pair)
+        assert len(pair) == 2 * SHARD_WINDOW
 
 
 def test_shard_local_windows_are_shuffled_differently():

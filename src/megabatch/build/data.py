@@ -15,7 +15,7 @@ from megabatch.data import fetch, folder, parquet, shards
 from megabatch.data.arrays import ArraySource
 from megabatch.data.gpu_decode import GpuDecoder, has_torchvision
 from megabatch.data.loader import EvalLoader, TrainLoader, shard_sizes
-from megabatch.data.order import SHARD_WINDOW
+from megabatch.data.order import shards_at_once
 from megabatch.data.remote_shards import RemoteShards, open_remote_shards
 from megabatch.data.source import EncodedSource
 from megabatch.errors import DataError, SiteError
@@ -59,7 +59,7 @@ def open_data(
 
     Raises:
         DataError, FetchError: it cannot be had.
-        SiteError: the room for copies of remote shards is too small, or decoding on a GPU is not to be had.
+        SiteError: decoding on a GPU is not to be had.
     """
     _check_decode(site)
     if site.data is None and recipe.dataset == "folder":
@@ -75,7 +75,7 @@ def _open(recipe: Recipe, site: Site, *, on_progress: Callable[[str], None] | No
         fetched = fetch.fetch(recipe.dataset, cache=site.cache, on_progress=on_progress)
         return Data(*fetch.load(recipe.dataset, cache=site.cache), fetched.source)
     if "://" in str(site.data):
-        return _open_url(str(site.data), recipe, site)
+        return _open_url(str(site.data), site)
     path = Path(site.data)
     if not path.is_dir():
         raise DataError(f"no folder {path}; --data needs a folder with train/ and val/, a class per folder in each")
@@ -93,30 +93,46 @@ def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource
     return train, evaluation
 
 
-def _open_url(url: str, recipe: Recipe, site: Site) -> Data:
-    room = int(site.remote_cache_gib * _GIB)
+def _open_url(url: str, site: Site) -> Data:
     cache = (site.cache or cache_folder()) / "remote"
-    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=room)
+    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=_room(site))
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without what may be secret
-    data = Data(train, evaluation, shown)
-    # In shard-local order one window is read while the next one comes; otherwise any shard may be next.
-    needed = train.bytes_at_once(2 * SHARD_WINDOW if recipe.shard_local else None)
-    if needed > room:
-        data.close()
-        raise SiteError(_too_little_room(site.remote_cache_gib, needed, train.bytes_at_once(2 * SHARD_WINDOW), recipe))
-    return data
+    return Data(train, evaluation, shown)
 
 
-def _too_little_room(given_gib: float, needed: int, needed_locally: int, recipe: Recipe) -> str:
-    where = "windows of shards" if recipe.shard_local else "all shards"
+def check_room(recipe: Recipe, site: Site, data: Data, *, world: World) -> None:
+    """SiteError if local copies of remote shards have less room than what one machine's workers train on at once.
+
+    In shard-local order a window is read while the next one comes; otherwise any shard may be next.
+    """
+    if not isinstance(data.train, RemoteShards):
+        return
+    largest = max(
+        recipe.global_batch_size, recipe.max_global_batch_size, *(int(size) for _, size in recipe.batch_sizes)
+    )
+    here = largest * world.local_world_size // world.world_size
+    num_shards = shards_at_once(here, num_workers=world.local_world_size, shard_sizes=data.train.shard_sizes)
+    needed_locally = data.train.bytes_at_once(num_shards)
+    needed = needed_locally if recipe.shard_local else data.train.bytes_at_once(None)
+    if needed > _room(site):
+        raise SiteError(_too_little_room(recipe, site, needed, needed_locally, num_shards))
+
+
+def _room(site: Site) -> int:
+    return int(site.remote_cache_gib * _GIB)
+
+
+def _too_little_room(recipe: Recipe, site: Site, needed: int, needed_locally: int, num_shards: int) -> str:
+    given = site.remote_cache_gib
+    where = f"windows of shards, {num_shards} shards at a time" if recipe.shard_local else "all shards"
     text = (
-        f"--remote-cache-gib {given_gib:g} is too little for samples in random order from {where}, "
-        f"{_up(needed)} GiB; --remote-cache-gib {_up(needed)} works"
+        f"--remote-cache-gib {given:g} is too little for samples in random order from {where}, {_up(needed)} GiB; "
+        f"--remote-cache-gib {_up(needed)} works"
     )
     if recipe.shard_local or needed_locally == needed:
         return text
-    return f"{text}, or --set shard_local=true with --remote-cache-gib {max(_up(needed_locally), given_gib):g}"
+    return f"{text}, or --set shard_local=true with --remote-cache-gib {max(_up(needed_locally), given):g}"
 
 
 def _up(num_bytes: int) -> float:

@@ -114,13 +114,15 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
 
 def _check_before_start(recipe: Recipe, site: Site) -> int:
     """The number of local workers; whatever the user got wrong is said here, before anything is written."""
-    from megabatch.build.data import fit_to_data, open_data
+    from megabatch.build.data import check_room, fit_to_data, open_data
     from megabatch.build.site import check, default_workers
+    from megabatch.comm.launch import World
 
     device = device_here(site.device)
     with contextlib.closing(open_data(recipe, site, on_progress=_say, probe=True)) as data:
         fitted = fit_to_data(recipe, data)
-    num_workers = site.workers or default_workers(fitted, site)
+        num_workers = site.workers or default_workers(fitted, site)
+        check_room(fitted, site, data, world=World(world_size=num_workers, local_world_size=num_workers))
     check(fitted, site, world_size=num_workers, device=device)
     return num_workers
 
@@ -129,7 +131,7 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
     """One worker's whole life."""
     import torch
 
-    from megabatch.build.data import fit_to_data, open_data
+    from megabatch.build.data import check_room, fit_to_data, open_data
     from megabatch.build.run import open_run
     from megabatch.comm.launch import from_first, join, sum_over_workers
     from megabatch.train.loop import train as run_loop
@@ -140,6 +142,7 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
     ):
         folder = from_first(output or _run_folder(recipe, site, None), world)
         fitted = fit_to_data(recipe, data)
+        check_room(fitted, site, data, world=world)
         started = time.perf_counter()
         with (
             _stop_on_signal() as stop_requested,

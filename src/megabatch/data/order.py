@@ -14,7 +14,15 @@ from megabatch.data.hashing import GOLDEN, Integers, Stream, UInt64, as_words, m
 from megabatch.data.split import check_split, micro_batches
 from megabatch.errors import DataError
 
-__all__ = ["SHARD_WINDOW", "check_split", "micro_batches", "permute", "shards_ahead", "stream_samples"]
+__all__ = [
+    "SHARD_WINDOW",
+    "check_split",
+    "micro_batches",
+    "permute",
+    "shards_ahead",
+    "shards_at_once",
+    "stream_samples",
+]
 
 Int64 = NDArray[np.int64]
 
@@ -113,6 +121,17 @@ def shards_ahead(first: int, *, shard_sizes: Sequence[int], seed: int, num_windo
         if place == sum(sizes):
             epoch, place = epoch + 1, 0
     return shards
+
+
+def shards_at_once(num_samples: int, *, num_workers: int, shard_sizes: Sequence[int]) -> int:
+    """Shards that the shard-local order reads at about the same time, each worker its part of `num_samples` in a row.
+
+    The window that is read and the next one, which is fetched meanwhile: one pair for all workers while the samples
+    fit a window, the smallest there may be. Otherwise each worker may read another window: with one pair for all they
+    would delete each other's shards, and fetch them again.
+    """
+    smallest = sum(sorted(shard_sizes)[:SHARD_WINDOW])
+    return 2 * SHARD_WINDOW * (1 if num_samples <= smallest else num_workers)
 
 
 def _shard_local(
