@@ -59,6 +59,9 @@ def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tm
     assert "top1 0." in done.stdout.splitlines()[-1] or "top1 1." in done.stdout.splitlines()[-1]
     events = read_events(tmp_path / "run" / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
+    (warning,) = [event["text"] for event in events if event["event"] == "warning"]
+    assert "--set eval_stats=precise" in warning
+    assert done.stdout.count(warning) == 1
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["num_classes"] == 2
 

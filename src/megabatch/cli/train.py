@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from megabatch import recipes
+from megabatch.cli.forewarn import too_few_updates_for_running_averages
 from megabatch.cli.options import (
     device_here,
     parse_data,
@@ -157,6 +158,8 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
                 quiet=quiet,
             ) as run,
         ):
+            if warning := too_few_updates_for_running_averages(fitted):
+                run.log({"event": "warning", "text": warning})
             first_sample = run.state.samples_seen
             evaluation = run_loop(run)
             seconds = time.perf_counter() - started
