@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,12 @@ def test_any_fsspec_file_system_will_do(far, tmp_path):
         assert [source.read(i) for i in range(len(source))] == [content(i) for i in range(len(source))]
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+def test_the_remote_extra_brings_what_fsspec_needs_for_web_servers():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (fsspec_with_extras,) = project["optional-dependencies"]["remote"]
+    assert fsspec_with_extras.startswith("fsspec[http]")
 
 
 def test_only_the_shard_that_is_read_is_fetched(far, tmp_path, shard_bytes):
