@@ -57,8 +57,7 @@ FLOP: dict[str, Callable[[tuple[Any, ...]], int]] = {
 OURS = (
     *PASSES.values(),
     "statistics_kernel",
-    "collect_kernel",
-    "averages_kernel",
+    "keep_kernel",
     "add_parts_kernel",
     "cross_entropy_kernel",
     "norms_kernel",

@@ -141,13 +141,15 @@ def stem() -> None:
 
 
 def statistics() -> None:
-    """Of one span and of several."""
-    from megabatch.kernels.statistics import collect_spans, move_averages
+    """Of one span, kept at once, and of several."""
+    from megabatch.kernels.norm_passes import measure
+    from megabatch.kernels.statistics import RunningAverages, SpanSums
 
-    for spans in (1, 4):
-        mean, var = torch.zeros(2, spans, 2048).unbind()
-        collect_spans(mean, var, *torch.zeros(2, 4097).unbind(), backend="triton")
-        move_averages(mean, var, mean[0], var[0], torch.tensor(0), momentum=0.1, backend="triton")
+    sums = SpanSums(*torch.zeros(2, 513).unbind())
+    averages = RunningAverages(*torch.zeros(2, 256).unbind(), torch.tensor(0), 0.1)
+    for keep in (sums, averages):
+        for span in (2, 1):
+            measure(images(256), span=span, eps=1e-5, keep=keep, backend="triton")
 
 
 def loss() -> None:

@@ -94,6 +94,8 @@ def test_output_moments_and_gradients_are_those_of_float64(normalised: bool, cas
     assert of_weight.dtype == torch.float32
     expected_of_weight = conv1x1_weight_gradient(exact.dy, exact.x, normalisation=norms[1], span=case.span)
     assert error(of_weight, expected_of_weight) < 2 * ROUNDING[dtype]
+    small = conv1x1_weight_gradient(given.dy, given.x, normalisation=norms[0], dtype=torch.float16, **options)
+    assert torch.equal(small, of_weight.half())  # rounded once
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

@@ -12,6 +12,7 @@ from megabatch.errors import UserError
 from megabatch.kernels import conv1x1, norm_passes, residual, tuning
 from megabatch.kernels.norm_passes import Moments, Normalisation, moments
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
+from megabatch.kernels.statistics import SpanSums
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -151,6 +152,50 @@ def test_the_filters_gradient_lies_in_memory_as_the_filter(way: str, layout: tor
     given["weight"] = given["weight"].contiguous(memory_format=layout)
     _, _, gradients = ours(given, "norm", backend="triton")
     assert gradients[3].stride() == given["weight"].stride()
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_where_one_output_of_a_join_is_unused_the_other_has_its_gradient(used: int) -> None:
+    given = draw(torch.float32)
+    tuning.use_table(tuning.Table())
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaves = leaves_of(given, "join")
+        found = moments(given["x"], span=SPAN, eps=EPS, triton=False)
+        first = (leaves["x"], found, leaves["scale"], leaves["shift"])
+        options: dict[str, Any] = {"span": SPAN, "eps": EPS, "backend": backend}
+        outputs = join_conv1x1(*first, leaves["residual"], leaves["weight"], **options)
+        gradients.append(torch.autograd.grad(outputs[used], list(leaves.values()), given["dz" if used == 0 else "dy"]))
+    tuning.use_table(None)
+    zeroed = {**given, "dy" if used == 0 else "dz": torch.zeros(1)}
+    for mine, reference, right in zip(*gradients, exact(zeroed, "join")[1], strict=True):
+        for one in (mine, reference):
+            torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["norm", "join"])
+def test_choosing_a_way_by_measuring_keeps_the_moments_once(kind: str) -> None:
+    given = draw(torch.float16)
+    tuning.use_table(tuning.Table(timer=lambda work: float(work() is None)))  # each way runs; the first is the fastest
+    keep = SpanSums(*torch.zeros(2, 2 * OUTPUTS + 1).unbind())
+    found = moments(given["x"], span=SPAN, eps=EPS, triton=False)
+    more = [given["residual"]] if kind == "join" else []
+    function: Any = join_conv1x1 if kind == "join" else norm_conv1x1
+    *_, measured = function(
+        given["x"],
+        found,
+        given["scale"],
+        given["shift"],
+        *more,
+        given["weight"],
+        span=SPAN,
+        eps=EPS,
+        keep=keep,
+        backend="triton",
+    )
+    tuning.use_table(None)
+    assert keep.total[-1] == len(measured.mean)
+    torch.testing.assert_close(keep.total[:-1], torch.cat([measured.mean, measured.var], dim=1).sum(0))
 
 
 def test_each_part_is_chosen_for_itself_and_asked_once() -> None:

@@ -103,6 +103,53 @@ def _rows_of_parts(part, num_parts, size, rows_per_part):
 
 
 @triton.jit
+def _add_to_sums(first, total, mean, var, mean_of_first, var_of_first, spans, column, inside, columns):
+    """Adds to `total`, and keeps the first span in the channels of `first` whose variance has no bit set."""
+    empty = tl.load(first + columns + column, mask=inside, other=1.0).to(tl.int32, bitcast=True) == 0
+    tl.store(first + column, mean_of_first, mask=empty)
+    marked = tl.where(var_of_first == 0, -(2**31), var_of_first.to(tl.int32, bitcast=True))  # 0 by its sign bit
+    tl.store(first + columns + column, marked.to(tl.float32, bitcast=True), mask=empty)
+    tl.store(total + column, tl.load(total + column, mask=inside, other=0.0) + mean, mask=inside)
+    tl.store(total + columns + column, tl.load(total + columns + column, mask=inside, other=0.0) + var, mask=inside)
+    counts = column == 0
+    tl.store(first + 2 * columns + column, tl.full(column.shape, 1.0, tl.float32), mask=counts)
+    before = tl.load(total + 2 * columns + column, mask=counts, other=0.0)
+    tl.store(total + 2 * columns + column, before + spans, mask=counts)
+
+
+@triton.jit
+def _move(running, new, momentum, column, inside):
+    old = tl.load(running + column, mask=inside, other=0.0)
+    tl.store(running + column, old + momentum * (new - old), mask=inside)
+
+
+@triton.jit
+def _keep(
+    one,
+    two,
+    count,
+    momentum,
+    keep: tl.constexpr,
+    mean,
+    var,
+    mean_of_first,
+    var_of_first,
+    spans,
+    column,
+    inside,
+    columns,
+):
+    """Keeps statistics, of which `mean` and `var` are sums over spans, as `statistics` says of its kinds."""
+    if keep == "sums":
+        _add_to_sums(one, two, mean, var, mean_of_first, var_of_first, spans, column, inside, columns)
+    if keep == "averages":
+        _move(one, mean / spans, momentum, column, inside)
+        _move(two, var / spans, momentum, column, inside)
+        first = column == 0
+        tl.store(count + column, tl.load(count + column, mask=first, other=0) + 1, mask=first)
+
+
+@triton.jit
 def statistics_kernel(
     partials,
     mean,
@@ -113,6 +160,11 @@ def statistics_kernel(
     rows_per_part,
     num_parts,
     eps,
+    one,
+    two,
+    count,
+    momentum,
+    keep: tl.constexpr,
     columns,
     block_parts: tl.constexpr,
     block_columns: tl.constexpr,
@@ -120,6 +172,8 @@ def statistics_kernel(
     """One span's mean, unbiased variance and 1 / sqrt(variance + eps) from the moments of its parts, in one order.
 
     n = sum n_p,  m = sum n_p m_p / n,  M2 = sum M2_p + n_p (m_p - m)^2      (Chan, Golub and LeVeque 1979)
+
+    A single span is kept as well.
     """
     column, inside = _columns_here(columns, block_columns)
     span = tl.program_id(1)
@@ -143,9 +197,31 @@ def statistics_kernel(
         spreads += tl.load(place + columns, mask=here, other=0.0) + rows[:, None] * away * away
     spread = tl.sum(spreads, axis=0)
     out = span * columns + column
+    variance = spread / tl.maximum(size - 1, 1).to(tl.float32)
     tl.store(mean + out, middle, mask=inside)
-    tl.store(unbiased + out, spread / tl.maximum(size - 1, 1).to(tl.float32), mask=inside)
+    tl.store(unbiased + out, variance, mask=inside)
     tl.store(deviation + out, 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps), mask=inside)
+    _keep(one, two, count, momentum, keep, middle, variance, middle, variance, 1, column, inside, columns)
+
+
+@triton.jit
+def _totals(values, spans, column, inside, columns):
+    """Sum over spans of (spans, columns), in one order; and the first."""
+    first = tl.load(values + column, mask=inside, other=0.0)
+    total = first
+    for span in range(1, spans):
+        total += tl.load(values + span * columns + column, mask=inside, other=0.0)
+    return total, first
+
+
+@triton.jit
+def keep_kernel(mean, var, spans, columns, one, two, count, momentum, keep: tl.constexpr, block: tl.constexpr):
+    """Keeps the statistics of several spans."""
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    inside = column < columns
+    means, first_mean = _totals(mean, spans, column, inside, columns)
+    variances, first_var = _totals(var, spans, column, inside, columns)
+    _keep(one, two, count, momentum, keep, means, variances, first_mean, first_var, spans, column, inside, columns)
 
 
 @triton.jit
@@ -286,50 +362,3 @@ def input_gradient_kernel(
     pair = sums + tl.program_id(1) * 2 * columns
     result = _input_gradient(gradient, values, middle, scale, slope, pair, size, column, inside, columns)
     tl.store(dx + first * columns + place, result.to(dx.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _totals(values, spans, column, inside, columns):
-    """Sum over spans of (spans, columns), in one order."""
-    total = tl.load(values + column, mask=inside, other=0.0)
-    for span in range(1, spans):
-        total += tl.load(values + span * columns + column, mask=inside, other=0.0)
-    return total
-
-
-@triton.jit
-def collect_kernel(mean, var, first, total, spans, columns, block: tl.constexpr):
-    """Adds the spans of a forward to `total` (2 columns + 1), and keeps the first in `first`, if it was empty.
-
-    One program, as all of it must see whether `first` is empty before that is changed.
-    """
-    column = tl.arange(0, block)
-    inside = column < columns
-    kept = tl.load(first + 2 * columns + tl.zeros((block,), dtype=tl.int32))
-    tl.debug_barrier()
-    fresh = inside & (kept == 0)
-    tl.store(first + column, tl.load(mean + column, mask=fresh, other=0.0), mask=fresh)
-    tl.store(first + columns + column, tl.load(var + column, mask=fresh, other=0.0), mask=fresh)
-    before = tl.load(total + column, mask=inside, other=0.0)
-    tl.store(total + column, before + _totals(mean, spans, column, inside, columns), mask=inside)
-    before = tl.load(total + columns + column, mask=inside, other=0.0)
-    tl.store(total + columns + column, before + _totals(var, spans, column, inside, columns), mask=inside)
-    last = column == 0
-    tl.store(first + 2 * columns + column, tl.full((block,), 1.0, tl.float32), mask=last)
-    count = tl.load(total + 2 * columns + column, mask=last, other=0.0)
-    tl.store(total + 2 * columns + column, count + spans, mask=last)
-
-
-@triton.jit
-def averages_kernel(mean, var, running_mean, running_var, num_forwards, spans, momentum, columns, block: tl.constexpr):
-    """running += momentum (mean over spans - running), for both, and one forward more."""
-    column = tl.program_id(0) * block + tl.arange(0, block)
-    inside = column < columns
-    new = _totals(mean, spans, column, inside, columns) / spans
-    old = tl.load(running_mean + column, mask=inside, other=0.0)
-    tl.store(running_mean + column, old + momentum * (new - old), mask=inside)
-    new = _totals(var, spans, column, inside, columns) / spans
-    old = tl.load(running_var + column, mask=inside, other=0.0)
-    tl.store(running_var + column, old + momentum * (new - old), mask=inside)
-    counts = column == 0
-    tl.store(num_forwards + column, tl.load(num_forwards + column, mask=counts, other=0) + 1, mask=counts)

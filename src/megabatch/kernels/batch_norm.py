@@ -18,6 +18,7 @@ from megabatch.kernels import cpu_batch_norm, join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.statistics import Keep, keep_statistics
 
 
 def fused_bn_act(
@@ -29,6 +30,7 @@ def fused_bn_act(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = True,
+    keep: Keep | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)`: each `span` samples by their own statistics, plus a residual, through ReLU; differentiable.
@@ -37,7 +39,8 @@ def fused_bn_act(
 
     (Ioffe and Szegedy 2015, arXiv:1502.03167; the gradients are in `norm_passes`.) `mean` and `var` are (spans, C), in
     float32 and without gradient; `var` is the unbiased variance, which running averages want. The last span
-    is short where N is no multiple of `span`. torch rounds between the three operations, the kernels only once.
+    is short where N is no multiple of `span`. torch rounds between the three operations, the kernels only once. With
+    `keep` the statistics are also kept there, as a layer keeps those of its forwards.
 
     Shapes: x and residual (N, C, H, W), float32, float16 or bfloat16, fastest with the channels last, in which y comes
     back from a GPU; weight and bias (C,), float32.
@@ -47,10 +50,13 @@ def fused_bn_act(
     """
     check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
-        if backend == "auto" and cpu_batch_norm.serves(x, weight, bias):
-            return cpu_batch_norm.norm_act(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
-        return batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
-    found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
+        compiled = backend == "auto" and cpu_batch_norm.serves(x, weight, bias)
+        of_device = cpu_batch_norm.norm_act if compiled else batch_norm_act_reference
+        y, mean, var = of_device(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
+        if keep is not None:
+            keep_statistics(keep, mean, var, triton=False)
+        return y, mean, var
+    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, keep=keep)
     y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")
     return y, found.mean, found.var
 

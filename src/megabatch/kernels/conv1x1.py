@@ -17,6 +17,7 @@ from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.statistics import Keep
 
 _WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
 
@@ -66,12 +67,14 @@ def conv1x1_forward(
     span: int,
     eps: float = 1e-5,
     normalisation: Normalisation | None = None,
+    keep: Keep | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
     """`(y, moments)`: y = weight h, with the moments of each span of y as it is rounded. No gradient.
 
-    h is x itself, or `normalisation` of x by the statistics of x's own spans and ReLU.
+    h is x itself, or `normalisation` of x by the statistics of x's own spans and ReLU. With `keep` the moments are also
+    kept there.
 
     Shapes: x (N, C, H, W), weight (K, C) or (K, C, 1, 1) of x's type, y (N, K, H, W) with the channels last, moments
     (spans, K) float32. Triton needs C and K to be multiples of 16, and the reference takes over where not.
@@ -81,7 +84,7 @@ def conv1x1_forward(
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and fits(x, len(matrix))):
-        return _forward_reference(x, matrix, normalisation, span, eps)
+        return _forward_reference(x, matrix, normalisation, span, eps, keep)
     tiling = tiling or _by_width(FORWARD_TILINGS, len(matrix), which="outputs")
     cut = _cut(x, span, tiling)
     rows = rows_of(x)
@@ -98,7 +101,7 @@ def conv1x1_forward(
             normalise=normalisation is not None,
             **_options(rows, matrix, tiling),
         )
-        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps)
+        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps, keep)
 
 
 def conv1x1_data_gradient(
@@ -167,12 +170,13 @@ def conv1x1_weight_gradient(
     *,
     span: int,
     normalisation: Normalisation | None = None,
+    dtype: torch.dtype = torch.float32,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """dweight (K, C) = sum over rows of dy h, in float32, with h computed from x again.
+    """dweight (K, C) = sum over rows of dy h, in `dtype`, with h computed from x again.
 
-    The rows are cut into parts whose products are added in one order, so equal inputs give equal bits.
+    The rows are cut into parts whose products, in float32, are added in one order, so equal inputs give equal bits.
 
     Raises:
         UserError: shapes that do not agree.
@@ -180,7 +184,7 @@ def conv1x1_weight_gradient(
     gradient = rows_of(dy)
     _check(x, gradient.new_empty(gradient.shape[1], x.shape[1]), normalisation, span)
     if not (use_triton(x, backend) and fits(x, gradient.shape[1])):
-        return gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()
+        return (gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()).to(dtype)
     rows = rows_of(x)
     outputs, inputs = gradient.shape[1], rows.shape[1]
     tiling = tiling or _by_width(WEIGHT_GRADIENT_TILINGS, inputs, which="inputs")
@@ -188,7 +192,7 @@ def conv1x1_weight_gradient(
     tiles = -(-outputs // tiling.outputs) * -(-inputs // tiling.inputs)
     per_part = -(-cut.num_row_tiles // max(1, WEIGHT_GRADIENT_PROGRAMS // tiles))
     parts = -(-cut.num_row_tiles // per_part)
-    partials = rows.new_empty(parts, outputs, inputs, dtype=torch.float32)
+    partials = rows.new_empty(parts, outputs, inputs, dtype=torch.float32 if parts > 1 else dtype)
     with on_device(x):
         load("_conv1x1_triton").weight_gradient_kernel[(tiles, parts)](
             _described(gradient, tiling.rows, tiling.outputs),
@@ -200,7 +204,8 @@ def conv1x1_weight_gradient(
             normalise=normalisation is not None,
             **_options(rows, partials[0], tiling),
         )
-    return partials.sum(0) if parts > 1 else partials[0]
+        together = passes.add_parts(partials.view(1, parts, 1, -1), dtype) if parts > 1 else partials
+    return together.view(outputs, inputs)
 
 
 def _activation(x: Tensor, normalisation: Normalisation | None, span: int) -> Tensor:
@@ -209,10 +214,10 @@ def _activation(x: Tensor, normalisation: Normalisation | None, span: int) -> Te
 
 
 def _forward_reference(
-    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int, eps: float
+    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int, eps: float, keep: Keep | None
 ) -> tuple[Tensor, Moments]:
     y = torch.nn.functional.conv2d(_activation(x, normalisation, span), matrix[:, :, None, None])
-    return y, passes.moments(y, span=span, eps=eps, triton=False)
+    return y, passes.moments(y, span=span, eps=eps, triton=False, keep=keep)
 
 
 def _data_gradient_reference(

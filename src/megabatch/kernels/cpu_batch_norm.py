@@ -49,7 +49,7 @@ def norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)` of `batch_norm.fused_bn_act`, which checks shapes, for what `serves` allows; differentiable.
 
-    `collect` are `first` and `total` of `statistics.collect_spans`, to which the statistics are added.
+    `collect` are `first` and `total` of `statistics.SpanSums`, to which the statistics are added.
     """
     statistics = x.new_empty((3, -(-len(x) // span), len(weight)), dtype=torch.float32)
     y = _NormAct.apply(x, weight, bias, residual, statistics, collect, span, eps, relu)  # type: ignore[no-untyped-call]

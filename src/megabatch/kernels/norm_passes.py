@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
+from megabatch.kernels.statistics import Keep, has_kernel, keep_statistics, kernel_arguments, no_arguments
 
 TILE = 4096
 """Values of one tile of the reducing kernels; those that write as they read take twice as many."""
@@ -103,28 +104,34 @@ def cut(shape: torch.Size, span: int) -> Cut:
     return Cut(count * height * width, columns, span_rows, spans, rows_per_part, parts, block_rows, block_columns)
 
 
-def moments(x: Tensor, *, span: int, eps: float, triton: bool) -> Moments:
-    """One read of x."""
+def moments(x: Tensor, *, span: int, eps: float, triton: bool, keep: Keep | None = None) -> Moments:
+    """One read of x. With `keep` they are also kept there."""
     if not triton:
-        return _moments_reference(x, span, eps)
+        found = _moments_reference(x, span, eps)
+        if keep is not None:
+            keep_statistics(keep, found.mean, found.var, triton=False)
+        return found
     own, rows = cut(x.shape, span), rows_of(x)
     with on_device(x):
         partials = rows.new_empty(own.spans, own.parts, 2, own.columns, dtype=torch.float32)
         load("_batch_norm_triton").moments_kernel[own.reductions()](
             rows, partials, own.num_rows, own.span_rows, own.rows_per_part, own.parts, **own.block()
         )
-        return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps)
+        return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps, keep)
 
 
-def measure(x: Tensor, *, span: int, eps: float, backend: Backend = "auto") -> Moments:
+def measure(x: Tensor, *, span: int, eps: float, keep: Keep | None = None, backend: Backend = "auto") -> Moments:
     """`moments` by the kernel or by the reference, as `backend` says."""
-    return moments(x, span=span, eps=eps, triton=use_triton(x, backend))
+    return moments(x, span=span, eps=eps, triton=use_triton(x, backend), keep=keep)
 
 
-def combine_moments(partials: Tensor, num_rows: int, span_rows: int, rows_per_part: int, eps: float) -> Moments:
+def combine_moments(
+    partials: Tensor, num_rows: int, span_rows: int, rows_per_part: int, eps: float, keep: Keep | None
+) -> Moments:
     """Each span's moments from (spans, parts, 2, C): mean and sum of squared differences from it of each part."""
     spans, parts, _, columns = partials.shape
     found = Moments(*partials.new_empty(3, spans, columns))
+    at_once = keep if keep is not None and spans == 1 and has_kernel(keep) else None
     load("_batch_norm_triton").statistics_kernel[(-(-columns // 32), spans)](
         partials,
         *found,
@@ -133,10 +140,13 @@ def combine_moments(partials: Tensor, num_rows: int, span_rows: int, rows_per_pa
         rows_per_part,
         parts,
         eps,
+        **(no_arguments(partials) if at_once is None else kernel_arguments(at_once)),
         columns=columns,
         block_parts=64,
         block_columns=32,
     )
+    if keep is not None and at_once is None:
+        keep_statistics(keep, found.mean, found.var, triton=True)
     return found
 
 
@@ -178,10 +188,10 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalisation, *, span: int, trit
         return add_parts(partials)
 
 
-def add_parts(partials: Tensor) -> Tensor:
-    """(spans, rows, C) from (spans, parts, rows, C), added in one order."""
+def add_parts(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(spans, rows, C) from (spans, parts, rows, C), added in one order and rounded once."""
     spans, parts, num_sums, columns = partials.shape
-    sums = partials.new_empty(spans, num_sums, columns)
+    sums = partials.new_empty(spans, num_sums, columns, dtype=dtype)
     load("_batch_norm_triton").add_parts_kernel[(-(-columns // 32), spans, num_sums)](
         partials, sums, parts, columns=columns, block_parts=64, block_columns=32
     )

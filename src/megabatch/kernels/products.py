@@ -14,6 +14,7 @@ from megabatch.kernels import conv1x1, tuning
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.norm_passes import Normalisation
+from megabatch.kernels.statistics import Keep
 
 Result = TypeVar("Result")
 
@@ -22,21 +23,26 @@ def take(
     task: str,
     x: Tensor,
     weight: Tensor,
-    plain: Callable[[], Result],
-    fused: Callable[[Tiling], Result],
+    plain: Callable[..., Result],
+    fused: Callable[..., Result],
     tilings: tuple[Tiling, ...],
     *,
     triton: bool,
     more: tuple[int, ...] = (),
+    keep: Keep | None = None,
 ) -> Result:
-    """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings."""
-    ways: Mapping[str, Callable[[], Result]] = {tuning.PLAIN: plain}
+    """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings.
+
+    `keep` is given to the call whose result is returned, and not to those that are timed: these leave nothing behind.
+    """
+    ways: Mapping[str, Callable[..., Result]] = {tuning.PLAIN: plain}
     if triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight)):
         ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
     rows = x.numel() // x.shape[1]
     rounded = 1 << (rows - 1).bit_length()  # so that a short last batch asks for nothing new
     sizes = (rounded, x.shape[1], len(weight), *more)
-    return tuning.table().take(task, sizes, x, ways)
+    chosen = ways[tuning.table().choose(task, sizes, x, ways)]
+    return chosen() if keep is None else chosen(keep=keep)
 
 
 def data_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -51,11 +57,15 @@ def weight_gradient(
     norm: Normalisation | None,
     small: Tensor,
     h: Tensor | None,
+    own: "Filter",
     *,
     span: int,
     triton: bool,
 ) -> Tensor:
-    """Of the convolution whose input is x, normalised by `norm`; `h` is that input where it is in memory."""
+    """Of the convolution whose input is x, normalised by `norm`; `h` is that input where it is in memory.
+
+    As its filter, which may be wider than `small`, with which it computes, lies in memory.
+    """
 
     def plain() -> Tensor:
         assert norm is not None or h is not None
@@ -63,10 +73,13 @@ def weight_gradient(
         return _convolution_backward(dy, given, small, [False, True, False])[1]
 
     def fused(tiling: Tiling) -> Tensor:
-        return conv1x1.conv1x1_weight_gradient(dy, x, span=span, normalisation=norm, tiling=tiling, backend="triton")
+        return conv1x1.conv1x1_weight_gradient(
+            dy, x, span=span, normalisation=norm, dtype=own.dtype, tiling=tiling, backend="triton"
+        )
 
     tilings = conv1x1.WEIGHT_GRADIENT_TILINGS
-    return take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None),))
+    found = take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None),))
+    return own.gradient(found)
 
 
 def _convolution_backward(dy: Tensor, x: Tensor | None, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:

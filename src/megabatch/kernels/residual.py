@@ -22,6 +22,7 @@ from megabatch.kernels.batch_norm import check, over_spans
 from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.statistics import Keep
 
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
 """What the table of `tuning` is asked about: forward, data gradient and weight gradient of each."""
@@ -36,12 +37,14 @@ def norm_conv1x1(
     *,
     span: int,
     eps: float,
+    keep: Keep | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
     """`(y, moments of y)`: y = weight relu(batch norm of x), where `moments` are those of x's spans.
 
     The gradient is that of all three, batch norm's statistics included. `eps` is that of the batch norm behind y. Where
-    a kernel reads x through batch norm, its result is never in memory; backward computes it again.
+    a kernel reads x through batch norm, its result is never in memory; backward computes it again. With `keep` the
+    moments of y are kept there, as a layer keeps those of its forwards.
 
     Shapes: x (N, C, H, W), weight (K, C, 1, 1), cast to x's type; norm_weight and norm_bias (C,) float32.
 
@@ -50,7 +53,7 @@ def norm_conv1x1(
     """
     _check(x, moments, norm_weight, norm_bias, None, weight, span)
     y, *found = _NormConv.apply(
-        x, moments.mean, moments.deviation, norm_weight, norm_bias, weight, span, eps, use_triton(x, backend)
+        x, moments.mean, moments.deviation, norm_weight, norm_bias, weight, span, eps, keep, use_triton(x, backend)
     )  # type: ignore[no-untyped-call]
     return y, Moments(*found)
 
@@ -66,6 +69,7 @@ def join_conv1x1(
     span: int,
     eps: float,
     residual_norm: Normalisation | None = None,
+    keep: Keep | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Moments]:
     """`(z, y, moments of y)`: z = relu(batch norm of x + residual) and y = weight z; as `norm_conv1x1` otherwise.
@@ -93,6 +97,7 @@ def join_conv1x1(
         _Statistics(moments.mean, moments.deviation, *other[:2]),
         span,
         eps,
+        keep,
         use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
     return z, y, Moments(*found)
@@ -136,32 +141,35 @@ class _NormConv(torch.autograd.Function):
         weight: Tensor,
         span: int,
         eps: float,
+        keep: Keep | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
         small = weight.to(x.dtype)
 
-        def plain() -> tuple[Tensor | None, Tensor, Moments]:
+        def plain(keep: Keep | None = None) -> tuple[Tensor | None, Tensor, Moments]:
             h = passes.normalise(x, norm, span=span, triton=triton)
             y = functional.conv2d(h, small)
-            return h, y, passes.moments(y, span=span, eps=eps, triton=triton)
+            return h, y, passes.moments(y, span=span, eps=eps, triton=triton, keep=keep)
 
-        def fused(tiling: Tiling) -> tuple[Tensor | None, Tensor, Moments]:
+        def fused(tiling: Tiling, keep: Keep | None = None) -> tuple[Tensor | None, Tensor, Moments]:
             y, found = conv1x1.conv1x1_forward(
-                x, small, span=span, eps=eps, normalisation=norm, tiling=tiling, backend="triton"
+                x, small, span=span, eps=eps, normalisation=norm, keep=keep, tiling=tiling, backend="triton"
             )
             return None, y, found
 
-        h, y, found = products.take("norm_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
+        tilings = conv1x1.FORWARD_TILINGS
+        h, y, found = products.take("norm_conv forward", x, small, plain, fused, tilings, triton=triton, keep=keep)
         ctx.save_for_backward(x, *norm, small, h)
         ctx.filter = products.Filter.of(weight)
         ctx.options = {"span": span, "triton": triton}
         ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)  # or zeros would be written for each of these
         return y, *found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, mean, deviation, norm_weight, norm_bias, small, h = ctx.saved_tensors
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
 
@@ -179,8 +187,8 @@ class _NormConv(torch.autograd.Function):
         tilings = conv1x1.DATA_GRADIENT_TILINGS
         dx, sums = products.take("norm_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"])
         dbias, dscale = over_spans(sums)
-        dweight = products.weight_gradient("norm_conv weight", dy, x, norm, small, h, **ctx.options)
-        return dx, None, None, dscale, dbias, ctx.filter.gradient(dweight), None, None, None
+        dweight = products.weight_gradient("norm_conv weight", dy, x, norm, small, h, ctx.filter, **ctx.options)
+        return dx, None, None, dscale, dbias, dweight, None, None, None, None
 
 
 class _JoinConv(torch.autograd.Function):
@@ -197,6 +205,7 @@ class _JoinConv(torch.autograd.Function):
         statistics: _Statistics,
         span: int,
         eps: float,
+        keep: Keep | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(statistics.mean, statistics.deviation, norm_weight, norm_bias)
@@ -204,36 +213,39 @@ class _JoinConv(torch.autograd.Function):
         small = weight.to(x.dtype)
         z, passed = join_passes.join(x, norm, residual, residual_norm=other, span=span, triton=triton)
 
-        def plain() -> tuple[Tensor, Moments]:
+        def plain(keep: Keep | None = None) -> tuple[Tensor, Moments]:
             y = functional.conv2d(z, small)
-            return y, passes.moments(y, span=span, eps=eps, triton=triton)
+            return y, passes.moments(y, span=span, eps=eps, triton=triton, keep=keep)
 
-        def fused(tiling: Tiling) -> tuple[Tensor, Moments]:
-            return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, tiling=tiling, backend="triton")
+        def fused(tiling: Tiling, keep: Keep | None = None) -> tuple[Tensor, Moments]:
+            return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, keep=keep, tiling=tiling, backend="triton")
 
-        y, found = products.take("join_conv forward", x, small, plain, fused, conv1x1.FORWARD_TILINGS, triton=triton)
+        tilings = conv1x1.FORWARD_TILINGS
+        y, found = products.take("join_conv forward", x, small, plain, fused, tilings, triton=triton, keep=keep)
         to_normalise = (None,) * 5 if other is None else (residual, *other)
         ctx.save_for_backward(x, *norm, passed, z, small, *to_normalise)
         ctx.filter = products.Filter.of(weight)
         ctx.options = {"span": span, "triton": triton}
         ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)  # or zeros would be written for each of these
         return z, y, *found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, past: Tensor, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, past: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         x, mean, deviation, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
         norm, other = Normalisation(mean, deviation, norm_weight, norm_bias), _normalisation(*others)
+        through_y = z.new_zeros(len(z), len(small), *z.shape[2:]) if dy is None else dy
         behind = {"passed": passed, "addend": past, "residual": residual, "residual_norm": other}
 
         def plain() -> tuple[Tensor, Tensor]:
-            through = products.data_gradient(dy, z, small)
+            through = products.data_gradient(through_y, z, small)
             return join_passes.join_gradient(through, x, norm, **behind, **ctx.options)
 
         def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
             span = ctx.options["span"]
             return conv1x1.conv1x1_data_gradient(
-                dy, small, x, norm, span=span, **behind, tiling=tiling, backend="triton"
+                through_y, small, x, norm, span=span, **behind, tiling=tiling, backend="triton"
             )
 
         tilings, more = conv1x1.DATA_GRADIENT_TILINGS, (int(other is not None),)
@@ -246,10 +258,8 @@ class _JoinConv(torch.autograd.Function):
             dx, dresidual = join_passes.two_input_gradients(dz, x, norm, residual, other, sums, **ctx.options)
         dbias, dscale, *of_other = over_spans(sums)
         other_dbias, other_dscale = of_other or (None, None)
-        dweight = ctx.filter.gradient(
-            products.weight_gradient("join_conv weight", dy, z, None, small, z, **ctx.options)
-        )
-        return dx, dscale, dbias, dresidual, other_dscale, other_dbias, dweight, None, None, None, None
+        dweight = products.weight_gradient("join_conv weight", through_y, z, None, small, z, ctx.filter, **ctx.options)
+        return dx, dscale, dbias, dresidual, other_dscale, other_dbias, dweight, None, None, None, None, None
 
 
 def _normalisation(*values: Tensor | None) -> Normalisation | None:

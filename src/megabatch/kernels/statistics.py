@@ -1,60 +1,85 @@
-"""What becomes of a forward's batch-norm statistics, in one launch a layer: in a small batch, launches are the time."""
+"""What becomes of a forward's batch-norm statistics: the launch that computes them keeps them too, if it has one span.
+
+In a small batch launches are the time, and a launch more a layer would be one in twelve. Several spans are put together
+by a launch of their own, after those that work on one span each.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
+from megabatch.kernels.dispatch import load, on_device
 
-WIDEST = 8192
-"""Channels that one program takes; more go to torch's operations."""
+
+class SpanSums(NamedTuple):
+    """Of a step's forwards: `total` has the sums of means and of variances and the number of all spans, `first` a span.
+
+    Both (2C + 1). `first` keeps the first span since it was all 0, with 1 behind. The kernels look at each channel for
+    itself, as no program could look at the number behind before another changed it: a channel whose variance has no
+    bit set is empty, and a variance of 0 is kept as -0.
+    """
+
+    first: Tensor
+    total: Tensor
+
+
+class RunningAverages(NamedTuple):
+    """running = (1 - momentum) running + momentum (mean over spans), both (C,); num_forwards, an integer, counts."""
+
+    mean: Tensor
+    var: Tensor
+    num_forwards: Tensor
+    momentum: float
+
+
+Keep = SpanSums | RunningAverages
+"""Where statistics go."""
 
 
 @torch.no_grad()
-def collect_spans(mean: Tensor, var: Tensor, first: Tensor, total: Tensor, *, backend: Backend = "auto") -> None:
-    """Adds sums of means and of variances, and the number, of all spans to `total`; the first goes to an empty `first`.
-
-    Shapes: mean and var (spans, C); first and total (2C + 1), of which the last value counts spans.
-    """
+def keep_statistics(keep: Keep, mean: Tensor, var: Tensor, *, triton: bool) -> None:
+    """Keeps those of a forward's spans, (spans, C) each; `var` is the unbiased variance."""
+    if not (triton and has_kernel(keep)):
+        _keep_reference(keep, mean, var)
+        return
     spans, columns = mean.shape
-    if not _served(mean, var, first, total, backend=backend):
+    with on_device(mean):
+        load("_batch_norm_triton").keep_kernel[(-(-columns // 128),)](
+            mean, var, spans, columns, **kernel_arguments(keep), block=128, num_warps=4
+        )
+
+
+def has_kernel(keep: Keep) -> bool:
+    """Whether kernels can keep statistics there: vectors as they walk them, in float32."""
+    vectors = keep[:2]
+    return all(values.is_contiguous() and values.dtype == torch.float32 for values in vectors)
+
+
+def kernel_arguments(keep: Keep) -> dict[str, Any]:
+    """What a kernel is told of it, by the names of its parameters."""
+    if isinstance(keep, SpanSums):
+        return {"one": keep.first, "two": keep.total, "count": keep.total, "momentum": 0.0, "keep": "sums"}
+    return {
+        "one": keep.mean,
+        "two": keep.var,
+        "count": keep.num_forwards,
+        "momentum": keep.momentum,
+        "keep": "averages",
+    }
+
+
+def no_arguments(unused: Tensor) -> dict[str, Any]:
+    """Of a kernel that keeps nothing."""
+    return {"one": unused, "two": unused, "count": unused, "momentum": 0.0, "keep": "nothing"}
+
+
+def _keep_reference(keep: Keep, mean: Tensor, var: Tensor) -> None:
+    if isinstance(keep, SpanSums):
         rows = torch.cat([mean, var, torch.ones_like(mean[:, :1])], dim=1)
-        torch.where(first[-1:] == 0, rows[0], first, out=first)
-        total.add_(rows.sum(0))
+        torch.where(keep.first[-1:] == 0, rows[0], keep.first, out=keep.first)
+        keep.total.add_(rows.sum(0))
         return
-    with on_device(mean):
-        load("_batch_norm_triton").collect_kernel[(1,)](
-            mean, var, first, total, spans, columns, block=1 << (columns - 1).bit_length(), num_warps=4
-        )
-
-
-@torch.no_grad()
-def move_averages(
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_forwards: Tensor,
-    *,
-    momentum: float,
-    backend: Backend = "auto",
-) -> None:
-    """running = (1 - momentum) running + momentum (mean over spans), of means and of variances; counts the forward.
-
-    Shapes: mean and var (spans, C); running_mean and running_var (C,); num_forwards an integer, 0-d.
-    """
-    spans, columns = mean.shape
-    if not _served(mean, var, running_mean, running_var, backend=backend):
-        running_mean.lerp_(mean.mean(0), momentum)
-        running_var.lerp_(var.mean(0), momentum)
-        num_forwards.add_(1)
-        return
-    with on_device(mean):
-        load("_batch_norm_triton").averages_kernel[(-(-columns // 128),)](
-            mean, var, running_mean, running_var, num_forwards, spans, momentum, columns, block=128, num_warps=4
-        )
-
-
-def _served(*tensors: Tensor, backend: Backend) -> bool:
-    """Whether the kernels take them."""
-    plain = all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors)
-    return use_triton(tensors[0], backend) and plain and tensors[0].shape[1] <= WIDEST
+    keep.mean.lerp_(mean.mean(0), keep.momentum)
+    keep.var.lerp_(var.mean(0), keep.momentum)
+    keep.num_forwards.add_(1)

@@ -16,17 +16,25 @@ from megabatch.kernels.batch_norm import batch_norm_act_reference, check, over_s
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.norm_passes import Normalisation
+from megabatch.kernels.statistics import Keep, keep_statistics
 
 _MOST_ROWS = 2**31  # of which a pixel's place is told by 32-bit division
 
 
 def fused_bn_relu_pool(
-    x: Tensor, weight: Tensor, bias: Tensor, *, span: int, eps: float = 1e-5, backend: Backend = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    span: int,
+    eps: float = 1e-5,
+    keep: Keep | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)`: the maxima of 3x3 windows, stride 2, border 1, of relu(batch norm of x); differentiable.
 
-    Statistics as in `fused_bn_act`. Of equal values in a window the first in the order of rows has the gradient, and a
-    value that is not a number is the maximum, as in torch's MaxPool2d.
+    Statistics and `keep` as in `fused_bn_act`. Of equal values in a window the first in the order of rows has the
+    gradient, and a value that is not a number is the maximum, as in torch's MaxPool2d.
 
     Shapes: x (N, C, H, W), y (N, C, (H + 1) // 2, (W + 1) // 2), weight and bias (C,), float32.
 
@@ -36,8 +44,10 @@ def fused_bn_relu_pool(
     check(x, weight, bias, None, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES or x.numel() // x.shape[1] >= _MOST_ROWS:
         h, mean, var = batch_norm_act_reference(x, weight, bias, span=span, eps=eps)
+        if keep is not None:
+            keep_statistics(keep, mean, var, triton=False)
         return functional.max_pool2d(h, 3, 2, 1), mean, var
-    found = passes.moments(x.detach(), span=span, eps=eps, triton=True)
+    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, keep=keep)
     norm = Normalisation.of(found, weight.float(), bias.float())
     y: Tensor = _NormReluPool.apply(x, *norm, span)  # type: ignore[no-untyped-call]
     return y, found.mean, found.var

@@ -15,7 +15,7 @@ from megabatch.kernels import Moments, Normalisation
 from megabatch.kernels.batch_norm import norm_act_of
 from megabatch.kernels.norm_passes import measure
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
-from megabatch.nn.fusion import Fusable, Fusion, backend_of, can_fuse, is_hooked, keep_statistics, norm_act, span_of
+from megabatch.nn.fusion import Fusable, Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of
 
 
 class FusableBottleneck(Fusable):
@@ -96,9 +96,9 @@ def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
         block.conv3.weight,
         span=span,
         eps=third.eps,
+        keep=keep_of(third),
         backend=backend,
     )
-    keep_statistics(third, found.mean, found.var, block.fusion)
     return Pending(Measured(y, found, third), _shortcut(block, x, third, y), block.fusion)
 
 
@@ -120,9 +120,9 @@ def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, T
         span=span_of(norm, branch.y),
         eps=norm.eps,
         residual_norm=other,
+        keep=keep_of(norm),
         backend=backend_of(block.fusion),
     )
-    keep_statistics(norm, found.mean, found.var, block.fusion)
     return x, Measured(y, found, norm).normalised(block.fusion, relu=True)
 
 
@@ -141,9 +141,8 @@ def _shortcut(block: FusableBottleneck, x: Tensor, last: nn.BatchNorm2d, y: Tens
 def _measured(norm: nn.Module, y: Tensor, fusion: Fusion) -> Measured:
     """The output of a convolution that does not measure what it writes."""
     norm = _batch_norm(norm)
-    found = measure(y.detach(), span=span_of(norm, y), eps=norm.eps, backend=backend_of(fusion))
-    keep_statistics(norm, found.mean, found.var, fusion)
-    return Measured(y, found, norm)
+    span, backend = span_of(norm, y), backend_of(fusion)
+    return Measured(y, measure(y.detach(), span=span, eps=norm.eps, keep=keep_of(norm), backend=backend), norm)
 
 
 def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megabatch.kernels import tuning
 from megabatch.kernels.stem import fused_bn_relu_pool
-from megabatch.nn.fusion import Fusion, backend_of, can_fuse, is_hooked, keep_statistics, norm_act, span_of, wants
+from megabatch.nn.fusion import Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of, wants
 
 WIDTHS = (4, 8)
 """Input channels that are tried where there are fewer."""
@@ -37,10 +37,15 @@ def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, fusion: Fusio
     if not (_is_3x3_of_stride_2(pool) and can_fuse(norm, x, fusion)):
         y: Tensor = pool(norm_act(norm, x, fusion=fusion))
         return y
-    y, mean, var = fused_bn_relu_pool(
-        x, norm.weight, norm.bias, span=span_of(norm, x), eps=norm.eps, backend=backend_of(fusion)
+    y, _, _ = fused_bn_relu_pool(
+        x,
+        norm.weight,
+        norm.bias,
+        span=span_of(norm, x),
+        eps=norm.eps,
+        keep=keep_of(norm),
+        backend=backend_of(fusion),
     )
-    keep_statistics(norm, mean, var, fusion)
     return y
 
 

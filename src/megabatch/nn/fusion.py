@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels import Backend, cpu_batch_norm, fused_bn_act, has_triton
-from megabatch.kernels.statistics import collect_spans, move_averages
+from megabatch.kernels.statistics import Keep, RunningAverages, SpanSums, keep_statistics
 from megabatch.nn.batch_norm import SpanBatchNorm2d
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
@@ -64,15 +64,14 @@ def norm_act(
         return _plain(norm, x, residual, relu)
     options: dict[str, Any] = {"span": span_of(norm, x), "eps": norm.eps, "residual": residual, "relu": relu}
     if wants(x, fusion):
-        y, mean, var = fused_bn_act(x, norm.weight, norm.bias, backend=backend_of(fusion), **options)
-    elif fusion == "auto" and cpu_batch_norm.serves(x, norm.weight, norm.bias):
-        collect = _collected(norm)
-        y, mean, var = cpu_batch_norm.norm_act(x, norm.weight, norm.bias, collect=collect, **options)
-        if collect:
-            return y
-    else:
+        return fused_bn_act(x, norm.weight, norm.bias, keep=keep_of(norm), backend=backend_of(fusion), **options)[0]
+    if not (fusion == "auto" and cpu_batch_norm.serves(x, norm.weight, norm.bias)):
         return _plain(norm, x, residual, relu)
-    keep_statistics(norm, mean, var, fusion)
+    keep = keep_of(norm)
+    collect = keep if isinstance(keep, SpanSums) else None
+    y, mean, var = cpu_batch_norm.norm_act(x, norm.weight, norm.bias, collect=collect, **options)
+    if collect is None:
+        keep_statistics(keep, mean, var, triton=False)
     return y
 
 
@@ -116,24 +115,15 @@ def backend_of(fusion: Fusion) -> Backend:
     return fusion
 
 
-def keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, fusion: Fusion) -> None:
-    """Gives a forward's statistics, mean and unbiased variance (spans, C), to the norm, as its own forward would."""
-    if collected := _collected(norm):
-        collect_spans(mean, var, *collected, backend=backend_of(fusion))
-        return
+def keep_of(norm: nn.BatchNorm2d) -> Keep:
+    """Where the statistics of a training forward go, as the norm's own forward would have them."""
+    if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
+        return SpanSums(norm.first_span, norm.span_sum)
     assert norm.momentum is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
-    move_averages(
-        mean,
-        var,
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
-        momentum=norm.momentum,
-        backend=backend_of(fusion),
-    )
+    return RunningAverages(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
 
 
 def wants(x: Tensor, fusion: Fusion) -> bool:
@@ -143,13 +133,6 @@ def wants(x: Tensor, fusion: Fusion) -> bool:
     if fusion != "auto":
         return True
     return x.is_cuda and has_triton() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _collected(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
-    """Where the statistics of a step's forwards are added up, if they are."""
-    if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
-        return norm.first_span, norm.span_sum
-    return None
 
 
 def _is_known(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
