@@ -49,8 +49,24 @@ def fit(recipe, site, wished, *, world=None, available=None, monkeypatch=None):
 
 
 def test_enough_memory_leaves_what_suits_the_caches(monkeypatch):
+    monkeypatch.setattr(micro_batch, "CACHED_BYTES", 0)
     found = fit(tiny_recipe(), Site(), 24, available=2**40, monkeypatch=monkeypatch)
     assert (found.size, found.reason) == (24, "suits the caches")
+
+
+@pytest.mark.parametrize(
+    ("cached", "share", "compiled", "expected"),
+    [(2**30, 96, True, 96), (2**30, 95, True, 48), (30, 96, True, 24), (60, 96, True, 48), (2**30, 96, False, 24)],
+)
+def test_a_small_net_takes_more_samples_a_call_while_they_stay_in_the_caches(
+    monkeypatch, cached, share, compiled, expected
+):
+    """`cached` counts samples here."""
+    monkeypatch.setattr(micro_batch, "activation_bytes", lambda *_: 1.0)
+    monkeypatch.setattr(micro_batch, "CACHED_BYTES", cached)
+    monkeypatch.setattr(micro_batch.cpu_batch_norm, "is_available", lambda: compiled)
+    recipe = dataclasses.replace(tiny_recipe(), global_batch_size=share, bn_span=1)
+    assert fit(recipe, Site(), 24, available=2**40, monkeypatch=monkeypatch).size == expected
 
 
 def test_the_sites_own_word_is_not_questioned(monkeypatch):

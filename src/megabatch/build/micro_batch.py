@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megabatch import nn as models
 from megabatch.comm.launch import World, from_all
+from megabatch.kernels import cpu_batch_norm
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.recipe import Recipe
 from megabatch.site import Site
@@ -16,6 +17,11 @@ from megabatch.train.precision import Precision
 
 MARGIN = 0.1
 """Share of the memory that a trial must leave: an evaluation, a loader's copies, and fragments come on top."""
+
+
+CACHED_BYTES = 64 << 20
+"""Activations of a micro-batch on a CPU, beyond which more samples a call won nothing: resnet8 on Fashion-MNIST took
+9,300, 10,400, 10,900, 10,800 images/s on one core with 13, 25, 50 and 101 MiB of them; larger nets gained nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ def fit_micro_batch(
     """The site's own word, or as many whole batch-norm spans as the memory holds; the same on all workers.
 
     On a GPU forward and backward are tried with ever larger micro-batches, up to the worker's share of a global
-    batch. On a CPU larger is not faster, so `wished` (what suits its caches) is only made smaller where memory is
-    short. Where the micro-batch is part of the arithmetic (growth by noise scale) it stays what it is.
+    batch. On a CPU `wished` (what suits its caches) is doubled while a small net's activations stay under
+    `CACHED_BYTES`, where compiled kernels take several spans in one call, and made smaller where memory is short. Where
+    the micro-batch is part of the arithmetic (growth by noise scale) it stays what it is.
     """
     if site.micro_batch_size is not None:
         return MicroBatch(wished, "as asked for")
@@ -61,7 +68,10 @@ def fit_micro_batch(
         found = largest_that_fits(_trial_on_gpu(module, precision, sample), unit=recipe.bn_span, limit=share)
         reason = f"by trial, {100 * MARGIN:g} % of the memory left"
     else:
-        found = largest_that_fits(_estimate(module, precision, sample, world), unit=recipe.bn_span, limit=wished)
+        per_sample = activation_bytes(module, precision, sample)
+        if site.fusion == "auto" and cpu_batch_norm.is_available():
+            wished = _grown(wished, share, per_sample)
+        found = largest_that_fits(_estimate(per_sample, world), unit=recipe.bn_span, limit=wished)
         reason = "suits the caches" if found == wished else "by the memory there is"
     agreed = min(from_all(found, world))
     return MicroBatch(agreed or recipe.bn_span, reason if agreed else "one span, though memory is short")
@@ -96,12 +106,18 @@ def _forward_and_backward(module: nn.Module, precision: Precision, sample: Tenso
     torch.autograd.backward(cross_entropy_sum(logits, labels))
 
 
-def _estimate(module: nn.Module, precision: Precision, sample: Tensor, world: World) -> Callable[[int], bool]:
+def _grown(size: int, share: int, per_sample: float) -> int:
+    """`size` doubled as often as a small net can use."""
+    while 2 * size <= share and 2 * size * per_sample <= CACHED_BYTES:
+        size *= 2
+    return size
+
+
+def _estimate(per_sample: float, world: World) -> Callable[[int], bool]:
     """Whether this worker's part of the host's memory holds the activations of so many samples."""
     available = available_bytes()
     if available is None:
         return lambda _: True
-    per_sample = activation_bytes(module, precision, sample)
     room = (1 - MARGIN) * available / world.local_world_size
     return lambda size: size * per_sample <= room
 
