@@ -131,3 +131,20 @@ def test_a_recording_that_fails_is_raised_where_nobody_is_told():
     step = CapturedStep(lambda x: x + 1, warmup=0, recorder=Refusing())
     with pytest.raises(RuntimeError, match="capturing"):
         step(torch.zeros(1))
+
+
+def test_an_ordinary_call_finds_no_graph_that_holds_memory():
+    """A graph keeps what a step allocates, so a run's last short batch would need twice the memory."""
+    found = []
+
+    class Looking(StandIn):
+        def run(self, work):
+            found.append(step.num_graphs)
+            return super().run(work)
+
+    step = CapturedStep(lambda x: x + 1, warmup=1, recorder=(recorder := Looking()))
+    for size in (1, 1, 2, 2, 1, 2, 3):
+        step(torch.zeros(size))
+    assert found == [0, 0, 0]
+    # The graph that was given up for another kind's first call is recorded again beside the other's.
+    assert recorder.log == ["run", "record", "replay"] * 2 + ["record", "replay", "replay", "run"]

@@ -112,7 +112,7 @@ def _split(recipe: Recipe, world: World, micro_batch_size: int) -> Callable[[Ste
     return split
 
 
-def _go_on_without(sinks: Sinks, site: Site) -> Callable[[RuntimeError], None] | None:
+def _go_on_without(sinks: Sinks, site: Site) -> Callable[[Exception], None] | None:
     """A capture that `auto` chose and that fails costs speed, not the run."""
     if site.capture == "on":
         return None

@@ -9,6 +9,8 @@ GPU, is what a step takes. What a graph replays is the device's work alone, with
 rates must be tensors, nothing may be read back inside, and Python's own side effects happen at the recording only.
 """
 
+import contextlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from megabatch.errors import UserError
 
 T = TypeVar("T")
 Replay = Callable[[], None]
@@ -39,13 +43,14 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs with one memory pool, recorded on one stream of their own.
 
-    Graphs of one pool may use the same memory, so only the latest replay's results hold. Other threads (loaders) go on
-    using the device meanwhile.
+    Graphs of one pool may use the same memory, so only the latest replay's results hold. A pool ends with the last of
+    its graphs: torch refuses it to later ones. Other threads (loaders) go on using the device meanwhile.
     """
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # of that pool
 
     def run(self, work: Callable[[], T]) -> T:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -55,10 +60,24 @@ class CudaRecorder:
         return result
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
+        except BaseException:
+            torch.cuda.set_stream(before)
+            _end_recording(self._pool)
+            raise
+        self._graphs.add(graph)
         return result, graph.replay
+
+
+def _end_recording(pool: Any) -> None:
+    """After a capture that failed: torch 2.11 would believe it under way for ever, and free no batch of a loader."""
+    with contextlib.suppress(RuntimeError):  # it had been ended
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 @dataclass
@@ -70,6 +89,10 @@ class _Signature:
     result: Any = None
     replay: Replay | None = None
 
+    def forget(self) -> None:
+        """Gives the graph and its memory up."""
+        self.inputs, self.result, self.replay = [], None, None
+
 
 class CapturedStep:
     """Calls `function` as it is at first, and from then on replays what it did on the device.
@@ -77,7 +100,8 @@ class CapturedStep:
     Calls of one kind have inputs of the same shapes, types and layouts, and the same constants. The first `warmup`
     calls of a kind are ordinary ones (libraries choose their algorithms, optimizers make their state), the next
     is recorded; so a batch or resolution that changes is recorded anew, and one that comes once, such as a run's last
-    short batch, never is. Inputs are copied to tensors of the graph's own before a replay.
+    short batch, never is. Inputs are copied to tensors of the graph's own before a replay. A graph keeps the memory of
+    a whole step, and an ordinary call needs as much: before one all graphs are given up, and recorded again later.
 
     Args:
         function: of tensors, and of hashable keyword constants, which are recorded as they are. It must not read
@@ -95,7 +119,7 @@ class CapturedStep:
         warmup: int = 3,
         max_graphs: int = 8,
         recorder: Recorder | None = None,
-        on_failure: Callable[[RuntimeError], None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self._function = function
         self._warmup = warmup
@@ -116,13 +140,18 @@ class CapturedStep:
         self._known.move_to_end(key)
         known.calls += 1
         if known.calls <= self._warmup or self._failed:
-            return self._recorder.run(lambda: self._function(*inputs, **constants))
+            return self._run(inputs, constants)
         if known.replay is None and not self._record(known, inputs, constants):
-            return self._recorder.run(lambda: self._function(*inputs, **constants))
+            return self._run(inputs, constants)
         assert known.replay is not None
         self._fill(known, inputs)
         known.replay()
         return known.result
+
+    def _run(self, inputs: tuple[Tensor, ...], constants: dict[str, Hashable]) -> Any:
+        for known in self._known.values():
+            known.forget()
+        return self._recorder.run(lambda: self._function(*inputs, **constants))
 
     def _record(self, known: _Signature, inputs: tuple[Tensor, ...], constants: dict[str, Hashable]) -> bool:
         self._forget_oldest()
@@ -130,7 +159,7 @@ class CapturedStep:
         self._fill(known, inputs)
         try:
             known.result, known.replay = self._recorder.record(lambda: self._function(*known.inputs, **constants))
-        except RuntimeError as error:
+        except (RuntimeError, UserError) as error:  # of CUDA or Triton; of an optimizer's tables
             if self._on_failure is None:
                 raise
             self._failed = True
