@@ -1,10 +1,12 @@
 """The parts of the package that are compiled, where there is a C compiler; all else is in pyproject.toml."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
 JPEG_NAMES = ("", "_entropy", "_header", "_idct", "_resize")
+KERNELS = Path("src/megabatch/kernels")
 FLAGS = ["-O3", "-fvisibility=hidden"]
 
 
@@ -20,8 +22,8 @@ def extensions() -> list[Extension]:
     )
     kernels = Extension(
         "megabatch.kernels._cpu_native",
-        ["src/megabatch/kernels/_cpu_norm.c"],
-        depends=["src/megabatch/kernels/_cpu_norm_passes.h"],
+        sorted(map(str, KERNELS.glob("_cpu_*.c"))),
+        depends=sorted(map(str, KERNELS.glob("_cpu_*.h"))),
         extra_compile_args=[*FLAGS, "-fopenmp"],  # not linked with: the process has torch's OpenMP, and needs no second
         libraries=["m"],
         optional=True,

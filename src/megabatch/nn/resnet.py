@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megabatch.nn.fused_bottleneck import FusableBottleneck, fits, run_bottlenecks
+from megabatch.nn.fused_convolution import convolve
 from megabatch.nn.fused_stem import norm_relu_pool, stem_convolution
 from megabatch.nn.fusion import Fusable, Fusion, is_hooked, norm_act
 from megabatch.nn.initialize import last_norms
@@ -33,8 +34,9 @@ class BasicBlock(Fusable):
         self.downsample = shortcut(in_channels, channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
-        return norm_act(self.bn2, self.conv2(y), residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
+        y = norm_act(self.bn1, convolve(self.conv1, x, self.fusion), fusion=self.fusion)
+        y = convolve(self.conv2, y, self.fusion)
+        return norm_act(self.bn2, y, residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
 
 
 class Bottleneck(FusableBottleneck):
@@ -56,9 +58,10 @@ class Bottleneck(FusableBottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if fits(self, x):
             return run_bottlenecks([self], x)
-        y = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
-        y = norm_act(self.bn2, self.conv2(y), fusion=self.fusion)
-        return norm_act(self.bn3, self.conv3(y), residual=self.shortcut(x), fusion=self.fusion)
+        y = norm_act(self.bn1, convolve(self.conv1, x, self.fusion), fusion=self.fusion)
+        y = norm_act(self.bn2, convolve(self.conv2, y, self.fusion), fusion=self.fusion)
+        y = convolve(self.conv3, y, self.fusion)
+        return norm_act(self.bn3, y, residual=self.shortcut(x), fusion=self.fusion)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the branch: the input, or the shortcut of it."""
@@ -166,7 +169,7 @@ def residual(downsample: nn.Sequential | None, x: Tensor, fusion: Fusion) -> Ten
         return shortcut
     *convolutions, norm = downsample
     for layer in convolutions:
-        x = layer(x)
+        x = convolve(layer, x, fusion)
     return norm_act(norm, x, relu=False, fusion=fusion)
 
 
