@@ -14,7 +14,7 @@
 #include <omp.h>
 #endif
 
-enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 1 << 16, PAIRS_IN_BLOCK = 256, TASKS = 16 };
+enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 1 << 16, PAIRS_IN_BLOCK = 512, TASKS = 16 };
 
 /* How images are cut: `group` pairs of images, `rows` rows of dy, are packed at a time; and how channels are. */
 typedef struct {
@@ -31,13 +31,13 @@ static Cut cut_of(const Conv *conv) {
     Cut cut = {.pairs = up(conv->count, 2), .half_width = up(conv->width, conv->stride)};
     cut.group = least(cut.pairs, most(1, PAIRS_IN_BLOCK / (conv->out_height * conv->out_width)));
     cut.rows = least(conv->out_height, most(1, PAIRS_IN_BLOCK / (conv->out_width * cut.group)));
-    cut.widest_out = least(up(conv->outputs, STRIP) * STRIP, widest(TILE_VALUES / taps / STRIP));
-    cut.widest_in = least(up(conv->inputs, STRIP) * STRIP, widest(TILE_VALUES / taps / cut.widest_out));
+    cut.widest_out = least(conv->outputs, widest(TILE_VALUES / taps / STRIP));
+    cut.widest_in = least(conv->inputs, widest(TILE_VALUES / taps / cut.widest_out));
     cut.tiles_in = up(conv->inputs, cut.widest_in), cut.tiles_out = up(conv->outputs, cut.widest_out);
     cut.parts = most(1, least(up(cut.pairs, cut.group), TASKS / (cut.tiles_in * cut.tiles_out)));
     int64_t x_rows = least(conv->height, (cut.rows - 1) * conv->stride + conv->taps_down);
     cut.tile_size = taps * cut.widest_out * cut.widest_in;
-    cut.x_size = x_rows * conv->stride * cut.half_width * cut.group * STRIP;
+    cut.x_size = x_rows * conv->stride * cut.half_width * cut.group * least(conv->inputs, STRIP);
     cut.dy_size = cut.rows * conv->out_width * cut.group * cut.widest_out;
     return cut;
 }

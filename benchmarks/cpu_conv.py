@@ -1,0 +1,196 @@
+"""Convolutions of whole nets on a CPU in bfloat16: the compiled kernels beside oneDNN's, part by part.
+
+    python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--threads 2] [--repeats 9]
+
+Shapes are those that the nets' layers meet, as often as they do. Per shape and part (output, data gradient, weight
+gradient), interleaved in one process: torch's operation, which is oneDNN's, and `megabatch.kernels.cpu_conv`'s. "all"
+lines add medians over a net; the first layer has no data gradient and is oneDNN's in both. Errors against float64 are
+of 16 images, relative in the norm.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from harness import Timing, Work, compare, record, table, write_lines
+from megabatch.kernels import cpu_conv
+from megabatch.nn import resnet8, resnet18, resnet50
+
+PARTS = ("output", "data gradient", "weight gradient")
+BASELINE = "oneDNN"
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (lambda: resnet18(num_classes=10, small_stem=True), (128, 3, 32, 32)),
+    "resnet50": (resnet50, (32, 3, 224, 224)),
+    "resnet8": (lambda: resnet8(in_channels=1), (128, 1, 28, 28)),
+    "resnet8 wide": (lambda: resnet8(width=32), (128, 3, 32, 32)),
+}
+
+
+class Layer(NamedTuple):
+    """A convolution of square images."""
+
+    images: int
+    inputs: int
+    outputs: int
+    size: int
+    taps: int
+    stride: int
+    padding: int
+
+    def name(self) -> str:
+        """Short, for tables."""
+        return f"{self.inputs}->{self.outputs} {self.taps}x{self.taps}/{self.stride} {self.size} px"
+
+    def operations(self) -> int:
+        """Multiplications and additions of one part, those with padding's zeros included."""
+        out_size = (self.size + 2 * self.padding - self.taps) // self.stride + 1
+        return 2 * self.images * out_size**2 * self.inputs * self.outputs * self.taps**2
+
+
+def layers_of(model: nn.Module, shape: tuple[int, ...]) -> Counter[Layer]:
+    """The convolutions of a forward of images of this shape, and how often each occurs."""
+    layers: Counter[Layer] = Counter()
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
+        (x,) = inputs
+        sizes = (module.kernel_size[0], module.stride[0], int(module.padding[0]))
+        layers[Layer(shape[0], module.in_channels, module.out_channels, x.shape[2], *sizes)] += 1
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *shape[1:]))
+    return layers
+
+
+def drawn(layer: Layer) -> list[Tensor]:
+    """x, weight, dy."""
+    x = torch.randn(layer.images, layer.inputs, layer.size, layer.size)
+    weight = torch.randn(layer.outputs, layer.inputs, layer.taps, layer.taps)
+    dy = torch.randn_like(functional.conv2d(x[:1], weight, stride=layer.stride, padding=layer.padding))
+    dy = torch.randn(layer.images, *dy.shape[1:])
+    return [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, weight, dy)]
+
+
+def theirs(layer: Layer, x: Tensor, weight: Tensor, dy: Tensor) -> list[Callable[[], Tensor]]:
+    """torch's own operations, one for each part."""
+
+    def gradient(which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        pair = [layer.stride] * 2, [layer.padding] * 2, [1, 1]
+        return torch.ops.aten.convolution_backward(dy, x, weight, None, *pair, False, [0, 0], 1, mask)[which]
+
+    output = lambda: functional.conv2d(x, weight, stride=layer.stride, padding=layer.padding)  # noqa: E731
+    return [output, lambda: gradient(0), lambda: gradient(1)]
+
+
+def ours(layer: Layer, x: Tensor, weight: Tensor, dy: Tensor) -> list[Callable[[], Tensor]]:
+    """The compiled kernels, one for each part; without autograd, as torch's operations above."""
+
+    def part(which: int, like: Tensor) -> Tensor:
+        result = torch.empty_like(like)
+        cpu_conv._call(which, x, weight, dy, result, layer.stride, layer.padding)
+        return result
+
+    return [lambda: part(0, dy), lambda: part(1, x), lambda: part(2, weight)]
+
+
+def errors(layer: Layer) -> dict[str, tuple[float, float]]:
+    """Of oneDNN's and of our parts against float64, for 16 images."""
+    layer = layer._replace(images=16)
+    given = drawn(layer)
+    exact = [work() for work in theirs(layer, *(t.double() for t in given))]
+    found = [[work() for work in make(layer, *given)] for make in (theirs, ours)]
+    of = [[float((a.double() - b).norm() / b.norm()) for a, b in zip(f, exact, strict=True)] for f in found]
+    return {part: (of[0][i], of[1][i]) for i, part in enumerate(PARTS)}
+
+
+def measure_layer(net: str, layer: Layer, times: int, repeats: int) -> list[dict[str, Any]]:
+    """Two records per part: oneDNN's and ours, or oneDNN's alone where ours does not serve."""
+    given = drawn(layer)
+    is_served = cpu_conv.serves(*given[:2])
+    error = errors(layer) if is_served else {}
+    records = []
+    for number, part in enumerate(PARTS):
+        if layer.inputs <= 3 and number == 1:
+            continue
+        works: dict[str, Work] = {BASELINE: theirs(layer, *given)[number]}
+        if is_served:
+            works["ours"] = ours(layer, *given)[number]
+        timings = compare(works, warmup=2, repeats=repeats)
+        parameters = {"net": net, "layer": layer.name(), "part": part, "times": times, "operations": layer.operations()}
+        if part in error:
+            parameters["errors"] = dict(zip((BASELINE, "ours"), error[part], strict=True))
+        records += as_records(f"{layer.name()} {part}", timings, parameters)
+    return records
+
+
+def as_records(prefix: str, timings: dict[str, Timing], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each timing beside the baseline's."""
+    baseline = (BASELINE, timings[BASELINE])
+    return [
+        record("cpu convolution", f"{prefix} | {name}", timing, parameters=parameters, baseline=baseline)
+        for name, timing in timings.items()
+    ]
+
+
+def line_of(records: list[dict[str, Any]]) -> str:
+    """One layer as a row of a table: GFLOP/s of oneDNN and ours, and how many times as fast, part by part."""
+    first = records[0]["parameters"]
+    cells = [f"{first['times']} x {first['layer']}"]
+    for part in PARTS:
+        seconds = [v["median_s"] for v in records if v["parameters"]["part"] == part]
+        speeds = [f"{first['operations'] / s / 1e9:.0f}" for s in seconds]
+        cells.append(" / ".join([*speeds, *([f"{seconds[0] / seconds[1]:.2f}"] if len(seconds) == 2 else [])]) or "-")
+    return "| " + " | ".join(cells) + " |"
+
+
+def totals(net: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians added over a net's layers, for each part and for all."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys((BASELINE, "ours"), 0.0))
+    served = {v["case"].rsplit(" | ")[0] for v in records if v["case"].endswith("| ours")}
+    for values in records:
+        prefix, name = values["case"].rsplit(" | ")
+        names = (name,) if prefix in served else (BASELINE, "ours")
+        for part in (values["parameters"]["part"], "all parts"):
+            for of in names:
+                seconds[part][of] += values["parameters"]["times"] * values["median_s"]
+    parameters = {"net": net}
+    return [
+        values
+        for part, of in seconds.items()
+        for values in as_records(f"{net}: {part}", {n: Timing((s,)) for n, s in of.items()}, parameters)
+    ]
+
+
+def main() -> None:
+    """Measures a net, prints a table and writes `cpu_conv_NET.jsonl`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON lines")
+    parser.add_argument("--net", choices=NETS, default="resnet18")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    make, shape = NETS[options.net]
+    records = []
+    print(f"{options.net}, {shape[0]} images, {options.threads} threads; GFLOP/s of {BASELINE} / ours / times as fast")
+    for layer, times in layers_of(make(), shape).items():
+        found = measure_layer(options.net, layer, times, options.repeats)
+        print(line_of(found), flush=True)
+        records += found
+    sums = totals(options.net, records)
+    print(table(sums))
+    write_lines(options.output / f"cpu_conv_{options.net.replace(' ', '_')}.jsonl", [*records, *sums])
+
+
+if __name__ == "__main__":
+    main()
