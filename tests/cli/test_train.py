@@ -198,6 +198,16 @@ def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(pho
     assert "resumed at step" in done.stdout
 
 
+@pytest.mark.multiprocess
+def test_a_run_that_ended_is_complete_and_is_not_gone_on_with_by_another_recipe(photos, tmp_path):
+    arguments = ["photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK]
+    assert megabatch("train", *arguments).returncode == 0
+    again = megabatch("train", *arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "trained to the end before, at step 3" in again.stdout.splitlines()[-1]
+    assert "peak_lr was" in one_line_of(megabatch("train", *arguments, "--resume", "--set", "peak_lr=3"))
+
+
 def test_evaluate_counts_what_train_counted(photos, tmp_path):
     output = tmp_path / "run"
     trained = megabatch("train", "photos", "--data", photos, "--workers", 1, "--output", output, *QUICK)

@@ -48,9 +48,9 @@ def bench_allreduce(
         Path | None, typer.Option(help="Where --tune keeps its table; default allreduce.json in ~/.cache/megabatch.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a worker waits for another.", min=1)] = 300.0,
 ) -> None:
-    """Measures all-reduce algorithms, buckets and wires between workers; times are of the slowest worker."""
+    """Times the gradient exchange. Algorithms, buckets and wires between workers; times are of the slowest worker."""
     from megabatch.comm import launch
 
     plan = _Plan(

@@ -16,11 +16,11 @@ def bench_input(
     data: Annotated[Path, typer.Option(help="Folder of images, tar shards or parquet files.")],
     resolution: Annotated[int, typer.Option(help="Side of the crops, in pixels.", min=1)] = 224,
     images: Annotated[int, typer.Option(help="Images to measure with.", min=1)] = 256,
-    seconds: Annotated[float, typer.Option(help="Time for each stage.", min=0.01)] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Seconds for each stage.", min=0.01)] = 2.0,
     threads: Annotated[int | None, typer.Option(help="Decoding threads; default one for each core.", min=1)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
 ) -> None:
-    """Times reading, decoding, cropping, augmenting and copying on one core, and the loader as a whole."""
+    """Times each stage of the input. Reading to copying on one core, and the loader as a whole; names the slowest."""
     from megabatch.data.stages import measure_input
 
     report = measure_input(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import parse_settings, require_choice
+from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
 from megabatch.site import Site
@@ -48,16 +48,18 @@ class Measured:
 
 def bench_step(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")] = "fashion_mnist",
-    batch: Annotated[int | None, typer.Option(help="Images of a step; default what takes a moment.", min=1)] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeatable.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images of a step; default as many as take a moment.", min=1)
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time for the measurement, after everything is warm.", min=0.1)] = 30.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of measurement, when everything is warm.", min=0.1)] = 30.0,
     compile_model: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too: a minute or more for each.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
 ) -> None:
-    """Times the training step on random images: precisions, micro-batches and, where asked for, torch.compile."""
+    """Times a recipe's training step. On random images: precisions, micro-batches and, if asked for, torch.compile."""
     from megabatch.build.synthetic import usual_batch
     from megabatch.comm.launch import join
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megabatch.cli.options import CACHE_HELP
+
 if TYPE_CHECKING:
     from megabatch.data.check import CheckReport, Problem
 
@@ -21,11 +23,11 @@ _SHOWN = 200
 
 @data_app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="A known data set, for example fashion_mnist.")],
-    cache: Annotated[Path | None, typer.Option(help="Where it is kept; default ~/.cache/megabatch.")] = None,
+    name: Annotated[str, typer.Argument(help="fashion_mnist or cifar10.")],
+    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
     folder: Annotated[Path | None, typer.Option(help="A folder that already has the published files.")] = None,
 ) -> None:
-    """Gets a data set from the first source that serves it, verifies it, and says where it is."""
+    """Gets a known data set. From the first source that serves it; verified; says where it is."""
     from megabatch.data.fetch import fetch as fetch_data
 
     fetched = fetch_data(name, cache=cache, folder=folder, on_progress=lambda line: typer.echo(line, err=True))
@@ -36,13 +38,13 @@ def fetch(
 def pack(
     src: Annotated[Path, typer.Argument(help="Folder of images, tar, or folder of tars or parquet files.")],
     dst: Annotated[Path, typer.Argument(help="Folder for the shards; work that was broken off is taken up.")],
-    shard_mib: Annotated[float, typer.Option(help="Size of a shard.", min=0.001)] = 256,
+    shard_mib: Annotated[float, typer.Option(help="MiB of a shard.", min=0.001)] = 256,
     max_side: Annotated[int | None, typer.Option(help="Reduce longer sides to this many pixels.", min=1)] = None,
     quality: Annotated[int | None, typer.Option(help="Make all images JPEGs of this quality.", min=1, max=100)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False,
     workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
 ) -> None:
-    """Packs images into indexed tar shards that any WebDataset reader takes; files stay as they are by default."""
+    """Packs images into indexed tar shards. Any WebDataset reader takes them; files stay as they are by default."""
     from megabatch.data.pack import pack as pack_data
 
     with _progress("packing") as on_progress:
@@ -74,7 +76,7 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every problem there.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
 ) -> None:
-    """Decodes every image and names the bad and the odd ones. Ends with 1 if bad ones remain, else with 0."""
+    """Finds bad and odd images, decoding every one. Ends with 1 if bad ones remain, else with 0."""
     from megabatch.data.check import check as check_data
 
     with _progress("checking") as on_progress:

@@ -7,7 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from megabatch.cli.options import device_here, parse_data, parse_workers, require_choice
+from megabatch.cli.options import CACHE_HELP, device_here, parse_data, parse_workers, require_choice
 from megabatch.site import Precision, Site
 
 
@@ -16,12 +16,12 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Folder with train/ and val/, or URL of shards, instead of the recipe's data.")
     ] = None,
-    workers: Annotated[str, typer.Option(help="Local workers.")] = "1",
+    workers: Annotated[str, typer.Option(help="Local workers, a number.")] = "1",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets are kept.")] = None,
+    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
 ) -> None:
-    """Counts the checkpoint's right answers over the whole evaluation set, every sample once."""
+    """Counts a checkpoint's right answers. Top-1 and top-5 over the whole evaluation set, every sample once."""
     from megabatch.comm import launch
     from megabatch.train.checkpoint import open_checkpoint
 

@@ -30,7 +30,7 @@ app.command()(recipes)
 app.command()(report)
 app.add_typer(data_app, name="data")
 
-bench_app = typer.Typer(help="Measure parts of training on this machine.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure parts of training here.", no_args_is_help=True, rich_markup_mode=None)
 bench_app.command("allreduce")(bench_allreduce)
 bench_app.command("input")(bench_input)
 bench_app.command("step")(bench_step)

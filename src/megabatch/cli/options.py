@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=str)
 
+SET_HELP = "KEY=VALUE of the recipe, as peak_lr=2; repeatable. `megabatch recipes NAME` shows every key."
+CACHE_HELP = "Where fetched data sets and shards are kept; default ~/.cache/megabatch."
+
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     """`["peak_lr=2", ...]` as a dict; RecipeError for what is no pair or given twice."""

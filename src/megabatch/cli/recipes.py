@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megabatch import recipes as shelf
-from megabatch.cli.options import parse_settings
+from megabatch.cli.options import SET_HELP, parse_settings
 from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override, value_at
 
@@ -22,11 +22,11 @@ MAX_TABLE_ROWS = 50
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="One recipe, with its schedule; without it, all of them.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeatable.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the schedule to this .svg or .png file.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
 ) -> None:
-    """Lists the recipes, or shows one with its schedule epoch by epoch."""
+    """Lists the recipes, or shows one. With every field, and its schedule epoch by epoch."""
     if markdown:
         from megabatch.recipes.markdown import as_markdown
 
@@ -73,7 +73,7 @@ def _top1(value: float | None) -> str:
 
 
 def _show(console: Console, recipe: Recipe, name: str) -> None:
-    """The docstring, the fields that are not at their default, and the schedule."""
+    """The docstring, every field, and the schedule."""
     console.print(Text(shelf.docstring(name)))
     console.print()
     console.print(_fields(recipe))
@@ -85,11 +85,12 @@ def _fields(recipe: Recipe) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for field in dataclasses.fields(Recipe):
-        value = getattr(recipe, field.name)
-        if value != field.default:
-            table.add_row(field.name, Text(shelf.value_text(value)))
-    table.add_row("(all else)", "at its default", style="dim")
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    usual = {field.name for field in dataclasses.fields(Recipe) if values[field.name] == field.default}
+    for name in (name for name in values if name not in usual):
+        table.add_row(name, Text(shelf.value_text(values[name])))
+    kept = "  ".join(f"{name}={shelf.value_text(values[name])}" for name in values if name in usual)
+    table.add_row("(default)", Text(kept), style="dim")
     return table
 
 

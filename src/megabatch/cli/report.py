@@ -7,10 +7,10 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, as `megabatch train` named them.")],
     output: Annotated[Path | None, typer.Option(help="The page; default report.html in the first run folder.")] = None,
 ) -> None:
-    """Writes the page and says where it is."""
+    """Draws runs' curves on one HTML page. It stands alone; says where it is."""
     from megabatch.observe.report import write_report
 
     typer.echo(str(write_report(runs, output or runs[0] / "report.html")))

@@ -15,6 +15,8 @@ import typer
 from megabatch import recipes
 from megabatch.cli.forewarn import too_few_updates_for_running_averages
 from megabatch.cli.options import (
+    CACHE_HELP,
+    SET_HELP,
     device_here,
     parse_data,
     parse_loss_scale,
@@ -23,7 +25,7 @@ from megabatch.cli.options import (
     require_choice,
 )
 from megabatch.errors import SiteError
-from megabatch.recipe import Recipe, override
+from megabatch.recipe import Recipe, from_json, override
 from megabatch.site import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
 
 if TYPE_CHECKING:
@@ -36,38 +38,53 @@ def train(
         str | None, typer.Option(help="Folder with train/ and val/, or URL of shards, instead of the recipe's data.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE-TIME.")] = None,
-    workers: Annotated[str, typer.Option(help="Local workers, or auto.")] = "auto",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeatable.")] = None,
-    steps: Annotated[int | None, typer.Option(help="End after this many steps.", min=1)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Samples of one forward and backward.", min=1)] = None,
+    workers: Annotated[
+        str, typer.Option(help="Local workers, or auto: one for each GPU, else one for each core, at most 8.")
+    ] = "auto",
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Updates of the weights after which to evaluate, save and end.", min=1)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output, by the same recipe.")
+    ] = False,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples of one forward and backward on one worker; default what suits it.", min=1),
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    loss_scale: Annotated[str, typer.Option(help="Of fp16: dynamic, or a power of two.")] = "dynamic",
+    loss_scale: Annotated[str, typer.Option(help="Of fp16 gradients: dynamic, or a power of two.")] = "dynamic",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile_model: Annotated[
         bool, typer.Option("--compile/--no-compile", help="torch.compile: minutes at the start.")
     ] = False,
     capture: Annotated[str, typer.Option(help="Whole steps in a CUDA graph: auto, on or off.")] = "auto",
-    fusion: Annotated[str, typer.Option(help="Fused kernels on a GPU, auto, or plain operations.")] = "auto",
+    fusion: Annotated[
+        str, typer.Option(help="auto: fused kernels where there are any; plain: one operation at a time.")
+    ] = "auto",
     keep_memory: Annotated[bool, typer.Option(help="On a CPU, keep freed memory for the next step.")] = True,
     all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
     wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
-    channels_last: Annotated[bool, typer.Option(help="Memory layout of images and weights.")] = True,
-    cache: Annotated[Path | None, typer.Option(help="Where fetched data sets and shards are kept.")] = None,
-    remote_cache_gib: Annotated[float, typer.Option(help="Room for local copies of remote shards.", min=0)] = 64.0,
+    channels_last: Annotated[bool, typer.Option(help="Memory layout of images and weights: NHWC, or NCHW.")] = True,
+    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
+    remote_cache_gib: Annotated[
+        float, typer.Option(help="GiB of disk for copies of remote shards, of all workers of a machine.", min=0)
+    ] = 64.0,
     decode: Annotated[str, typer.Option(help="What decodes JPEGs: auto, cpu or gpu.")] = "auto",
     decoded_cache_gib: Annotated[
-        float, typer.Option(help="Of each GPU's memory, for images that it has decoded.", min=0)
+        float, typer.Option(help="GiB of each GPU's memory for images that it has decoded.", min=0)
     ] = 0.0,
     max_bad_share: Annotated[
         float | None, typer.Option(help="Share of unreadable images that stops a run; default 0.01.", min=0, max=1)
     ] = None,
-    checkpoint_every_steps: Annotated[int, typer.Option(help="Checkpoints besides those at evaluations.", min=0)] = 0,
+    checkpoint_every_steps: Annotated[
+        int, typer.Option(help="Updates between checkpoints, besides those at evaluations; 0 for none.", min=0)
+    ] = 0,
     keep_checkpoints: Annotated[int, typer.Option(help="Newest checkpoints kept, besides the best.", min=1)] = 2,
-    timeout_s: Annotated[float, typer.Option(help="How long a worker waits for another.", min=1)] = 300.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only the last line.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a worker waits for another.", min=1)] = 300.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the last line.")] = False,
 ) -> None:
-    """Trains a recipe. The last line holds the top-1 accuracy and where the run folder is."""
+    """Trains a recipe. The last line holds the top-1 accuracy and where the report is."""
     chosen = override(recipes.get(recipe), parse_settings(settings or []))
     site = Site(
         workers=parse_workers(workers),
@@ -103,7 +120,7 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
         _work(recipe, site, output, max_steps=max_steps, quiet=quiet)
         return
     folder = _run_folder(recipe, site, output)
-    num_workers = _check_before_start(recipe, site)
+    num_workers = _check_before_start(recipe, site, folder)
     if num_workers == 1:
         _work(recipe, site, folder, max_steps=max_steps, quiet=quiet)
         return
@@ -113,7 +130,7 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
         raise typer.Exit(code)
 
 
-def _check_before_start(recipe: Recipe, site: Site) -> int:
+def _check_before_start(recipe: Recipe, site: Site, folder: Path) -> int:
     """The number of local workers; whatever the user got wrong is said here, before anything is written."""
     from megabatch.build.data import check_room, fit_to_data, open_data
     from megabatch.build.site import check, default_workers
@@ -125,7 +142,18 @@ def _check_before_start(recipe: Recipe, site: Site) -> int:
         num_workers = site.workers or default_workers(fitted, site)
         check_room(fitted, site, data, world=World(world_size=num_workers, local_world_size=num_workers))
     check(fitted, site, world_size=num_workers, device=device)
+    if site.resume:
+        _check_resumed(fitted, folder)
     return num_workers
+
+
+def _check_resumed(recipe: Recipe, folder: Path) -> None:
+    """CheckpointError if the run to go on with is another recipe's."""
+    from megabatch.build.state import refuse_other_recipe
+    from megabatch.train.checkpoint import list_checkpoints
+
+    for newest in list_checkpoints(folder / "checkpoints")[-1:]:
+        refuse_other_recipe(recipe, from_json(newest.recipe))
 
 
 def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
@@ -169,17 +197,23 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
             replaced = int(sum_over_workers(torch.tensor(loader.num_replaced, device=world.device), world))
             end = {"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds}
             run.log(end | {"num_replaced_samples": replaced})
+        complete = run.state.samples_seen >= run.total_samples
         if world.is_first:
-            _finish(folder, top1, images_per_s, seconds, run.state.step, quiet=quiet)
-        if evaluation is None:
+            _finish(folder, top1, images_per_s, seconds, run.state.step, complete=complete, quiet=quiet)
+        if evaluation is None and not complete:
             raise typer.Exit(1)
 
 
-def _finish(folder: Path, top1: float | None, images_per_s: float, seconds: float, step: int, *, quiet: bool) -> None:
-    """Writes the report and says how the run ended; without an accuracy it was stopped."""
+def _finish(
+    folder: Path, top1: float | None, images_per_s: float, seconds: float, step: int, *, complete: bool, quiet: bool
+) -> None:
+    """Writes the report and says how the run ended; without an accuracy it was stopped, or had nothing left to do."""
     from megabatch.observe.report import write_report
 
     report = write_report([folder], folder / "report.html")
+    if top1 is None and complete:
+        _say(f"trained to the end before, at step {step:,}; `megabatch evaluate {folder}` counts its accuracy again")
+        return
     if top1 is None:
         _say(f"stopped at step {step:,}; the same command with --output {folder} --resume goes on")
         return
