@@ -35,6 +35,7 @@ class StandInGpu(Device, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         Device.__init__(self, elapsed_ms)
         self.launch = launch or (lambda *_: None)
+        self.slept = lambda: None
         self.num_streams = self.num_pools = 0
         self.pools, self.used_pools = {}, set()
         self.patches = contextlib.ExitStack()
@@ -171,6 +172,7 @@ class StandInGpu(Device, TorchFunctionMode):
             "get_device_name": lambda *_: "stand-in",
             "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=2),
             "mem_get_info": lambda *_: (1 << 30, 1 << 30),
+            "_sleep": lambda _: self.slept(),
             "reset_peak_memory_stats": lambda *_: None,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,

@@ -80,6 +80,7 @@ def fit_micro_batch(
 def _trial_on_gpu(module: nn.Module, precision: Precision, sample: Tensor) -> Callable[[int], bool]:
     def fits(size: int) -> bool:
         device = sample.device
+        torch.cuda.empty_cache()  # what earlier work in this process has left is no part of the peak
         torch.cuda.reset_peak_memory_stats(device)
         overflowed = False
         try:

@@ -16,7 +16,7 @@ from megabatch.build.judge import evaluator, saver
 from megabatch.build.micro_batch import fit_micro_batch
 from megabatch.build.model import apply_settings, build_model
 from megabatch.build.schedule import settings_at, total_samples
-from megabatch.build.sinks import Sinks, describe_run, open_sinks
+from megabatch.build.sinks import Sinks, announce_measuring, describe_run, open_sinks
 from megabatch.build.site import check, choose_capture, choose_memory, choose_precision
 from megabatch.build.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
@@ -55,6 +55,7 @@ def open_run(
         state = build_state(recipe, site, precision, world=world, micro_batch_size=wished, capturable=captures.chosen)
         resumed_from = resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None
         check_same_weights(state.module, world)
+        announce_measuring(sinks, stack)
         micro_batch = fit_micro_batch(recipe, site, wished, state.module, state.precision, world=world)
         model, report = wrap(recipe, state, site, folder, world=world, stack=stack)
         if world.is_first:
@@ -93,6 +94,7 @@ def open_run(
         )
         if captures.chosen:
             run.captured = CapturedStep(functools.partial(captured_work, run), on_failure=_go_on_without(sinks, site))
+            stack.callback(setattr, run, "captured", None)  # a circle, which would keep graphs and their memory
         yield run
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.build.data import Data
 from megabatch.build.schedule import count_steps
 from megabatch.comm.launch import World
+from megabatch.kernels import tuning
 from megabatch.observe.environment import describe
 from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
@@ -53,6 +54,15 @@ def open_sinks(recipe: Recipe, folder: Path, *, world: World, quiet: bool, stack
         folder.mkdir(parents=True, exist_ok=True)
         events = stack.enter_context(EventLog(folder / "events.jsonl"))
     return Sinks(folder, stack.enter_context(progress), events, quiet)
+
+
+def announce_measuring(sinks: Sinks, stack: contextlib.ExitStack) -> None:
+    """Says once, until `stack` ends, that kernels are compiled and timed: a first run is silent for minutes else."""
+    table = tuning.table()
+    table.on_first = lambda: sinks.note(
+        "compiling kernels and timing which are fastest here: a few minutes the first time, then kept for later runs"
+    )
+    stack.callback(setattr, table, "on_first", None)
 
 
 def describe_run(

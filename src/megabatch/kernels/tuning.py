@@ -29,6 +29,7 @@ PLAIN = "plain"
 EDITION = 2
 """Of the kernels: raised when their speed changes, so that older choices are made anew."""
 REPEATS = 5
+_LAUNCHES_CYCLES = 2_000_000  # of a GPU's clock, a millisecond: longer than Python takes to launch what is timed
 
 
 class Table:
@@ -36,7 +37,8 @@ class Table:
 
     `folder` holds the files; None keeps choices in memory alone. `timer` gives the seconds of a call; without one,
     tensors on a GPU are timed by its events, and other tensors take the plain way. `fixed` maps tasks to ways that are
-    taken unmeasured wherever they exist.
+    taken unmeasured wherever they exist. `on_first` is told before the first measurement: with the
+    compiling that goes with it, it may take minutes.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Table:
         self.folder = folder
         self.timer = timer
         self.fixed = dict(fixed or {})
+        self.on_first: Callable[[], None] | None = None
         self._choices: dict[str, dict[str, str]] = {}
         self._lock = threading.RLock()
 
@@ -53,7 +56,10 @@ class Table:
         return ways[self.choose(task, sizes, like, ways)]()
 
     def choose(self, task: str, sizes: tuple[int, ...], like: Tensor, ways: Mapping[str, Callable[[], object]]) -> str:
-        """The name of that way. A way that fails is not taken; nothing is measured while a CUDA graph is captured."""
+        """The name of that way. A way that fails is not taken; nothing is measured while a CUDA graph is captured.
+
+        Where memory runs out it is the plain way, and none is noted: with a smaller model beside it another may win.
+        """
         if self.fixed.get(task) in ways:
             return self.fixed[task]
         if len(ways) == 1:
@@ -66,8 +72,12 @@ class Table:
             timer = self._timer_for(like)
             if timer is None:
                 return PLAIN
-            with on_device(like):
-                seconds = {name: _seconds(timer, work) for name, work in ways.items()}
+            self._tell()
+            try:
+                with on_device(like):
+                    seconds = {name: _seconds(timer, work) for name, work in ways.items()}
+            except torch.OutOfMemoryError:
+                return PLAIN
             return self._keep(device, key, min(seconds, key=lambda name: seconds[name]), ways)
 
     def clear(self) -> None:
@@ -76,6 +86,11 @@ class Table:
             self._choices.clear()
             for path in self.folder.glob("*.json") if self.folder else ():
                 path.unlink(missing_ok=True)
+
+    def _tell(self) -> None:
+        told, self.on_first = self.on_first, None
+        if told is not None:
+            told()
 
     def _timer_for(self, like: Tensor) -> Timer | None:
         if self.timer is not None:
@@ -110,12 +125,17 @@ class Table:
 
 
 def gpu_seconds(work: Callable[[], object]) -> float:
-    """The shortest of a few runs on the current GPU, after two that compile and warm up."""
+    """The shortest of a few runs on the current GPU, after two that compile and warm up.
+
+    Of the GPU's time alone: launches take as long as a small batch's kernels, and in a CUDA graph nothing. They are
+    made while the GPU is kept busy otherwise.
+    """
     for _ in range(2):
         work()
     seconds = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_LAUNCHES_CYCLES)  # type: ignore[no-untyped-call]
         begin.record()
         work()
         end.record()
@@ -156,6 +176,8 @@ def _seconds(timer: Timer, work: Callable[[], object]) -> float:
     """Infinite for a way that fails, as one that needs more shared memory than there is."""
     try:
         return timer(work)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # noqa: BLE001  # Triton's errors have no common base; if all fail the plain way says why
         return float("inf")
 
