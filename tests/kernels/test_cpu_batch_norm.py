@@ -1,6 +1,5 @@
 """The compiled batch norm, residual and ReLU of a CPU against torch's operations in float64."""
 
-import shutil
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megabatch import nn as models
-from megabatch.kernels import cpu_batch_norm, cpu_native
+from megabatch.kernels import cpu_batch_norm
 from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
 from megabatch.kernels.statistics import SpanSums, keep_statistics
 from megabatch.nn.fusion import norm_act
@@ -245,10 +244,3 @@ def test_a_training_step_of_a_whole_model_is_the_same_but_for_rounding():
 
     for ours, plain in zip(step("auto"), step("plain"), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_the_library_can_be_built_and_was_built(tmp_path):
-    built = cpu_native.build(tmp_path)
-    assert cpu_native.native.open_function(built, "megabatch_norm_backward") is not None
-    assert cpu_batch_norm.is_available(), "there is a compiler, so installing should have built it"
