@@ -43,6 +43,10 @@ CASES = (
     Case(8, 16, 16, 2, 1, down=1, across=1, padding=2),  # most of the output meets padding alone
     Case(8, 16, 16, 3, 3, down=3, across=3, padding=0),  # one pixel of output
     Case(8, 16, 16, 7, 7, down=1, across=2, stride=3, padding=0),  # pixels that no tap meets
+    Case(15, 1, 16, 28, 28, stride=2),  # few channels
+    Case(27, 3, 64, 32, 32),
+    Case(9, 3, 80, 37, 41, down=7, across=7, stride=2, padding=3),
+    Case(8, 5, 32, 2, 1, down=1, across=2, padding=3),
 )
 
 
@@ -102,7 +106,7 @@ def test_sums_of_integers_are_exact_and_rounded_once(case: Case) -> None:
 @settings(max_examples=60)
 @given(
     images=st.integers(8, 30),
-    channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    channels=st.tuples(st.integers(1, 15) | st.sampled_from((16, 32, 48, 64, 80, 96)), st.integers(1, 6)),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.integers(1, 3),
@@ -119,7 +123,7 @@ def test_sums_of_integers_are_exact_whatever_the_shape(
     seed: int,
 ) -> None:
     size = (max(size[0], taps[0] - 2 * padding), max(size[1], taps[1] - 2 * padding))
-    case = Case(images, 16 * channels[0], 16 * channels[1], *size, *taps, stride, padding)
+    case = Case(images, channels[0], 16 * channels[1], *size, *taps, stride, padding)
     given = drawn(case, integers=True, seed=seed)
     for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
         assert torch.equal(result, expected.bfloat16())
@@ -146,8 +150,9 @@ def test_no_bit_depends_on_the_number_of_threads(case: Case) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("case", "which"), [(case, which) for case in CASES for which in range(3) if which != 1 or case.inputs % 16 == 0]
+)
 def test_kernels_read_and_write_their_tensors_alone_and_all_of_the_result(case: Case, which: int) -> None:
     x, weight, dy = map(amid_nans, drawn(case))
     like = (dy, x, weight)[which]
@@ -217,7 +222,7 @@ def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
         "fp32": (x.float(), weight.float()),
         "channels first": (x.contiguous(), weight),
         "few images": (x[:7], weight),
-        "3 channels": (x[:, :3].contiguous(memory_format=torch.channels_last), weight[:, :3]),
+        "17 channels": (torch.cat((x, x[:, :1]), 1), torch.cat((weight, weight[:, :1]), 1)),
         "10 outputs": (x, weight[:10]),
         "no image": (x[:0], weight),
     }

@@ -9,7 +9,7 @@
 
 #ifdef HAS_DOT_PRODUCTS
 
-enum { MOST_IMAGES_NARROW = 24, MOST_IMAGES_WIDE = 13, TASKS_PER_THREAD = 4 };
+enum { TASKS_PER_THREAD = 4 };
 
 /* y = weight x, or dx = weight^T dy, as sums over `depth` channels of `from`, for `lanes` channels of `to`. */
 typedef struct {
@@ -30,77 +30,9 @@ static Product product_of(const Conv *conv, int is_gradient) {
         product.from_height = conv->height, product.from_width = conv->width;
         product.to_height = conv->out_height, product.to_width = conv->out_width;
     }
-    product.vectors = product.lanes % (2 * VECTOR) ? 1 : 2;
+    product.vectors = vectors_of(product.lanes);
     product.blocks = product.lanes / VECTOR / product.vectors;
     return product;
-}
-
-/* One tap at one pixel: its weights, and where in `from` the pixel lies that it meets. */
-typedef struct {
-    const uint16_t *weights;
-    int64_t offset;
-} Term;
-
-/* The tile's sums over all terms, rounded. Weights are loaded for `ahead` pairs of channels at a time, so that an
- * image's address is computed once for so many. */
-INLINE void add_terms(int vectors, int images, int ahead, const Term *terms, int64_t num_terms, const uint16_t *from,
-                      int64_t from_image, int64_t depth, uint16_t *to, int64_t to_image) {
-    __m512 sums[32];
-#pragma GCC unroll 32
-    for (int at = 0; at < images * vectors; at++) sums[at] = _mm512_setzero_ps();
-    for (const Term *term = terms; term < terms + num_terms; term++) {
-        const uint16_t *weights = term->weights, *first = from + term->offset;
-        for (int64_t left = depth; left > 0; left -= 2 * ahead) {
-            __m512i pairs[8];
-#pragma GCC unroll 8
-            for (int at = 0; at < vectors * ahead; at++) pairs[at] = _mm512_loadu_si512(weights + 2 * VECTOR * at);
-            const uint16_t *image = first;
-#pragma GCC unroll 32
-            for (int row = 0; row < images; row++) {
-#pragma GCC unroll 4
-                for (int next = 0; next < ahead; next++) {
-                    __m512i pair = _mm512_set1_epi32(*(const Pair *)(image + 2 * next));
-#pragma GCC unroll 2
-                    for (int v = 0; v < vectors; v++)
-                        sums[row * vectors + v] =
-                            add_products(sums[row * vectors + v], pairs[next * vectors + v], pair);
-                }
-                image += from_image;
-                __asm__("" : "+r"(image)); /* or 24 addresses are kept, which spill */
-            }
-            weights += 2 * VECTOR * vectors * ahead;
-            first += 2 * ahead;
-        }
-    }
-#pragma GCC unroll 32
-    for (int row = 0; row < images; row++, to += to_image)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++)
-            _mm256_storeu_si256((void *)(to + VECTOR * v), (__m256i)_mm512_cvtneps_pbh(sums[row * vectors + v]));
-}
-
-#define TILE(vectors, images, ahead)                                                                         \
-    case images:                                                                                             \
-        add_terms(vectors, images, ahead, terms, num_terms, from, from_image, depth, to, to_image);          \
-        break;
-#define NARROW(images) TILE(1, images, 4)
-#define WIDE(images) TILE(2, images, 2)
-#define TILE_ARGUMENTS                                                                                           \
-    int64_t images, const Term *terms, int64_t num_terms, const uint16_t *from, int64_t from_image, int64_t depth, \
-        uint16_t *to, int64_t to_image
-
-TARGET static void narrow_tile(TILE_ARGUMENTS) {
-    switch (images) {
-        NARROW(1) NARROW(2) NARROW(3) NARROW(4) NARROW(5) NARROW(6) NARROW(7) NARROW(8) NARROW(9) NARROW(10)
-        NARROW(11) NARROW(12) NARROW(13) NARROW(14) NARROW(15) NARROW(16) NARROW(17) NARROW(18) NARROW(19)
-        NARROW(20) NARROW(21) NARROW(22) NARROW(23) NARROW(24)
-    }
-}
-
-TARGET static void wide_tile(TILE_ARGUMENTS) {
-    switch (images) {
-        WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6) WIDE(7) WIDE(8) WIDE(9) WIDE(10) WIDE(11) WIDE(12) WIDE(13)
-    }
 }
 
 /* A block's weights as (taps, pairs of depth, lanes, 2). */
@@ -147,7 +79,7 @@ static int64_t find_terms(const Conv *conv, const Product *product, int64_t row,
 }
 
 /* All channels of one row of pixels, of the images from `first` to `end`. */
-TARGET static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row,
+static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row,
                             int64_t first, int64_t end) {
     int64_t taps = conv->taps_down * conv->taps_across, lanes = VECTOR * product->vectors;
     int64_t from_image = product->from_height * product->from_width * product->depth;
@@ -158,9 +90,8 @@ TARGET static void fill_row(const Conv *conv, const Product *product, const uint
             const uint16_t *weights = packed + block * taps * product->depth * lanes;
             int64_t num_terms = find_terms(conv, product, row, column, weights, terms);
             int64_t pixel = (row * product->to_width + column) * product->lanes + block * lanes;
-            (product->vectors == 1 ? narrow_tile : wide_tile)(
-                end - first, terms, num_terms, product->from + first * from_image, from_image, product->depth,
-                product->to + first * to_image + pixel, to_image);
+            conv_add_tile(product->vectors, end - first, terms, num_terms, product->from + first * from_image,
+                          from_image, product->depth, product->to + first * to_image + pixel, to_image);
         }
 }
 
@@ -168,7 +99,7 @@ TARGET static void fill_row(const Conv *conv, const Product *product, const uint
 static int run(const Conv *conv, int is_gradient) {
     Product product = product_of(conv, is_gradient);
     int64_t taps = conv->taps_down * conv->taps_across, block_size = taps * product.depth * VECTOR * product.vectors;
-    int64_t tiles = up(conv->count, product.vectors == 1 ? MOST_IMAGES_NARROW : MOST_IMAGES_WIDE);
+    int64_t tiles = up(conv->count, most_images(product.vectors));
     int64_t cuts = least(product.to_height, up(TASKS_PER_THREAD * conv->threads, tiles));
     uint16_t *packed = aligned_alloc(64, product.blocks * block_size * sizeof *packed);
     if (!packed) return 1;
@@ -195,7 +126,9 @@ PUBLIC int megabatch_conv_runs_here(void) {
 }
 
 /* y of `images` and `weight`. */
-PUBLIC int megabatch_conv_forward(const Conv *conv) { return run(conv, 0); }
+PUBLIC int megabatch_conv_forward(const Conv *conv) {
+    return conv->inputs % VECTOR ? conv_few_forward(conv) : run(conv, 0);
+}
 
 /* dx of `gradient` and `weight`. */
 PUBLIC int megabatch_conv_data_gradient(const Conv *conv) { return run(conv, 1); }

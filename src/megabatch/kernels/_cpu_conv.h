@@ -27,6 +27,9 @@ typedef struct {
 
 enum { VECTOR = 16 }; /* float32 sums in a register */
 
+/* Registers of lanes in a tile. */
+static inline int64_t vectors_of(int64_t lanes) { return lanes % (2 * VECTOR) ? 1 : 2; }
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -53,5 +56,32 @@ INLINE void interleave(const uint16_t *even, const uint16_t *odd, int64_t length
         _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(first, low, second));
     }
 }
+
+/* One tap at one pixel: its weights, (pairs of channels, lanes, 2), and where in an image it meets channels. */
+typedef struct {
+    const uint16_t *weights;
+    int64_t offset;
+} Term;
+
+/* In _cpu_conv_tiles.c: the sums over all terms for one pixel of some images, times `vectors` registers of lanes. */
+static inline int64_t most_images(int64_t vectors) { return vectors == 1 ? 24 : 13; }
+void conv_add_tile(int64_t vectors, int64_t images, const Term *terms, int64_t num_terms, const uint16_t *from,
+                   int64_t from_image, int64_t depth, uint16_t *to, int64_t to_image);
+
+/* Pixels that follow each other in both packed copies of images: lanes are channels beside each other in registers. */
+typedef struct {
+    const uint16_t *lanes, *rows;
+    int64_t length;
+} Run;
+
+/* In _cpu_conv_panels.c: tile[rows, lanes] += sums over runs; 16 values of the sum of parts; this thread's number. */
+void conv_add_panels(int64_t lanes, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
+                     int64_t rows_step, float *tile);
+void conv_add_parts(const float *sums, int64_t parts, int64_t size, uint16_t *result);
+int64_t conv_thread(void);
+
+/* In _cpu_conv_few.c: for images of few channels. */
+int conv_few_forward(const Conv *conv);
+int conv_few_weight_gradient(const Conv *conv);
 #endif
 #endif

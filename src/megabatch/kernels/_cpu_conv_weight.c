@@ -10,9 +10,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 1 << 16, PAIRS_IN_BLOCK = 512, TASKS = 16 };
 
@@ -59,58 +56,6 @@ static Task task_of(const Conv *conv, const Cut *cut, int64_t number, float *mem
     task.tile = memory;
     task.x = (uint16_t *)(memory + cut->tile_size), task.dy = task.x + 2 * cut->x_size;
     return task;
-}
-
-/* Pixels that follow each other in both packed copies. */
-typedef struct {
-    const uint16_t *x, *dy;
-    int64_t length;
-} Run;
-
-/* tile[rows, lanes] += sum over runs of dy x: lanes are channels of x, rows channels of dy. */
-INLINE void add_runs(int vectors, int rows, const Run *runs, int64_t num_runs, int64_t x_step, int64_t dy_first,
-                     int64_t dy_step, float *tile) {
-    __m512 sums[24];
-#pragma GCC unroll 24
-    for (int at = 0; at < rows * vectors; at++) {
-        sums[at] = _mm512_setzero_ps();
-        _mm_prefetch((const char *)(tile + at * VECTOR), _MM_HINT_T0);
-    }
-    for (const Run *run = runs; run < runs + num_runs; run++) {
-        const uint16_t *x = run->x, *dy = run->dy + dy_first;
-        for (int64_t left = run->length; left > 0; left--, x += x_step, dy += dy_step) {
-            __m512i pairs[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) pairs[v] = _mm512_loadu_si512(x + 2 * VECTOR * v);
-#pragma GCC unroll 16
-            for (int row = 0; row < rows; row++) {
-                __m512i pair = _mm512_set1_epi32(*(const Pair *)(dy + 2 * row));
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++)
-                    sums[row * vectors + v] = add_products(sums[row * vectors + v], pairs[v], pair);
-            }
-        }
-    }
-#pragma GCC unroll 24
-    for (int at = 0; at < rows * vectors; at++) {
-        float *to = tile + at * VECTOR;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sums[at]));
-    }
-}
-
-/* As many rows as 24 registers hold sums for, and fewer so that out_count is cut evenly. */
-static int64_t rows_of(int64_t vectors) { return vectors == 1 ? 16 : 24 / vectors; }
-
-#define CASE(vectors, rows)                                                               \
-    case 100 * vectors + rows:                                                            \
-        add_runs(vectors, rows, runs, num_runs, x_step, dy_first, dy_step, tile);         \
-        break;
-
-TARGET static void add_panel(int64_t vectors, int64_t rows, const Run *runs, int64_t num_runs, int64_t x_step,
-                             int64_t dy_first, int64_t dy_step, float *tile) {
-    switch (100 * vectors + rows) { /* all that multiples of 16 are cut into */
-        CASE(1, 16) CASE(2, 8) CASE(2, 10) CASE(2, 11) CASE(2, 12) CASE(3, 8) CASE(4, 5) CASE(4, 6)
-    }
 }
 
 /* A row of pixels of a pair of images, each `step` after the one before; pixels that no tap meets are left out. */
@@ -190,16 +135,12 @@ static int64_t find_runs(const Conv *conv, const Cut *cut, const Task *task, con
     return found;
 }
 
-TARGET static void add_tap(const Conv *conv, const Cut *cut, const Task *task, const Block *block, const Strip *strip,
-                           int64_t tap) {
-    int64_t vectors = strip->count / VECTOR, panels = up(task->out_count, rows_of(vectors));
+static void add_tap(const Conv *conv, const Cut *cut, const Task *task, const Block *block, const Strip *strip,
+                    int64_t tap) {
     Run runs[cut->rows];
     int64_t num_runs = find_runs(conv, cut, task, block, strip, tap, runs);
-    for (int64_t panel = 0; num_runs && panel < panels; panel++) {
-        int64_t first = task->out_count * panel / panels, end = task->out_count * (panel + 1) / panels;
-        float *tile = strip->tile + (tap * task->out_count + first) * strip->count;
-        add_panel(vectors, end - first, runs, num_runs, 2 * strip->count, 2 * first, 2 * task->out_count, tile);
-    }
+    conv_add_panels(strip->count, task->out_count, runs, num_runs, 2 * strip->count, 2 * task->out_count,
+                    strip->tile + tap * task->out_count * strip->count);
 }
 
 TARGET static void add_block(const Conv *conv, const Cut *cut, const Task *task, const Block *block) {
@@ -235,23 +176,9 @@ static void put_tile(const Conv *conv, const Task *task, float *sums) {
     }
 }
 
-/* 16 values of the result: parts added in their order, rounded once. */
-TARGET static void add_parts(const float *sums, int64_t parts, int64_t size, uint16_t *result) {
-    __m512 sum = _mm512_loadu_ps(sums);
-    for (int64_t part = 1; part < parts; part++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part * size));
-    _mm256_storeu_si256((void *)result, (__m256i)_mm512_cvtneps_pbh(sum));
-}
-
-static int64_t thread_number(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 /* dweight of `images` and `gradient`. 0, or 1 without memory. */
 PUBLIC int megabatch_conv_weight_gradient(const Conv *conv) {
+    if (conv->inputs % VECTOR) return conv_few_weight_gradient(conv);
     Cut cut = cut_of(conv);
     int64_t size = conv->outputs * conv->taps_down * conv->taps_across * conv->inputs;
     int64_t own = cut.tile_size + cut.x_size + cut.dy_size;
@@ -259,7 +186,7 @@ PUBLIC int megabatch_conv_weight_gradient(const Conv *conv) {
     if (!sums) return 1;
 #pragma omp parallel num_threads((int)conv->threads)
     {
-        float *memory = sums + cut.parts * size + thread_number() * own;
+        float *memory = sums + cut.parts * size + conv_thread() * own;
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < cut.tiles_in * cut.tiles_out * cut.parts; number++) {
             Task task = task_of(conv, &cut, number, memory);
@@ -267,7 +194,7 @@ PUBLIC int megabatch_conv_weight_gradient(const Conv *conv) {
             put_tile(conv, &task, sums + number % cut.parts * size);
         }
 #pragma omp for
-        for (int64_t at = 0; at < size; at += VECTOR) add_parts(sums + at, cut.parts, size, conv->result + at);
+        for (int64_t at = 0; at < size; at += VECTOR) conv_add_parts(sums + at, cut.parts, size, conv->result + at);
     }
     free(sums);
     return 0;

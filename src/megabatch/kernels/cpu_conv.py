@@ -36,7 +36,7 @@ def is_available() -> bool:
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernels take images x (N, C, H, W) and weight (K, C, R, S); groups and dilation they do not.
 
-    They do from 8 bfloat16 images with the channels last, where C and K are multiples of 16.
+    They do from 8 bfloat16 images with the channels last, where K is a multiple of 16, and C too or less than 16.
     """
     return (
         x.device.type == "cpu"
@@ -45,7 +45,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and len(x) >= _FEWEST_IMAGES
         and x.shape[1] == weight.shape[1]
         and x.numel() > 0
-        and x.shape[1] % _CHANNELS == len(weight) % _CHANNELS == 0
+        and (x.shape[1] < _CHANNELS or x.shape[1] % _CHANNELS == 0)
+        and len(weight) % _CHANNELS == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
         and is_available()
@@ -88,12 +89,20 @@ class _Conv2d(torch.autograd.Function):
             """Laid out as what it is the gradient of: DistributedDataParallel warns where it is not."""
             if not ctx.needs_input_grad[which]:
                 return None
+            if which == 0 and x.shape[1] % _CHANNELS:  # of a net's images, which nobody learns
+                return _torchs_data_gradient(dy, x, weight, ctx.stride, ctx.padding)
             is_last = like.is_contiguous(memory_format=torch.channels_last)
             result = torch.empty_like(like, memory_format=torch.preserve_format if is_last else torch.channels_last)
             _call(1 + which, x, weight, dy, result, ctx.stride, ctx.padding)
             return result if is_last else result.contiguous()
 
         return gradient(0, x), gradient(1, weight), None, None
+
+
+def _torchs_data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    places = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
+    dx: Tensor = torch.ops.aten.convolution_backward(dy, x, weight, None, *places, [True, False, False])[0]
+    return dx
 
 
 def _call(which: int, x: Tensor, weight: Tensor, dy: Tensor, result: Tensor, stride: int, padding: int) -> None:
