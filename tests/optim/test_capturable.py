@@ -185,3 +185,21 @@ def test_copies_in_16_bit_follow_the_weights(kind: str, foreach: bool | None) ->
         assert torch.equal(p, q)
     for p, written in copies.items():
         assert torch.equal(written, p.detach().bfloat16())
+
+
+@EVERY
+@PATHS
+def test_gradients_in_16_bit_make_the_steps_that_the_same_values_in_fp32_make(kind: str, foreach: bool | None) -> None:
+    narrow = MAKERS[kind](groups(torch.float32), lr=0.5, foreach=foreach)
+    wide = MAKERS[kind](groups(torch.float32), lr=0.5, foreach=foreach)
+    for p in parameters(narrow)[:2]:
+        p.grad_dtype = None
+    for seed in (0, 1):
+        for optimizer in (narrow, wide):
+            fill_gradients(optimizer, seed)
+            for p in parameters(optimizer)[:2]:
+                assert p.grad is not None
+                p.grad = p.grad.bfloat16() if optimizer is narrow else p.grad.bfloat16().float()
+            optimizer.step()
+    for p, q in zip(parameters(narrow), parameters(wide), strict=True):
+        assert torch.equal(p, q)

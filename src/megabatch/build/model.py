@@ -1,6 +1,7 @@
 """The recipe's model and optimizer."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,10 +47,13 @@ def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: i
     return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
 
-def build_optimizer(recipe: Recipe, module: nn.Module, *, capturable: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    recipe: Recipe, module: nn.Module, *, capturable: bool = False, copies: Mapping[Tensor, Tensor] | None = None
+) -> torch.optim.Optimizer:
     """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed.
 
     With `capturable` its rates are tensors on the parameters' device, which a captured graph reads at every replay.
+    `copies` are 16-bit tensors by parameter, to which it writes the weights as it moves them.
     """
     groups = optim.param_groups(
         module, weight_decay=recipe.weight_decay, decay_norm_and_bias=recipe.decay_norm_and_bias
@@ -69,6 +73,7 @@ def build_optimizer(recipe: Recipe, module: nn.Module, *, capturable: bool = Fal
                 lr,
                 momentum=momentum,
                 capturable=capturable,
+                copies=copies,
                 trust_coefficient=recipe.trust_coefficient,
                 eps=recipe.trust_eps,
                 momentum_form=recipe.momentum_form,
@@ -77,19 +82,20 @@ def build_optimizer(recipe: Recipe, module: nn.Module, *, capturable: bool = Fal
                 nesterov=recipe.nesterov,
             )
         case "lamb":
-            return optim.LAMB(groups, lr, momentum=momentum, capturable=capturable, beta2=recipe.beta2)
+            return optim.LAMB(groups, lr, momentum=momentum, capturable=capturable, copies=copies, beta2=recipe.beta2)
         case "sgd":
             return optim.SGD(
                 groups,
                 lr,
                 momentum=momentum,
                 capturable=capturable,
+                copies=copies,
                 nesterov=recipe.nesterov,
                 momentum_form=recipe.momentum_form,
             )
         case "rmsprop_warmup":
             return optim.RMSpropWarmup(
-                groups, lr, momentum=momentum, capturable=capturable, rmsprop_lr=recipe.rmsprop_lr
+                groups, lr, momentum=momentum, capturable=capturable, copies=copies, rmsprop_lr=recipe.rmsprop_lr
             )
 
 

@@ -15,6 +15,7 @@ from megabatch.site import Site
 from megabatch.train.checkpoint import checkpoint_path, newest_intact, open_checkpoint
 from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
+from megabatch.train.weight_copies import WeightCopies
 
 
 def build_state(
@@ -34,7 +35,15 @@ def build_state(
             recipe.global_batch_size, unit=recipe.bn_span, max_batch_size=recipe.max_global_batch_size
         )
     average = optim.WeightAverage(module, recipe.ema_half_life_epochs) if recipe.ema_half_life_epochs else None
-    return TrainState(module, build_optimizer(recipe, module, capturable=capturable), precision, average, policy)
+    copies = _copies(site, precision, module)
+    optimizer = build_optimizer(recipe, module, capturable=capturable, copies=copies.tensors)
+    return TrainState(module, optimizer, precision, average, policy, copies=copies)
+
+
+def _copies(site: Site, precision: Precision, module: nn.Module) -> WeightCopies:
+    """Of the weights that forward would cast; of none under torch.compile, whose graphs know the weights alone."""
+    wanted = site.weight_copies and precision.name != "fp32" and not site.compile
+    return WeightCopies(module if wanted else None, precision.dtype)
 
 
 def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, sinks: Sinks) -> int | None:

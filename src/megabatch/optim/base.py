@@ -184,7 +184,7 @@ class MultiTensorOptimizer(Optimizer):
             self.update(group, self._lists(members, weights))
             if weights is not members:
                 torch._foreach_copy_(members, weights)  # rounds fp32 to the parameters' dtype
-        self._write_copies(parameters)
+            self._write_copies(members)  # while they are in a CPU's cache
         self.finish(group)
 
     def _write_copies(self, parameters: list[Tensor]) -> None:

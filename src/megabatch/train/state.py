@@ -12,6 +12,7 @@ from megabatch.comm.launch import World
 from megabatch.data.loader import Batch
 from megabatch.train.capture import CapturedStep
 from megabatch.train.precision import Precision
+from megabatch.train.weight_copies import WeightCopies
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     wire_scales: WireScales | None = None
+    copies: WeightCopies = field(default_factory=WeightCopies)  # follow the weights, so no checkpoint keeps them
     _saved_scales: dict[int, float] = field(default_factory=dict)
 
     def keep_wire_scales(self, scales: WireScales) -> None:

@@ -7,7 +7,7 @@ optimizer sees is the mean over the global batch however the batch was cut among
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,20 @@ from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loader import Batch
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.train.precision import Precision
+from megabatch.train.weight_copies import WeightCopies
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`."""
+    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`.
+
+    Forward reads `copies` instead of the weights that they are of.
+    """
 
     global_count: int
     label_smoothing: float
     precision: Precision
+    copies: WeightCopies = field(default_factory=WeightCopies)
 
 
 class NoiseSample(NamedTuple):
@@ -52,13 +57,17 @@ def accumulate_gradients(
     micro-batch's backward alone.
     """
     losses = []
+    exchanged = world_size > 1
+    widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
     with objective.precision.kept_casts():
         for number in range(num_micro_batches):
             batch = next(batches)
             exchanges = number == num_micro_batches - 1
             with contextlib.nullcontext() if exchanges else _without_exchange(model):
-                loss = forward_loss(model, batch, objective)
+                with objective.copies.read(linked=exchanged):
+                    loss = forward_loss(model, batch, objective)
                 torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
+            objective.copies.hand_over(widen=widen)
             losses.append(loss.detach())
     return torch.stack(losses).double().sum()
 
@@ -83,8 +92,10 @@ def accumulate_and_measure(
     for _ in range(num_micro_batches):
         batch = next(batches)
         with _without_exchange(model):
-            loss = forward_loss(model, batch, objective)
+            with objective.copies.read():
+                loss = forward_loss(model, batch, objective)
             torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
+        objective.copies.hand_over(widen=True)
         gradients = [_gradient(p) for p in parameters]
         torch._foreach_add_(total, gradients)
         share = objective.global_count / max(1, batch.count) / scale

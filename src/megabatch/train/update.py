@@ -45,6 +45,7 @@ def take_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tak
     started = time.perf_counter()
     state = run.state
     run.apply_settings(settings)
+    state.copies.follow()
     latest = _Latest(batches)
     captured = _captures(run, settings)
     loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)
@@ -142,7 +143,7 @@ def _accumulate(run: Run, count: int, batches: Iterator[Batch], num_micro_batche
 
 
 def _objective(run: Run, count: int) -> Objective:
-    return Objective(count, run.label_smoothing, run.state.precision)
+    return Objective(count, run.label_smoothing, run.state.precision, run.state.copies)
 
 
 def _update(run: Run) -> bool:
@@ -150,6 +151,7 @@ def _update(run: Run) -> bool:
     if not run.state.precision.unscale([p.grad for p in _parameters(run) if p.grad is not None]):
         return False
     run.state.optimizer.step()
+    run.state.copies.written_by(run.state.optimizer)
     run.finish_statistics()
     return True
 
