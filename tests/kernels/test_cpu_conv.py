@@ -244,3 +244,19 @@ def test_what_cannot_be_convolved_raises_torchs_errors(options: dict[str, int]) 
     x, weight, _ = drawn(Case(8, 16, 16, 2, 2))
     with pytest.raises(RuntimeError):
         cpu_conv.conv2d(x, weight, **options)
+
+
+def test_a_call_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_conv, "_functions", lambda: (lambda _: 1,) * 3)
+    x, weight, _ = drawn(CASES[0])
+    with pytest.raises(MemoryError, match="no memory"):
+        cpu_conv.conv2d(x, weight, padding=1)
+
+
+@needs_kernels
+def test_a_gradient_of_images_of_few_channels_is_torchs() -> None:
+    case = Case(8, 3, 16, 6, 6)
+    given = drawn(case, integers=True)
+    assert cpu_conv.serves(*given[:2])
+    for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
+        assert torch.equal(result, expected.bfloat16())
