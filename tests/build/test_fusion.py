@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megabatch import nn as models
+from megabatch.build import site
 from megabatch.build.model import build_model
 from megabatch.comm.launch import World
 from megabatch.nn import fusion
 from megabatch.nn.fusion import Fusable
 from megabatch.site import Site
+from megabatch.train.precision import Precision
 from tiny_run import run_tiny, tiny_recipe
 
 
@@ -28,12 +30,12 @@ def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
 def test_a_run_by_the_fused_equations_trains_the_same_weights_and_statistics(eval_stats, tmp_path, monkeypatch):
     """The equations of the kernels in torch's operations, in micro-batches of two spans, against torch's own layers."""
     recipe = tiny_recipe(eval_stats=eval_stats)
-    site = Site(precision="fp32", micro_batch_size=16)
-    plain = run_tiny(tmp_path / "plain", recipe, site=site)
+    where = Site(precision="fp32", micro_batch_size=16)
+    plain = run_tiny(tmp_path / "plain", recipe, site=where)
     calls = []
     monkeypatch.setattr(models, "set_fusion", functools.partial(_force, models.set_fusion))
     monkeypatch.setattr(fusion, "fused_bn_act", functools.partial(_counted, fusion.fused_bn_act, calls))
-    fused = run_tiny(tmp_path / "fused", recipe, site=site)
+    fused = run_tiny(tmp_path / "fused", recipe, site=where)
     assert len(calls) >= 9 * 10  # norms of the net x steps
     torch.testing.assert_close(fused["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused["weights"], plain["weights"], rtol=1e-3, atol=1e-5)
@@ -47,3 +49,21 @@ def _counted(function, calls, *arguments, **options):
 def _force(set_fusion, model, fusion):
     assert fusion == "auto"
     set_fusion(model, "reference")
+
+
+@pytest.mark.parametrize(
+    ("values", "has_norms", "has_convolutions", "words"),
+    [
+        ({}, True, True, "fused batch norm and convolutions"),
+        ({"precision": "fp32"}, True, True, "fused batch norm"),
+        ({}, True, False, "fused batch norm"),
+        ({}, False, False, "kernels of torch (ours are not compiled: that takes a C compiler, on Linux)"),
+        ({"fusion": "plain"}, True, True, "kernels of torch"),
+        ({"compile": True}, True, True, "kernels of torch.compile"),
+    ],
+)
+def test_a_run_says_whose_kernels_compute(monkeypatch, values, has_norms, has_convolutions, words):
+    monkeypatch.setattr(site.cpu_batch_norm, "is_available", lambda: has_norms)
+    monkeypatch.setattr(site.cpu_conv, "is_available", lambda: has_convolutions)
+    precision = Precision(values.get("precision", "bf16"), torch.device("cpu"))
+    assert site.kernels_in_words(Site(**values), precision, torch.device("cpu")) == words

@@ -17,7 +17,7 @@ from megabatch.build.micro_batch import fit_micro_batch
 from megabatch.build.model import apply_settings, build_model
 from megabatch.build.schedule import settings_at, total_samples
 from megabatch.build.sinks import Sinks, announce_measuring, describe_run, open_sinks
-from megabatch.build.site import check, choose_capture, choose_memory, choose_precision
+from megabatch.build.site import check, choose_capture, choose_memory, choose_precision, kernels_in_words
 from megabatch.build.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
 from megabatch.data.split import micro_batches
@@ -59,7 +59,8 @@ def open_run(
         micro_batch = fit_micro_batch(recipe, site, wished, state.module, state.precision, world=world)
         model, report = wrap(recipe, state, site, folder, world=world, stack=stack)
         if world.is_first:
-            choices = (f"micro-batch {micro_batch.reason}", memory, captures.words)
+            kernels = kernels_in_words(site, precision, world.device)
+            choices = (f"micro-batch {micro_batch.reason}", kernels, memory, captures.words)
             describe_run(sinks, recipe, site, data, world, micro_batch.size, choices, state, resumed_from)
         loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
         stack.callback(loader.close)

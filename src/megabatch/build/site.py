@@ -8,6 +8,7 @@ import torch
 from megabatch.comm.launch import World, available_cores
 from megabatch.data.split import check_split
 from megabatch.errors import SiteError
+from megabatch.kernels import cpu_batch_norm, cpu_conv, has_triton
 from megabatch.recipe import Recipe, validate
 from megabatch.site import Site
 from megabatch.train.host_memory import keep_freed_memory
@@ -109,3 +110,15 @@ def choose_memory(site: Site, world: World) -> str:
     """
     kept = site.keep_memory and world.device.type == "cpu" and keep_freed_memory(world.local_world_size)
     return kept or "freed memory goes back to the system"
+
+
+def kernels_in_words(site: Site, precision: Precision, device: torch.device) -> str:
+    """Whose kernels compute the model."""
+    if site.compile or site.fusion == "plain":
+        return "kernels of torch.compile" if site.compile else "kernels of torch"
+    if device.type == "cuda":
+        return "fused kernels" if has_triton() else "kernels of torch (Triton is not installed)"
+    if not cpu_batch_norm.is_available():
+        return "kernels of torch (ours are not compiled: that takes a C compiler, on Linux)"
+    convolutions = precision.name == "bf16" and cpu_conv.is_available()
+    return "fused batch norm and convolutions" if convolutions else "fused batch norm"

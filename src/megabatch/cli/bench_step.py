@@ -80,7 +80,7 @@ def ways_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool)
     ways = [_way(f"{name}", precision=name) for name in precisions]
     if device == "cuda":
         ways += [_way(f"{name} without a graph", precision=name, capture="off") for name in precisions[1:]]
-        ways += [_way(f"{name} in plain operations", precision=name, fusion="plain") for name in precisions[1:]]
+    ways += [_way(f"{name} in torch's own kernels", precision=name, fusion="plain") for name in precisions[1:]]
     size = images // 2
     while size >= recipe.bn_span and size >= images // 8:
         if size % recipe.bn_span == 0:
