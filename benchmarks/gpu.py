@@ -2,112 +2,132 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --output benchmarks/out [--section NAME ...] [--quick] [--device cpu|cuda]
 
-Needs torch, Triton and, for the peer and for JPEGs, torchvision; no data. Every section and every case runs by itself:
-one that fails or finds no time left becomes a line of the table. All results go to `gpu.json` as they come. With
-`--quick` sizes are tiny, to see that everything runs; on a CPU that is all there is.
+Needs torch, Triton and, for the peer and for JPEGs, torchvision; no data. Whether gradients are right comes first, then
+whole steps, then their parts; last what torch.compile takes minutes for. All results go to `gpu.json` as they come.
+
+Cases that do not fit into the time left are skipped, each with a line of the table. One that fails costs no other: a
+second process does the work, and where that loses the GPU or hangs, another goes on behind the section. This one keeps
+the time and prints the table last. With `--quick` sizes are tiny, to see that everything runs; on a CPU that is all
+there is.
 
 Times are medians with quartiles. Kernels and optimizers are timed as replays of CUDA graphs, interleaved with what they
 replace. `of copy` is bytes that must be moved, over time, as a share of what a plain copy of 1 GiB reaches.
 """
 
 import argparse
-import os
-import platform
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_report import table
 
-import gpu_kernels
-import gpu_steps
-from gpu_session import Session, guarded
-from megabatch.kernels import has_triton
-from megabatch.kernels.tuning import Table, use_table
-from megabatch.observe.environment import describe
+LIMIT_S = 500.0
+GRACE_S = 25.0
+"""What is under way at the limit may end; then the table is printed without it."""
+USUAL_S = 60.0
+WORKER = Path(__file__).with_name("gpu_worker.py")
+BAD_OPTIONS = 2
 
-LIMIT_S = 520.0
-
-SECTIONS: dict[str, Callable[[Session], None]] = {
-    "ceilings": gpu_kernels.ceilings,
-    "optimizers": gpu_kernels.optimizers,
-    "loss": gpu_kernels.loss,
-    "batch_norm": gpu_kernels.batch_norm,
-    "stem": gpu_kernels.stem,
-    "gradients": gpu_steps.gradients,
-    "input": gpu_kernels.input_images,
-    "conv1x1": gpu_kernels.convolutions,
-    "profile": gpu_steps.profile,
-    "step": gpu_steps.step_speed,
-    "choices": gpu_steps.choices,
+SECTIONS: dict[str, tuple[float, str]] = {
+    "environment": (USUAL_S, ""),
+    "ceilings": (USUAL_S, ""),
+    "gradients": (200.0, "compiles about 25 kernels and times them by shape: a minute or two"),
+    "step": (300.0, "times kernels for each batch size"),
+    "profile": (USUAL_S, ""),
+    "choices": (USUAL_S, ""),
+    "optimizers": (USUAL_S, "compiles 10 kernels"),
+    "loss": (USUAL_S, ""),
+    "batch_norm": (USUAL_S, ""),
+    "stem": (USUAL_S, ""),
+    "input": (USUAL_S, ""),
+    "conv1x1": (150.0, "compiles 13 tilings of each convolution"),
+    "compiled": (400.0, "torch.compile: about a minute a case"),
 }
-"""In the order in which they run; whole steps near the end, as they take what time is left."""
+"""In the order in which they run: seconds after which one is given up as hanging, and why it may take long."""
+
+
+@dataclass
+class Watch:
+    """What is known of the process that works."""
+
+    process: subprocess.Popen[bytes]
+    running: Path
+    section: str = ""
+    begun_s: float = 0.0
+
+    def look(self, start_s: float) -> None:
+        """Notes and says when another section has begun."""
+        section = self.running.read_text() if self.running.exists() else ""
+        if section != self.section:
+            self.section, self.begun_s = section, time.monotonic()
+            words = f"[{self.begun_s - start_s:4.0f} s] {section:<12} {SECTIONS[section][1]}"
+            print(words.rstrip(), file=sys.stderr, flush=True)
+
+    def hangs(self) -> bool:
+        """Whether the section takes longer than it ever should."""
+        return bool(self.section) and time.monotonic() - self.begun_s > SECTIONS[self.section][0]
 
 
 def main() -> None:
     """Runs the sections asked for, writes `gpu.json` and `gpu.txt`, prints the table last."""
-    options = _options()
-    torch.backends.cudnn.benchmark = True  # for torch's convolutions and ours alike
-    session = Session(torch.device(options.device), options.quick, options.output, options.limit)
-    use_table(Table(gpu_steps.tables(session)))
-    session.add("environment", "machine", triton=_triton_version(), machine=platform.machine(), **describe())
-    for name in options.section or SECTIONS:
-        guarded(session, name, "whole section", lambda name=name: SECTIONS[name](session))
-    table = "\n".join([*map(line, session.results), "", *gpu_steps.fastest(session)])
-    (options.output / "gpu.txt").write_text(table + "\n")
-    print(table, flush=True)
+    start_s, options = time.monotonic(), _options()
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = options.output / "gpu.json"
+    results.write_text("[]")
+    names = ["environment", *(options.section or [name for name in SECTIONS if name != "environment"])]
+    while names:
+        code, name, reason = _work(options, names, start_s)
+        if code == BAD_OPTIONS:
+            raise SystemExit(BAD_OPTIONS)
+        if reason:
+            _add(results, {"section": name or names[0], "case": "whole section", "error": reason})
+        names = [] if code == 0 else names[names.index(name) + 1 if name in names else 1 :]
+    text = table(json.loads(results.read_text()))
+    (options.output / "gpu.txt").write_text(text + "\n")
+    print(text, flush=True)
 
 
-def line(result: dict[str, Any]) -> str:
-    """One result as a line of the table."""
-    start = f"{result['section']:<11} {result['case']:<62}"
-    for problem in ("error", "skipped"):
-        if problem in result:
-            return f"{start} {problem}: {result[problem]}"[:180]
-    parts = [f"{result['way']}"] if "way" in result else []
-    if "bytes_per_image" in result:
-        parts.append(f"{result['bytes_per_image'] / 1e6:.1f} MB an image")
-    if "total_ms" in result:
-        parts.append(f"{result['total_ms']:9.3f} ms in {result['calls']} calls")
-    if "median_ms" in result:
-        first, third = result["quartiles_ms"]
-        parts.append(f"{result['median_ms']:9.3f} ms ({first:.3f} .. {third:.3f})")
-    if "images_per_s" in result:
-        parts.append(f"{result['images_per_s']:,.0f} images/s")
-    for name, words in (
-        ("of_copy_rate", "of copy"),
-        ("of_product_rate", "of a product"),
-        ("of_fused_floor", "of the fused floor"),
-        ("share", "of the step"),
-    ):
-        if name in result:
-            parts.append(f"{100 * result[name]:.1f} % {words}")
-    if "of_all" in result:
-        parts.append(f"relative error {result['of_all']:.2e}, median tensor {result['median']:.2e}")
-    return f"{start} {'  '.join(parts)}"
+def _work(options: argparse.Namespace, names: list[str], start_s: float) -> tuple[int, str, str | None]:
+    """Exit code of a process that runs these sections, 0 too if time is over; its last section; what went wrong."""
+    end_s = start_s + options.limit
+    running = options.output / "running"
+    running.unlink(missing_ok=True)
+    words = ["--output", str(options.output), "--device", options.device, "--limit", str(end_s - time.monotonic())]
+    words += ["--quick"] if options.quick else []
+    command = [sys.executable, str(WORKER), *words, *names]
+    watch = Watch(subprocess.Popen(command), running)
+    try:
+        while (code := watch.process.poll()) is None:
+            watch.look(start_s)
+            if time.monotonic() > end_s + GRACE_S:
+                return 0, watch.section, "the time was over"
+            if watch.hangs():
+                return 1, watch.section, "took too long and was given up; sections behind it went on"
+            time.sleep(0.1)
+    finally:
+        watch.process.kill()
+        watch.process.wait()
+    watch.look(start_s)
+    return code, watch.section, f"the process ended with code {code}" if code else None
 
 
-def _triton_version() -> str | None:
-    if not has_triton():
-        return None
-    from importlib.metadata import version
-
-    return version("triton")
+def _add(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps([*json.loads(path.read_text()), result], indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json and gpu.txt")
-    parser.add_argument("--section", action="append", choices=tuple(SECTIONS), help="may be given several times")
+    parser.add_argument("--section", action="append", choices=tuple(SECTIONS)[1:], help="may be given several times")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, not how fast")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds; cases that do not fit are skipped")
-    options = parser.parse_args()
-    if options.device == "cpu" and not options.quick:
-        parser.error("a CPU runs with --quick alone: the sizes are those of a GPU")
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(16, os.cpu_count() or 1)))
     main()

@@ -16,6 +16,10 @@ from harness import Timing, Work, compare
 MILLI = 1e-3
 
 
+class LostError(Exception):
+    """The GPU answers this process no more: an illegal access stays with it to its end."""
+
+
 @dataclass
 class Session:
     """One run. Results are kept as JSON values and written after each, so that nothing is lost if a later one fails."""
@@ -53,10 +57,22 @@ class Session:
         self.results.append(values)
         self.write()
 
+    def load(self) -> None:
+        """Takes over what an earlier process found."""
+        path = self.output / "gpu.json"
+        self.results = json.loads(path.read_text()) if path.exists() else []
+        names = {"bytes_per_s": "copy_bytes_per_s", "flop_per_s": "flop_per_s"}
+        for result in self.results:
+            if result["section"] == "ceilings":
+                self.ceilings |= {names[name]: result[name] for name in names if name in result}
+
     def write(self) -> None:
         """All results so far as one JSON file."""
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "gpu.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        path = self.output / "gpu.json"
+        part = path.with_suffix(".part")  # whoever ends this process finds a whole file
+        part.write_text(json.dumps(self.results, indent=1) + "\n")
+        part.replace(path)
 
     def time(self, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
         """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing."""
@@ -104,9 +120,25 @@ def free() -> None:
 
 
 def guarded(session: Session, section: str, case: str, run: Callable[[], None]) -> None:
-    """Runs one case; a failure becomes its result, and the next case runs."""
+    """Runs one case; a failure becomes its result, and the next case runs, unless the GPU is lost to this process.
+
+    Raises:
+        LostError: it is; the result is noted.
+    """
     try:
         run()
-    except Exception as error:  # noqa: BLE001  # whatever one case meets, the others are still worth their time
+    except LostError:
+        raise
+    except Exception as error:  # whatever one case meets, the others are still worth their time
         session.add(section, case, error=f"{type(error).__name__}: {error}"[:500])
+        if session.is_cuda and not _answers():
+            raise LostError from error
     free()
+
+
+def _answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

@@ -25,8 +25,8 @@ from megabatch.kernels import Backend
 from megabatch.nn import Fusion, cross_entropy_sum, set_fusion
 
 BATCHES = (1024, 32, 256, 64, 16)
-COMPILE_S, EAGER_S = 75.0, 15.0
-"""Seconds that a case may take at most; with less left it is skipped."""
+COMPILE_S, EAGER_S, OTHERS_S = 75.0, 15.0, 150.0
+"""Seconds that a case may take at most, and that sections after the steps are left; with less a case is skipped."""
 PASSES = 9
 ELEMENTS = 11.1e6
 """Convolution outputs of one image at 224 px, and how often a fully fused step must move them (docs/decisions/0005)."""
@@ -41,21 +41,30 @@ def batch(session: Session, count: int) -> tuple[Tensor, Tensor]:
 
 
 def step_speed(session: Session) -> None:
-    """Images a second for each way of taking a step, the largest batch first, and what is compiled last: it is slow."""
-    for compiled in (False, True):
-        for count in (2,) if session.quick else BATCHES:
-            for name, make in _ways(session, count, compiled=compiled):
-                case = f"{name}, batch {count}"
-                seconds = 0.0 if session.quick else COMPILE_S if compiled else EAGER_S
-                if session.has_time_for("step", case, seconds):
-                    guarded(session, "step", case, lambda c=case, n=count, m=make: _timed(session, c, n, m))
+    """Images a second for each way of taking a step but torch.compile, the largest batch first."""
+    _speeds(session, compiled=False)
+
+
+def compiled_step_speed(session: Session) -> None:
+    """The same of torch.compile, which takes a minute a case."""
+    if session.is_cuda:
+        _speeds(session, compiled=True)
+    else:
+        session.add("compiled", "all", skipped="minutes of compiling on a CPU tell nothing about a GPU")
+
+
+def _speeds(session: Session, *, compiled: bool) -> None:
+    section, needed = ("compiled", COMPILE_S) if compiled else ("step", EAGER_S + OTHERS_S)
+    for count in (2,) if session.quick else BATCHES:
+        for name, make in _ways(session, count, compiled=compiled):
+            case = f"{name}, batch {count}"
+            if session.has_time_for(section, case, 0.0 if session.quick else needed):
+                guarded(session, section, case, lambda c=case, n=count, m=make: _timed(session, section, c, n, m))
 
 
 def _ways(session: Session, count: int, *, compiled: bool) -> Iterator[tuple[str, Callable[[], Step]]]:
     """Name and maker of each step."""
     dtype = torch.float16 if session.is_cuda else torch.bfloat16
-    if compiled and not session.is_cuda:
-        return  # minutes of compiling on a CPU tell nothing about a GPU
 
     def own(fusion: Fusion) -> nn.Module:
         model = our_model(session.device, quick=session.quick)
@@ -83,19 +92,18 @@ def fused_step(session: Session, count: int) -> Step:
     return half_step(half, images.to(dtype), labels)
 
 
-def _timed(session: Session, case: str, count: int, make: Callable[[], Step]) -> None:
+def _timed(session: Session, section: str, case: str, count: int, make: Callable[[], Step]) -> None:
     """The step as it is and, on a GPU, as one CUDA graph."""
     if session.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     step = make()
-    _add(session, case, count, step)
+    _add(session, section, case, count, step)
     if session.is_cuda:
-        guarded(
-            session, "step", f"{case}, one graph", lambda: _add(session, f"{case}, one graph", count, graph_of(step))
-        )
+        case = f"{case}, one graph"
+        guarded(session, section, case, lambda: _add(session, section, case, count, graph_of(step)))
 
 
-def _add(session: Session, case: str, count: int, work: Step) -> None:
+def _add(session: Session, section: str, case: str, count: int, work: Step) -> None:
     timing = measure(work, warmup=1 if session.quick else 5, repeats=2 if session.quick else 15)
     rate = count / timing.median_s
     facts: dict[str, Any] = {"batch": count, "images_per_s": rate}
@@ -103,7 +111,7 @@ def _add(session: Session, case: str, count: int, work: Step) -> None:
         facts["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if "copy_bytes_per_s" in session.ceilings and not session.quick:
         facts["of_fused_floor"] = rate * PASSES * ELEMENTS * 2 / session.ceilings["copy_bytes_per_s"]
-    session.add("step", case, timing, **facts)
+    session.add(section, case, timing, **facts)
 
 
 def profile(session: Session) -> None:
@@ -212,13 +220,3 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
-
-
-def fastest(session: Session) -> list[str]:
-    """The table's first lines: each batch's ways, fastest first."""
-    lines = []
-    steps = [r for r in session.results if r["section"] == "step" and "images_per_s" in r]
-    for count in sorted({r["batch"] for r in steps}):
-        ranked = sorted((r for r in steps if r["batch"] == count), key=lambda r: -r["images_per_s"])
-        lines += [f"{r['case']:<48} {r['images_per_s']:10,.0f} images/s" for r in ranked]
-    return lines
