@@ -9,7 +9,7 @@
 
 #ifdef HAS_DOT_PRODUCTS
 
-enum { TASKS_PER_THREAD = 4 };
+enum { TASKS_PER_THREAD = 16 };
 
 /* y = weight x, or dx = weight^T dy, as sums over `depth` channels of `from`, for `lanes` channels of `to`. */
 typedef struct {
