@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from megabatch.nn.resnet import Bottleneck, ResNet
 from megabatch.observe.events import read_events
 from megabatch.recipe import validate
 from megabatch.site import Site
+from megabatch.train.capture import CapturedStep
 from megabatch.train.loop import train
 from photographs import encode, photograph
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
@@ -264,3 +266,27 @@ def test_a_batch_is_not_used_before_it_is_ready():
         with pytest.raises(RefusedError, match="may not have written"):
             batch.images.sum()
         batch.take().images.sum()
+
+
+def test_a_file_that_is_refused_while_a_graph_is_captured_does_not_break_the_capture():
+    """What was begun of it may still be written, and to know the end the whole device must be waited for."""
+
+    def refuses(_):
+        raise RuntimeError("bad JPEG")
+
+    found, during = [], []
+    with StandInGpu() as gpu:
+        decoder = GpuDecoder(CUDA, decode=refuses)
+        thread = threading.Thread(target=gpu.in_thread, args=(lambda: found.append(decoder.decode([b"x"])),))
+
+        def step(x):
+            if torch.cuda.is_current_stream_capturing():
+                thread.start()
+                thread.join(0.2)
+                during.extend(found)
+            return x + 1
+
+        captured = CapturedStep(step, warmup=0)
+        assert captured(torch.ones(2, device=CUDA)).tolist() == [2.0, 2.0]
+        thread.join(30.0)
+    assert (during, found) == ([], [[None]])

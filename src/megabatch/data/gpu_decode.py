@@ -25,6 +25,10 @@ Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
 """JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if one of them is beyond it."""
 
 
+DEVICE_WAITS = threading.Lock()
+"""Held while a thread waits for the whole device, and while a CUDA graph is captured, which such a wait would break."""
+
+
 class Mark(Protocol):
     """A place in the device's work."""
 
@@ -101,7 +105,8 @@ class GpuDecoder:
             raise
         except RuntimeError:  # it does not say which file it was
             if self._is_cuda:
-                torch.cuda.synchronize(self.device)  # what was begun may still be written
+                with DEVICE_WAITS:
+                    torch.cuda.synchronize(self.device)  # what was begun may still be written
             if len(files) == 1:
                 return [None]
             middle = len(files) // 2

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megabatch.data.gpu_decode import DEVICE_WAITS
 from megabatch.errors import UserError
 
 T = TypeVar("T")
@@ -63,8 +64,9 @@ class CudaRecorder:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+        options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with DEVICE_WAITS, torch.cuda.graph(graph, **options):
                 result = work()
         except BaseException:
             torch.cuda.set_stream(before)
