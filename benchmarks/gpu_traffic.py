@@ -4,7 +4,8 @@
 
 As a script it counts the launches and the bytes of a fused ResNet-50's forward and backward in 16 bit, one JSON line a
 kind of kernel, on any machine with Triton: on tensors that hold no values, so nothing is computed. `--kernels`: with
-kernels of ours for 1x1 convolutions wherever they fit, else with torch's convolutions between our passes.
+kernels of ours for 1x1 convolutions wherever they fit, which also apply batch norm's backward as they read; else with
+torch's convolutions between our passes.
 
 Each kernel's bytes are what its arguments say: every large tensor that it reads or writes, once. Those of torch's
 operations other than convolutions are not counted: they are what a fused step should have none of. Each operation of
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabatch.kernels import conv1x1, dispatch, join_passes, norm_passes, residual, tuning
+from megabatch.kernels import conv1x1, dispatch, join_passes, norm_passes, products, residual, tuning
 from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, fused_stem, resnet50, set_fusion
 
 CONVOLUTIONS = "torch's convolutions"
@@ -186,6 +187,7 @@ class Step(NamedTuple):
 def count_step(count: int, pixels: int, *, kernels: bool) -> Step:
     """Of a fused ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
     ways = {task: tilings[0].name() for task, tilings in _tilings().items()} if kernels else {}
+    ways |= dict.fromkeys(residual.GRADIENTS, products.TOGETHER) if kernels else {}
     tuning.use_table(tuning.Table(fixed={**ways, fused_stem.TASK: "4"}))
     with FakeTensorMode(), _recorded() as launches, Traffic() as traffic:
         model = _half(resnet50(norm=functools.partial(SpanBatchNorm2d, span=count)))

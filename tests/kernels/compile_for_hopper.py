@@ -186,10 +186,21 @@ def convolutions(*, every_tiling: bool = False) -> None:
         join = {"passed": bits, "addend": x}
         shortcut = {**join, "residual": x, "residual_norm": given}
         for behind in ({}, join, shortcut)[: 3 if every_tiling else 1]:
-            module.conv1x1_data_gradient(dy, weight, x, given, span=2, **behind, tiling=tiling, backend="triton")
+            for left in (None, *rests(dy))[:: 1 if every_tiling else 2]:
+                options = {"span": 2, "rest": left, "tiling": tiling, "backend": "triton"}
+                module.conv1x1_data_gradient(dy, weight, x, given, **behind, **options)
     for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
         dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
-        module.conv1x1_weight_gradient(dy, x, span=2, normalisation=given, tiling=tiling, backend="triton")
+        for left in (None, *rests(dy))[:: 1 if every_tiling else 2]:
+            options = {"span": 2, "rest": left, "tiling": tiling.beside_rest() if left else tiling}
+            module.conv1x1_weight_gradient(dy, x, normalisation=given, **options, backend="triton")
+
+
+def rests(y: torch.Tensor) -> list[Any]:
+    """Of a batch norm's backward, behind a convolution with this output: without a ReLU and with one."""
+    from megabatch.kernels.norm_passes import Rest
+
+    return [Rest(y, normalisation(y.shape[1]), torch.zeros(1, 2, y.shape[1]), relu) for relu in (False, True)]
 
 
 def sizes_of_one() -> None:

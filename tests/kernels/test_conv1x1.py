@@ -17,7 +17,7 @@ from megabatch.kernels import (
     fused_bn_act,
 )
 from megabatch.kernels.join_passes import bits_of
-from megabatch.kernels.norm_passes import input_gradient
+from megabatch.kernels.norm_passes import Rest, input_gradient
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -150,6 +150,30 @@ def hat(given: Given, case: Case) -> Tensor:
         t.repeat_interleave(case.span, 0)[: case.shape[0], :, None, None] for t in given.normalisation[:2]
     )
     return (given.x - mean) * deviation
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_rest_of_a_batch_norms_backward_is_applied_as_both_gradients_read(
+    case: Case, relu: bool, dtype: torch.dtype
+) -> None:
+    given = draw(case, dtype)
+    exact = given.double()
+    behind = draw(Case((case.shape[0], case.outputs, *case.shape[2:]), 16, case.span), dtype, seed=1)
+    sums = torch.randn(len(behind.normalisation.mean), 2, case.outputs, generator=torch.Generator().manual_seed(2))
+    rest = Rest(behind.x, behind.normalisation, 9 * sums, relu)
+    wide = Rest(behind.x.double(), behind.double().normalisation, 9 * sums.double(), relu)
+    whole = wide.applied(exact.dy, span=case.span, triton=False)
+    assert error(whole, exact.dy) > 0.5
+    options: dict[str, Any] = {"span": case.span, "rest": rest, "tiling": TILING, "backend": "triton"}
+    ours = conv1x1_data_gradient(given.dy, given.weight, given.x, given.normalisation, **options)
+    expected = conv1x1_data_gradient(whole, exact.weight, exact.x, exact.normalisation, span=case.span)
+    for mine, reference in zip(ours, expected, strict=True):
+        assert error(mine, reference) < 4 * ROUNDING[dtype]
+    of_weight = conv1x1_weight_gradient(given.dy, given.x, normalisation=given.normalisation, **options)
+    expected_of_weight = conv1x1_weight_gradient(whole, exact.x, normalisation=exact.normalisation, span=case.span)
+    assert error(of_weight, expected_of_weight) < 4 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels import conv1x1, norm_passes, residual, tuning
+from megabatch.kernels import conv1x1, norm_passes, products, residual, tuning
 from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet8, set_fusion
 from megabatch.nn.initialize import last_norms
 from megabatch.nn.resnet import Bottleneck, ResNet, convolution, stage
@@ -26,7 +26,8 @@ def convolution_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every part of a bottleneck that a kernel can compute is computed by one, with tiles that fit a small net."""
     for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
         monkeypatch.setattr(conv1x1, name, (TILING,))
-    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, TILING.name())))
+    together = dict.fromkeys(residual.GRADIENTS, products.TOGETHER)
+    tuning.use_table(tuning.Table(fixed={**dict.fromkeys(residual.TASKS, TILING.name()), **together}))
     yield
     tuning.use_table(None)
 

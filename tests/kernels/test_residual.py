@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import conv1x1, norm_passes, residual, tuning
-from megabatch.kernels.norm_passes import Moments, Normalisation, moments
+from megabatch.kernels import conv1x1, norm_passes, products, residual, tuning
+from megabatch.kernels.batch_norm import norm_act_of
+from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, moments
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
 from megabatch.kernels.statistics import SpanSums
 
@@ -152,6 +153,74 @@ def test_the_filters_gradient_lies_in_memory_as_the_filter(way: str, layout: tor
     given["weight"] = given["weight"].contiguous(memory_format=layout)
     _, _, gradients = ours(given, "norm", backend="triton")
     assert gradients[3].stride() == given["weight"].stride()
+
+
+def chain(given: dict[str, Tensor], *, backend: Any, hands_over: bool) -> tuple[Tensor, ...]:
+    """Gradients through both functions and a batch norm behind them, which leave each other their rests or do not."""
+    leaves = chain_leaves(given)
+    first, second = (Handover() if hands_over else None for _ in range(2))
+    options: dict[str, Any] = {"span": SPAN, "eps": EPS, "backend": backend}
+    found = moments(given["x"], span=SPAN, eps=EPS, triton=backend == "triton")
+    y, found = norm_conv1x1(
+        leaves["x"], found, leaves["scale"], leaves["shift"], leaves["square"], take=first, **options
+    )
+    vectors = leaves["residual scale"], leaves["residual shift"]
+    z, y, found = join_conv1x1(
+        y, found, *vectors, leaves["residual"], leaves["weight"], leave=first, take=second, **options
+    )
+    out = norm_act_of(y, found, leaves["last scale"], leaves["last shift"], span=SPAN, leave=second, backend=backend)
+    return torch.autograd.grad([z, out], list(leaves.values()), [given["dz"], given["dy"]])
+
+
+def exact_chain(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The same by autograd in float64, with the filters as they are rounded."""
+    filters = {name: given[name].to(given["x"].dtype) for name in ("square", "weight")}
+    leaves = chain_leaves({name: t.double() for name, t in {**given, **filters}.items()})
+
+    def batch_norm(x: Tensor, name: str) -> Tensor:
+        vectors = leaves[f"{name}scale"], leaves[f"{name}shift"]
+        parts = torch.split(x, SPAN)
+        return torch.cat([functional.batch_norm(part, None, None, *vectors, training=True, eps=EPS) for part in parts])
+
+    y = functional.conv2d(torch.relu(batch_norm(leaves["x"], "")), leaves["square"])
+    z = torch.relu(batch_norm(y, "residual ") + leaves["residual"])
+    out = torch.relu(batch_norm(functional.conv2d(z, leaves["weight"]), "last "))
+    return torch.autograd.grad([z, out], list(leaves.values()), [given["dz"].double(), given["dy"].double()])
+
+
+def chain_leaves(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("x", "scale", "shift", "square", "residual", "residual scale", "residual shift", "weight")
+    return {name: given[name].detach().requires_grad_() for name in (*names, "last scale", "last shift")}
+
+
+def draw_chain(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    square = torch.randn(SHAPE[1], SHAPE[1], 1, 1, generator=generator) / SHAPE[1] ** 0.5
+    scale, shift = torch.randn(2, OUTPUTS, generator=generator)
+    return {**draw(dtype), "square": square, "last scale": scale + 1, "last shift": shift}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_batch_norms_that_leave_their_rest_to_convolutions_give_the_gradients_of_float64(backend: str) -> None:
+    given = draw_chain(torch.float32)
+    kept, left = (chain(given, backend=backend, hands_over=hands_over) for hands_over in (False, True))
+    for one, other, reference in zip(kept, left, exact_chain(given), strict=True):
+        assert torch.equal(one, other)  # torch's convolutions read the same dx in memory
+        assert error(other, reference) < 1e-5
+
+
+def test_both_gradients_of_a_convolution_apply_the_rest_as_they_read() -> None:
+    given = draw_chain(torch.float16)
+    fixed = {**dict.fromkeys(residual.TASKS, SMALL.name()), **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}
+    tuning.use_table(tuning.Table(fixed=fixed))
+    together, again = (chain(given, backend="triton", hands_over=True) for _ in range(2))
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, SMALL.name())))
+    apart = chain(given, backend="triton", hands_over=True)
+    tuning.use_table(None)
+    for mine, same, other, reference in zip(together, again, apart, exact_chain(given), strict=True):
+        assert torch.equal(mine, same)
+        assert error(mine, reference) < 1.1 * error(other, reference) + ROUNDING[torch.float16]
+        assert error(other, reference) < 0.05
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -95,6 +95,43 @@ def forward_kernel(
 
 
 @triton.jit
+def _applied(
+    gradient,
+    y,
+    mean,
+    deviation,
+    scale,
+    bias,
+    sums,
+    span,
+    size,
+    column,
+    count,
+    columns,
+    relu: tl.constexpr,
+    block_rows: tl.constexpr,
+):
+    """Batch norm's gradient of a tile of its input y, from that of its output; 0 in rows that are not of the span.
+
+    scale deviation (dz - sum(dz) / n - h sum(dz h) / n); with `relu` dz is that where batch norm of y is above 0.
+    """
+    inside = column < columns
+    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
+    own = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    slope = own * tl.load(scale + column, mask=inside, other=0.0)
+    away = y.to(tl.float32) - middle[None, :]
+    dz = gradient.to(tl.float32)
+    if relu:
+        shift = tl.load(bias + column, mask=inside, other=0.0)
+        dz = tl.where((away * slope[None, :] + shift[None, :]).to(y.dtype) <= 0, 0.0, dz)
+    pair = sums + span * 2 * columns + column
+    of_gradient = tl.load(pair, mask=inside, other=0.0) / size
+    of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * own
+    dy = (dz - of_gradient[None, :] - away * of_product[None, :]) * slope[None, :]
+    return tl.where((tl.arange(0, block_rows) < count)[:, None], dy, 0.0).to(y.dtype)
+
+
+@triton.jit
 def _put_sums(pair, gradient, values, mean, deviation, span, column, columns):
     """The sums of a tile's gradient and of the gradient times (values - mean) deviation, to two rows at `pair`."""
     inside = column < columns
@@ -120,6 +157,12 @@ def data_gradient_kernel(
     bias,
     other_mean,
     other_deviation,
+    y,
+    y_mean,
+    y_deviation,
+    y_scale,
+    y_bias,
+    y_sums,
     partials,
     num_rows,
     span_rows,
@@ -128,6 +171,8 @@ def data_gradient_kernel(
     behind_residual: tl.constexpr,
     has_addend: tl.constexpr,
     two_norms: tl.constexpr,
+    rest: tl.constexpr,
+    rest_relu: tl.constexpr,
     inputs,
     outputs,
     block_rows: tl.constexpr,
@@ -138,7 +183,8 @@ def data_gradient_kernel(
     """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) deviation, of dz rounded.
 
     ReLU passes where the bits `passed` say so behind a residual, else where h is above 0. With `two_norms` the sums of
-    the residual's batch norm stand behind: the first of these is the same sum again.
+    the residual's batch norm stand behind: the first of these is the same sum again. With `rest` dy is the gradient of
+    what batch norm made of the convolution's output y.
     """
     across = (inputs + block_inputs - 1) // block_inputs
     for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
@@ -148,6 +194,26 @@ def data_gradient_kernel(
         sums = tl.zeros((block_rows, block_inputs), dtype=tl.float32)
         for begin in range(0, outputs, block_outputs):
             gradient = dy.load([first.to(tl.int32), begin])
+            if rest:
+                behind = y.load([first.to(tl.int32), begin])
+                size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
+                across_y = begin + tl.arange(0, block_outputs)
+                gradient = _applied(
+                    gradient,
+                    behind,
+                    y_mean,
+                    y_deviation,
+                    y_scale,
+                    y_bias,
+                    y_sums,
+                    span,
+                    size,
+                    across_y,
+                    count,
+                    outputs,
+                    rest_relu,
+                    block_rows,
+                )
             sums = tl.dot(gradient, weight.load([begin, left]), sums, input_precision=precision)
         column = left + tl.arange(0, block_inputs)
         row = tl.arange(0, block_rows)
@@ -183,12 +249,20 @@ def weight_gradient_kernel(
     deviation,
     scale,
     bias,
+    y,
+    y_mean,
+    y_deviation,
+    y_scale,
+    y_bias,
+    y_sums,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
     row_tiles_per_part,
     normalise: tl.constexpr,
+    rest: tl.constexpr,
+    rest_relu: tl.constexpr,
     inputs,
     outputs,
     block_rows: tl.constexpr,
@@ -196,7 +270,10 @@ def weight_gradient_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """dweight = dy^T h over one part of the rows, to `partials` (parts, outputs, inputs) in float32."""
+    """dweight = dy^T h over one part of the rows, to `partials` (parts, outputs, inputs) in float32.
+
+    With `rest` dy is the gradient of what batch norm made of the convolution's output y.
+    """
     across = (inputs + block_inputs - 1) // block_inputs
     top = (tl.program_id(0) // across) * block_outputs
     left = (tl.program_id(0) % across) * block_inputs
@@ -207,6 +284,25 @@ def weight_gradient_kernel(
     for row_tile in range(part * row_tiles_per_part, last):
         span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
         gradient = dy.load([first.to(tl.int32), top])
+        if rest:
+            behind = y.load([first.to(tl.int32), top])
+            size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
+            gradient = _applied(
+                gradient,
+                behind,
+                y_mean,
+                y_deviation,
+                y_scale,
+                y_bias,
+                y_sums,
+                span,
+                size,
+                top + tl.arange(0, block_outputs),
+                count,
+                outputs,
+                rest_relu,
+                block_rows,
+            )
         h = x.load([first.to(tl.int32), left])
         if normalise:
             h = _normalised(h, mean, deviation, scale, bias, span, column, count, inputs, block_rows)

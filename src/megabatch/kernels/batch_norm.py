@@ -17,7 +17,7 @@ from megabatch.errors import UserError
 from megabatch.kernels import cpu_batch_norm, join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, Rest
 from megabatch.kernels.statistics import Keep, keep_statistics
 
 
@@ -100,18 +100,20 @@ def norm_act_of(
     span: int,
     residual: Tensor | None = None,
     relu: bool = True,
+    leave: Handover | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """y of `fused_bn_act` where the moments of x are known, as of a convolution that measured its output.
 
-    Its gradient is that of batch norm whole, moments included.
+    Its gradient is that of batch norm whole, moments included. With `leave` the rest of it is left there to the
+    convolution that wrote x (`residual`), and nobody else may read x.
 
     Raises:
         UserError: tensors of shapes or types that do not agree.
     """
     check(x, weight, bias, residual, span, moments)
     triton = use_triton(x, backend)
-    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, triton)  # type: ignore[no-untyped-call]
+    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, leave, triton)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -126,6 +128,7 @@ class _NormAct(torch.autograd.Function):
         residual: Tensor | None,
         span: int,
         relu: bool,
+        leave: Handover | None,
         triton: bool,
     ) -> Tensor:
         norm = Normalisation.of(moments, weight, bias)
@@ -133,7 +136,7 @@ class _NormAct(torch.autograd.Function):
             y, passed = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
         else:
             y, passed = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
-        ctx.options = {"span": span, "triton": triton}
+        ctx.options, ctx.leave = {"span": span, "triton": triton}, leave
         ctx.relu, ctx.has_residual = relu, residual is not None
         ctx.save_for_backward(x, *norm, passed)
         return y
@@ -148,9 +151,13 @@ class _NormAct(torch.autograd.Function):
             dz, sums = dy, passes.gradient_sums(dy, x, norm, relu=relu, **ctx.options)
         else:
             dz, sums = join_passes.join_gradient(dy, x, norm, passed, **ctx.options)
-        dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
+        dx: Tensor | None = dz
+        if ctx.leave:
+            ctx.leave.leave(Rest(x, norm, sums, relu))
+        else:
+            dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
         dbias, dweight = over_spans(sums)
-        return dx, None, dweight, dbias, dz if ctx.has_residual else None, None, None, None
+        return dx, None, dweight, dbias, dz if ctx.has_residual else None, *(None,) * 4
 
 
 def over_spans(sums: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from megabatch.kernels import join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
-from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.norm_passes import Moments, Normalisation, Rest
 from megabatch.kernels.statistics import Keep
 
 _WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
+
+_WIDE_TILE = 2**14
 
 
 class Tiling(NamedTuple):
@@ -34,6 +36,10 @@ class Tiling(NamedTuple):
     def name(self) -> str:
         """Under which a choice of it is kept."""
         return "x".join(map(str, self))
+
+    def beside_rest(self) -> "Tiling":
+        """For a weight gradient that reads y like dy: a stage fewer where both would not fit into shared memory."""
+        return self._replace(num_stages=self.num_stages - (self.rows * self.outputs >= _WIDE_TILE))
 
 
 FORWARD_TILINGS = (
@@ -115,6 +121,7 @@ def conv1x1_data_gradient(
     addend: Tensor | None = None,
     residual: Tensor | None = None,
     residual_norm: Normalisation | None = None,
+    rest: Rest | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +130,7 @@ def conv1x1_data_gradient(
     The convolution's input is ReLU of the normalised x; behind a residual, ReLU of their sum, and `passed` says where
     it passed (`join_passes`). sums is (spans, 2, C): of dz and of dz (x - mean) deviation over each span, as batch
     norm's backward needs them; with a `residual_norm` of `residual` (spans, 4, C), those of that batch norm behind.
+    With the `rest` of the backward of a batch norm of the convolution's output, that is applied to dy as it is read.
 
     Shapes as in `conv1x1_forward`; dy is like y; dz, addend and residual are like x.
 
@@ -131,6 +139,7 @@ def conv1x1_data_gradient(
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and fits(x, len(matrix))):
+        dy = dy if rest is None else rest.applied(dy, span=span, triton=False)
         return _data_gradient_reference(
             dy, matrix, x, normalisation, span, passed, addend, residual=residual, residual_norm=residual_norm
         )
@@ -154,11 +163,14 @@ def conv1x1_data_gradient(
             dz,
             *_channel_arguments(normalisation, partials),
             *_channel_arguments(residual_norm, partials)[:2],
+            *_rest_arguments(rest, gradient, tiling),
             partials,
             *cut,
             behind_residual=passed is not None,
             has_addend=addend is not None,
             two_norms=residual_norm is not None,
+            rest=rest is not None,
+            rest_relu=rest is not None and rest.relu,
             **_options(rows, matrix, tiling),
         )
         return images_of(dz, x), passes.add_parts(partials)
@@ -170,6 +182,7 @@ def conv1x1_weight_gradient(
     *,
     span: int,
     normalisation: Normalisation | None = None,
+    rest: Rest | None = None,
     dtype: torch.dtype = torch.float32,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
@@ -177,6 +190,7 @@ def conv1x1_weight_gradient(
     """dweight (K, C) = sum over rows of dy h, in `dtype`, with h computed from x again.
 
     The rows are cut into parts whose products, in float32, are added in one order, so equal inputs give equal bits.
+    `rest` as in `conv1x1_data_gradient`.
 
     Raises:
         UserError: shapes that do not agree.
@@ -184,6 +198,7 @@ def conv1x1_weight_gradient(
     gradient = rows_of(dy)
     _check(x, gradient.new_empty(gradient.shape[1], x.shape[1]), normalisation, span)
     if not (use_triton(x, backend) and fits(x, gradient.shape[1])):
+        gradient = gradient if rest is None else rows_of(rest.applied(dy, span=span, triton=False))
         return (gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()).to(dtype)
     rows = rows_of(x)
     outputs, inputs = gradient.shape[1], rows.shape[1]
@@ -199,9 +214,12 @@ def conv1x1_weight_gradient(
             _described(rows, tiling.rows, tiling.inputs),
             partials,
             *_channel_arguments(normalisation, partials),
+            *_rest_arguments(rest, gradient, tiling),
             *cut,
             per_part,
             normalise=normalisation is not None,
+            rest=rest is not None,
+            rest_relu=rest is not None and rest.relu,
             **_options(rows, partials[0], tiling),
         )
         together = passes.add_parts(partials.view(1, parts, 1, -1), dtype) if parts > 1 else partials
@@ -287,6 +305,14 @@ def _channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> t
     if normalisation is None:
         return unused, unused, unused, unused
     return normalisation.in_rows()
+
+
+def _rest_arguments(rest: Rest | None, gradient: Tensor, tiling: Tiling) -> tuple[Any, ...]:
+    """The output of the convolution, described as its gradient is, and what is left of its batch norm's backward."""
+    if rest is None:
+        return (gradient,) * 6
+    described = _described(rows_of(rest.y), tiling.rows, tiling.outputs)
+    return described, *rest.norm.in_rows(), rest.sums.contiguous()
 
 
 def _programs(x: Tensor, num_tiles: int) -> int:

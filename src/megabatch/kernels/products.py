@@ -13,10 +13,12 @@ from torch import Tensor
 from megabatch.kernels import conv1x1, tuning
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.conv1x1 import Tiling
-from megabatch.kernels.norm_passes import Normalisation
+from megabatch.kernels.norm_passes import Normalisation, Rest
 from megabatch.kernels.statistics import Keep
 
 Result = TypeVar("Result")
+TOGETHER = "together"
+"""The way in which both gradients of a convolution apply a batch norm's backward to what they read."""
 
 
 def take(
@@ -36,18 +38,50 @@ def take(
     `keep` is given to the call whose result is returned, and not to those that are timed: these leave nothing behind.
     """
     ways: Mapping[str, Callable[..., Result]] = {tuning.PLAIN: plain}
-    if triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight)):
+    if _can_take(x, weight, triton=triton):
         ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
-    rows = x.numel() // x.shape[1]
-    rounded = 1 << (rows - 1).bit_length()  # so that a short last batch asks for nothing new
-    sizes = (rounded, x.shape[1], len(weight), *more)
+    sizes = (*_sizes(x, weight), *more)
     chosen = ways[tuning.table().choose(task, sizes, x, ways)]
     return chosen() if keep is None else chosen(keep=keep)
 
 
-def data_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Of torch's 1x1 convolution of x."""
-    return _convolution_backward(dy, x, weight, [True, False, False])[0]
+def _can_take(x: Tensor, weight: Tensor, *, triton: bool) -> bool:
+    return triton and x.dtype in {torch.float16, torch.bfloat16} and conv1x1.fits(x, len(weight))
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    rows = x.numel() // x.shape[1]
+    return 1 << (rows - 1).bit_length(), x.shape[1], len(weight)  # so that a short last batch asks for nothing new
+
+
+def apart_or_together(
+    task: str,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    rest: Rest | None,
+    gradients: Callable[[Tensor, Rest | None], Result],
+    *,
+    span: int,
+    triton: bool,
+) -> Result:
+    """The `gradients` of dy after the rest of a batch norm's backward, or of dy and that rest: whichever is faster."""
+    if rest is None:
+        return gradients(dy, None)
+
+    def apart() -> Result:
+        return gradients(rest.applied(dy, span=span, triton=triton), None)
+
+    ways = {tuning.PLAIN: apart}
+    if _can_take(x, weight, triton=triton):
+        ways[TOGETHER] = partial(gradients, dy, rest)
+    return tuning.table().take(task, _sizes(x, weight), x, ways)
+
+
+def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, rest: Rest | None, *, span: int, triton: bool) -> Tensor:
+    """Of torch's 1x1 convolution of x; dy may still need `rest`."""
+    whole = dy if rest is None else rest.applied(dy, span=span, triton=triton)
+    return _convolution_backward(whole, x, weight, [True, False, False])[0]
 
 
 def weight_gradient(
@@ -58,27 +92,28 @@ def weight_gradient(
     small: Tensor,
     h: Tensor | None,
     own: "Filter",
-    *,
+    rest: Rest | None,
     span: int,
     triton: bool,
 ) -> Tensor:
     """Of the convolution whose input is x, normalised by `norm`; `h` is that input where it is in memory.
 
-    As its filter, which may be wider than `small`, with which it computes, lies in memory.
+    As its filter, which may be wider than `small`, with which it computes, lies in memory. dy may still need `rest`.
     """
 
     def plain() -> Tensor:
         assert norm is not None or h is not None
         given = passes.normalise(x, norm, span=span, triton=triton) if h is None and norm is not None else h
-        return _convolution_backward(dy, given, small, [False, True, False])[1]
+        whole = dy if rest is None else rest.applied(dy, span=span, triton=triton)
+        return _convolution_backward(whole, given, small, [False, True, False])[1]
 
     def fused(tiling: Tiling) -> Tensor:
         return conv1x1.conv1x1_weight_gradient(
-            dy, x, span=span, normalisation=norm, dtype=own.dtype, tiling=tiling, backend="triton"
+            dy, x, span=span, normalisation=norm, rest=rest, dtype=own.dtype, tiling=tiling, backend="triton"
         )
 
-    tilings = conv1x1.WEIGHT_GRADIENT_TILINGS
-    found = take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None),))
+    tilings = tuple(t if rest is None else t.beside_rest() for t in conv1x1.WEIGHT_GRADIENT_TILINGS)
+    found = take(task, x, small, plain, fused, tilings, triton=triton, more=(int(h is not None), int(rest is not None)))
     return own.gradient(found)
 
 

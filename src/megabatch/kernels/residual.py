@@ -19,13 +19,16 @@ from megabatch.errors import UserError
 from megabatch.kernels import conv1x1, join_passes, products
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.batch_norm import check, over_spans
+from megabatch.kernels.bottleneck_gradients import JoinGradients, NormGradients
 from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.norm_passes import Moments, Normalisation
+from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, Rest
 from megabatch.kernels.statistics import Keep
 
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
-"""What the table of `tuning` is asked about: forward, data gradient and weight gradient of each."""
+GRADIENTS = ("norm_conv gradients", "join_conv gradients")
+"""What the table of `tuning` is asked about: forward, data gradient and weight gradient of each; and whether both
+gradients together apply the backward of the batch norm behind."""
 
 
 def norm_conv1x1(
@@ -38,13 +41,15 @@ def norm_conv1x1(
     span: int,
     eps: float,
     keep: Keep | None = None,
+    take: Handover | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
     """`(y, moments of y)`: y = weight relu(batch norm of x), where `moments` are those of x's spans.
 
     The gradient is that of all three, batch norm's statistics included. `eps` is that of the batch norm behind y. Where
     a kernel reads x through batch norm, its result is never in memory; backward computes it again. With `keep` the
-    moments of y are kept there, as a layer keeps those of its forwards.
+    moments of y are kept there, as a layer keeps those of its forwards. What the batch norm behind y leaves of its
+    backward at `take` is done here: in a pass, or as both gradients read.
 
     Shapes: x (N, C, H, W), weight (K, C, 1, 1), cast to x's type; norm_weight and norm_bias (C,) float32.
 
@@ -53,7 +58,17 @@ def norm_conv1x1(
     """
     _check(x, moments, norm_weight, norm_bias, None, weight, span)
     y, *found = _NormConv.apply(
-        x, moments.mean, moments.deviation, norm_weight, norm_bias, weight, span, eps, keep, use_triton(x, backend)
+        x,
+        moments.mean,
+        moments.deviation,
+        norm_weight,
+        norm_bias,
+        weight,
+        span,
+        eps,
+        keep,
+        take,
+        use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
     return y, Moments(*found)
 
@@ -70,6 +85,8 @@ def join_conv1x1(
     eps: float,
     residual_norm: Normalisation | None = None,
     keep: Keep | None = None,
+    leave: Handover | None = None,
+    take: Handover | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Moments]:
     """`(z, y, moments of y)`: z = relu(batch norm of x + residual) and y = weight z; as `norm_conv1x1` otherwise.
@@ -78,7 +95,8 @@ def join_conv1x1(
     weight and bias have gradients too: a shortcut's, whose convolution's output is then read where it is needed.
 
     In backward the gradients that reach z through y and past it are added, masked and summed for the batch norm in one
-    pass, which is the convolution's own where the kernel is faster.
+    pass, which is the convolution's own where the kernel is faster. The rest of x's batch norm's backward is left at
+    `leave`, where the convolution that wrote x takes it.
 
     Raises:
         UserError: tensors of shapes or types that do not agree.
@@ -98,6 +116,8 @@ def join_conv1x1(
         span,
         eps,
         keep,
+        leave if residual_norm is None else None,  # two batch norms' gradients come from one pass
+        take,
         use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
     return z, y, Moments(*found)
@@ -142,6 +162,7 @@ class _NormConv(torch.autograd.Function):
         span: int,
         eps: float,
         keep: Keep | None,
+        take: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
@@ -162,7 +183,7 @@ class _NormConv(torch.autograd.Function):
         h, y, found = products.take("norm_conv forward", x, small, plain, fused, tilings, triton=triton, keep=keep)
         ctx.save_for_backward(x, *norm, small, h)
         ctx.filter = products.Filter.of(weight)
-        ctx.options = {"span": span, "triton": triton}
+        ctx.options, ctx.take = {"span": span, "triton": triton}, take
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)  # or zeros would be written for each of these
         return y, *found
@@ -173,22 +194,11 @@ class _NormConv(torch.autograd.Function):
         x, mean, deviation, norm_weight, norm_bias, small, h = ctx.saved_tensors
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
 
-        def plain() -> tuple[Tensor, Tensor]:
-            dh = products.data_gradient(dy, x, small)
-            sums = passes.gradient_sums(dh, x, norm, **ctx.options)
-            return passes.input_gradient(dh, x, norm, sums, relu=True, **ctx.options), sums
-
-        def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
-            dz, sums = conv1x1.conv1x1_data_gradient(
-                dy, small, x, norm, span=ctx.options["span"], tiling=tiling, backend="triton"
-            )
-            return passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options), sums
-
-        tilings = conv1x1.DATA_GRADIENT_TILINGS
-        dx, sums = products.take("norm_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"])
+        own = NormGradients(x, norm, small, h, ctx.filter, **ctx.options)
+        rest = ctx.take.take() if ctx.take else None
+        dx, sums, dweight = products.apart_or_together(GRADIENTS[0], x, small, dy, rest, own.of, **ctx.options)
         dbias, dscale = over_spans(sums)
-        dweight = products.weight_gradient("norm_conv weight", dy, x, norm, small, h, ctx.filter, **ctx.options)
-        return dx, None, None, dscale, dbias, dweight, None, None, None, None
+        return dx, None, None, dscale, dbias, dweight, *(None,) * 5
 
 
 class _JoinConv(torch.autograd.Function):
@@ -206,6 +216,8 @@ class _JoinConv(torch.autograd.Function):
         span: int,
         eps: float,
         keep: Keep | None,
+        leave: Handover | None,
+        take: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(statistics.mean, statistics.deviation, norm_weight, norm_bias)
@@ -225,7 +237,7 @@ class _JoinConv(torch.autograd.Function):
         to_normalise = (None,) * 5 if other is None else (residual, *other)
         ctx.save_for_backward(x, *norm, passed, z, small, *to_normalise)
         ctx.filter = products.Filter.of(weight)
-        ctx.options = {"span": span, "triton": triton}
+        ctx.options, ctx.leave, ctx.take = {"span": span, "triton": triton}, leave, take
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)  # or zeros would be written for each of these
         return z, y, *found
@@ -236,30 +248,19 @@ class _JoinConv(torch.autograd.Function):
         x, mean, deviation, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
         norm, other = Normalisation(mean, deviation, norm_weight, norm_bias), _normalisation(*others)
         through_y = z.new_zeros(len(z), len(small), *z.shape[2:]) if dy is None else dy
-        behind = {"passed": passed, "addend": past, "residual": residual, "residual_norm": other}
-
-        def plain() -> tuple[Tensor, Tensor]:
-            through = products.data_gradient(through_y, z, small)
-            return join_passes.join_gradient(through, x, norm, **behind, **ctx.options)
-
-        def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
-            span = ctx.options["span"]
-            return conv1x1.conv1x1_data_gradient(
-                through_y, small, x, norm, span=span, **behind, tiling=tiling, backend="triton"
-            )
-
-        tilings, more = conv1x1.DATA_GRADIENT_TILINGS, (int(other is not None),)
-        dz, sums = products.take(
-            "join_conv data", x, small, plain, fused, tilings, triton=ctx.options["triton"], more=more
-        )
-        if other is None:
-            dx, dresidual = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options), dz
-        else:
+        own = JoinGradients(x, norm, small, z, passed, past, residual, other, ctx.filter, **ctx.options)
+        rest = ctx.take.take() if ctx.take else None
+        dz, sums, dweight = products.apart_or_together(GRADIENTS[1], x, small, through_y, rest, own.of, **ctx.options)
+        dx, dresidual = dz, dz
+        if other is not None:
             dx, dresidual = join_passes.two_input_gradients(dz, x, norm, residual, other, sums, **ctx.options)
+        elif ctx.leave:
+            ctx.leave.leave(Rest(x, norm, sums, relu=False))
+        else:
+            dx = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options)
         dbias, dscale, *of_other = over_spans(sums)
         other_dbias, other_dscale = of_other or (None, None)
-        dweight = products.weight_gradient("join_conv weight", through_y, z, None, small, z, ctx.filter, **ctx.options)
-        return dx, dscale, dbias, dresidual, other_dscale, other_dbias, dweight, None, None, None, None, None
+        return dx, dscale, dbias, dresidual, other_dscale, other_dbias, dweight, *(None,) * 7
 
 
 def _normalisation(*values: Tensor | None) -> Normalisation | None:

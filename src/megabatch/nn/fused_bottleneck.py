@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megabatch.kernels import Moments, Normalisation
 from megabatch.kernels.batch_norm import norm_act_of
-from megabatch.kernels.norm_passes import measure
+from megabatch.kernels.norm_passes import Handover, measure
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
 from megabatch.nn.fusion import Fusable, Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of
 
@@ -35,11 +35,12 @@ class FusableBottleneck(Fusable):
 
 
 class Measured(NamedTuple):
-    """A convolution's output before its batch norm."""
+    """A convolution's output before its batch norm, and where that may leave the rest of its backward."""
 
     y: Tensor
     moments: Moments
     norm: nn.BatchNorm2d
+    handover: Handover | None = None
 
     def normalisation(self) -> Normalisation:
         """What the batch norm does to it."""
@@ -55,6 +56,7 @@ class Measured(NamedTuple):
             span=span_of(self.norm, self.y),
             residual=residual,
             relu=relu,
+            leave=self.handover,
             backend=backend_of(fusion),
         )
 
@@ -97,9 +99,10 @@ def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
         span=span,
         eps=third.eps,
         keep=keep_of(third),
+        take=(handover := Handover()),
         backend=backend,
     )
-    return Pending(Measured(y, found, third), _shortcut(block, x, third, y), block.fusion)
+    return Pending(Measured(y, found, third, handover), _shortcut(block, x, third, y), block.fusion)
 
 
 def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, Tensor]:
@@ -121,9 +124,11 @@ def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, T
         eps=norm.eps,
         residual_norm=other,
         keep=keep_of(norm),
+        leave=branch.handover,
+        take=(handover := Handover()),
         backend=backend_of(block.fusion),
     )
-    return x, Measured(y, found, norm).normalised(block.fusion, relu=True)
+    return x, Measured(y, found, norm, handover).normalised(block.fusion, relu=True)
 
 
 def _shortcut(block: FusableBottleneck, x: Tensor, last: nn.BatchNorm2d, y: Tensor) -> Tensor | Measured:
