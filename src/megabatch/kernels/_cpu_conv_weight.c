@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 1 << 16, PAIRS_IN_BLOCK = 512, TASKS = 16 };
+enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 72 << 10, PAIRS_IN_BLOCK = 512, TASKS = 16 };
 
 /* How images are cut: `group` pairs of images, `rows` rows of dy, are packed at a time; and how channels are. */
 typedef struct {
