@@ -198,7 +198,7 @@ def convolutions(*, every_tiling: bool = False) -> None:
 
 def rests(y: torch.Tensor) -> list[Any]:
     """Of a batch norm's backward, behind a convolution with this output: without a ReLU and with one."""
-    from megabatch.kernels.norm_passes import Rest
+    from megabatch.kernels.handover import Rest
 
     return [Rest(y, normalisation(y.shape[1]), torch.zeros(1, 2, y.shape[1]), relu) for relu in (False, True)]
 

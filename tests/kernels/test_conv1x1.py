@@ -16,8 +16,9 @@ from megabatch.kernels import (
     conv1x1_weight_gradient,
     fused_bn_act,
 )
+from megabatch.kernels.handover import Rest
 from megabatch.kernels.join_passes import bits_of
-from megabatch.kernels.norm_passes import Rest, input_gradient
+from megabatch.kernels.norm_passes import input_gradient
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

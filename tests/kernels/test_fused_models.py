@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels import conv1x1, norm_passes, products, residual, tuning
+from megabatch.kernels import Tiling, conv1x1, norm_passes, products, residual, tuning
 from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet8, set_fusion
 from megabatch.nn.initialize import last_norms
 from megabatch.nn.resnet import Bottleneck, ResNet, convolution, stage
@@ -17,7 +17,7 @@ from megabatch.nn.resnet import Bottleneck, ResNet, convolution, stage
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 COUNT, SPAN = 5, 2
-TILING = conv1x1.Tiling(32, 16, 16, 4, 3)
+TILING = Tiling(32, 16, 16, 4, 3)
 SLACK = 1.5  # of two nets: which ReLUs flip by rounding is chance
 
 

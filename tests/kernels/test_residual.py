@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels import conv1x1, norm_passes, products, residual, tuning
+from megabatch.kernels import Tiling, conv1x1, norm_passes, products, residual, tuning
 from megabatch.kernels.batch_norm import norm_act_of
-from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, moments
+from megabatch.kernels.handover import Handover
+from megabatch.kernels.norm_passes import Moments, Normalisation, moments
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
 from megabatch.kernels.statistics import SpanSums
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 EPS = 1e-3
-SMALL = conv1x1.Tiling(32, 16, 16, 4, 3)
+SMALL = Tiling(32, 16, 16, 4, 3)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SHAPE, OUTPUTS, SPAN = (5, 16, 3, 3), 32, 2
 WAYS = {"plain passes": "plain", "convolution kernels": SMALL.name()}

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
-    from megabatch.kernels.conv1x1 import (
-        Tiling,
-        conv1x1_data_gradient,
-        conv1x1_forward,
-        conv1x1_weight_gradient,
-    )
+    from megabatch.kernels.conv1x1 import conv1x1_data_gradient, conv1x1_forward, conv1x1_weight_gradient
     from megabatch.kernels.crop_resize import crop_and_resize
     from megabatch.kernels.dispatch import Backend, has_triton
     from megabatch.kernels.lamb import LambGroup, lamb_step, lamb_step_reference
@@ -25,6 +20,7 @@ if TYPE_CHECKING:
     from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
     from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step, rmsprop_step_reference
     from megabatch.kernels.stem import fused_bn_relu_pool
+    from megabatch.kernels.tiles import Tiling
     from megabatch.kernels.tuning import Table, use_table
 
 _HOMES = {
@@ -36,7 +32,7 @@ _HOMES = {
     "RmspropGroup": "rmsprop",
     "StepTables": "optimizer_tables",
     "Table": "tuning",
-    "Tiling": "conv1x1",
+    "Tiling": "tiles",
     "batch_norm_act_reference": "batch_norm",
     "conv1x1_data_gradient": "conv1x1",
     "conv1x1_forward": "conv1x1",

@@ -17,7 +17,8 @@ from megabatch.errors import UserError
 from megabatch.kernels import cpu_batch_norm, join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, Rest
+from megabatch.kernels.handover import Handover, Rest
+from megabatch.kernels.norm_passes import Moments, Normalisation
 from megabatch.kernels.statistics import Keep, keep_statistics
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megabatch.kernels import conv1x1, join_passes, products
 from megabatch.kernels import norm_passes as passes
-from megabatch.kernels.conv1x1 import Tiling
-from megabatch.kernels.norm_passes import Normalisation, Rest
+from megabatch.kernels.handover import Rest
+from megabatch.kernels.norm_passes import Normalisation
+from megabatch.kernels.tiles import Tiling
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 

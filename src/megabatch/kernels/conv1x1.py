@@ -6,7 +6,7 @@ read of each output. Here it is computed from the stored convolution output wher
 the convolution with its output. For images in 16 bit with the channels last.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,33 +15,22 @@ from megabatch.errors import UserError
 from megabatch.kernels import join_passes
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
+from megabatch.kernels.handover import Rest
 from megabatch.kernels.layout import images_of, rows_of
-from megabatch.kernels.norm_passes import Moments, Normalisation, Rest
+from megabatch.kernels.norm_passes import Moments, Normalisation
 from megabatch.kernels.statistics import Keep
+from megabatch.kernels.tiles import (
+    Tiling,
+    by_width,
+    channel_arguments,
+    described,
+    num_programs,
+    options,
+    rest_arguments,
+    row_cut,
+)
 
 _WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
-
-_WIDE_TILE = 2**14
-
-
-class Tiling(NamedTuple):
-    """How a matrix product is cut into tiles; which is fastest depends on shape and GPU: time those below."""
-
-    rows: int
-    outputs: int
-    inputs: int
-    num_warps: int
-    num_stages: int
-
-    def name(self) -> str:
-        """Under which a choice of it is kept."""
-        return "x".join(map(str, self))
-
-    def beside_rest(self) -> "Tiling":
-        """For a weight gradient that reads y like dy: a stage fewer where both would not fit into shared memory."""
-        return self._replace(num_stages=self.num_stages - (self.rows * self.outputs >= _WIDE_TILE))
-
-
 FORWARD_TILINGS = (
     Tiling(128, 64, 64, 4, 4),
     Tiling(128, 128, 64, 8, 3),
@@ -91,21 +80,23 @@ def conv1x1_forward(
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and fits(x, len(matrix))):
         return _forward_reference(x, matrix, normalisation, span, eps, keep)
-    tiling = tiling or _by_width(FORWARD_TILINGS, len(matrix), which="outputs")
-    cut = _cut(x, span, tiling)
+    tiling = tiling or by_width(FORWARD_TILINGS, len(matrix), which="outputs")
+    cut = row_cut(x, span, tiling)
     rows = rows_of(x)
     y = rows.new_empty(cut.num_rows, len(matrix))
     partials = rows.new_empty(cut.spans(), cut.tiles_per_span, 2, len(matrix), dtype=torch.float32)
     with on_device(x):
-        load("_conv1x1_triton").forward_kernel[(_programs(x, cut.num_row_tiles * -(-len(matrix) // tiling.outputs)),)](
-            _described(rows, tiling.rows, tiling.inputs),
-            _described(matrix, tiling.outputs, tiling.inputs),
+        load("_conv1x1_triton").forward_kernel[
+            (num_programs(x, cut.num_row_tiles * -(-len(matrix) // tiling.outputs)),)
+        ](
+            described(rows, tiling.rows, tiling.inputs),
+            described(matrix, tiling.outputs, tiling.inputs),
             y,
-            *_channel_arguments(normalisation, partials),
+            *channel_arguments(normalisation, partials),
             partials,
             *cut,
             normalise=normalisation is not None,
-            **_options(rows, matrix, tiling),
+            **options(rows, matrix, tiling),
         )
         return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps, keep)
 
@@ -143,27 +134,26 @@ def conv1x1_data_gradient(
         return _data_gradient_reference(
             dy, matrix, x, normalisation, span, passed, addend, residual=residual, residual_norm=residual_norm
         )
-    tiling = tiling or _by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
-    cut = _cut(x, span, tiling)
+    tiling = tiling or by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
+    cut = row_cut(x, span, tiling)
     rows, gradient = rows_of(x), rows_of(dy)
     dz = torch.empty_like(rows)
     channels = rows.shape[1]
     num_sums = 2 if residual_norm is None else 4
     partials = rows.new_empty(cut.spans(), cut.tiles_per_span, num_sums, channels, dtype=torch.float32)
     with on_device(x):
-        load("_conv1x1_triton").data_gradient_kernel[
-            (_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs)),)
-        ](
-            _described(gradient, tiling.rows, tiling.outputs),
-            _described(matrix, tiling.outputs, tiling.inputs),
+        programs = num_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs))
+        load("_conv1x1_triton").data_gradient_kernel[(programs,)](
+            described(gradient, tiling.rows, tiling.outputs),
+            described(matrix, tiling.outputs, tiling.inputs),
             rows,
             rows if passed is None else passed,
             rows if addend is None else rows_of(addend),
             rows if residual is None else rows_of(residual),
             dz,
-            *_channel_arguments(normalisation, partials),
-            *_channel_arguments(residual_norm, partials)[:2],
-            *_rest_arguments(rest, gradient, tiling),
+            *channel_arguments(normalisation, partials),
+            *channel_arguments(residual_norm, partials)[:2],
+            *rest_arguments(rest, gradient, tiling),
             partials,
             *cut,
             behind_residual=passed is not None,
@@ -171,7 +161,7 @@ def conv1x1_data_gradient(
             two_norms=residual_norm is not None,
             rest=rest is not None,
             rest_relu=rest is not None and rest.relu,
-            **_options(rows, matrix, tiling),
+            **options(rows, matrix, tiling),
         )
         return images_of(dz, x), passes.add_parts(partials)
 
@@ -202,27 +192,27 @@ def conv1x1_weight_gradient(
         return (gradient.float().T @ rows_of(_activation(x, normalisation, span)).float()).to(dtype)
     rows = rows_of(x)
     outputs, inputs = gradient.shape[1], rows.shape[1]
-    tiling = tiling or _by_width(WEIGHT_GRADIENT_TILINGS, inputs, which="inputs")
-    cut = _cut(x, span, tiling)
+    tiling = tiling or by_width(WEIGHT_GRADIENT_TILINGS, inputs, which="inputs")
+    cut = row_cut(x, span, tiling)
     tiles = -(-outputs // tiling.outputs) * -(-inputs // tiling.inputs)
     per_part = -(-cut.num_row_tiles // max(1, WEIGHT_GRADIENT_PROGRAMS // tiles))
     parts = -(-cut.num_row_tiles // per_part)
     partials = rows.new_empty(parts, outputs, inputs, dtype=torch.float32 if parts > 1 else dtype)
     with on_device(x):
         load("_conv1x1_triton").weight_gradient_kernel[(tiles, parts)](
-            _described(gradient, tiling.rows, tiling.outputs),
-            _described(rows, tiling.rows, tiling.inputs),
+            described(gradient, tiling.rows, tiling.outputs),
+            described(rows, tiling.rows, tiling.inputs),
             partials,
-            *_channel_arguments(normalisation, partials),
-            *_rest_arguments(rest, gradient, tiling),
+            *channel_arguments(normalisation, partials),
+            *rest_arguments(rest, gradient, tiling),
             *cut,
             per_part,
             normalise=normalisation is not None,
             rest=rest is not None,
             rest_relu=rest is not None and rest.relu,
-            **_options(rows, partials[0], tiling),
+            **options(rows, partials[0], tiling),
         )
-        together = passes.add_parts(partials.view(1, parts, 1, -1), dtype) if parts > 1 else partials
+        together = passes.add_parts(partials.view(1, parts, 1, -1), dtype)
     return together.view(outputs, inputs)
 
 
@@ -253,72 +243,6 @@ def _data_gradient_reference(
     return join_passes.join_gradient(
         through, x, normalisation, passed, span=span, addend=addend, triton=False, **residual
     )
-
-
-class _Cut(NamedTuple):
-    """Rows and spans as every kernel takes them, in this order."""
-
-    num_rows: int
-    span_rows: int
-    tiles_per_span: int
-    num_row_tiles: int
-
-    def spans(self) -> int:
-        """How many there are."""
-        return self.num_row_tiles // self.tiles_per_span
-
-
-def _cut(x: Tensor, span: int, tiling: Tiling) -> _Cut:
-    count, _, height, width = x.shape
-    span_rows = min(span, count) * height * width
-    tiles_per_span = -(-span_rows // tiling.rows)
-    return _Cut(count * height * width, span_rows, tiles_per_span, tiles_per_span * -(-count // span))
-
-
-def _by_width(tilings: tuple[Tiling, ...], channels: int, *, which: str) -> Tiling:
-    """The first tiling that spans all channels in one tile, so that no row is normalised twice; else the widest."""
-    widths = [getattr(tiling, which) for tiling in tilings]
-    spanning = [width for width in widths if width >= channels]
-    return tilings[widths.index(min(spanning) if spanning else max(widths))]
-
-
-def _options(rows: Tensor, matrix: Tensor, tiling: Tiling) -> dict[str, Any]:
-    return {
-        "inputs": rows.shape[1],
-        "outputs": matrix.shape[0],
-        "block_rows": tiling.rows,
-        "block_outputs": tiling.outputs,
-        "block_inputs": tiling.inputs,
-        "precision": "ieee" if rows.dtype == torch.float32 else "tf32",
-        "num_warps": tiling.num_warps,
-        "num_stages": tiling.num_stages,
-    }
-
-
-def _described(matrix: Tensor, block_rows: int, block_columns: int) -> Any:
-    """The matrix for the copy engine, which fetches blocks of it and gives zeros outside."""
-    tools = load("_conv1x1_triton").TensorDescriptor
-    return tools.from_tensor(matrix, [block_rows, block_columns])
-
-
-def _channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> tuple[Tensor, ...]:
-    if normalisation is None:
-        return unused, unused, unused, unused
-    return normalisation.in_rows()
-
-
-def _rest_arguments(rest: Rest | None, gradient: Tensor, tiling: Tiling) -> tuple[Any, ...]:
-    """The output of the convolution, described as its gradient is, and what is left of its batch norm's backward."""
-    if rest is None:
-        return (gradient,) * 6
-    described = _described(rows_of(rest.y), tiling.rows, tiling.outputs)
-    return described, *rest.norm.in_rows(), rest.sums.contiguous()
-
-
-def _programs(x: Tensor, num_tiles: int) -> int:
-    """As many as can be resident where two fit on a multiprocessor; on a CPU two, so that each takes several tiles."""
-    resident = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(num_tiles, resident)
 
 
 def fits(x: Tensor, outputs: int) -> bool:

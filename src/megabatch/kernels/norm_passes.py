@@ -55,41 +55,6 @@ class Normalisation(NamedTuple):
         return tuple(values.contiguous() for values in self)
 
 
-class Rest(NamedTuple):
-    """What is left of a batch norm's backward where the gradient of its input y is made as it is read.
-
-    That is `input_gradient` with the gradient of its output: with `relu` of ReLU's, else with ReLU's mask on it.
-    """
-
-    y: Tensor
-    norm: Normalisation
-    sums: Tensor
-    relu: bool
-
-    def applied(self, dz: Tensor, *, span: int, triton: bool) -> Tensor:
-        """The gradient of y, in memory."""
-        return input_gradient(dz, self.y, self.norm, self.sums, span=span, triton=triton, relu=self.relu)
-
-
-class Handover:
-    """Where a batch norm's backward leaves its rest to the convolution that wrote its input, and nobody else reads.
-
-    What autograd then brings that convolution is the gradient of the batch norm's output.
-    """
-
-    def __init__(self) -> None:
-        self._rest: Rest | None = None
-
-    def leave(self, rest: Rest) -> None:
-        """Called by the batch norm."""
-        self._rest = rest._replace(y=rest.y.detach())  # or what is left, if nobody takes it, would hold its own graph
-
-    def take(self) -> Rest | None:
-        """Called by the convolution, once for each time something was left."""
-        rest, self._rest = self._rest, None
-        return rest
-
-
 class Cut(NamedTuple):
     """How a matrix of rows is cut into programs."""
 
@@ -149,7 +114,7 @@ def moments(x: Tensor, *, span: int, eps: float, triton: bool, keep: Keep | None
     own, rows = cut(x.shape, span), rows_of(x)
     with on_device(x):
         partials = rows.new_empty(own.spans, own.parts, 2, own.columns, dtype=torch.float32)
-        load("_batch_norm_triton").moments_kernel[own.reductions()](
+        load("_statistics_triton").moments_kernel[own.reductions()](
             rows, partials, own.num_rows, own.span_rows, own.rows_per_part, own.parts, **own.block()
         )
         return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps, keep)
@@ -167,7 +132,7 @@ def combine_moments(
     spans, parts, _, columns = partials.shape
     found = Moments(*partials.new_empty(3, spans, columns))
     at_once = keep if keep is not None and spans == 1 and has_kernel(keep) else None
-    load("_batch_norm_triton").statistics_kernel[(-(-columns // 32), spans)](
+    load("_statistics_triton").statistics_kernel[(-(-columns // 32), spans)](
         partials,
         *found,
         num_rows,
@@ -226,6 +191,8 @@ def gradient_sums(dy: Tensor, x: Tensor, norm: Normalisation, *, span: int, trit
 def add_parts(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(spans, rows, C) from (spans, parts, rows, C), added in one order and rounded once."""
     spans, parts, num_sums, columns = partials.shape
+    if parts == 1 and dtype == partials.dtype:
+        return partials[:, 0]
     sums = partials.new_empty(spans, num_sums, columns, dtype=dtype)
     load("_batch_norm_triton").add_parts_kernel[(-(-columns // 32), spans, num_sums)](
         partials, sums, parts, columns=columns, block_parts=64, block_columns=32

@@ -20,10 +20,11 @@ from megabatch.kernels import conv1x1, join_passes, products
 from megabatch.kernels import norm_passes as passes
 from megabatch.kernels.batch_norm import check, over_spans
 from megabatch.kernels.bottleneck_gradients import JoinGradients, NormGradients
-from megabatch.kernels.conv1x1 import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.norm_passes import Handover, Moments, Normalisation, Rest
+from megabatch.kernels.handover import Handover, Rest
+from megabatch.kernels.norm_passes import Moments, Normalisation
 from megabatch.kernels.statistics import Keep
+from megabatch.kernels.tiles import Tiling
 
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
 GRADIENTS = ("norm_conv gradients", "join_conv gradients")
@@ -193,7 +194,6 @@ class _NormConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, mean, deviation, norm_weight, norm_bias, small, h = ctx.saved_tensors
         norm = Normalisation(mean, deviation, norm_weight, norm_bias)
-
         own = NormGradients(x, norm, small, h, ctx.filter, **ctx.options)
         rest = ctx.take.take() if ctx.take else None
         dx, sums, dweight = products.apart_or_together(GRADIENTS[0], x, small, dy, rest, own.of, **ctx.options)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megabatch.kernels import Moments, Normalisation
 from megabatch.kernels.batch_norm import norm_act_of
-from megabatch.kernels.norm_passes import Handover, measure
+from megabatch.kernels.handover import Handover
+from megabatch.kernels.norm_passes import measure
 from megabatch.kernels.residual import join_conv1x1, norm_conv1x1
 from megabatch.nn.fusion import Fusable, Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of
 
