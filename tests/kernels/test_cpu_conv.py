@@ -35,6 +35,7 @@ CASES = (
     Case(13, 16, 32, 7, 7, stride=2),  # an image without another
     Case(27, 64, 64, 4, 4),  # images in tiles of unequal size
     Case(9, 80, 112, 5, 6),  # a strip of 16 channels behind one of 64
+    Case(8, 96, 272, 4, 4),  # several tiles
     Case(8, 48, 48, 40, 33),  # several blocks of pixels in an image
     Case(8, 32, 64, 9, 9, down=1, across=1, stride=2, padding=0),
     Case(8, 272, 336, 3, 3, down=1, across=1, padding=0),  # several tiles, and strips in each

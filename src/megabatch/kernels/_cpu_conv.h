@@ -15,7 +15,7 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #endif
 
-typedef int32_t __attribute__((may_alias)) Pair; /* two bfloat16 values that follow each other */
+typedef int32_t __attribute__((may_alias, aligned(2))) Pair; /* two bfloat16 values that follow each other */
 
 /* What is asked for; `megabatch.kernels.cpu_conv` has the same list. */
 typedef struct {
