@@ -42,7 +42,7 @@ class StandInGpu(Device, TorchFunctionMode):
 
     def started(self, kernel, args, options, run):
         """One launch by Triton, done by `run`, or to be done by each replay."""
-        tensors = [x.base if hasattr(x, "base") else x for x in args]
+        tensors = [x.base if hasattr(x, "base") else x for x in (*args, *options.values())]
         tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
         strange = [x for x in tensors if not isinstance(x, OnGpu)]
         if strange:
@@ -251,8 +251,9 @@ def _launched(kernel, gpu, run, *args, grid, warmup=False, **options):
 
     def work():
         if isinstance(kernel, InterpretedFunction):
+            named = {name: _inner(value) for name, value in options.items()}
             with torch._C.DisableTorchFunction():
-                run(kernel, *map(_inner, args), grid=grid, warmup=warmup, **options)
+                run(kernel, *map(_inner, args), grid=grid, warmup=warmup, **named)
 
     gpu.started(kernel.__name__, args, options | {"grid": grid}, work)
 

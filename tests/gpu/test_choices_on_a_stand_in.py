@@ -84,22 +84,23 @@ def test_a_trial_leaves_a_margin(monkeypatch):
     assert fitted(monkeypatch, lambda size: size * (1 << 24)).size == 32  # 64 samples would take all
 
 
-def test_a_step_that_was_measured_leaves_its_memory_to_the_next():
+def test_graphs_of_a_step_that_was_measured_leave_their_memory_to_the_next_though_its_run_is_kept():
     recipe = tiny_recipe()
     site = Site(precision="fp32", micro_batch_size=24, capture="on", fusion="plain")
-    gc.collect()
+    with StandInGpu(), without_collection():
+        with synthetic_step(recipe, site, world=ON_GPU, global_batch_size=48) as step:
+            for _ in range(5):
+                step.take()
+            assert step.run.captured.num_graphs == 1
+            graphs = weakref.ref(step.run.captured)
+        assert graphs() is None
+        assert step.run.captured is None
+
+
+@contextlib.contextmanager
+def without_collection():
     gc.disable()
     try:
-        with StandInGpu():
-            with synthetic_step(recipe, site, world=ON_GPU, global_batch_size=48) as step:
-                for _ in range(5):
-                    step.take()
-                module = weakref.ref(step.run.state.module)
-                graphs = step.run.captured
-                assert graphs.num_graphs == 1
-                graphs = weakref.ref(graphs)
-            del step
-            assert module() is None
-            assert graphs() is None
+        yield
     finally:
         gc.enable()

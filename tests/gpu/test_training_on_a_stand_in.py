@@ -58,7 +58,7 @@ def legal(kernel, args, options):
     for name, value in options.items():
         if name.startswith("block") or name in {"chunk", "num_warps", "norm_block"}:
             assert value & (value - 1) == 0, (kernel, name, value)
-    for value in args:
+    for value in (*args, *options.values()):
         if hasattr(value, "block_shape"):
             assert value.base.data_ptr() % 16 == 0, kernel
             assert all(stride * value.base.element_size() % 16 == 0 for stride in value.strides[:-1]), kernel
