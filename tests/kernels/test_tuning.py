@@ -129,7 +129,8 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / FILE).read_text())) == 60
 
 
-def test_kernels_ask_the_table_that_is_set_and_else_one_in_the_users_cache() -> None:
+def test_kernels_ask_the_table_that_is_set_and_else_one_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     mine = Table()
     tuning.use_table(mine)
     try:
