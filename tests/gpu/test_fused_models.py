@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megabatch.kernels import has_triton, residual, tuning
+from megabatch.kernels import has_triton, products, residual, tuning
 from megabatch.kernels.stem import fused_bn_relu_pool
 from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet18, resnet50, set_fusion
 from megabatch.nn.initialize import last_norms
@@ -30,7 +30,8 @@ WAYS = {"measured": None, "plain passes": "plain", "kernels": "128x64x64x4x4"}
 @pytest.fixture
 def way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     fixed = WAYS[request.param] and dict.fromkeys(residual.TASKS, WAYS[request.param])
-    tuning.use_table(tuning.Table(tmp_path, fixed=fixed))
+    together = dict.fromkeys(residual.GRADIENTS, products.TOGETHER) if request.param == "kernels" else {}
+    tuning.use_table(tuning.Table(tmp_path, fixed={**(fixed or {}), **together}))
     yield request.param
     tuning.use_table(None)
 
