@@ -120,6 +120,7 @@ def test_a_trial_finds_a_micro_batch_within_the_memory_and_gives_the_memory_back
     found = fit_micro_batch(recipe, Site(), recipe.bn_span, module, precision, world=world)
     assert found.size == 960
     assert "by trial" in found.reason
+    torch._C._cuda_clearCublasWorkspaces()  # of the first matrix product, kept for all that come
     assert torch.cuda.memory_allocated() == before
     assert torch.equal(torch.cuda.get_rng_state(), drawn)
 
