@@ -1,14 +1,16 @@
 """Convolutions of whole nets on a CPU in bfloat16: the compiled kernels beside oneDNN's, part by part.
 
-    python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--threads 2] [--repeats 9]
+    python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--threads 2] [--repeats 9] [--cpu-seconds]
 
 Shapes are those that the nets' layers meet, as often as they do. Per shape and part (output, data gradient, weight
 gradient), interleaved in one process: torch's operation, which is oneDNN's, and `megabatch.kernels.cpu_conv`'s. "all"
 lines add medians over a net; the data gradient of its images is left out, as nobody learns them. Errors against
-float64 are of 16 images, relative in the norm.
+float64 are of 16 images, relative in the norm. Freed memory is kept, as in training. With --cpu-seconds one thread is
+timed by its own processor seconds, which wait for no other process.
 """
 
 import argparse
+import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from harness import Timing, Work, compare, record, table, write_lines
+import batch_norm
+import harness
+from harness import Timing, Work, record, table, write_lines
 from megabatch.kernels import cpu_conv
 from megabatch.nn import resnet8, resnet18, resnet50
+from megabatch.train.host_memory import keep_freed_memory
 
+Compare = Callable[[dict[str, Work]], dict[str, Timing]]
 PARTS = ("output", "data gradient", "weight gradient")
 BASELINE = "oneDNN"
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -116,7 +122,7 @@ def errors(layer: Layer) -> dict[str, tuple[float, float]]:
     return found
 
 
-def measure_layer(net: str, layer: Layer, times: int, repeats: int) -> list[dict[str, Any]]:
+def measure_layer(net: str, layer: Layer, times: int, compare: Compare) -> list[dict[str, Any]]:
     """Two records per part: oneDNN's and ours."""
     given = drawn(layer)
     error = errors(layer)
@@ -133,7 +139,7 @@ def measure_layer(net: str, layer: Layer, times: int, repeats: int) -> list[dict
             "operations": layer.operations(),
             "errors": dict(zip(works, error[part], strict=True)),
         }
-        records += as_records(f"{layer.name()} {part}", compare(works, warmup=2, repeats=repeats), parameters)
+        records += as_records(f"{layer.name()} {part}", compare(works), parameters)
     return records
 
 
@@ -182,15 +188,20 @@ def main() -> None:
     parser.add_argument("--net", choices=NETS, default="resnet18")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, instead of elapsed seconds")
     options = parser.parse_args()
     assert cpu_conv.is_available(), "needs AVX-512 BF16, and the library: python -m megabatch.kernels.cpu_native"
-    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    torch.set_num_threads(1 if options.cpu_seconds else options.threads)
     torch.manual_seed(0)
     make, shape = NETS[options.net]
+    chosen = batch_norm.compare if options.cpu_seconds else harness.compare
+    compare = functools.partial(chosen, repeats=options.repeats)
     records = []
-    print(f"{options.net}, {shape[0]} images, {options.threads} threads; GFLOP/s of {BASELINE} / ours / times as fast")
+    setting = f"{options.net}, {shape[0]} images, {torch.get_num_threads()} threads"
+    print(f"{setting}; GFLOP/s of {BASELINE} / ours / times as fast")
     for layer, times in layers_of(make(), shape).items():
-        found = measure_layer(options.net, layer, times, options.repeats)
+        found = measure_layer(options.net, layer, times, compare)
         print(line_of(found), flush=True)
         records += found
     sums = totals(options.net, records)
