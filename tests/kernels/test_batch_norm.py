@@ -171,11 +171,13 @@ def test_where_the_output_is_0_relu_passes_no_gradient() -> None:
     assert all(not gradient.any() for gradient in run(given, case, backend="triton").gradients)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter
+@pytest.mark.parametrize("value", [torch.nan, 1e25])  # whose square overflows
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_value_that_is_not_a_number_is_not_hidden(residual: bool) -> None:
+def test_a_value_that_is_not_a_number_or_too_large_is_not_hidden(residual: bool, value: float) -> None:
     case = Case((4, 8, 3, 3), 2, residual=residual, relu=True)
     given = inputs(case, torch.float32)
-    given["x"][3, 5, 1, 1] = torch.nan
+    given["x"][3, 5, 1, 1] = value
     ours = run(given, case, backend="triton")
     assert ours.y[2:, 5].isnan().all()
     assert ours.gradients[0][2:, 5].isnan().all()

@@ -167,6 +167,16 @@ def test_what_is_not_a_number_is_passed_on_and_not_clamped_away(dtype):
 
 
 @needs_library
+def test_squares_that_overflow_are_not_taken_for_a_net_that_is_constant():
+    case = Case((4, 8, 3, 3), 4, residual=False, relu=True)
+    values = inputs(case, torch.float32)
+    values["x"][:, 2] *= 1e25
+    ours = run(values, case)
+    assert ours.y[:, 2].isnan().all()
+    assert not ours.y[:, 3:].isnan().any()
+
+
+@needs_library
 @pytest.mark.parametrize("value", [3.0e38, -3.0e38, float("inf"), 0.0, -0.0, 1e-40])
 def test_values_at_the_ends_of_the_range_are_rounded_as_torch_rounds_them(value):
     x = torch.tensor([value, 1.00390625, 1.01171875, -1.00390625]).repeat(16)  # ties, to even on either side

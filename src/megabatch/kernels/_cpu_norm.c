@@ -159,7 +159,8 @@ static void combine_moments(const Norm *norm, const Cut *cut, const float *parti
     int64_t place = span * cut->channels + channel;
     norm->mean[place] = (float)mean;
     norm->variance[place] = (float)(spread / (count > 1 ? count - 1 : 1));
-    norm->deviation[place] = (float)(1 / sqrt(spread / count + norm->eps));
+    /* Squares that overflow must not pass as a deviation of 0, which turns a diverged net into a constant. */
+    norm->deviation[place] = isfinite(spread) ? (float)(1 / sqrt(spread / count + norm->eps)) : NAN;
 }
 
 /* Adds a channel's statistics of all spans to `total`, and puts those of the first into an empty `first`. */

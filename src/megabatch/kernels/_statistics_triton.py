@@ -150,7 +150,9 @@ def statistics_kernel(
     variance = spread / tl.maximum(size - 1, 1).to(tl.float32)
     tl.store(mean + out, middle, mask=inside)
     tl.store(unbiased + out, variance, mask=inside)
-    tl.store(deviation + out, 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps), mask=inside)
+    inverse = 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps)
+    inverse = tl.where(spread < float("inf"), inverse, float("nan"))  # not 0, which would make a diverged net constant
+    tl.store(deviation + out, inverse, mask=inside)
     _keep(one, two, count, momentum, keep, middle, variance, middle, variance, 1, column, inside, columns)
 
 

@@ -219,7 +219,8 @@ def _moments_reference(x: Tensor, span: int, eps: float) -> Moments:
     pairs = [torch.var_mean(part, (0, 2, 3), correction=0) for part in torch.split(wide(x), span)]
     var, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
     sizes = _sizes(x, span)
-    return Moments(mean, var * sizes / (sizes - 1).clamp(min=1), torch.rsqrt(var + eps))
+    deviation = torch.where(var < torch.inf, torch.rsqrt(var + eps), torch.nan)  # not 0: see the kernel
+    return Moments(mean, var * sizes / (sizes - 1).clamp(min=1), deviation)
 
 
 def _normalise_reference(x: Tensor, norm: Normalisation, span: int, relu: bool) -> Tensor:

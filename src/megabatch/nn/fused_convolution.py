@@ -11,7 +11,7 @@ from megabatch.nn.fusion import Fusion, is_hooked
 
 def convolve(layer: nn.Module, x: Tensor, fusion: Fusion) -> Tensor:
     """layer(x), a convolution's, in the type that autocast gives it."""
-    if fusion == "auto" and x.device.type == "cpu" and _is_plain(layer) and cpu_conv.is_available():
+    if fusion == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         images, weight = x.to(dtype), layer.weight.to(dtype)
         if cpu_conv.serves(images, weight):
