@@ -93,6 +93,7 @@ static void fuzz_conv(void) {
     Conv conv = {8 + below(30), 1 + below(12), 1 + below(12), 16 * (1 + below(6)), 16 * (1 + below(6))};
     conv.down = 1 + below(4), conv.across = 1 + below(4), conv.stride = 1 + below(3), conv.padding = below(4);
     if (below(8) == 0) conv.height = 30 + below(20), conv.width = 30 + below(20), conv.count = 8;
+    if (below(3) == 0) conv.inputs = 1 + below(15); /* an image's */
     conv.threads = 1 + below(3);
     int64_t down = conv.height + 2 * conv.padding - conv.down, across = conv.width + 2 * conv.padding - conv.across;
     if (down < 0 || across < 0) return;
@@ -104,8 +105,8 @@ static void fuzz_conv(void) {
     if (megabatch_conv_forward(&conv)) exit(3);
     must_be_written("convolution", conv.result, out_size, 1);
     conv.gradient = drawn(out_size, 1), conv.result = blank(in_size, 1);
-    if (megabatch_conv_data_gradient(&conv)) exit(3);
-    must_be_written("data gradient", conv.result, in_size, 1);
+    if (conv.inputs % 16 == 0 && megabatch_conv_data_gradient(&conv)) exit(3);
+    if (conv.inputs % 16 == 0) must_be_written("data gradient", conv.result, in_size, 1);
     conv.result = blank(weight_size, 1);
     if (megabatch_conv_weight_gradient(&conv)) exit(3);
     must_be_written("weight gradient", conv.result, weight_size, 1);

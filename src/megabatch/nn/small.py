@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from megabatch.nn.fused_convolution import convolve
 from megabatch.nn.fusion import Fusable, norm_act
 from megabatch.nn.resnet import BasicBlock, Norm, convolution, global_average_then_linear, reset_weights, stage
 
@@ -36,7 +37,7 @@ class ResNet8(Fusable):
         reset_weights(self, zero_gamma=zero_gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, self.conv1(x), fusion=self.fusion)
+        x = norm_act(self.bn1, convolve(self.conv1, x, self.fusion), fusion=self.fusion)
         return global_average_then_linear(self.layer3(self.layer2(self.layer1(x))), self.fc)
 
 
