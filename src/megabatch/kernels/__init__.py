@@ -1,8 +1,8 @@
 """Kernels, each beside its plain-PyTorch reference and behind one function; each works in any PyTorch script.
 
-That function runs the Triton kernel on a GPU where Triton is installed, compiled C on a CPU where there is some (batch norm
-with residual and ReLU, convolutions), and the reference elsewhere. Names are imported when first used, and Triton not
-before a kernel runs.
+That function runs the Triton kernel on a GPU where Triton is installed, compiled C on a CPU where there is some (batch
+norm with residual and ReLU, convolutions), and the reference elsewhere. Names are imported when first used, and Triton
+not before a kernel runs.
 """
 
 import importlib
