@@ -25,6 +25,7 @@ class Site:
     compile: bool = False  # by torch.compile; costs minutes at the start
     capture: Switch = "auto"  # whole steps in a CUDA graph
     fusion: Fusion = "auto"  # by kernels of ours, where they serve: batch norm, ReLU, residuals, convolutions
+    cudnn_benchmark: bool = True  # on a GPU, cuDNN's fastest algorithms by measuring; rounding differs from run to run
     weight_copies: bool = True  # in bf16 and fp16 the optimizer writes 16-bit weights, so that no step casts them
     keep_memory: bool = True  # a worker on a CPU keeps what it frees instead of handing it back at every step
     threads_per_worker: int | None = None

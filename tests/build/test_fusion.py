@@ -67,3 +67,13 @@ def test_a_run_says_whose_kernels_compute(monkeypatch, values, has_norms, has_co
     monkeypatch.setattr(site.cpu_conv, "is_available", lambda: has_convolutions)
     precision = Precision(values.get("precision", "bf16"), torch.device("cpu"))
     assert site.kernels_in_words(Site(**values), precision, torch.device("cpu")) == words
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_cudnn_measures_its_algorithms_while_a_run_is_open_and_the_site_lets_it(monkeypatch, device, wanted, expected):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with site.cudnn_measures(Site(cudnn_benchmark=wanted), torch.device(device)):
+        assert torch.backends.cudnn.benchmark == expected
+    assert not torch.backends.cudnn.benchmark

@@ -17,7 +17,14 @@ from megabatch.build.micro_batch import fit_micro_batch
 from megabatch.build.model import apply_settings, build_model
 from megabatch.build.schedule import settings_at, total_samples
 from megabatch.build.sinks import Sinks, announce_measuring, describe_run, open_sinks
-from megabatch.build.site import check, choose_capture, choose_memory, choose_precision, kernels_in_words
+from megabatch.build.site import (
+    check,
+    choose_capture,
+    choose_memory,
+    choose_precision,
+    cudnn_measures,
+    kernels_in_words,
+)
 from megabatch.build.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
 from megabatch.data.split import micro_batches
@@ -51,6 +58,7 @@ def open_run(
     captures = choose_capture(recipe, site, world)
     memory = choose_memory(site, world)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cudnn_measures(site, world.device))
         sinks = open_sinks(recipe, folder, world=world, quiet=quiet, stack=stack)
         state = build_state(recipe, site, precision, world=world, micro_batch_size=wished, capturable=captures.chosen)
         resumed_from = resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None

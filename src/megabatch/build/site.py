@@ -1,6 +1,8 @@
 """What the site leaves open: micro-batch, workers, precision; and whether recipe and site fit together."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +112,17 @@ def choose_memory(site: Site, world: World) -> str:
     """
     kept = site.keep_memory and world.device.type == "cpu" and keep_freed_memory(world.local_world_size)
     return kept or "freed memory goes back to the system"
+
+
+@contextlib.contextmanager
+def cudnn_measures(site: Site, device: torch.device) -> Iterator[None]:
+    """Within the block cuDNN tries its algorithms at each new shape, where the site lets it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = site.cudnn_benchmark and device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def kernels_in_words(site: Site, precision: Precision, device: torch.device) -> str:

@@ -63,6 +63,10 @@ def train(
         str, typer.Option(help="auto: fused kernels where there are any; plain: one operation at a time.")
     ] = "auto",
     weight_copies: Annotated[bool, typer.Option(help="In 16 bit, cast weights as they are updated.")] = True,
+    cudnn_benchmark: Annotated[
+        bool,
+        typer.Option(help="On a GPU, measure cuDNN's algorithms first; without it a resumed run rounds as before."),
+    ] = True,
     keep_memory: Annotated[bool, typer.Option(help="On a CPU, keep freed memory for the next step.")] = True,
     all_reduce: Annotated[str, typer.Option(help="auto, flat, hierarchical, torus or split_torus.")] = "auto",
     wire: Annotated[str, typer.Option(help="Gradients on the wire: fp32, fp16 or bf16.")] = "fp32",
@@ -97,6 +101,7 @@ def train(
         capture=cast(Switch, require_choice("--capture", capture, get_args(Switch))),
         fusion=cast(Fusion, require_choice("--fusion", fusion, get_args(Fusion))),
         weight_copies=weight_copies,
+        cudnn_benchmark=cudnn_benchmark,
         keep_memory=keep_memory,
         all_reduce=cast(AllReduce, require_choice("--all-reduce", all_reduce, get_args(AllReduce))),
         wire=cast(Wire, require_choice("--wire", wire, get_args(Wire))),
