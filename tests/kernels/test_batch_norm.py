@@ -1,12 +1,12 @@
 """Fused batch norm, residual and ReLU against torch's operations in float64."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
 
+from kernels.norm_cases import Case, error, in_float64, inputs, run
 from megabatch.errors import UserError
 from megabatch.kernels import fused_bn_act
 from megabatch.kernels import norm_passes as module
@@ -19,15 +19,6 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class Case(NamedTuple):
-    """Shape, span, with a residual, with a ReLU."""
-
-    shape: tuple[int, int, int, int]
-    span: int
-    residual: bool
-    relu: bool
-
-
 CASES = (
     Case((5, 20, 3, 3), 2, residual=True, relu=True),  # two whole spans and a short one; channels fill no block
     Case((4, 8, 5, 5), 4, residual=False, relu=True),
@@ -35,48 +26,6 @@ CASES = (
     Case((4, 64, 9, 9), 9, residual=True, relu=True),  # a span longer than the batch; several parts
     Case((3, 16, 1, 1), 1, residual=False, relu=False),  # one value per channel and span
 )
-
-
-class Run(NamedTuple):
-    """Outputs, statistics and gradients of one forward and backward."""
-
-    y: Tensor
-    mean: Tensor
-    var: Tensor
-    gradients: tuple[Tensor, ...]
-
-
-def inputs(case: Case, dtype: torch.dtype, *, offset: float = 0.5, seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    channels = case.shape[1]
-    x = (2 * draw(*case.shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last)
-    return {
-        "x": x,
-        "weight": draw(channels) + 1,
-        "bias": draw(channels),
-        "residual": draw(*case.shape).to(dtype) if case.residual else None,
-        "dy": draw(*case.shape).to(dtype),
-    }
-
-
-def run(given: dict[str, Any], case: Case, **options: Any) -> Run:
-    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in given.items() if name != "dy"}
-    y, mean, var = fused_bn_act(**leaves, span=case.span, relu=case.relu, **options)
-    wanted = [leaf for leaf in leaves.values() if leaf is not None]
-    return Run(y.detach(), mean, var, torch.autograd.grad(y, wanted, given["dy"]))
-
-
-def in_float64(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if t is None else t.double() for name, t in given.items()}
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    """|result - exact| / |exact|."""
-    return float((result.double() - exact).norm() / exact.norm().clamp(min=1e-12))
 
 
 @pytest.fixture

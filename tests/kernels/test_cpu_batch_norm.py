@@ -1,6 +1,6 @@
 """The compiled batch norm, residual and ReLU of a CPU against torch's operations in float64."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernels import norm_cases
+from kernels.norm_cases import Case, Run, error, in_float64, inputs
 from megabatch import nn as models
 from megabatch.kernels import cpu_batch_norm
 from megabatch.kernels.batch_norm import batch_norm_act_reference, fused_bn_act
@@ -17,15 +19,6 @@ from megabatch.nn.fusion import norm_act
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
 
 needs_library = pytest.mark.skipif(not cpu_batch_norm.is_available(), reason="the CPU kernels are not compiled here")
-
-
-class Case(NamedTuple):
-    """Shape, span, with a residual, with a ReLU."""
-
-    shape: tuple[int, int, int, int]
-    span: int
-    residual: bool
-    relu: bool
 
 
 CASES = (
@@ -39,46 +32,12 @@ CASES = (
 )
 
 
-class Run(NamedTuple):
-    """Outputs, statistics and gradients of one forward and backward."""
-
-    y: Tensor
-    mean: Tensor
-    var: Tensor
-    gradients: tuple[Tensor, ...]
-
-
-def inputs(case: Case, dtype: torch.dtype, *, offset: float = 0.5, seed: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    channels = case.shape[1]
-    return {
-        "x": (2 * draw(*case.shape) + offset).to(dtype).contiguous(memory_format=torch.channels_last),
-        "weight": draw(channels) + 1,
-        "bias": draw(channels),
-        "residual": draw(*case.shape).to(dtype) if case.residual else None,
-        "dy": draw(*case.shape).to(dtype),
-    }
-
-
 def run(given: dict[str, Any], case: Case, function: Any = cpu_batch_norm.norm_act) -> Run:
-    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in given.items() if name != "dy"}
-    y, mean, var = function(**leaves, span=case.span, eps=1e-5, relu=case.relu)
-    wanted = [leaf for leaf in leaves.values() if leaf is not None]
-    return Run(y.detach(), mean, var, torch.autograd.grad(y, wanted, given["dy"]))
+    return norm_cases.run(given, case, function=function, eps=1e-5)
 
 
 def exact(given: dict[str, Any], case: Case) -> Run:
-    wide = {name: None if t is None else t.double() for name, t in given.items()}
-    return run(wide, case, batch_norm_act_reference)
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    """|result - expected| / |expected|."""
-    return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+    return run(in_float64(given), case, batch_norm_act_reference)
 
 
 @needs_library
