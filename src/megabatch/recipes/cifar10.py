@@ -8,7 +8,7 @@ def cifar10() -> Recipe:
 
     Command: megabatch train cifar10
     Published: nothing
-    Measured: not measured
+    Measured: top-1 0.8398 (seed 0), 148 s on two CPU cores
 
     Sources:
         read: 50,000 training and 10,000 test images of 32 x 32 colour pixels in 10 classes; means and deviations are

@@ -8,15 +8,16 @@ def fashion_mnist() -> Recipe:
 
     Command: megabatch train fashion_mnist
     Published: nothing
-    Measured: top-1 0.9241 (mean of seeds 0 to 2; 0.9219 to 0.9272), 114 s on two loaded CPU cores
+    Measured: top-1 0.9267 (mean of seeds 0 to 2; 0.9266 to 0.9268), 46 to 50 s on two CPU cores
 
     Sources:
         read: 60,000 training and 10,000 test images of 28 x 28 grey pixels in 10 classes; mean and deviation are
             those of the training pixels.
-        chosen, by a search of 183 runs of this project (benchmarks/records/2026-11-20_h200_resnet8_search): peak
-            rate 1.6 with a trust coefficient of 0.02 (0.001 needs rates at which biases become unstable), weight decay,
-            flips but no shifts, which cost points in so few epochs; batch, spans of 128 (eight per batch), warm-up,
-            epochs and label smoothing to reach 92 % in two minutes.
+        chosen, by a search of 183 runs of this project (benchmarks/records/2026-11-20_h200_resnet8_search): a trust
+            coefficient of 0.02 (0.001 needs rates at which biases become unstable), weight decay, flips but no shifts,
+            which cost points in so few epochs; batch, spans of 128 (eight per batch) and label smoothing.
+        chosen: peak rate 1.0 after two epochs of warm-up, in 18 epochs. The search's 1.6 after one epoch is too near
+            to where training breaks down: five seeds ended between 0.910 and 0.927, as they came through the start.
     """
     return Recipe(
         name="fashion_mnist",
@@ -33,12 +34,12 @@ def fashion_mnist() -> Recipe:
         eval_crop_ratio=1.0,
         augmentation="none",
         global_batch_size=1024,
-        total_epochs=16,
+        total_epochs=18,
         bn_span=128,
         label_smoothing=0.05,
         optimizer="lars",
-        peak_lr=1.6,
+        peak_lr=1.0,
         trust_coefficient=0.02,
         weight_decay=5e-4,
-        warmup_epochs=1,
+        warmup_epochs=2,
     )
