@@ -57,7 +57,8 @@ def tensors_of(run):
     optimizer = [value for state in run.state.optimizer.state.values() for value in state.values()]
     optimizer += [value for group in run.state.optimizer.param_groups for value in group.values()]
     model = [*run.state.module.parameters(), *run.state.module.buffers()]
-    return [t.detach() for t in (*model, *optimizer) if isinstance(t, torch.Tensor)]
+    copies = run.state.copies.tensors.values()
+    return [t.detach() for t in (*model, *optimizer, *copies) if isinstance(t, torch.Tensor)]
 
 
 def run_captured(folder, recipe, site):
@@ -98,8 +99,8 @@ def run_captured(folder, recipe, site):
 def test_replayed_steps_train_what_steps_as_written_train(tmp_path, monkeypatch, changes, site):
     recipe = tiny_recipe(total_epochs=3.0, **changes)
     plain = run_tiny(tmp_path / "plain", recipe, site=site)
-    with_tensors = functools.partial(build_optimizer, capturable=True)
-    monkeypatch.setattr("megabatch.build.state.build_optimizer", lambda *args, **_: with_tensors(*args))
+    with_tensors = lambda *args, **options: build_optimizer(*args, **(options | {"capturable": True}))  # noqa: E731
+    monkeypatch.setattr("megabatch.build.state.build_optimizer", with_tensors)
     replayed = run_captured(tmp_path / "replayed", recipe, site)
     assert replayed["replays"] >= 5
     assert replayed["losses"] == pytest.approx(plain["losses"], rel=1e-4 if site.precision == "fp32" else 1e-2)

@@ -154,7 +154,7 @@ def test_statistics_are_collected_as_keep_statistics_collects_them():
     ours, theirs = ([torch.zeros(25), torch.zeros(25)] for _ in range(2))
     for seed in range(3):
         given = {name: t for name, t in inputs(case, torch.bfloat16, seed=seed).items() if name != "dy"}
-        _, mean, var = cpu_batch_norm.norm_act(**given, span=3, eps=1e-5, collect=(ours[0], ours[1]))
+        _, mean, var = cpu_batch_norm.norm_act(**given, span=3, eps=1e-5, keep=SpanSums(ours[0], ours[1]))
         keep_statistics(SpanSums(*theirs), mean, var, triton=False)
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1])

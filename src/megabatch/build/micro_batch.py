@@ -69,7 +69,7 @@ def fit_micro_batch(
         reason = f"by trial, {100 * MARGIN:g} % of the memory left"
     else:
         per_sample = activation_bytes(module, precision, sample)
-        if site.fusion == "auto" and cpu_batch_norm.is_available():
+        if site.fusion == "auto" and not site.compile and cpu_batch_norm.is_available():
             wished = _grown(wished, share, per_sample)
         found = largest_that_fits(_estimate(per_sample, world), unit=recipe.bn_span, limit=wished)
         reason = "suits the caches" if found == wished else "by the memory there is"

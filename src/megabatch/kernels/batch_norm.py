@@ -51,9 +51,9 @@ def fused_bn_act(
     """
     check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
-        compiled = backend == "auto" and cpu_batch_norm.serves(x, weight, bias)
-        of_device = cpu_batch_norm.norm_act if compiled else batch_norm_act_reference
-        y, mean, var = of_device(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
+        if backend == "auto" and cpu_batch_norm.serves(x, weight, bias):
+            return cpu_batch_norm.norm_act(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu, keep=keep)
+        y, mean, var = batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
         if keep is not None:
             keep_statistics(keep, mean, var, triton=False)
         return y, mean, var

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megabatch.kernels import cpu_native
+from megabatch.kernels.statistics import Keep, SpanSums, has_kernel, keep_statistics
 
 _ARGUMENTS = struct.Struct("6qd16P")
 """`Norm` in _cpu_norm.c; packed, as filling in a ctypes structure takes as long as a small batch norm."""
@@ -45,14 +46,17 @@ def norm_act(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = True,
-    collect: tuple[Tensor, Tensor] | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)` of `batch_norm.fused_bn_act`, which checks shapes, for what `serves` allows; differentiable.
 
-    `collect` are `first` and `total` of `statistics.SpanSums`, to which the statistics are added.
+    `SpanSums` are kept by the same call, other statistics after it.
     """
+    sums = keep if isinstance(keep, SpanSums) and has_kernel(keep) else None
     statistics = x.new_empty((3, -(-len(x) // span), len(weight)), dtype=torch.float32)
-    y = _NormAct.apply(x, weight, bias, residual, statistics, collect, span, eps, relu)  # type: ignore[no-untyped-call]
+    y = _NormAct.apply(x, weight, bias, residual, statistics, sums, span, eps, relu)  # type: ignore[no-untyped-call]
+    if keep is not None and sums is None:
+        keep_statistics(keep, statistics[0], statistics[1], triton=False)
     return y, statistics[0], statistics[1]
 
 
@@ -67,14 +71,14 @@ class _NormAct(torch.autograd.Function):
         bias: Tensor,
         residual: Tensor | None,
         statistics: Tensor,
-        collect: tuple[Tensor, Tensor] | None,
+        sums: SpanSums | None,
         span: int,
         eps: float,
         relu: bool,
     ) -> Tensor:
         y = torch.empty_like(x)
         given = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        _call(0, x, weight, bias, statistics, span, relu, eps, residual=given, y=y, collect=collect)
+        _call(0, x, weight, bias, statistics, span, relu, eps, residual=given, y=y, sums=sums)
         has_output = relu and residual is not None  # whose sign is ReLU's mask; otherwise x tells it
         ctx.save_for_backward(x, weight, bias, statistics, *([y] if has_output else []))
         ctx.span, ctx.relu, ctx.has_residual = span, relu, residual is not None
@@ -109,13 +113,13 @@ def _call(
     y: Tensor | None = None,
     dz: Tensor | None = None,
     gradients: tuple[Tensor | None, ...] = (None, None, None),
-    collect: tuple[Tensor, Tensor] | None = None,
+    sums: SpanSums | None = None,
 ) -> None:
     """Forward (0) or backward (1)."""
     functions, (count, channels, height, width) = _functions(), x.shape
     assert functions is not None, "what `serves` allows"
     dx, dweight, dbias = gradients
-    first, total = collect or (None, None)
+    first, total = sums or (None, None)
     vectors = (weight, bias, *statistics.unbind(), dweight, dbias, first, total)
     arguments = _ARGUMENTS.pack(
         x.dtype == torch.bfloat16,

@@ -4,7 +4,7 @@ Every net of `megabatch.nn` asks `norm_act` for "norm, plus residual, through Re
 operations, one after the other; `set_fusion` lets the kernels of `megabatch.kernels` take the cases they serve.
 """
 
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels import Backend, cpu_batch_norm, fused_bn_act, has_triton
-from megabatch.kernels.statistics import Keep, RunningAverages, SpanSums, keep_statistics
+from megabatch.kernels.statistics import Keep, RunningAverages, SpanSums
 from megabatch.nn.batch_norm import SpanBatchNorm2d
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
@@ -60,26 +60,23 @@ def norm_act(
 
     Shapes: x and residual (N, C, H, W).
     """
-    if fusion == "plain" or torch.compiler.is_compiling() or not (_is_fusable(norm, x) and _agree(x, residual)):
-        return _plain(norm, x, residual, relu)
-    options: dict[str, Any] = {"span": span_of(norm, x), "eps": norm.eps, "residual": residual, "relu": relu}
-    if wants(x, fusion):
-        return fused_bn_act(x, norm.weight, norm.bias, keep=keep_of(norm), backend=backend_of(fusion), **options)[0]
-    if not (fusion == "auto" and cpu_batch_norm.serves(x, norm.weight, norm.bias)):
-        return _plain(norm, x, residual, relu)
-    keep = keep_of(norm)
-    collect = keep if isinstance(keep, SpanSums) else None
-    y, mean, var = cpu_batch_norm.norm_act(x, norm.weight, norm.bias, collect=collect, **options)
-    if collect is None:
-        keep_statistics(keep, mean, var, triton=False)
+    if not (_has_kernel(x, fusion) and _is_fusable(norm, x) and _agree(x, residual)):
+        y: Tensor = norm(x)
+        if residual is not None:
+            y += residual
+        return functional.relu(y, inplace=True) if relu else y
+    y, *_ = fused_bn_act(
+        x,
+        norm.weight,
+        norm.bias,
+        span=span_of(norm, x),
+        eps=norm.eps,
+        residual=residual,
+        relu=relu,
+        keep=keep_of(norm),
+        backend=backend_of(fusion),
+    )
     return y
-
-
-def _plain(norm: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y: Tensor = norm(x)
-    if residual is not None:
-        y += residual
-    return functional.relu(y, inplace=True) if relu else y
 
 
 def can_fuse(norm: nn.Module, x: Tensor, fusion: Fusion) -> TypeGuard[nn.BatchNorm2d]:
@@ -124,6 +121,13 @@ def keep_of(norm: nn.BatchNorm2d) -> Keep:
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     return RunningAverages(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+
+
+def _has_kernel(x: Tensor, fusion: Fusion) -> bool:
+    """Whether batch norm, residual and ReLU of such a tensor are one function, on a GPU or on a CPU."""
+    if fusion == "plain" or torch.compiler.is_compiling():
+        return False
+    return wants(x, fusion) or (fusion == "auto" and cpu_batch_norm.serves(x))
 
 
 def wants(x: Tensor, fusion: Fusion) -> bool:

@@ -57,14 +57,14 @@ def accumulate_gradients(
     micro-batch's backward alone.
     """
     losses = []
-    exchanged = world_size > 1
+    linked = world_size > 1  # the exchange waits for the weights' own gradients
     widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
     with objective.precision.kept_casts():
         for number in range(num_micro_batches):
             batch = next(batches)
             exchanges = number == num_micro_batches - 1
             with contextlib.nullcontext() if exchanges else _without_exchange(model):
-                with objective.copies.read(linked=exchanged):
+                with objective.copies.read(linked=linked):
                     loss = forward_loss(model, batch, objective)
                 torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
             objective.copies.hand_over(widen=widen)
