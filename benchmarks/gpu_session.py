@@ -69,10 +69,7 @@ class Session:
     def write(self) -> None:
         """All results so far as one JSON file."""
         self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / "gpu.json"
-        part = path.with_suffix(".part")  # whoever ends this process finds a whole file
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(path)
+        put(self.output / "gpu.json", json.dumps(self.results, indent=1) + "\n")
 
     def time(self, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
         """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing."""
@@ -117,6 +114,13 @@ def free() -> None:
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file at once: who watches this process, or ends it, finds a whole one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def guarded(session: Session, section: str, case: str, run: Callable[[], None]) -> None:

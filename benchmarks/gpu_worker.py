@@ -12,7 +12,7 @@ import torch
 
 import gpu_kernels
 import gpu_steps
-from gpu_session import LostError, Session, guarded
+from gpu_session import LostError, Session, guarded, put
 from megabatch.kernels import has_triton
 from megabatch.kernels.tuning import Table, use_table
 from megabatch.observe.environment import describe
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _run(session: Session, name: str) -> None:
-    (session.output / "running").write_text(name)
+    put(session.output / "running", name)
     if session.remaining_s() <= 0:
         session.add(name, "whole section", skipped="no time left")
         return

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ parser.add_argument("sections", nargs="+")
 options = parser.parse_args()
 path = Path(options.output) / "gpu.json"
 for section in options.sections:
-    (Path(options.output) / "running").write_text(section)
+    path.with_name("running.part").write_text(section)
+    path.with_name("running.part").replace(path.with_name("running"))
     if section == "loss":
         FATE
     path.write_text(json.dumps([*json.loads(path.read_text()), {"section": section, "case": "all", "way": "done"}]))
@@ -83,3 +85,22 @@ def test_the_process_that_works_knows_every_section(gpu):
 
 def test_all_of_it_ends_within_nine_minutes(gpu):
     assert gpu.LIMIT_S + gpu.GRACE_S < 9 * 60
+
+
+def test_who_watches_never_reads_half_a_file(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    put = importlib.import_module("gpu_session").put
+    path, done, read = tmp_path / "running", threading.Event(), set()
+    put(path, "step")
+
+    def watch():
+        while not done.is_set():
+            read.add(path.read_text())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for number in range(3000):
+        put(path, ("profile", "step")[number % 2])
+    done.set()
+    watcher.join()
+    assert read <= {"profile", "step"}
