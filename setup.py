@@ -5,29 +5,25 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-JPEG_NAMES = ("", "_entropy", "_header", "_idct", "_resize")
-KERNELS = Path("src/megabatch/kernels")
-FLAGS = ["-O3", "-fvisibility=hidden"]
+
+def extension(package: str, *flags: str) -> Extension:
+    """The library `_native` of a package, from the C files in its folder csrc."""
+    sources = Path("src", *package.split("."), "csrc")
+    return Extension(
+        f"{package}._native",
+        sorted(map(str, sources.glob("*.c"))),
+        depends=sorted(map(str, sources.glob("*.h"))),
+        extra_compile_args=["-O3", "-fvisibility=hidden", *flags],
+        libraries=["m"],
+        optional=True,
+    )
 
 
 def extensions() -> list[Extension]:
-    """None on Windows; the kernels want GNU's OpenMP, which torch brings on Linux alone."""
-    jpeg = Extension(
-        "megabatch.data._jpegcrop_native",
-        [f"src/megabatch/data/_jpegcrop{name}.c" for name in JPEG_NAMES],
-        depends=["src/megabatch/data/_jpegcrop.h", "src/megabatch/data/_jpegcrop_entropy.h"],
-        extra_compile_args=FLAGS,
-        libraries=["m"],
-        optional=True,
-    )
-    kernels = Extension(
-        "megabatch.kernels._cpu_native",
-        sorted(map(str, KERNELS.glob("_cpu_*.c"))),
-        depends=sorted(map(str, KERNELS.glob("_cpu_*.h"))),
-        extra_compile_args=[*FLAGS, "-fopenmp"],  # not linked with: the process has torch's OpenMP, and needs no second
-        libraries=["m"],
-        optional=True,
-    )
+    """None on Windows; the CPU kernels need GNU OpenMP, which torch ships on Linux only."""
+    jpeg = extension("megabatch.data.jpeg")
+    # Compiled with OpenMP but not linked with it: the process already has torch's OpenMP runtime.
+    kernels = extension("megabatch.kernels.cpu", "-fopenmp")
     return {"win32": [], "linux": [jpeg, kernels]}.get(sys.platform, [jpeg])
 
 

@@ -18,7 +18,10 @@ import torch
 import torch.distributed as dist
 
 from harness import Work, compare, record, table, write_lines
-from megabatch.comm import ALGORITHMS, ExchangeState, leave, make_grid
+from megabatch.comm.exchange.algorithms import ALGORITHMS
+from megabatch.comm.exchange.grid import make_grid
+from megabatch.comm.exchange.state import ExchangeState
+from megabatch.comm.launch import leave
 
 RESNET50_MIB = 25_557_032 * 4 / 2**20
 BASELINE = "torch all_reduce"

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import harness
 from harness import Timing, Work, record, table, write_lines
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, resnet8
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.resnet import Norm
+from megabatch.nn.small import resnet8
 
 BASELINE = "nn.BatchNorm2d"
 AIM = 1.1  # span = batch, time beside the baseline

@@ -3,7 +3,7 @@
     python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--threads 2] [--repeats 9] [--cpu-seconds]
 
 Shapes are those that the nets' layers meet, as often as they do. Per shape and part (output, data gradient, weight
-gradient), interleaved in one process: torch's operation, which is oneDNN's, and `megabatch.kernels.cpu_conv`'s. "all"
+gradient), interleaved in one process: torch's operation, which is oneDNN's, and `megabatch.kernels.cpu.conv`'s. "all"
 lines add medians over a net; the data gradient of its images is left out, as nobody learns them. Errors against
 float64 are of 16 images, relative in the norm. Freed memory is kept, as in training. With --cpu-seconds one thread is
 timed by its own processor seconds, which wait for no other process.
@@ -23,8 +23,9 @@ from torch.nn import functional
 import batch_norm
 import harness
 from harness import Timing, Work, record, table, write_lines
-from megabatch.kernels import cpu_conv
-from megabatch.nn import resnet8, resnet18, resnet50
+from megabatch.kernels.cpu import conv as cpu_conv
+from megabatch.nn.resnet import resnet18, resnet50
+from megabatch.nn.small import resnet8
 from megabatch.train.host_memory import keep_freed_memory
 
 Compare = Callable[[dict[str, Work]], dict[str, Timing]]
@@ -190,7 +191,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, instead of elapsed seconds")
     options = parser.parse_args()
-    assert cpu_conv.is_available(), "needs AVX-512 BF16, and the library: python -m megabatch.kernels.cpu_native"
+    assert cpu_conv.is_available(), "needs AVX-512 BF16, and the library: python -m megabatch.kernels.cpu.library"
     keep_freed_memory()
     torch.set_num_threads(1 if options.cpu_seconds else options.threads)
     torch.manual_seed(0)

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megabatch.data.fetch import load
-from megabatch.nn import SpanBatchNorm2d, cross_entropy_sum, set_fusion
+from megabatch.data.fetching.fetch import load
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.loss import cross_entropy_sum
 from megabatch.nn.resnet import Bottleneck, ResNet, convolution, reset_weights, stage
 from megabatch.observe.environment import describe
-from megabatch.optim import SGD
+from megabatch.optim.sgd import SGD
 
 BATCH, SPAN, PEAK_LR, WARMUP_STEPS = 128, 64, 0.05, 20
 LAST = 50

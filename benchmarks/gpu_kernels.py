@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import megabatch.kernels.conv1x1 as conv
+import megabatch.kernels.bottleneck.conv1x1 as conv
 from gpu_session import Session, guarded
 from harness import Work, compare
-from megabatch.kernels import (
-    Normalisation,
-    crop_and_resize,
-    cross_entropy_with_gradient,
-    fused_bn_act,
-)
-from megabatch.kernels.stem import fused_bn_relu_pool
-from megabatch.nn import cross_entropy_sum
-from megabatch.optim import LAMB, LARS, SGD
+from megabatch.kernels.crop_resize import crop_and_resize
+from megabatch.kernels.loss import cross_entropy_with_gradient
+from megabatch.kernels.norm.batch_norm import fused_bn_act
+from megabatch.kernels.norm.passes import Normalisation
+from megabatch.kernels.norm.stem import fused_bn_relu_pool
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.sgd import SGD
 from optimizer import resnet50_shapes
 
 NORMS = ((64, 112, False), (64, 56, False), (256, 56, True), (512, 28, True), (1024, 14, True), (2048, 7, True))

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels import Backend, LarsGroup, StepTables, lars_step
-from megabatch.nn import Fusion, cross_entropy_sum, resnet50, set_fusion
+from megabatch.kernels.dispatch import Backend
+from megabatch.nn.fused.fuse import Fusion, set_fusion
 from megabatch.nn.initialize import last_norms
-from megabatch.nn.resnet import Bottleneck, ResNet
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.nn.resnet import Bottleneck, ResNet, resnet50
+from megabatch.optim.kernels.lars import LarsGroup, lars_step
+from megabatch.optim.kernels.tables import StepTables
 
 LOSS_SCALE = 1024.0
 SMOOTHING = 0.1
@@ -26,7 +29,7 @@ class Half:
     """A model whose convolutions and last layer hold 16-bit weights; masters and batch norm's parameters in float32.
 
     The LARS step writes both, so nothing is cast in forward. With `fusion` the model is what
-    `megabatch.nn.set_fusion` makes of it.
+    `megabatch.nn.fused.fuse.set_fusion` makes of it.
     """
 
     model: nn.Module

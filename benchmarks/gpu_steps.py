@@ -21,8 +21,9 @@ from gpu_models import (
 from gpu_session import Session, free, graph_of, guarded
 from gpu_traffic import Kernel, Traffic, by_kind
 from harness import measure
-from megabatch.kernels import Backend
-from megabatch.nn import Fusion, cross_entropy_sum, set_fusion
+from megabatch.kernels.dispatch import Backend
+from megabatch.nn.fused.fuse import Fusion, set_fusion
+from megabatch.nn.loss import cross_entropy_sum
 
 BATCHES = (1024, 32, 256, 64, 16)
 COMPILE_S, EAGER_S, OTHERS_S = 75.0, 15.0, 150.0

@@ -30,8 +30,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabatch.kernels import conv1x1, dispatch, join_passes, norm_passes, products, residual, tuning
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, fused_stem, resnet50, set_fusion
+from megabatch.kernels import dispatch, tuning
+from megabatch.kernels.bottleneck import conv1x1, products, residual
+from megabatch.kernels.norm import join as join_passes
+from megabatch.kernels.norm import passes as norm_passes
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused import stem as fused_stem
+from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.nn.resnet import resnet50
 
 CONVOLUTIONS = "torch's convolutions"
 OTHERS = "other operations of torch"

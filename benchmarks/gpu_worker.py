@@ -13,7 +13,7 @@ import torch
 import gpu_kernels
 import gpu_steps
 from gpu_session import LostError, Session, guarded, put
-from megabatch.kernels import has_triton
+from megabatch.kernels.dispatch import has_triton
 from megabatch.kernels.tuning import Table, use_table
 from megabatch.observe.environment import describe
 

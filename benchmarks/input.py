@@ -25,15 +25,15 @@ from PIL import Image
 
 from harness import Timing, record, write_lines
 from input_peers import BATCH, PEERS, WORKERS, Job, Pass
-from megabatch.data import _jpegcrop
-from megabatch.data.crops import random_resized_crop_boxes
-from megabatch.data.decode import decode, decode_crop
-from megabatch.data.folder import FolderSource
-from megabatch.data.loader import TrainLoader
-from megabatch.data.pack import pack
-from megabatch.data.reader import BadSamples, BatchReader
-from megabatch.data.shards import ShardSource
-from megabatch.data.source import EncodedSource
+from megabatch.data.augment.crops import random_resized_crop_boxes
+from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg.decode import decode, decode_crop
+from megabatch.data.loading.reader import BadSamples, BatchReader
+from megabatch.data.loading.train_loader import TrainLoader
+from megabatch.data.packing.pack import pack
+from megabatch.data.sources.folder import FolderSource
+from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.shards import ShardSource
 
 PACKAGES = [
     *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "ffcv", "spdl-io"),

@@ -67,8 +67,8 @@ def work(folder: Path, rank: int, batches: int, batch: int, prefetch: int) -> di
     """Memory of one worker before, with its source open, and the most during its batches."""
     import torch
 
-    from megabatch.data.loader import TrainLoader
-    from megabatch.data.shards import ShardSource
+    from megabatch.data.loading.train_loader import TrainLoader
+    from megabatch.data.sources.shards import ShardSource
 
     torch.set_num_threads(1)
     seen = {"torch imported": memory()}

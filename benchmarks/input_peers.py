@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megabatch.data.crops import random_resized_crop_boxes
-from megabatch.data.decode import image_size
-from megabatch.data.folder import FolderSource
+from megabatch.data.augment.crops import random_resized_crop_boxes
+from megabatch.data.jpeg.decode import image_size
+from megabatch.data.sources.folder import FolderSource
 
 Pass = Callable[[], int]
 WORKERS, BATCH = 2, 64

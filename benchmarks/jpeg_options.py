@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from harness import Timing, record, write_lines
-from megabatch.data import _jpegcrop
-from megabatch.data.crops import random_resized_crop_boxes
-from megabatch.data.decode import MAX_PIXELS, image_size
-from megabatch.data.folder import FolderSource
+from megabatch.data.augment.crops import random_resized_crop_boxes
+from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg.decode import MAX_PIXELS, image_size
+from megabatch.data.sources.folder import FolderSource
 
 SIZE = 224
 Box = tuple[int, int, int, int]

@@ -80,11 +80,11 @@ def with_recomputed_statistics(folder: Path) -> float:
     import torch
 
     from megabatch import nn as models
-    from megabatch.build.data import build_eval_loader, build_train_loader, eval_block_size, open_data
-    from megabatch.build.run import load_for_evaluation
+    from megabatch.app.data import build_eval_loader, build_train_loader, eval_block_size, open_data
+    from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import World
     from megabatch.recipe import from_json
-    from megabatch.site import Site
+    from megabatch.runtime import Site
     from megabatch.train.checkpoint import list_checkpoints, load_state
     from megabatch.train.evaluate import evaluate
     from megabatch.train.precision import Precision

@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from gpu_session import graph_of
 from harness import Timing, Work, compare, record, table, write_lines
 from megabatch.errors import UserError
-from megabatch.optim import LAMB, LARS, SGD, RMSpropWarmup
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.sgd import SGD
 
 Group = dict[str, Any]
 BASELINE = "megabatch LARS"

@@ -29,10 +29,10 @@ SMOOTHING, RATE, MOMENTUM, DECAY = 0.1, 1e-3, 0.9, 5e-5
 def ours(model: str, **site: Any) -> Iterator[tuple[Step, nn.Module]]:
     """`megabatch train`'s own step: joined, wired and taken as there, on random images."""
     from megabatch import recipes
-    from megabatch.build.synthetic import synthetic_step
+    from megabatch.bench.synthetic_step import synthetic_step
     from megabatch.comm.launch import join
     from megabatch.recipe import override
-    from megabatch.site import Site
+    from megabatch.runtime import Site
 
     values = SETTINGS[model]
     changes = {"model": model, "bn_span": values["batch"], "global_batch_size": values["batch"]}

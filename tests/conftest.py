@@ -11,3 +11,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Shared machines pause at will. In CI examples are the same each time: new ones are looked for where somebody looks.
 settings.register_profile("megabatch", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("megabatch")
+
+pytest_plugins = ["interpreted"]

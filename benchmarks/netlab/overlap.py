@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megabatch.comm import Timeline, leave, wrap
+from megabatch.comm.exchange.timeline import Timeline
+from megabatch.comm.exchange.wrap import wrap
+from megabatch.comm.launch import leave
 from megabatch.comm.peers import host_name
 
 

@@ -28,7 +28,7 @@ from lab import CONGESTION_CONTROL, LabUnavailable, NetworkLab, remove_leftovers
 from report import report
 from worker import serve
 
-from megabatch.comm.auto import Cell
+from megabatch.comm.autotune.choose import Cell
 
 SIZES = (4096, 1_000_000, 10_000_000, 100_000_000)
 REPEATS = {4096: 15, 1_000_000: 7, 10_000_000: 3, 100_000_000: 1}

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from lab import Host
 
-from megabatch.comm.auto import Cell
-from megabatch.comm.grid import make_grid
-from megabatch.comm.tune import Bench
+from megabatch.comm.autotune.choose import Cell
+from megabatch.comm.autotune.measure import Bench
+from megabatch.comm.exchange.grid import make_grid
 
 STEPS = 31
 TIMEOUT_S = 180.0

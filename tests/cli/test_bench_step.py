@@ -9,7 +9,7 @@ import pytest
 
 from megabatch import recipes
 from megabatch.cli.bench_step import Measured, Way, table, ways_to_measure
-from megabatch.site import Site
+from megabatch.runtime import Site
 
 QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
 

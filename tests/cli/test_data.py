@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from photographs import encode, photograph
 from typer.testing import CliRunner, Result
 
 from megabatch.cli.bench_input import bench_input
 from megabatch.cli.data import data_app
 from megabatch.errors import DataError
-from photographs import encode, photograph
 
 app = typer.Typer()
 app.add_typer(data_app, name="data")
@@ -94,13 +94,13 @@ def test_a_long_list_is_cut_and_says_where_the_rest_is(folder, monkeypatch):
 
 
 def test_fetch_says_where_the_data_is_and_who_served_it(monkeypatch, tmp_path):
-    from megabatch.data.fetch import Fetched
+    from megabatch.data.fetching.fetch import Fetched
 
     def served(name, *, cache, folder, on_progress):
         on_progress("asking")
         return Fetched(tmp_path / name, "a friend")
 
-    monkeypatch.setattr("megabatch.data.fetch.fetch", served)
+    monkeypatch.setattr("megabatch.data.fetching.fetch.fetch", served)
     result = run("data", "fetch", "cifar10")
     assert f"{tmp_path / 'cifar10'} (from a friend)" in result.output
 
@@ -121,11 +121,11 @@ def test_bench_input_names_every_stage_and_the_bottleneck(folder, tmp_path):
 @pytest.mark.parametrize(
     ("share", "said"),
     [
-        (None, "decoder: libjpeg-turbo's library; `python -m megabatch.data._jpegcrop` builds"),
+        (None, "decoder: libjpeg-turbo's library; `python -m megabatch.data.jpeg.library` builds"),
         (1.0, "decoder: compiled\n"),
         (0.75, "decoder: compiled, for 75% of the images"),
     ],
 )
 def test_bench_input_says_which_decoder_is_in_use_and_how_to_get_the_compiled_one(folder, monkeypatch, share, said):
-    monkeypatch.setattr("megabatch.data.stages._compiled_share", lambda *_: share)
+    monkeypatch.setattr("megabatch.bench.input_stages._compiled_share", lambda *_: share)
     assert said in run("bench-input", "--data", folder, "--seconds", 0.01, "--resolution", 32).output

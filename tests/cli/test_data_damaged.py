@@ -8,13 +8,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from damaged_files import FILES, bomb_jpeg, jpeg
 from typer.testing import CliRunner
 
-from damaged_files import FILES, bomb_jpeg, jpeg
 from megabatch.cli.main import app
-from megabatch.data.check_file import KINDS
-from megabatch.data.decode import decode
-from megabatch.data.folder import FolderSource
+from megabatch.data.checking.check_file import KINDS
+from megabatch.data.jpeg.decode import decode
+from megabatch.data.sources.folder import FolderSource
 from megabatch.errors import DataError
 from megabatch.observe.events import read_events
 

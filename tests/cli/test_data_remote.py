@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from photographs import encode, photograph
 from typer.testing import CliRunner
 
 from megabatch.cli.main import app
 from megabatch.errors import DataError, SiteError
 from megabatch.observe.events import read_events
-from photographs import encode, photograph
 
 pytest.importorskip("fsspec")
 

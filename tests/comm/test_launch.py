@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_processes
 
 from megabatch.comm.launch import _wait_for_threads, join
-from ranks import run_processes
 
 TASKS = Path("/proc/self/task")
 

@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_processes
 
-from megabatch.comm import ExchangeState, make_grid
+from megabatch.comm.exchange.grid import make_grid
+from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.peers import PeerMonitor, gather_hosts, host_name, interface_towards
 from megabatch.errors import PeerError, SiteError
-from ranks import run_processes
 
 
 def store_of(folder):

@@ -1,10 +1,10 @@
 from collections.abc import Callable
 
 import pytest
-
-from megabatch.data import known as catalogue
-from megabatch.data.known import CIFAR10, FASHION_MNIST, KnownDataSet
 from small_data_sets import CIFAR, FASHION, small
+
+from megabatch.data.fetching import catalog as catalogue
+from megabatch.data.fetching.catalog import CIFAR10, FASHION_MNIST, KnownDataSet
 
 
 @pytest.fixture

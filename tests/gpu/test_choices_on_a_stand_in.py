@@ -5,18 +5,18 @@ import gc
 import weakref
 
 import torch
+from stand_in_gpu import CUDA, StandInGpu
+from tiny_run import tiny_recipe
 
-from megabatch.build import micro_batch
-from megabatch.build.micro_batch import fit_micro_batch
-from megabatch.build.sinks import Sinks, announce_measuring
-from megabatch.build.synthetic import synthetic_step
+from megabatch.app import micro_batch
+from megabatch.app.micro_batch import fit_micro_batch
+from megabatch.app.run_log import Sinks, announce_measuring
+from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
 from megabatch.observe.progress import Progress
-from megabatch.site import Site
+from megabatch.runtime import Site
 from megabatch.train.precision import Precision
-from stand_in_gpu import CUDA, StandInGpu
-from tiny_run import tiny_recipe
 
 ON_GPU = World(device=CUDA)
 

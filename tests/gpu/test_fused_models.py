@@ -11,10 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megabatch.kernels import has_triton, products, residual, tuning
-from megabatch.kernels.stem import fused_bn_relu_pool
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet18, resnet50, set_fusion
+from megabatch.kernels import tuning
+from megabatch.kernels.bottleneck import products, residual
+from megabatch.kernels.dispatch import has_triton
+from megabatch.kernels.norm.stem import fused_bn_relu_pool
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import last_norms
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.nn.resnet import resnet18, resnet50
 
 pytestmark = [
     pytest.mark.gpu,

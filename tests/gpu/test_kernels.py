@@ -9,21 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.data.decode import resize_box
+from megabatch.data.jpeg.decode import resize_box
 from megabatch.errors import UserError
-from megabatch.kernels import (
-    Normalisation,
-    conv1x1_data_gradient,
-    conv1x1_forward,
-    conv1x1_weight_gradient,
-    crop_and_resize,
-    fused_bn_act,
-    fused_cross_entropy_sum,
-    has_triton,
-)
-from megabatch.kernels import conv1x1 as conv
-from megabatch.nn import cross_entropy_sum
-from megabatch.optim import LARS
+from megabatch.kernels.bottleneck import conv1x1 as conv
+from megabatch.kernels.bottleneck.conv1x1 import conv1x1_data_gradient, conv1x1_forward, conv1x1_weight_gradient
+from megabatch.kernels.crop_resize import crop_and_resize
+from megabatch.kernels.dispatch import has_triton
+from megabatch.kernels.loss import fused_cross_entropy_sum
+from megabatch.kernels.norm.batch_norm import fused_bn_act
+from megabatch.kernels.norm.passes import Normalisation
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.optim.lars import LARS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
 
 

@@ -8,27 +8,30 @@ import threading
 import numpy as np
 import pytest
 import torch
-
-from megabatch import nn as models
-from megabatch import recipes
-from megabatch.build.run import open_run
-from megabatch.build.synthetic import synthetic_step
-from megabatch.comm.launch import World
-from megabatch.data.batch import Batch, Staging
-from megabatch.data.decode import decode
-from megabatch.data.folder import FolderSource
-from megabatch.data.gpu_decode import GpuDecoder
-from megabatch.data.loader import EvalLoader, TrainLoader
-from megabatch.kernels import tuning
-from megabatch.nn.resnet import Bottleneck, ResNet
-from megabatch.observe.events import read_events
-from megabatch.recipe import validate
-from megabatch.site import Site
-from megabatch.train.capture import CapturedStep
-from megabatch.train.loop import train
 from photographs import encode, photograph
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
 from tiny_run import tiny_data, tiny_recipe
+
+from megabatch import recipes
+from megabatch.app import model as model_wiring
+from megabatch.app import run as run_wiring
+from megabatch.app.run import open_run
+from megabatch.bench.synthetic_step import synthetic_step
+from megabatch.comm.launch import World
+from megabatch.data.jpeg.decode import decode
+from megabatch.data.jpeg.gpu import GpuDecoder
+from megabatch.data.loading.batch import Batch, Staging
+from megabatch.data.loading.eval_loader import EvalLoader
+from megabatch.data.loading.train_loader import TrainLoader
+from megabatch.data.sources.folder import FolderSource
+from megabatch.kernels import tuning
+from megabatch.nn.batch_norm.evaluation_statistics import finish_step
+from megabatch.nn.resnet import Bottleneck, ResNet
+from megabatch.observe.events import read_events
+from megabatch.recipe import validate
+from megabatch.runtime import Site
+from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.loop import train
 
 pytest.importorskip("triton")
 ON_GPU = World(device=CUDA)
@@ -46,7 +49,7 @@ def own_choices():
 @pytest.fixture
 def without_triton(monkeypatch):
     """Every value is computed: by torch's own operations."""
-    for name in ("kernels.dispatch", "optim.fused", "nn.fusion"):
+    for name in ("kernels.dispatch", "optim.engine.fused", "nn.fused.fuse"):
         monkeypatch.setattr(f"megabatch.{name}.has_triton", lambda: False)
 
 
@@ -177,14 +180,14 @@ def test_a_run_goes_on_on_a_gpu_from_a_cpus_checkpoint_and_the_other_way_round(t
 
 
 def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
-    finish = models.finish_step
+    finish = finish_step
 
     def refused(module, **options):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("operation not permitted when stream is capturing")
         finish(module, **options)
 
-    monkeypatch.setattr(models, "finish_step", refused)
+    monkeypatch.setattr(run_wiring, "finish_step", refused)
     found = run_on(ON_GPU, tmp_path, tiny_recipe(), Site(precision="bf16", micro_batch_size=24))
     assert max(found["graphs"]) == 0
     assert len(found["losses"]) == 10
@@ -194,7 +197,7 @@ def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "capture", "micro"), [("bf16", "on", None), ("fp16", "off", 4)])
 def test_fused_bottlenecks_launch_what_a_gpu_takes(monkeypatch, precision, capture, micro):
-    monkeypatch.setattr(models, "create", small_bottlenecks)
+    monkeypatch.setattr(model_wiring, "create_model", small_bottlenecks)
     monkeypatch.setattr(tuning, "REPEATS", 1)
     recipe = validate(
         dataclasses.replace(

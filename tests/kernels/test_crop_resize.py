@@ -1,4 +1,4 @@
-"""The batched crop against the resize of `megabatch.data.decode`, which is Pillow's, and against its own reference."""
+"""The batched crop against the resize of `data/jpeg/decode.py`, which is Pillow's, and against its own reference."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabatch.data.decode import resize_box
+from megabatch.data.jpeg.decode import resize_box
 from megabatch.errors import UserError
-from megabatch.kernels import crop_and_resize
+from megabatch.kernels.crop_resize import crop_and_resize
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -9,10 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels import Tiling, conv1x1, norm_passes, products, residual, tuning
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, cross_entropy_sum, resnet8, set_fusion
+from megabatch.kernels import tuning
+from megabatch.kernels.bottleneck import conv1x1, products, residual
+from megabatch.kernels.bottleneck.tiles import Tiling
+from megabatch.kernels.norm import passes as norm_passes
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import last_norms
+from megabatch.nn.loss import cross_entropy_sum
 from megabatch.nn.resnet import Bottleneck, ResNet, convolution, stage
+from megabatch.nn.small import resnet8
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.kernels import cross_entropy_with_gradient, fused_cross_entropy_sum
 from megabatch.kernels import loss as module
-from megabatch.nn import cross_entropy_sum
+from megabatch.kernels.loss import cross_entropy_with_gradient, fused_cross_entropy_sum
+from megabatch.nn.loss import cross_entropy_sum
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megabatch.kernels import norm_passes
-from megabatch.kernels.conv1x1 import Tiling, conv1x1_forward
-from megabatch.kernels.norm_passes import moments
+from megabatch.kernels.bottleneck.conv1x1 import Tiling, conv1x1_forward
+from megabatch.kernels.norm import passes as norm_passes
+from megabatch.kernels.norm.passes import moments
 from megabatch.kernels.statistics import RunningAverages, SpanSums, keep_statistics
 
 pytestmark = pytest.mark.usefixtures("interpreter")

@@ -4,13 +4,17 @@ import sys
 
 import pytest
 import torch
+from ranks import run_threads
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megabatch.errors import UserError
-from megabatch.nn import SpanBatchNorm2d, alexnet, create, initialize, resnet8, resnet18, weights_digest
-from megabatch.nn.initialize import Scheme
-from ranks import run_threads
+from megabatch.nn.alexnet import alexnet
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.initialize import Scheme, initialize, weights_digest
+from megabatch.nn.models import create_model
+from megabatch.nn.resnet import resnet18
+from megabatch.nn.small import resnet8
 
 SCHEMES: list[Scheme] = ["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 
@@ -136,7 +140,7 @@ def test_wrappers_change_neither_weights_nor_digest() -> None:
 
 def test_another_process_makes_the_same_weights() -> None:
     code = (
-        "from megabatch.nn import *; import torch; torch.randn(5);"
+        "from megabatch.nn.initialize import *; from megabatch.nn.models import *; import torch; torch.randn(5);"
         "print(weights_digest(initialize(resnet8(), 'lecun_truncated', seed=4)))"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
@@ -186,7 +190,7 @@ def test_zero_gamma_makes_every_block_the_identity_or_its_shortcut() -> None:
     ],
 )
 def test_first_logits_are_near_zero_so_that_the_first_loss_is_that_of_a_guess(name: str, scheme: Scheme) -> None:
-    model = initialize(create(name, num_classes=10, image_size=32), scheme, seed=1, zero_gamma=True)
+    model = initialize(create_model(name, num_classes=10, image_size=32), scheme, seed=1, zero_gamma=True)
     logits = model(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert 0 < logits.abs().max() < 1
     loss = nn.functional.cross_entropy(logits, torch.arange(8))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megabatch.nn import correct_counts, cross_entropy_sum
+from megabatch.nn.loss import correct_counts, cross_entropy_sum
 
 
 def example(count: int, classes: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

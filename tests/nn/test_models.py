@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
-from megabatch.nn import SpanBatchNorm2d, alexnet, alexnet_bn, create, resnet8, resnet18, resnet34, resnet50
-from megabatch.nn.resnet import BlurConv2d
+from megabatch.nn.alexnet import alexnet, alexnet_bn
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.models import create_model
+from megabatch.nn.resnet import BlurConv2d, resnet18, resnet34, resnet50
+from megabatch.nn.small import resnet8
 
 MAKERS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -104,7 +107,7 @@ def test_stages_have_the_published_resolutions(blur_pool: bool) -> None:
 
 
 def test_a_small_stem_is_taken_up_to_64_pixels() -> None:
-    stems = {size: create("resnet18", num_classes=3, image_size=size).conv1 for size in (32, 64, 65, 224)}
+    stems = {size: create_model("resnet18", num_classes=3, image_size=size).conv1 for size in (32, 64, 65, 224)}
     assert [stem.kernel_size for stem in stems.values()] == [(3, 3), (3, 3), (7, 7), (7, 7)]
     assert [stem.stride for stem in stems.values()] == [(1, 1), (1, 1), (2, 2), (2, 2)]
 
@@ -185,7 +188,7 @@ def test_alexnet_drops_out_in_training_alone() -> None:
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"])
 def test_create_makes_each_model_by_name_with_its_options(name: str) -> None:
     norm = functools.partial(SpanBatchNorm2d, span=4)
-    model = create(name, num_classes=7, in_channels=1, norm=norm, width=8, image_size=32)
+    model = create_model(name, num_classes=7, in_channels=1, norm=norm, width=8, image_size=32)
     with torch.no_grad():
         assert model.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     spans = [module for module in model.modules() if isinstance(module, SpanBatchNorm2d)]
@@ -198,7 +201,7 @@ def test_create_makes_each_model_by_name_with_its_options(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
 def test_channels_last_images_stay_so_to_the_last_block(name: str) -> None:
     norm = functools.partial(SpanBatchNorm2d, span=2)
-    model = create(name, num_classes=3, norm=norm, image_size=32).to(memory_format=torch.channels_last)
+    model = create_model(name, num_classes=3, norm=norm, image_size=32).to(memory_format=torch.channels_last)
     formats = []
     last = model.layer3 if name == "resnet8" else model.layer4
     last.register_forward_hook(
@@ -219,4 +222,4 @@ def test_a_bfloat16_net_under_autocast_learns_in_float32_weights() -> None:
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="resnet50"):
-        create("resnet51", num_classes=10)
+        create_model("resnet51", num_classes=10)

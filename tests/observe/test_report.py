@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from run_folders import evaluation_event, make_run, step_event
 
 from megabatch import recipes
 from megabatch.errors import UserError
 from megabatch.observe.report import write_report
 from megabatch.observe.run_folder import Span, load_runs
-from run_folders import evaluation_event, make_run, step_event
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 LOADING = {"src", "href", "xlink:href", "data", "action", "poster", "srcset", "formaction", "background"}

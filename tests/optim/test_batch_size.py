@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.errors import UserError
-from megabatch.optim import NoiseScaleBatchPolicy, adjusted, batch_size_at
+from megabatch.optim.batch_size import NoiseScaleBatchPolicy, adjusted, batch_size_at
 
 IMAGENET = 1_281_167
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabatch.optim import LAMB, LARS, SGD, RMSpropWarmup
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.sgd import SGD
 
 Maker = Callable[..., torch.optim.Optimizer]
 MAKERS: dict[str, Maker] = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megabatch.errors import UserError
-from megabatch.optim import WeightAverage
+from megabatch.optim.ema import WeightAverage
 
 
 def scalar_model(value: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -9,7 +9,7 @@ from torch import nn
 
 PLAIN_SCRIPT = """
 import torch
-from megabatch.optim import LARS, learning_rate, param_groups
+from megabatch import LARS, learning_rate, param_groups
 torch.manual_seed(0)
 inputs = torch.randn(512, 16)
 labels = (inputs[:, :4].sum(dim=1) > 0).long()
@@ -36,7 +36,7 @@ def test_lars_trains_in_a_plain_script_of_twenty_lines() -> None:
 
 def test_lars_trains_under_torchs_own_schedulers() -> None:
     """A LambdaLR multiplies the group's rate; nothing of ours is told."""
-    from megabatch.optim import LARS
+    from megabatch import LARS
 
     torch.manual_seed(0)
     inputs = torch.randn(256, 8)
@@ -57,7 +57,7 @@ def test_lars_trains_under_torchs_own_schedulers() -> None:
 
 def test_lars_trains_in_a_lightning_module() -> None:
     lightning = pytest.importorskip("lightning")
-    from megabatch.optim import LARS, learning_rate, param_groups
+    from megabatch import LARS, learning_rate, param_groups
 
     class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

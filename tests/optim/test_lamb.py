@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megabatch.errors import UserError
-from megabatch.optim import LAMB, multi_tensor
+from megabatch.optim.engine import multi_tensor
+from megabatch.optim.lamb import LAMB
 
 PATHS = pytest.mark.parametrize("foreach", [None, True, False])
 

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabatch.errors import UserError
-from megabatch.optim import LARS, SGD, multi_tensor, param_groups
+from megabatch.optim.engine import multi_tensor
+from megabatch.optim.lars import LARS
+from megabatch.optim.param_groups import param_groups
+from megabatch.optim.sgd import SGD
 
 PATHS = pytest.mark.parametrize("foreach", [None, True, False])
 FORMS = ("outside", "inside", "inside_corrected")

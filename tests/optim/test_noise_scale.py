@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.errors import UserError
-from megabatch.optim import GradientNoiseScale
+from megabatch.optim.noise_scale import GradientNoiseScale
 
 positive = st.floats(1e-3, 1e3)
 

@@ -52,7 +52,7 @@ def test_the_cases_for_a_gpu_are_capturable_and_their_bytes_are_counted(
 ) -> None:
     """All but the kernels themselves, which ask for a GPU: here they say so."""
     monkeypatch.setattr(benchmark, "resnet50_shapes", lambda: [(4, 3, 3, 3), (4,)])
-    monkeypatch.setattr("megabatch.optim.fused.interprets", lambda: False)
+    monkeypatch.setattr("megabatch.optim.engine.fused.interprets", lambda: False)
     names = []
     for name, make in benchmark._ours_on_a_gpu("cpu"):
         optimizer = make(benchmark.groups(benchmark.tensors("cpu")))

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from megabatch.optim import LAMB, LARS, SGD, RMSpropWarmup, param_groups
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.param_groups import param_groups
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.sgd import SGD
 
 
 def model() -> nn.Module:

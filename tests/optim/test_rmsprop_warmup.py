@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megabatch.errors import UserError
-from megabatch.optim import SGD, RMSpropWarmup, multi_tensor, sgd_share
+from megabatch.optim.engine import multi_tensor
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.schedule import sgd_share
+from megabatch.optim.sgd import SGD
 
 PATHS = pytest.mark.parametrize("foreach", [None, True, False])
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megabatch.optim import SGD, param_groups
+from megabatch.optim.param_groups import param_groups
+from megabatch.optim.sgd import SGD
 
 
 def small_model() -> nn.Module:

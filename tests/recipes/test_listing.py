@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from megabatch import recipes
-from megabatch.build.schedule import count_steps
 from megabatch.cli.main import app
 from megabatch.cli.recipes import curve, schedule
 from megabatch.cli.recipes import recipes as show
 from megabatch.errors import RecipeError, UserError
 from megabatch.recipe import Recipe
 from megabatch.recipes.markdown import as_markdown
+from megabatch.train.schedule import count_steps
 
 ROOT = Path(__file__).parents[2]
 

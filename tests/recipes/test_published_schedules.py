@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megabatch import recipes
-from megabatch.build.schedule import count_steps, settings_at
+from megabatch.train.schedule import count_steps, settings_at
 from megabatch.train.state import StepSettings
 
 NUM_IMAGES = 1_281_167

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megabatch.data.batch import Batch
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, resnet8
+from megabatch.data.loading.batch import Batch
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.small import resnet8
+from megabatch.train.gradients import Objective, accumulate_gradients, forward_loss
 from megabatch.train.precision import LossScale, Precision, WideLinear, widen_logits
-from megabatch.train.step import Objective, accumulate_gradients, forward_loss
 
 CPU = torch.device("cpu")
 

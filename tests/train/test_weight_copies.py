@@ -6,24 +6,26 @@ from collections import Counter
 
 import pytest
 import torch
+from ranks import run_processes
+from tiny_run import run_tiny, tiny_recipe
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megabatch.build.state import build_state
+from megabatch.app.state import build_state
 from megabatch.comm.launch import World
-from megabatch.data.batch import Batch
-from megabatch.nn import SpanBatchNorm2d, collect_statistics, set_fusion
+from megabatch.data.loading.batch import Batch
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.resnet import Bottleneck, ResNet
 from megabatch.observe.events import read_events
-from megabatch.optim import SGD
-from megabatch.site import Site
+from megabatch.optim.sgd import SGD
+from megabatch.runtime import Site
+from megabatch.train.gradients import Objective, accumulate_gradients
 from megabatch.train.precision import Precision, WideLinear, widen_logits
-from megabatch.train.step import Objective, accumulate_gradients
 from megabatch.train.weight_copies import WeightCopies
-from ranks import run_processes
-from tiny_run import run_tiny, tiny_recipe
 
 CPU = torch.device("cpu")
 EVERY_OPTIMIZER = [
@@ -101,7 +103,7 @@ def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_b
     def too_large_at_first(site, device):
         return Precision("fp16", device, init_scale=2.0**24)
 
-    monkeypatch.setattr("megabatch.build.run.choose_precision", too_large_at_first)
+    monkeypatch.setattr("megabatch.app.run.choose_precision", too_large_at_first)
     recipe = tiny_recipe(total_epochs=4.0)
     assert_same_run(*both_ways(tmp_path, recipe, Site(precision="fp16", micro_batch_size=micro_batch_size)))
     steps = [

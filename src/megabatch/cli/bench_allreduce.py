@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch.cli.options import require_choice
-from megabatch.comm.auto import tuning_file
+from megabatch.comm.autotune.choose import tuning_file
 from megabatch.errors import SiteError
 
 if TYPE_CHECKING:
-    from megabatch.comm.auto import Measured
+    from megabatch.comm.autotune.choose import Measured
     from megabatch.comm.launch import World
 
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
@@ -95,8 +95,8 @@ def _number(option: str, text: str) -> float:
 
 def _measure(world: "World", plan: _Plan) -> None:
     """One worker's part; the first worker prints and writes."""
-    from megabatch.comm.grid import choose_rows
-    from megabatch.comm.tune import Bench, cells_to_measure
+    from megabatch.comm.autotune.measure import Bench, cells_to_measure
+    from megabatch.comm.exchange.grid import choose_rows
 
     hosts = _hosts(world)
     rows, why = choose_rows(world.world_size, shape=plan.shape, hosts=hosts)
@@ -118,7 +118,7 @@ def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", wor
     import torch
     import torch.distributed as dist
 
-    from megabatch.comm.auto import describe_world, write_table
+    from megabatch.comm.autotune.choose import describe_world, write_table
 
     name = describe_world(dist.get_backend(), hosts)
     write_table(table, name, measured, torch=torch.__version__)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from megabatch.data.source import EncodedSource
-    from megabatch.data.stages import InputReport, Stage
+    from megabatch.bench.input_stages import InputReport, Stage
+    from megabatch.data.sources.protocol import EncodedSource
 
 
 def bench_input(
@@ -21,7 +21,7 @@ def bench_input(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
 ) -> None:
     """Times each stage of the input. Reading to copying on one core, and the loader as a whole; names the slowest."""
-    from megabatch.data.stages import measure_input
+    from megabatch.bench.input_stages import measure_input
 
     report = measure_input(
         open_training_part(data),
@@ -38,7 +38,7 @@ def bench_input(
 
 def open_training_part(path: Path) -> "EncodedSource":
     """The training samples of a data set with parts, or all of one without."""
-    from megabatch.data.pack_input import open_parts
+    from megabatch.data.packing.input import open_parts
 
     return open_parts(path)[0].source
 
@@ -61,7 +61,7 @@ def _show(report: "InputReport") -> None:
 
 
 def _decoder(compiled_share: float | None) -> str:
-    from megabatch.data.stages import HOW_TO_COMPILE
+    from megabatch.bench.input_stages import HOW_TO_COMPILE
 
     if compiled_share is None:
         return f"libjpeg-turbo's library; {HOW_TO_COMPILE}"

@@ -15,10 +15,10 @@ from megabatch import recipes
 from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, override
-from megabatch.site import Site
+from megabatch.runtime import Site
 
 if TYPE_CHECKING:
-    from megabatch.build.synthetic import SyntheticStep
+    from megabatch.bench.synthetic_step import SyntheticStep
     from megabatch.comm.launch import World
 
 
@@ -60,7 +60,7 @@ def bench_step(
     output: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
 ) -> None:
     """Times a recipe's training step. On random images: precisions, micro-batches and, if asked for, torch.compile."""
-    from megabatch.build.synthetic import usual_batch
+    from megabatch.bench.synthetic_step import usual_batch
     from megabatch.comm.launch import join
 
     chosen = override(recipes.get(recipe), parse_settings(settings or []))
@@ -160,7 +160,7 @@ def _measure_group(
 
 @contextlib.contextmanager
 def _warm_step(recipe: Recipe, images: int, way: Way, world: "World") -> "Iterator[SyntheticStep]":
-    from megabatch.build.synthetic import synthetic_step
+    from megabatch.bench.synthetic_step import synthetic_step
 
     with synthetic_step(recipe, way.site, world=world, global_batch_size=images) as step:
         for _ in range(2 if world.device.type == "cpu" else 5):  # compiled at the second, captured at the fourth

@@ -12,7 +12,7 @@ import typer
 from megabatch.cli.options import CACHE_HELP
 
 if TYPE_CHECKING:
-    from megabatch.data.check import CheckReport, Problem
+    from megabatch.data.checking.check import CheckReport, Problem
 
 data_app = typer.Typer(
     help="Get, pack and check data sets.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -28,7 +28,7 @@ def fetch(
     folder: Annotated[Path | None, typer.Option(help="A folder that already has the published files.")] = None,
 ) -> None:
     """Gets a known data set. From the first source that serves it; verified; says where it is."""
-    from megabatch.data.fetch import fetch as fetch_data
+    from megabatch.data.fetching.fetch import fetch as fetch_data
 
     fetched = fetch_data(name, cache=cache, folder=folder, on_progress=lambda line: typer.echo(line, err=True))
     typer.echo(f"{fetched.path} (from {fetched.source})")
@@ -45,7 +45,7 @@ def pack(
     workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
 ) -> None:
     """Packs images into indexed tar shards. Any WebDataset reader takes them; files stay as they are by default."""
-    from megabatch.data.pack import pack as pack_data
+    from megabatch.data.packing.pack import pack as pack_data
 
     with _progress("packing") as on_progress:
         report = pack_data(
@@ -77,7 +77,7 @@ def check(
     workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
 ) -> None:
     """Finds bad and odd images, decoding every one. Ends with 1 if bad ones remain, else with 0."""
-    from megabatch.data.check import check as check_data
+    from megabatch.data.checking.check import check as check_data
 
     with _progress("checking") as on_progress:
         report = check_data(path, workers=workers, on_progress=on_progress)
@@ -93,7 +93,7 @@ def _mend(report: "CheckReport", *, repair: bool, exclude: bool, into: Path | No
     """What is left after the repairs and exclusions that were asked for."""
     from dataclasses import replace
 
-    from megabatch.data import repair as repairs
+    from megabatch.data.loading import repair as repairs
 
     for wanted, mend, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
         if not wanted:

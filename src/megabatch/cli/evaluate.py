@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from megabatch.cli.options import CACHE_HELP, device_here, parse_data, parse_workers, require_choice
-from megabatch.site import Precision, Site
+from megabatch.runtime import Precision, Site
 
 
 def evaluate(
@@ -43,9 +43,9 @@ def evaluate(
 
 
 def _evaluate(checkpoint: Path, site: Site) -> None:
-    from megabatch.build.data import build_eval_loader, eval_block_size, fit_to_data, open_data
-    from megabatch.build.run import load_for_evaluation
-    from megabatch.build.site import choose_memory, choose_precision
+    from megabatch.app.data import build_eval_loader, eval_block_size, fit_to_data, open_data
+    from megabatch.app.resolve import choose_memory, choose_precision
+    from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import join
     from megabatch.errors import DataError
     from megabatch.recipe import from_json

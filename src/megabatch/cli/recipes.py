@@ -96,7 +96,7 @@ def _fields(recipe: Recipe) -> Table:
 
 def schedule(recipe: Recipe) -> Iterator[dict[str, float]]:
     """What holds at the start of each epoch, and at the end: rates, batch, pixels, and the epoch's updates."""
-    from megabatch.build.schedule import total_samples
+    from megabatch.train.schedule import total_samples
 
     total = total_samples(recipe)
     for index, updates in enumerate(_updates_by_epoch(recipe, total)):
@@ -106,7 +106,7 @@ def schedule(recipe: Recipe) -> Iterator[dict[str, float]]:
 
 def curve(recipe: Recipe, num_points: int = 2000) -> list[dict[str, float]]:
     """The schedule at `num_points` moments, evenly spaced: fine enough to draw jumps as jumps."""
-    from megabatch.build.schedule import total_samples
+    from megabatch.train.schedule import total_samples
 
     last = total_samples(recipe) - 1
     samples = [round(last * index / (num_points - 1)) for index in range(num_points)]
@@ -115,7 +115,7 @@ def curve(recipe: Recipe, num_points: int = 2000) -> list[dict[str, float]]:
 
 def _moment(recipe: Recipe, first: int) -> dict[str, float]:
     """What an update that starts at stream position `first` uses."""
-    from megabatch.build.schedule import settings_at
+    from megabatch.train.schedule import settings_at
 
     settings = settings_at(recipe, step=0, first=first)
     values: dict[str, float] = {

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 import typer
 
 from megabatch import recipes
-from megabatch.cli.forewarn import too_few_updates_for_running_averages
 from megabatch.cli.options import (
     CACHE_HELP,
     SET_HELP,
@@ -26,10 +25,11 @@ from megabatch.cli.options import (
 )
 from megabatch.errors import SiteError
 from megabatch.recipe import Recipe, from_json, override
-from megabatch.site import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
+from megabatch.runtime import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
+from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
 
 if TYPE_CHECKING:
-    from megabatch.data.loader import TrainLoader
+    from megabatch.data.loading.train_loader import TrainLoader
 
 
 def train(
@@ -139,8 +139,8 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
 
 def _check_before_start(recipe: Recipe, site: Site, folder: Path) -> int:
     """The number of local workers; whatever the user got wrong is said here, before anything is written."""
-    from megabatch.build.data import check_room, fit_to_data, open_data
-    from megabatch.build.site import check, default_workers
+    from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.resolve import check, default_workers
     from megabatch.comm.launch import World
 
     device = device_here(site.device)
@@ -156,7 +156,7 @@ def _check_before_start(recipe: Recipe, site: Site, folder: Path) -> int:
 
 def _check_resumed(recipe: Recipe, folder: Path) -> None:
     """CheckpointError if the run to go on with is another recipe's."""
-    from megabatch.build.state import refuse_other_recipe
+    from megabatch.app.state import refuse_other_recipe
     from megabatch.train.checkpoint import list_checkpoints
 
     for newest in list_checkpoints(folder / "checkpoints")[-1:]:
@@ -167,8 +167,8 @@ def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | N
     """One worker's whole life."""
     import torch
 
-    from megabatch.build.data import check_room, fit_to_data, open_data
-    from megabatch.build.run import open_run
+    from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.run import open_run
     from megabatch.comm.launch import from_first, join, sum_over_workers
     from megabatch.train.loop import train as run_loop
 

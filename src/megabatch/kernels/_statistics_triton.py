@@ -8,7 +8,7 @@ and what becomes of them is done by the latter, if there is one span, or by a la
 import triton
 import triton.language as tl
 
-from megabatch.kernels._batch_norm_triton import _columns_here, _put_pair, _rows_of_part, _tile
+from megabatch.kernels.norm._batch_norm_triton import _columns_here, _put_pair, _rows_of_part, _tile
 
 
 @triton.jit

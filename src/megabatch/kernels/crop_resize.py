@@ -35,7 +35,7 @@ def crop_and_resize(
 
     Resizing is bilinear, antialiased when it shrinks: output i of an axis is the mean of the input pixels k weighted by
     max(0, 1 - |k + 1/2 - c| / max(s, 1)), where s is the box's length over the output's and c = start + (i + 1/2) s.
-    That is Pillow's BILINEAR, as in `megabatch.data.decode`, without its rounding to 8 bit after each axis. No pixel
+    That is Pillow's BILINEAR, as in `data/jpeg/decode.py`, without its rounding to 8 bit after each axis. No pixel
     outside the box is looked at, but for the rest of one that an edge cuts through.
 
     Shapes: images uint8, each (H, W, C) or, with `layout="CHW"` as nvJPEG gives it, (C, H, W), any strides, on one
@@ -137,7 +137,7 @@ def _launch(
     ]
     tiles = -(-target.rows // BLOCK_ROWS) * -(-target.columns // BLOCK_COLUMNS)
     with on_device(out):
-        load("_crop_triton").crop_resize_kernel[(tiles, len(images))](
+        load("kernels._crop_triton").crop_resize_kernel[(tiles, len(images))](
             out,
             _sent(torch.tensor(places, dtype=torch.int64), device),
             _sent(torch.tensor(sides, dtype=torch.float32), device),

@@ -37,8 +37,8 @@ def use_triton(tensor: Tensor, backend: Backend) -> bool:
 
 
 def load(name: str) -> Any:
-    """The module of this folder that holds Triton kernels; only here is Triton imported."""
-    return importlib.import_module(f"megabatch.kernels.{name}")
+    """The module `megabatch.NAME` of Triton kernels; Triton is imported here only."""
+    return importlib.import_module(f"megabatch.{name}")
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ def fused_cross_entropy_sum(
         q_i = (1 - s) (w onehot(label_i) + (1 - w) onehot(mixed_i)) + s / K
 
     (Szegedy et al. 2016, arXiv:1512.00567, section 7; Zhang et al. 2018, arXiv:1710.09412.) The arguments are those of
-    `megabatch.nn.cross_entropy_sum`. Forward computes the gradient too and keeps it in float32; backward scales it and
+    `cross_entropy_sum` in nn/loss.py. Forward computes the gradient too and keeps it in float32; backward scales it and
     rounds it to the logits' type once, so that a loss scale acts before the rounding.
 
     Labels of -100 count for nothing, as torch has it. A label of no class is torch's error from the reference; the
@@ -128,7 +128,7 @@ def _launch(
     weight = _on_device(1.0 if mix_weight is None else mix_weight, logits)
     if count:
         with on_device(logits):
-            load("_loss_triton").cross_entropy_kernel[(count,)](
+            load("kernels._loss_triton").cross_entropy_kernel[(count,)](
                 rows,
                 labels.contiguous(),
                 (labels if mixed_labels is None else mixed_labels).contiguous(),

@@ -45,7 +45,7 @@ def keep_statistics(keep: Keep, mean: Tensor, var: Tensor, *, triton: bool) -> N
         return
     spans, columns = mean.shape
     with on_device(mean):
-        load("_statistics_triton").keep_kernel[(-(-columns // 128),)](
+        load("kernels._statistics_triton").keep_kernel[(-(-columns // 128),)](
             mean, var, spans, columns, **kernel_arguments(keep), block=128, num_warps=4
         )
 

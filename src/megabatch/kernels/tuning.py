@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megabatch.cache_folder import cache_folder
+from megabatch.files import cache_folder
 from megabatch.kernels.dispatch import on_device
 
 Result = TypeVar("Result")

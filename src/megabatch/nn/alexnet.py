@@ -13,7 +13,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.nn.fusion import Fusable, is_hooked, norm_act
+from megabatch.nn.fused.fuse import Fusable, is_hooked, norm_act
 from megabatch.nn.resnet import Norm
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megabatch.kernels import Backend, fused_cross_entropy_sum
+from megabatch.kernels.dispatch import Backend
+from megabatch.kernels.loss import fused_cross_entropy_sum
 
 
 def cross_entropy_sum(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.nn.fused_bottleneck import FusableBottleneck, fits, run_bottlenecks
-from megabatch.nn.fused_convolution import convolve
-from megabatch.nn.fused_stem import norm_relu_pool, stem_convolution
-from megabatch.nn.fusion import Fusable, Fusion, is_hooked, norm_act
+from megabatch.nn.fused.bottleneck import FusableBottleneck, fits, run_bottlenecks
+from megabatch.nn.fused.convolution import convolve
+from megabatch.nn.fused.fuse import Fusable, Fusion, is_hooked, norm_act
+from megabatch.nn.fused.stem import norm_relu_pool, stem_convolution
 from megabatch.nn.initialize import last_norms
 
 Norm = Callable[[int], nn.Module]

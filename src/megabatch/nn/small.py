@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megabatch.nn.fused_convolution import convolve
-from megabatch.nn.fusion import Fusable, norm_act
+from megabatch.nn.fused.convolution import convolve
+from megabatch.nn.fused.fuse import Fusable, norm_act
 from megabatch.nn.resnet import BasicBlock, Norm, convolution, global_average_then_linear, reset_weights, stage
 
 

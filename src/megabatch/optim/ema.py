@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
-from megabatch.optim.multi_tensor import wide_dtype
+from megabatch.optim.engine.multi_tensor import wide_dtype
 
 
 class WeightAverage:

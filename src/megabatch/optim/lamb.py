@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabatch.kernels.lamb import LambGroup, lamb_step
-from megabatch.optim.base import Group, MultiTensorOptimizer
-from megabatch.optim.checks import check_number, check_ways
-from megabatch.optim.fused import Kernel
-from megabatch.optim.multi_tensor import Number, TensorLists, add_number_, add_scaled_, scaled
-from megabatch.optim.trust import norms, trust_ratios
+from megabatch.optim.engine.base import Group, MultiTensorOptimizer
+from megabatch.optim.engine.checks import check_number, check_ways
+from megabatch.optim.engine.fused import Kernel
+from megabatch.optim.engine.multi_tensor import Number, TensorLists, add_number_, add_scaled_, scaled
+from megabatch.optim.engine.trust import norms, trust_ratios
+from megabatch.optim.kernels.lamb import LambGroup, lamb_step
 
 
 class LAMB(MultiTensorOptimizer):

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from megabatch.optim.base import Group
-from megabatch.optim.checks import check_choice, check_number
+from megabatch.optim.engine.base import Group
+from megabatch.optim.engine.checks import check_choice, check_number
+from megabatch.optim.engine.multi_tensor import Number, plus_scaled
+from megabatch.optim.engine.trust import clip_to_rate, norms, trust_ratios
 from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
-from megabatch.optim.multi_tensor import Number, plus_scaled
-from megabatch.optim.trust import clip_to_rate, norms, trust_ratios
 
 
 class LARS(MomentumOptimizer):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.kernels.lars import LarsGroup, lars_step
-from megabatch.optim.base import Group, MultiTensorOptimizer
-from megabatch.optim.checks import check_choice, check_number, check_ways
-from megabatch.optim.fused import Kernel
-from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, is_flat, plus_scaled, scaled
+from megabatch.optim.engine.base import Group, MultiTensorOptimizer
+from megabatch.optim.engine.checks import check_choice, check_number, check_ways
+from megabatch.optim.engine.fused import Kernel
+from megabatch.optim.engine.multi_tensor import Number, TensorLists, add_scaled_, is_flat, plus_scaled, scaled
+from megabatch.optim.kernels.lars import LarsGroup, lars_step
 
 MomentumForm = Literal["outside", "inside", "inside_corrected"]
 

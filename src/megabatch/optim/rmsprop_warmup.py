@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.kernels.rmsprop import RmspropGroup, rmsprop_step
-from megabatch.optim.base import Group
-from megabatch.optim.checks import check_number
-from megabatch.optim.fused import Kernel
+from megabatch.optim.engine.base import Group
+from megabatch.optim.engine.checks import check_number
+from megabatch.optim.engine.fused import Kernel
+from megabatch.optim.engine.multi_tensor import Number, TensorLists, add_scaled_, plus_scaled, scaled
+from megabatch.optim.kernels.rmsprop import RmspropGroup, rmsprop_step
 from megabatch.optim.momentum import MomentumOptimizer
-from megabatch.optim.multi_tensor import Number, TensorLists, add_scaled_, plus_scaled, scaled
 from megabatch.optim.schedule import sgd_share
 
 

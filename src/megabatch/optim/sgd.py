@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megabatch.optim.base import Group
+from megabatch.optim.engine.base import Group
 from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
 
 

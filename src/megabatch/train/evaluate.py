@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.comm.launch import World, sum_over_workers
-from megabatch.data.loader import Batch
+from megabatch.data.loading.batch import Batch
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
 from megabatch.train.precision import Precision
 from megabatch.train.state import Evaluation

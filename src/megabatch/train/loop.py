@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from megabatch.data.loader import Batch
-from megabatch.train.damage import Damage
+from megabatch.data.loading.batch import Batch
+from megabatch.train.bad_samples import Damage
 from megabatch.train.state import Evaluation, Run, StepSettings
-from megabatch.train.update import Taken, require_finite, take_step
+from megabatch.train.step import Taken, require_finite, take_step
 
 
 def train(run: Run) -> Evaluation | None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from megabatch.comm.launch import World
-from megabatch.data.loader import Batch
-from megabatch.train.capture import CapturedStep
+from megabatch.data.loading.batch import Batch
+from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.precision import Precision
 from megabatch.train.weight_copies import WeightCopies
 
@@ -83,7 +83,7 @@ class WeightAverage(Protocol):
 
 
 class WireScales(Protocol):
-    """By what gradients in fp16 are multiplied on their way between workers (comm/wire.py); equal on all of them."""
+    """Per-bucket scale factors for fp16 gradient communication (comm/exchange/wire.py); equal on all workers."""
 
     def state_dict(self) -> dict[int, float]:
         """Plain numbers, by bucket."""
@@ -195,4 +195,4 @@ class Run:
     max_steps: int | None = None
     stop_requested: Callable[[], bool]
     exchange_report: Callable[[], dict[str, Any]] | None = None
-    captured: CapturedStep | None = None  # of train/update.py's `captured_work`; None: every step is taken as written
+    captured: CapturedStep | None = None  # of train/step.py's `captured_work`; None: every step is taken as written

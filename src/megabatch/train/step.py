@@ -1,138 +1,190 @@
-"""One optimizer step: forward and backward over micro-batches, one exchange of gradients, one update.
+"""One update of a run, from its settings to the moved weights: taken as it is written, or replayed from a graph."""
 
-The loss of a micro-batch is the sum over its samples divided by the true global count, so the gradient that the
-optimizer sees is the mean over the global batch however the batch was cut among workers and micro-batches.
-"""
-
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megabatch.comm.launch import World, sum_over_workers
-from megabatch.data.loader import Batch
-from megabatch.nn.loss import cross_entropy_sum
-from megabatch.train.precision import Precision
-from megabatch.train.weight_copies import WeightCopies
+from megabatch.comm.launch import sum_over_workers
+from megabatch.data.loading.batch import Batch
+from megabatch.errors import DivergedError
+from megabatch.train.diagnose import first_not_finite
+from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
+from megabatch.train.readback import Readback
+from megabatch.train.state import Run, StepSettings
+
+MOST_CAPTURED = 8
+"""Micro-batches of a captured step at most: a graph needs the inputs of all of them at once."""
+MOST_SKIPPED = 25
+"""Steps in a row that may overflow: a dynamic scale has come down by 2^25 then, and a fixed one never will."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`.
+class Taken:
+    """A step that was started; on a GPU it may still be under way."""
 
-    Forward reads `copies` instead of the weights that they are of.
-    """
+    settings: StepSettings
+    started: float  # time.perf_counter
+    numbers: Readback  # loss sum over the global batch, workers that were asked to stop
+    images: Tensor  # of this worker's last micro-batch
 
-    global_count: int
-    label_smoothing: float
-    precision: Precision
-    copies: WeightCopies = field(default_factory=WeightCopies)
+    def loss(self) -> float:
+        """The global mean loss."""
+        return self.numbers.read()[0] / self.settings.count
 
-
-class NoiseSample(NamedTuple):
-    """What the noise-scale estimator needs of one step (McCandlish et al. 2018, arXiv:1812.06162, appendix A)."""
-
-    mean_local_sq_norm: float  # mean over micro-batches of |g_b|^2
-    local_count: float  # b
-    global_sq_norm: float  # |g_B|^2
-    global_count: float  # B
+    def stops(self) -> bool:
+        """Whether any worker was asked to stop; every worker gets the same answer."""
+        return self.numbers.read()[1] > 0
 
 
-def accumulate_gradients(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    num_micro_batches: int,
-    objective: Objective,
-    *,
-    world_size: int,
-) -> Tensor:
-    """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
-
-    Returns this worker's loss sum (0-d, float64, on the batches' device); reads nothing back from there.
-    DistributedDataParallel averages over workers, hence the factor `world_size`; it exchanges during the last
-    micro-batch's backward alone.
-    """
-    losses = []
-    linked = world_size > 1  # the exchange waits for the weights' own gradients
-    widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
-    with objective.precision.kept_casts():
-        for number in range(num_micro_batches):
-            batch = next(batches)
-            exchanges = number == num_micro_batches - 1
-            with contextlib.nullcontext() if exchanges else _without_exchange(model):
-                with objective.copies.read(linked=linked):
-                    loss = forward_loss(model, batch, objective)
-                torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
-            objective.copies.hand_over(widen=widen)
-            losses.append(loss.detach())
-    return torch.stack(losses).double().sum()
+def take_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Taken:
+    """One update. Where the loss is known before it (not on a GPU, which nobody waits for) it must be finite."""
+    started = time.perf_counter()
+    state = run.state
+    run.apply_settings(settings)
+    state.copies.follow()
+    latest = _Latest(batches)
+    captured = _captures(run, settings)
+    loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)
+    taken = Taken(settings, started, Readback(_over_workers(run, loss_sum)), latest.batch.images)
+    if not taken.numbers.is_late:
+        require_finite(run, taken)
+    if (captured and state.precision.loss_scale is None) or _update(run):
+        state.skipped_in_a_row = 0
+        if state.average:
+            state.average.update(settings.count / run.num_train_images)
+    else:
+        _skip(run, settings)
+    state.step += 1
+    state.samples_seen = settings.next_sample
+    return taken
 
 
-def accumulate_and_measure(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    num_micro_batches: int,
-    objective: Objective,
-    *,
-    world: World,
-) -> tuple[Tensor, NoiseSample]:
-    """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
-
-    The micro-batch is the estimator's small batch; it is a recipe value (one batch-norm span), so that the measured
-    noise scale does not depend on the number of workers. Norms are of gradients without the loss scale.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in parameters]
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, |g_b|^2, micro-batches, samples in them
-    scale = objective.precision.loss_scale.value if objective.precision.loss_scale else 1.0
-    for _ in range(num_micro_batches):
-        batch = next(batches)
-        with _without_exchange(model):
-            with objective.copies.read():
-                loss = forward_loss(model, batch, objective)
-            torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
-        objective.copies.hand_over(widen=True)
-        gradients = [_gradient(p) for p in parameters]
-        torch._foreach_add_(total, gradients)
-        share = objective.global_count / max(1, batch.count) / scale
-        norm = _squared_norm(gradients) * share**2
-        sums += sums.new_tensor([float(loss.detach()), norm, 1.0, batch.count])
-        for parameter in parameters:
-            parameter.grad = None
-    for parameter, gradient in zip(parameters, total, strict=True):
-        parameter.grad = sum_over_workers(gradient, world)
-    loss_sum = sums[0].clone()
-    sum_over_workers(sums, world)
-    _, squares, count, samples = sums.tolist()
-    global_sq_norm = _squared_norm(total) / scale**2
-    return loss_sum, NoiseSample(squares / count, samples / count, global_sq_norm, float(objective.global_count))
-
-
-def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
-    """Sum over the micro-batch of the cross entropy, in fp32 (or in the logits' type where that is wider)."""
-    with objective.precision.autocast():
-        logits = model(batch.images)
-    return cross_entropy_sum(
-        logits,
-        batch.labels,
-        label_smoothing=objective.label_smoothing,
-        mixed_labels=batch.mixed_labels,
-        mix_weight=batch.mix_weight,
+def require_finite(run: Run, taken: Taken) -> None:
+    """DivergedError, with the step, the layer and what to change, if the step's loss is not finite."""
+    loss, settings = taken.loss(), taken.settings
+    if math.isfinite(loss):
+        return
+    where = first_not_finite(run.state.module, taken.images, run.state.precision)
+    fp16 = "; precision=bf16 has the range that fp16 lacks" if run.state.precision.name == "fp16" else ""
+    raise DivergedError(
+        f"the loss is {loss} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): {where} is "
+        "not finite" + (", looked at after the update" if taken.numbers.is_late else "") + "; a smaller peak_lr, half "
+        f"of it say, or more warmup_epochs may help{fp16}; earlier checkpoints are kept"
     )
 
 
-def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    no_sync: Callable[[], AbstractContextManager[None]] | None = getattr(model, "no_sync", None)
-    return no_sync() if no_sync is not None else contextlib.nullcontext()
+def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int) -> tuple[Tensor, list[Tensor]]:
+    """What a graph holds: gradients and, unless a loss scale decides over it, the update; loss sum and gradients.
+
+    `tensors` are the micro-batches' one after another, all with the same parts.
+    """
+    size = len(tensors) // num_micro_batches
+    batches = [_joined(tensors[first : first + size]) for first in range(0, len(tensors), size)]
+    loss_sum = _accumulate(run, count, iter(batches), num_micro_batches)
+    if run.state.precision.loss_scale is None:
+        _update(run)
+    return loss_sum, [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+class _Latest:
+    """An iterator that keeps hold of what it gave last."""
+
+    batch: Batch
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.batch = next(self._batches)
+        return self.batch
 
 
-def _squared_norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).double().square().sum())
+def _captures(run: Run, settings: StepSettings) -> bool:
+    return run.captured is not None and len(run.micro_batches(settings)) <= MOST_CAPTURED
+
+
+def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
+    """As `_gradients`, and the update with it unless there is a loss scale."""
+    assert run.captured is not None
+    taken = [next(batches) for _ in run.micro_batches(settings)]
+    tensors = [tensor for batch in taken for tensor in _parts(batch)]
+    loss_sum, gradients = run.captured(*tensors, count=settings.count, num_micro_batches=len(taken))
+    for parameter, gradient in zip(_parameters(run), gradients, strict=True):
+        parameter.grad = gradient  # of this graph: another one's has its own
+    result: Tensor = loss_sum
+    return result
+
+
+def _gradients(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
+    """Leaves the step's mean gradient in `.grad`; this worker's loss sum."""
+    state, num_micro_batches = run.state, len(run.micro_batches(settings))
+    if state.batch_policy is None:
+        return _accumulate(run, settings.count, batches, num_micro_batches)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss_sum, noise = accumulate_and_measure(
+        run.model, batches, num_micro_batches, _objective(run, settings.count), world=run.world
+    )
+    state.batch_policy.observe(*noise)
+    return loss_sum
+
+
+def _accumulate(run: Run, count: int, batches: Iterator[Batch], num_micro_batches: int) -> Tensor:
+    run.state.optimizer.zero_grad(set_to_none=True)
+    return accumulate_gradients(
+        run.model, batches, num_micro_batches, _objective(run, count), world_size=run.world.world_size
+    )
+
+
+def _objective(run: Run, count: int) -> Objective:
+    return Objective(count, run.label_smoothing, run.state.precision, run.state.copies)
+
+
+def _update(run: Run) -> bool:
+    """Moves the weights and the running averages; False if a gradient overflowed, and nothing was moved."""
+    if not run.state.precision.unscale([p.grad for p in _parameters(run) if p.grad is not None]):
+        return False
+    run.state.optimizer.step()
+    run.state.copies.written_by(run.state.optimizer)
+    run.finish_statistics()
+    return True
+
+
+def _skip(run: Run, settings: StepSettings) -> None:
+    """Counts a step that was not taken. Its samples count as seen: the schedule is a function of samples alone."""
+    state = run.state
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    run.discard_statistics()
+    if state.skipped_in_a_row >= MOST_SKIPPED and state.precision.loss_scale:
+        raise DivergedError(
+            f"{MOST_SKIPPED} steps in a row overflowed fp16, the last at step {settings.step} with loss scale "
+            f"{state.precision.loss_scale.value:g}; precision=bf16 works without a scale, and a fixed loss scale may "
+            "be too large; earlier checkpoints are kept"
+        )
+
+
+def _over_workers(run: Run, loss_sum: Tensor) -> Tensor:
+    """(2,) float64: the loss summed over all workers, and how many of them were asked to stop."""
+    return sum_over_workers(torch.stack([loss_sum, torch.full_like(loss_sum, float(run.stop_requested()))]), run.world)
+
+
+def _parameters(run: Run) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in run.state.module.parameters() if parameter.requires_grad]
+
+
+def _parts(batch: Batch) -> list[Tensor]:
+    mixed = (batch.mixed_labels, batch.mix_weight)
+    return [batch.images, batch.labels, *(tensor for tensor in mixed if tensor is not None)]
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Batch:
+    images, labels, *mixed = parts
+    mixed_labels, mix_weight = mixed or (None, None)
+    return Batch(images, labels, len(images), mixed_labels, mix_weight)

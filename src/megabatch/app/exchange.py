@@ -1,0 +1,73 @@
+"""How gradients get from worker to worker while a run trains."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megabatch.comm.autotune.choose import tuning_file
+from megabatch.comm.exchange.timeline import Timeline
+from megabatch.comm.exchange.wrap import wrap
+from megabatch.comm.launch import World, from_all
+from megabatch.comm.peers import PeerMonitor, host_name
+from megabatch.nn.batch_norm.evaluation_statistics import discard_step
+from megabatch.recipe import Recipe
+from megabatch.runtime import Site
+from megabatch.train.compiled import CompiledModel
+from megabatch.train.state import TrainState
+
+
+def build_exchange(
+    recipe: Recipe, state: TrainState, site: Site, folder: Path, *, world: World, stack: contextlib.ExitStack
+) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
+    """The module as it is called in training: compiled or not, alone or with gradients exchanged as they are ready."""
+    module = CompiledModel(state.module) if site.compile else state.module
+    if world.world_size == 1:
+        return module, None
+    hosts = from_all(host_name(), world)
+    timeline = Timeline() if world.device.type == "cpu" else None  # on a GPU it would wait for every step
+    wrapped = wrap(
+        module,
+        algorithm=site.all_reduce,
+        wire=site.wire,
+        hosts=hosts,
+        tuning=tuning_file(),
+        bucket_mib=site.bucket_mib,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        timeline=timeline,
+    )
+    stack.callback(wrapped.exchange_state.close)
+    monitor = stack.enter_context(
+        PeerMonitor.of_job(hosts=hosts, timeout_s=min(30.0, site.timeout_s), generation=world.num_restarts)
+    )
+    monitor.on_failure(wrapped.exchange_state.fail)
+    stack.enter_context(monitor.guard())
+    _rehearse(recipe, state, wrapped, world=world)
+    wrapped.exchange_state.forget()
+    if wrapped.exchange_state.scales is not None:
+        state.keep_wire_scales(wrapped.exchange_state.scales)
+    if timeline is None:
+        return wrapped, None
+    timeline.finish_step()
+    if world.is_first:
+        stack.callback(timeline.to_chrome_trace, folder / "timeline.json")
+    return wrapped, timeline.finish_step
+
+
+def _rehearse(recipe: Recipe, state: TrainState, wrapped: nn.Module, *, world: World) -> None:
+    """One backward of blank images, whose gradients are thrown away.
+
+    DistributedDataParallel cuts its buckets anew after its first backward, and the order in which three or more
+    workers' values are added depends on the cut. With a rehearsal every step of a run, resumed or not, has the same
+    cut, so a resumed run is bitwise the run that was never stopped.
+    """
+    pixels = int(recipe.resolution[0][1])
+    images = torch.zeros(2, recipe.image_channels, pixels, pixels, device=world.device)
+    with state.precision.autocast():
+        loss = wrapped(images).sum()
+    torch.autograd.backward(loss)
+    state.optimizer.zero_grad(set_to_none=True)
+    discard_step(state.module)

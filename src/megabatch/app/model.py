@@ -1,0 +1,125 @@
+"""The recipe's model and optimizer."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megabatch.comm.launch import World
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.groups import new_span_group
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.initialize import initialize
+from megabatch.nn.models import create_model
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.param_groups import param_groups
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.sgd import SGD
+from megabatch.recipe import Recipe
+from megabatch.runtime import Site
+from megabatch.train.precision import widen_logits
+from megabatch.train.schedule import peak_lr
+from megabatch.train.state import StepSettings
+
+
+def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: int) -> nn.Module:
+    """The recipe's model, initialised alike on every worker from the seed alone."""
+    group_size = max(1, recipe.bn_span // micro_batch_size)
+    norm = functools.partial(
+        SpanBatchNorm2d,
+        span=recipe.bn_span,
+        eps=recipe.bn_eps,
+        stats_momentum=recipe.stats_momentum,
+        process_group=new_span_group(group_size),
+        group_size=group_size,
+    )
+    model = create_model(
+        recipe.model,
+        num_classes=recipe.num_classes,
+        in_channels=recipe.image_channels,
+        norm=norm,
+        zero_gamma=recipe.zero_gamma,
+        blur_pool=recipe.blur_pool,
+        width=recipe.width,
+        image_size=int(max(value for _, value in recipe.resolution)),
+    )
+    initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
+    collect_statistics(model, True)
+    set_fusion(model, site.fusion)
+    widen_logits(model)
+    memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
+    return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+
+def build_optimizer(
+    recipe: Recipe, module: nn.Module, *, capturable: bool = False, copies: Mapping[Tensor, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed.
+
+    With `capturable` its rates are tensors on the parameters' device, which a captured graph reads at every replay.
+    `copies` are 16-bit tensors by parameter, to which it writes the weights as it moves them.
+    """
+    groups = param_groups(module, weight_decay=recipe.weight_decay, decay_norm_and_bias=recipe.decay_norm_and_bias)
+    device = next(module.parameters()).device
+
+    def rate(value: float) -> float | Tensor:
+        return torch.tensor(value, device=device) if capturable else value
+
+    for group in groups:
+        group["weight_decay"] = rate(group["weight_decay"])
+    lr, momentum = rate(peak_lr(recipe)), rate(recipe.momentum)
+    match recipe.optimizer:
+        case "lars":
+            return LARS(
+                groups,
+                lr,
+                momentum=momentum,
+                capturable=capturable,
+                copies=copies,
+                trust_coefficient=recipe.trust_coefficient,
+                eps=recipe.trust_eps,
+                momentum_form=recipe.momentum_form,
+                denominator=recipe.trust_denominator,
+                trust_clip=recipe.trust_clip,
+                nesterov=recipe.nesterov,
+            )
+        case "lamb":
+            return LAMB(groups, lr, momentum=momentum, capturable=capturable, copies=copies, beta2=recipe.beta2)
+        case "sgd":
+            return SGD(
+                groups,
+                lr,
+                momentum=momentum,
+                capturable=capturable,
+                copies=copies,
+                nesterov=recipe.nesterov,
+                momentum_form=recipe.momentum_form,
+            )
+        case "rmsprop_warmup":
+            return RMSpropWarmup(
+                groups, lr, momentum=momentum, capturable=capturable, copies=copies, rmsprop_lr=recipe.rmsprop_lr
+            )
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
+    """Writes a step's rates into every parameter group; into the tensors themselves where a graph reads them."""
+    for group in optimizer.param_groups:
+        if "base_weight_decay" not in group:
+            group["base_weight_decay"] = float(group["weight_decay"])
+        _set(group, "lr", settings.lr)
+        _set(group, "weight_decay", group["base_weight_decay"] * settings.weight_decay_factor)
+        if "momentum" in group:
+            _set(group, "momentum", settings.momentum)
+        if "sgd_share" in group and settings.sgd_share is not None:
+            _set(group, "sgd_share", settings.sgd_share)
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value

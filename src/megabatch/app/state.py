@@ -1,0 +1,82 @@
+"""What a run starts from: the recipe's own beginning, or a checkpoint; the same on every worker."""
+
+from pathlib import Path
+
+from torch import nn
+
+from megabatch.app.model import build_model, build_optimizer
+from megabatch.app.run_log import Sinks
+from megabatch.comm.launch import World, from_first
+from megabatch.errors import CheckpointError
+from megabatch.nn.initialize import weights_digest
+from megabatch.optim.batch_size import NoiseScaleBatchPolicy
+from megabatch.optim.ema import WeightAverage
+from megabatch.recipe import Recipe, differing_fields, from_json
+from megabatch.runtime import Site
+from megabatch.train.checkpoint import checkpoint_path, newest_intact, open_checkpoint
+from megabatch.train.precision import Precision
+from megabatch.train.state import TrainState
+from megabatch.train.weight_copies import WeightCopies
+
+
+def build_state(
+    recipe: Recipe,
+    site: Site,
+    precision: Precision,
+    *,
+    world: World,
+    micro_batch_size: int,
+    capturable: bool = False,
+) -> TrainState:
+    """Model, optimizer and policies at step 0; with `capturable`, rates are tensors a graph can read."""
+    module = build_model(recipe, site, world=world, micro_batch_size=micro_batch_size)
+    policy = None
+    if recipe.max_global_batch_size:
+        policy = NoiseScaleBatchPolicy(
+            recipe.global_batch_size, unit=recipe.bn_span, max_batch_size=recipe.max_global_batch_size
+        )
+    average = WeightAverage(module, recipe.ema_half_life_epochs) if recipe.ema_half_life_epochs else None
+    copies = _copies(site, precision, module)
+    optimizer = build_optimizer(recipe, module, capturable=capturable, copies=copies.tensors)
+    return TrainState(module, optimizer, precision, average, policy, copies=copies)
+
+
+def _copies(site: Site, precision: Precision, module: nn.Module) -> WeightCopies:
+    """Of the weights that forward would cast; of none under torch.compile, whose graphs know the weights alone."""
+    wanted = site.weight_copies and precision.name != "fp32" and not site.compile
+    return WeightCopies(module if wanted else None, precision.dtype)
+
+
+def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, sinks: Sinks) -> int | None:
+    """Loads the newest intact checkpoint, the same one on every worker; the step it was written at."""
+
+    def warn(text: str) -> None:
+        sinks.log({"event": "warning", "text": text})
+
+    checkpoints = folder / "checkpoints"
+    found = newest_intact(checkpoints, on_damaged=warn) if world.is_first else None
+    step = from_first(found[0].step if found else None, world)
+    if step is None:
+        warn("no checkpoint to resume from; the run starts at step 0")
+        return None
+    info, saved = found or open_checkpoint(checkpoint_path(checkpoints, step))
+    refuse_other_recipe(recipe, from_json(info.recipe))
+    state.load_state_dict(saved)
+    return info.step
+
+
+def refuse_other_recipe(recipe: Recipe, saved: Recipe) -> None:
+    """CheckpointError with the differing fields, if the two recipes could train different weights."""
+    differing = differing_fields(recipe, saved)
+    if differing:
+        words = "; ".join(f"{name} was {old}, now {new}" for name, (new, old) in differing.items())
+        raise CheckpointError(f"the checkpoint is of another recipe: {words}; use its values, or another --output")
+
+
+def check_same_weights(module: nn.Module, world: World) -> None:
+    """CheckpointError on a worker whose weights are not worker 0's."""
+    digest = weights_digest(module)
+    if from_first(digest, world) != digest:
+        raise CheckpointError(
+            f"worker {world.rank} starts with other weights than worker 0; all workers need the same torch version"
+        )

@@ -1,0 +1,1 @@
+"""Measurements of one part of training on this machine, behind `megabatch bench`."""

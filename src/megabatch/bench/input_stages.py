@@ -1,0 +1,277 @@
+"""How fast each stage of the input is on one core, which of them holds training up, and what would help."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megabatch.data.augment import crops
+from megabatch.data.augment import ops as augment
+from megabatch.data.jpeg import library as jpeg_library
+from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_size, resize_box
+from megabatch.data.jpeg.formats import sniff
+from megabatch.data.jpeg.gpu import has_torchvision
+from megabatch.data.loading.prefetch import usable_cores
+from megabatch.data.loading.train_loader import TrainLoader
+from megabatch.data.sources.protocol import EncodedSource
+from megabatch.errors import DataError
+
+_MEAN, _STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # any will do: they cost the same
+_MIN_ROUNDS = 3
+
+READ, DECODE_CROP, AUGMENT, COPY = "read", "decode at the crop", "augment", "copy"
+WHOLE, CROP = "decode whole", "crop and resize"
+HOW_TO_COMPILE = (
+    "`python -m megabatch.data.jpeg.library` builds the compiled decoder, over twice as fast; it needs a C compiler, "
+    "for example gcc"
+)
+OnProgress = Callable[[str], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: processor seconds an image takes, median and quartiles over rounds, and wall-clock seconds."""
+
+    name: str
+    cpu_s: float
+    cpu_s_quartiles: tuple[float, float]
+    wall_s: float
+
+    @property
+    def images_per_core_s(self) -> float:
+        """Images a second that one core does of this stage alone."""
+        return 1 / max(self.cpu_s, 1e-9)
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """All stages, the loader as a whole, and what follows. `compared` are stages that training does not run."""
+
+    stages: list[Stage]
+    compared: list[Stage]
+    loader_images_per_s: float
+    num_threads: int
+    bottleneck: str
+    advice: list[str]
+    image_bytes: float
+    image_pixels: float
+    compiled_share: float | None
+    """Share of the images that the compiled decoder takes, the others being no baseline JPEGs; None without it."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    data: bytes
+    height: int
+    width: int
+
+
+def measure_input(
+    source: EncodedSource,
+    *,
+    resolution: int = 224,
+    num_images: int = 256,
+    seconds: float = 2.0,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> InputReport:
+    """Time the way from stored bytes to a normalised batch, stage by stage, on this machine.
+
+    Stages of one core are counted in its processor time, so that other work on the machine hardly matters; each is
+    repeated for about `seconds`, over `num_images` samples spread over the data set. The loader is timed by the clock.
+
+    Raises:
+        DataError: no sample can be decoded.
+    """
+    say = on_progress or (lambda _: None)
+    indices = np.unique(np.linspace(0, len(source) - 1, min(num_images, len(source))).astype(np.int64))
+    samples = list(_usable(source, indices))
+    if not samples:
+        raise DataError(f"none of {len(indices)} samples can be decoded; `megabatch data check` says why")
+    timed = {}
+    with _one_torch_thread():
+        for name, (work, count) in _works(source, indices, samples, resolution).items():
+            say(name)
+            timed[name] = _timed(name, work, count, seconds)
+    say("loader")
+    num_threads = threads or usable_cores()
+    stages = [timed[name] for name in (READ, DECODE_CROP, AUGMENT, COPY)]
+    bottleneck = max(stages, key=lambda stage: stage.wall_s if stage.name == READ else stage.cpu_s).name
+    return InputReport(
+        stages=stages,
+        compared=[timed[name] for name in (WHOLE, CROP)],
+        loader_images_per_s=_loader_rate(source, resolution, len(samples), seconds, num_threads),
+        num_threads=num_threads,
+        bottleneck=bottleneck,
+        advice=_advice(bottleneck, timed[READ], samples, source, resolution),
+        image_bytes=statistics.mean(len(sample.data) for sample in samples),
+        image_pixels=statistics.mean(sample.height * sample.width for sample in samples),
+        compiled_share=_compiled_share(samples, resolution),
+    )
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """So that a stage is one core's work, and no processor time goes into threads that wait for one another."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _works(
+    source: EncodedSource, indices: NDArray[np.int64], samples: Sequence[_Sample], resolution: int
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """What each stage does in one round, and to how many images. Buffers are used again, as the loader does."""
+    boxes = _boxes(samples)
+    batch = np.empty((len(samples), resolution, resolution, 3), dtype=np.uint8)
+    target = np.empty_like(batch)
+    decoded = [(decode(sample.data), box) for sample, box in zip(samples[:32], boxes, strict=False)]
+    return {
+        READ: (lambda: _each(source.read, indices.tolist()), len(indices)),
+        DECODE_CROP: (lambda: _decode_crops(samples, boxes, batch), len(samples)),
+        WHOLE: (lambda: _each(lambda sample: decode(sample.data), samples), len(samples)),
+        CROP: (lambda: _each(lambda pair: resize_box(*pair, batch.shape[1:3]), decoded), len(decoded)),
+        AUGMENT: (_augment(batch), len(batch)),
+        COPY: (lambda: np.copyto(target, batch), len(batch)),
+    }
+
+
+def _each(work: Callable[[T], object], items: Sequence[T]) -> None:
+    """Results are let go at once: to keep them would cost more than to make them."""
+    for item in items:
+        work(item)
+
+
+def _timed(name: str, work: Callable[[], object], num_images: int, seconds: float) -> Stage:
+    """Per image: processor time of the whole process, and wall-clock time."""
+    work()
+    cpu: list[float] = []
+    wall: list[float] = []
+    while sum(wall) * num_images < seconds or len(wall) < _MIN_ROUNDS:
+        cpu_start, wall_start = time.process_time(), time.perf_counter()
+        work()
+        cpu.append((time.process_time() - cpu_start) / num_images)
+        wall.append((time.perf_counter() - wall_start) / num_images)
+    first, _, third = statistics.quantiles(cpu, n=4, method="inclusive")
+    return Stage(name, statistics.median(cpu), (first, third), statistics.median(wall))
+
+
+def _usable(source: EncodedSource, indices: NDArray[np.int64]) -> Iterator[_Sample]:
+    for index in indices.tolist():
+        try:
+            data = source.read(index)
+            decode(data)
+            yield _Sample(data, *image_size(data))
+        except DataError:
+            continue
+
+
+def _boxes(samples: Sequence[_Sample]) -> list[tuple[int, int, int, int]]:
+    heights, widths = (np.array([getattr(sample, side) for sample in samples]) for side in ("height", "width"))
+    epochs, numbers = np.zeros(len(samples), dtype=np.int64), np.arange(len(samples))
+    drawn = crops.random_resized_crop_boxes(heights, widths, seed=0, epochs=epochs, samples=numbers)
+    return [(int(top), int(left), int(height), int(width)) for top, left, height, width in drawn.tolist()]
+
+
+def _decode_crops(
+    samples: Sequence[_Sample], boxes: Sequence[tuple[int, int, int, int]], batch: NDArray[np.uint8]
+) -> None:
+    for sample, box, out in zip(samples, boxes, batch, strict=True):
+        decode_crop(sample.data, box=box, size=batch.shape[1], out=out)
+
+
+def _compiled_share(samples: Sequence[_Sample], resolution: int) -> float | None:
+    if not jpeg_library.is_available():
+        return None
+    out = np.empty((resolution, resolution, 3), dtype=np.uint8)
+    taken = [
+        jpeg_library.crop(sample.data, box, channels=3, max_pixels=MAX_PIXELS, out=out)
+        for sample, box in zip(samples, _boxes(samples), strict=True)
+    ]
+    return sum(taken) / len(taken)
+
+
+def _augment(batch: NDArray[np.uint8]) -> Callable[[], object]:
+    pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)
+    out = torch.empty(pixels.shape).to(memory_format=torch.channels_last)
+    every_other = list(range(0, len(batch), 2))
+    return lambda: augment.normalize(augment.flip_some(pixels, every_other), _MEAN, _STD, out)
+
+
+def _loader_rate(source: EncodedSource, resolution: int, batch_size: int, seconds: float, threads: int) -> float:
+    """Images a second by the clock, of the loader that training uses, with `threads` decoding."""
+    loader = TrainLoader(
+        source,
+        seed=0,
+        augmentation="random_resized_crop",
+        pixel_mean=_MEAN,
+        pixel_std=_STD,
+        channels_last=True,
+        decode_threads=threads,
+        max_bad_share=1.0,
+    )
+    requests = ((range(start, start + batch_size), resolution) for start in range(0, 10**9, batch_size))
+    batches = loader.batches(requests)
+    try:
+        next(batches)
+        start, done = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            next(batches)
+            done += batch_size
+        return done / (time.perf_counter() - start)
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+        loader.close()
+
+
+def _advice(
+    bottleneck: str, read: Stage, samples: Sequence[_Sample], source: EncodedSource, resolution: int
+) -> list[str]:
+    if bottleneck == READ:
+        return list(_advice_on_reading(read, source))
+    if bottleneck == DECODE_CROP:
+        return [*_advice_on_decoding(samples, resolution), *_advice_on_hardware()]
+    if bottleneck == AUGMENT:
+        return ["a GPU takes over augmentation; on a CPU, recipes without colour jitter and mixing cost less"]
+    return ["memory bandwidth is what limits; smaller batches that stay in the caches may help"]
+
+
+def _advice_on_reading(read: Stage, source: EncodedSource) -> Iterator[str]:
+    if source.shard_sizes is None:
+        yield "`megabatch data pack` puts the files into shards, which are opened once and read in long runs"
+    if read.wall_s > 2 * read.cpu_s:
+        yield "the disk makes reading wait: a faster or nearer one, or memory that holds the data set, helps"
+        if source.shard_sizes is not None:
+            yield "`--set shard_local=true` reads a few shards at a time, in long runs"
+
+
+def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator[str]:
+    if not jpeg_library.is_available():
+        yield HOW_TO_COMPILE
+    side = statistics.median(max(sample.height, sample.width) for sample in samples)
+    if side > 2.5 * resolution:
+        target = 50 * round(2.2 * resolution / 50)
+        yield f"half of the images have a side above {side:.0f}: `megabatch data pack --max-side {target}` reduces them"
+    others = sum(not _is_baseline(sample.data) for sample in samples) / len(samples)
+    if others > 0.2:
+        yield f"{others:.0%} are progressive JPEGs or other formats, which are slow: `megabatch data pack --quality 90`"
+
+
+def _advice_on_hardware() -> Iterator[str]:
+    yield "more cores: decoding scales with them"
+    if torch.cuda.is_available():
+        yield "`--decode gpu` leaves it to the GPU" + ("" if has_torchvision() else ", once torchvision is installed")
+
+
+def _is_baseline(data: bytes) -> bool:
+    return sniff(data) == "jpeg" and b"\xff\xc2" not in data[:8192]

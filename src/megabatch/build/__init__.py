@@ -1,1 +1,0 @@
-"""Recipe + Site -> a run. The one place that knows every component; components know neither Recipe nor Site."""

@@ -1,0 +1,248 @@
+"""The engine behind the hooks: takes a buffer, sends it through an algorithm's stages, completes a future."""
+
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from megabatch.comm.exchange import primitives
+from megabatch.comm.exchange.algorithms import padded_numel, routes, sent_bytes
+from megabatch.comm.exchange.grid import Grid, make_grid
+from megabatch.comm.exchange.pipeline import Failure, Pipeline, Streams, run_here
+from megabatch.comm.exchange.stages import Job
+from megabatch.comm.exchange.timeline import BucketTimes, Timeline, stamp
+from megabatch.comm.exchange.wire import FP16_SUM_MAX, WireScale, pack, unpack, wire_dtype
+from megabatch.errors import SiteError
+
+
+@dataclass
+class _Parcel:
+    """One buffer on its way: what is sent, and where the result goes."""
+
+    index: int
+    buffer: Tensor
+    packed: Tensor
+    future: Future[Tensor]
+    times: BucketTimes | None
+    parts_left: int
+    error: BaseException | None = None
+
+
+class ExchangeState:
+    """State of the hooks: the grid, the type on the wire, and what is kept between steps.
+
+    `wire` is "fp32", "fp16" or "bf16". With `average` (DDP's meaning) the result is the mean over the ranks, divided
+    before it is sent; without it the sum, for losses that are divided by the global batch already.
+    fp16 is scaled per bucket by a power of two that follows the gradients (`WireScale`, in `scales`; keep its
+    `state_dict` to resume bitwise) and clipped so that no sum overflows; `wire_scale` fixes the power instead, and
+    does not clip. `error_feedback` keeps this rank's casting error per bucket in fp32 and sends it with the next
+    step; it is not part of a checkpoint. `grid` None makes one of all ranks.
+
+    Memory: per bucket a buffer in the wire's type (none for fp32 that needs no padding) and, on gloo, one as long as
+    it for each reduce-scatter. All ranks must build their states in the same order. Two states that may be under way at
+    the same time need a grid each: a grid's groups see one order.
+    """
+
+    def __init__(
+        self,
+        grid: Grid | None = None,
+        *,
+        wire: str = "fp32",
+        error_feedback: bool = False,
+        average: bool = True,
+        wire_scale: float | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.grid = make_grid() if grid is None else grid
+        self.wire = wire
+        self.average = average
+        self.error_feedback = error_feedback and wire != "fp32"
+        self.wire_scale = _power_of_two(wire_scale) if wire_scale is not None else 1.0
+        self.scales = WireScale() if wire == "fp16" and wire_scale is None else None
+        self.timeline = timeline
+        self._dtype = wire_dtype(wire)
+        self._number = 0
+        self._memory: dict[Hashable, Tensor] = {}
+        self._residuals: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._pipelines: dict[str, list[Pipeline]] = {}
+        self._streams: Streams | None = None
+        self._failure = Failure()
+        self._under_way: set[Future[Tensor]] = set()
+        self._lock = threading.Lock()
+
+    def exchange(
+        self, buffer: Tensor, algorithm: str, *, index: int = 0, parameters: Sequence[Tensor] = ()
+    ) -> Future[Tensor]:
+        """Begin to reduce the flat `buffer` over the grid, in place; the future holds it when that is done.
+
+        `index` names the buffer from step to step, `parameters` tells whose gradients it holds, for error feedback.
+        All ranks must call it in the same order. An error of a collective becomes the future's.
+        """
+        device = buffer.device
+        future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else [])
+        if self.grid.num_ranks == 1:
+            future.set_result(buffer)
+            return future
+        with self._lock:
+            self._under_way.add(future)
+        self._send(buffer, algorithm, index, parameters, future)
+        return future.then(_value)
+
+    def _send(
+        self, buffer: Tensor, algorithm: str, index: int, parameters: Sequence[Tensor], future: Future[Tensor]
+    ) -> None:
+        pipelines = self._pipelines_of(algorithm)
+        packed = self._packed(buffer, algorithm, index)
+        times = self._open_times(buffer, packed, algorithm, index)
+        parcel = _Parcel(index, buffer, packed, future, times, len(pipelines))
+        if primitives.is_native(self.grid.group("world")):
+            self._run_on_stream(parcel, algorithm, parameters)
+            return
+        self._pack(parcel, parameters)
+        for pipeline, job in zip(pipelines, self._jobs(parcel), strict=True):
+            pipeline.submit(job, partial(self._arrived, parcel, job))
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ended the exchange, as it was raised; DDP shows it only as a line of text."""
+        return self._failure.error
+
+    def fail(self, error: BaseException) -> None:
+        """End the exchange: whatever waits for a bucket raises now, instead of at the collective's timeout."""
+        with self._lock:
+            self._failure.error = self._failure.error or error
+            waiting, self._under_way = self._under_way, set()
+        for future in waiting:
+            future.set_exception(error)  # type: ignore[arg-type]
+
+    def forget(self) -> None:
+        """Start error feedback and scales afresh, as after a rehearsal whose gradients are thrown away."""
+        self._residuals.clear()
+        if self.scales is not None:
+            self.scales.load_state_dict({})
+
+    def close(self) -> None:
+        """End the helper threads; the state must not be used after it."""
+        for pipelines in self._pipelines.values():
+            for pipeline in pipelines:
+                pipeline.close()
+        self._pipelines.clear()
+
+    def _pipelines_of(self, algorithm: str) -> list[Pipeline]:
+        if algorithm not in self._pipelines:
+            made = routes(algorithm, self.grid)
+            self._pipelines[algorithm] = [
+                Pipeline(route, f"{algorithm} {part}", self._failure) for part, route in enumerate(made)
+            ]
+        return self._pipelines[algorithm]
+
+    def _packed(self, buffer: Tensor, algorithm: str, index: int) -> Tensor:
+        """What is sent: the buffer itself where it needs neither a cast nor padding."""
+        numel = padded_numel(buffer.numel(), algorithm, self.grid)
+        if numel == buffer.numel() and buffer.dtype == self._dtype and not self.error_feedback:
+            return buffer
+        return self._kept(("packed", index), numel, self._dtype, buffer.device)
+
+    def _scale(self, parcel: _Parcel) -> Tensor | float:
+        return self.wire_scale if self.scales is None else self.scales.of(parcel.index, parcel.buffer.device)
+
+    def _pack(self, parcel: _Parcel, parameters: Sequence[Tensor]) -> None:
+        pack(
+            parcel.buffer,
+            parcel.packed,
+            share=1 / self.grid.num_ranks if self.average else 1.0,
+            scale=self._scale(parcel),
+            limit=FP16_SUM_MAX / self.grid.num_ranks if self.scales is not None else None,
+            residual=self._residual(parcel.buffer, parcel.index, parameters) if self.error_feedback else None,
+        )
+        if parcel.times is not None:
+            parcel.times.sent = stamp(parcel.buffer.device)
+
+    def _residual(self, buffer: Tensor, index: int, parameters: Sequence[Tensor]) -> Tensor:
+        owners = tuple(map(id, parameters))
+        kept = self._residuals.get(index)
+        if kept is None or kept[0] != owners or kept[1].numel() != buffer.numel():
+            kept = self._residuals[index] = (owners, torch.zeros_like(buffer, dtype=torch.float32))
+        return kept[1]
+
+    def _jobs(self, parcel: _Parcel) -> list[Job]:
+        jobs = []
+        for part, region in enumerate(parcel.packed.chunk(parcel.parts_left)):
+            jobs.append(Job(region, partial(self._scratch, parcel.index, part), self._number))
+            self._number += 1
+        return jobs
+
+    def _scratch(self, index: int, part: int, slot: int, like: Tensor) -> Tensor:
+        return self._kept(("scratch", index, part, slot), like.numel(), like.dtype, like.device)
+
+    def _kept(self, key: Hashable, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() != numel:  # DDP cuts its buckets anew after the first step
+            memory = self._memory[key] = torch.empty(numel, dtype=dtype, device=device)
+        return memory
+
+    def _arrived(self, parcel: _Parcel, job: Job, error: BaseException | None) -> None:
+        """A part has gone through its route (called by its last thread); the last part completes the future."""
+        with self._lock:
+            parcel.parts_left -= 1
+            parcel.error = parcel.error or error
+            if parcel.times is not None:
+                parcel.times.phases += job.phases
+            if parcel.parts_left:
+                return
+        if parcel.error is None:
+            self._deliver(parcel)
+        elif self._claim(parcel):
+            parcel.future.set_exception(parcel.error)  # type: ignore[arg-type]
+
+    def _deliver(self, parcel: _Parcel) -> None:
+        unpack(parcel.packed, parcel.buffer, factor=1 / self._scale(parcel))
+        if self.scales is not None:
+            self.scales.learn(parcel.index, parcel.buffer)
+        if parcel.times is not None:
+            parcel.times.done = stamp(parcel.buffer.device)
+        if self._claim(parcel):
+            parcel.future.set_result(parcel.buffer)
+
+    def _claim(self, parcel: _Parcel) -> bool:
+        """Whether the future is still ours to complete: `fail` may have done it."""
+        with self._lock:
+            if parcel.future not in self._under_way:
+                return False
+            self._under_way.remove(parcel.future)
+            return True
+
+    def _run_on_stream(self, parcel: _Parcel, algorithm: str, parameters: Sequence[Tensor]) -> None:
+        if self._streams is None:
+            self._streams = Streams(parcel.buffer.device)
+        with self._streams.next():
+            self._pack(parcel, parameters)
+            for route, job in zip(routes(algorithm, self.grid), self._jobs(parcel), strict=True):
+                run_here(route, job)
+            self._deliver(parcel)
+
+    def _open_times(self, buffer: Tensor, packed: Tensor, algorithm: str, index: int) -> BucketTimes | None:
+        if self.timeline is None:
+            return None
+        made = routes(algorithm, self.grid)
+        sent = sum(sent_bytes(route, packed.nbytes / len(made)) for route in made)
+        return self.timeline.ready(index, buffer.numel(), sent, buffer.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an ExchangeState holds process groups and threads: build a new one where it is needed")
+
+
+def _value(future: Future[Tensor]) -> Tensor:
+    """As a callback: what makes an exception set in Python an error that DDP's engine raises with its text."""
+    return future.value()
+
+
+def _power_of_two(value: float) -> float:
+    if value <= 0 or torch.tensor(value, dtype=torch.float64).frexp().mantissa != 0.5:
+        raise SiteError(f"wire_scale {value} must be a power of two, or it would round; for example 1024")
+    return value

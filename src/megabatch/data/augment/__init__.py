@@ -1,0 +1,1 @@
+"""Augmentation seeded per sample."""

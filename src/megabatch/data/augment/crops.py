@@ -1,0 +1,107 @@
+"""Where to cut: crop boxes (top, left, height, width) in whole pixels, drawn per (seed, epoch, sample)."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megabatch.data.augment.hashing import Float64, Stream, uniform
+
+Int64 = NDArray[np.int64]
+
+MAX_ATTEMPTS = 10
+
+
+def random_resized_crop_boxes(
+    heights: Int64,
+    widths: Int64,
+    *,
+    seed: int,
+    epochs: Int64,
+    samples: Int64,
+    min_area: float = 0.08,
+    max_area: float = 1.0,
+    min_aspect: float = 0.75,
+    max_aspect: float = 4 / 3,
+) -> Int64:
+    """One box [n, 4] per image, of random area and aspect ratio (Szegedy et al. 2014, arXiv:1409.4842, section 6).
+
+    Area is a uniform share of the image, aspect ratio (width / height) log-uniform; of up to ten draws the first
+    that fits inside the image is taken, at a uniform place (the limit that Ying et al. 2018, arXiv:1811.06992, keep
+    on the host). If none fits: the largest central box whose aspect ratio is within bounds. These are torchvision's
+    semantics, with random numbers that belong to the sample.
+    """
+    crop_heights, crop_widths = _first_fit(
+        heights, widths, seed, epochs, samples, (min_area, max_area), (min_aspect, max_aspect)
+    )
+    tops = np.floor(uniform(seed, epochs, samples, Stream.CROP_TOP) * (heights - crop_heights + 1))
+    lefts = np.floor(uniform(seed, epochs, samples, Stream.CROP_LEFT) * (widths - crop_widths + 1))
+    drawn = np.stack([tops.astype(np.int64), lefts.astype(np.int64), crop_heights, crop_widths], axis=1)
+    fallback = _central_boxes(heights, widths, min_aspect, max_aspect)
+    boxes: Int64 = np.where((crop_heights > 0)[:, None], drawn, fallback)
+    return boxes
+
+
+def _first_fit(
+    heights: Int64,
+    widths: Int64,
+    seed: int,
+    epochs: Int64,
+    samples: Int64,
+    areas: tuple[float, float],
+    aspects: tuple[float, float],
+) -> tuple[Int64, Int64]:
+    """Height and width of the first draw that fits; 0 where none of the ten does. Most images need one draw."""
+    chosen_heights, chosen_widths = np.zeros_like(heights), np.zeros_like(widths)
+    pending = np.arange(len(heights))
+    for attempt in range(MAX_ATTEMPTS):
+        epoch, sample, height, width = epochs[pending], samples[pending], heights[pending], widths[pending]
+        area = _between(*areas, uniform(seed, epoch, sample, Stream.CROP_AREA + attempt)) * height * width
+        log_aspects = (math.log(aspects[0]), math.log(aspects[1]))
+        aspect = np.exp(_between(*log_aspects, uniform(seed, epoch, sample, Stream.CROP_ASPECT + attempt)))
+        crop_height = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        crop_width = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        fits = (crop_height > 0) & (crop_width > 0) & (crop_height <= height) & (crop_width <= width)
+        chosen_heights[pending[fits]], chosen_widths[pending[fits]] = crop_height[fits], crop_width[fits]
+        pending = pending[~fits]
+        if not len(pending):
+            break
+    return chosen_heights, chosen_widths
+
+
+def _central_boxes(heights: Int64, widths: Int64, min_aspect: float, max_aspect: float) -> Int64:
+    crop_widths = np.minimum(widths, np.maximum(1, np.rint(heights * max_aspect))).astype(np.int64)
+    crop_heights = np.minimum(heights, np.maximum(1, np.rint(widths / min_aspect))).astype(np.int64)
+    return np.stack([(heights - crop_heights) // 2, (widths - crop_widths) // 2, crop_heights, crop_widths], axis=1)
+
+
+def center_boxes(heights: Int64, widths: Int64, *, crop_ratio: float) -> Int64:
+    """The central square of `crop_ratio` times the shorter side: evaluation's "resize to 256, cut 224" as one box."""
+    sides = np.maximum(1, np.rint(np.minimum(heights, widths) * crop_ratio)).astype(np.int64)
+    return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
+
+
+def shifts(padding: int, *, seed: int, epochs: Int64, samples: Int64) -> tuple[Int64, Int64]:
+    """Rows and columns in -padding..padding by which pad-and-crop moves each image, uniform."""
+    span = 2 * padding + 1
+    rows = np.floor(uniform(seed, epochs, samples, Stream.CROP_TOP) * span).astype(np.int64) - padding
+    columns = np.floor(uniform(seed, epochs, samples, Stream.CROP_LEFT) * span).astype(np.int64) - padding
+    return rows, columns
+
+
+def square_boxes(sides: Float64, size: int, tops: Float64, lefts: Float64) -> Int64:
+    """Squares [n, 4] = (top, left, bottom, right) about uniform centres, clipped to a `size` x `size` image.
+
+    The centre is a pixel drawn by `tops` and `lefts` in [0, 1): so squares at the border are cut, as in cutout
+    (DeVries and Taylor 2017, arXiv:1708.04552) and cutmix (Yun et al. 2019, arXiv:1905.04899).
+    """
+    sides = np.rint(sides).astype(np.int64)
+    first_rows = np.floor(tops * size).astype(np.int64) - sides // 2
+    first_columns = np.floor(lefts * size).astype(np.int64) - sides // 2
+    edges = [first_rows, first_columns, first_rows + sides, first_columns + sides]
+    boxes: Int64 = np.stack([np.clip(edge, 0, size) for edge in edges], axis=1)
+    return boxes
+
+
+def _between(low: float, high: float, fraction: Float64) -> Float64:
+    return low + (high - low) * fraction

@@ -1,0 +1,1 @@
+"""Search for corrupt and unusual files in a data set."""

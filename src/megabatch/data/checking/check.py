@@ -1,0 +1,268 @@
+"""Look through a whole data set for files that training cannot use, and for those that are odd."""
+
+import hashlib
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from megabatch.data.checking.check_file import KINDS, Finding, inspect_image
+from megabatch.data.jpeg.decode import MAX_PIXELS
+from megabatch.data.loading.prefetch import in_order, usable_cores
+from megabatch.data.sources.folder import IMAGE_SUFFIXES
+from megabatch.data.sources.parquet import ParquetSource
+from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.shards import ShardSource
+from megabatch.errors import DataError
+
+OnProgress = Callable[[int, int], None]
+"""Takes images done and images in all."""
+
+KEPT_ENDING = ".orig"  # what `repair` leaves of a file that it changed
+_PARTS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing about one file. `name` is its path below the data set, or shard:member, or a class folder."""
+
+    name: str
+    kind: str
+    detail: str
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether training refuses the data set for it, or replaces the sample."""
+        return KINDS[self.kind].is_bad
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All problems of a data set, in the order of their names."""
+
+    path: Path
+    num_images: int
+    problems: list[Problem] = field(default_factory=list)
+    is_folder: bool = True  # plain files, not tars or parquet
+
+    @property
+    def bad(self) -> list[Problem]:
+        """What training refuses or replaces."""
+        return [problem for problem in self.problems if problem.is_bad]
+
+    def count(self) -> Counter[str]:
+        """How many problems there are of each kind."""
+        return Counter(problem.kind for problem in self.problems)
+
+
+def check(
+    path: Path | str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> CheckReport:
+    """Read and decode every image of a folder, of tar shards or of parquet files; name all that is bad or odd.
+
+    A folder holds classes, or train and val with classes in each. Nothing is changed; `repair` and `exclude` do that.
+    Decodes on all cores, or in `workers` threads; keeps less than a kilobyte in memory for each image.
+
+    Raises:
+        DataError: no such path.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"there is no {path}; needed: a folder of images, tar shards or parquet files")
+    problems: list[Problem] = []
+    archives = _archives(path)
+    images = _of_files(path, archives, problems) if archives else _of_folder(path, problems)
+    twins = _Twins()
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as threads:
+        warnings.simplefilter("ignore")  # Pillow's, about files that get a line of their own here
+        found = in_order(partial(_inspect, max_pixels=max_pixels), images, executor=threads, depth=64)
+        for done, (image, (findings, digest)) in enumerate(zip(images, found, strict=True), start=1):
+            problems += [Problem(image.name, kind, detail) for kind, detail in findings]
+            problems += twins.add(image, digest)
+            if on_progress is not None:
+                on_progress(done, len(images))
+    problems.sort(key=lambda problem: (problem.name, problem.kind))
+    return CheckReport(path, len(images), problems, is_folder=not archives)
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image to be looked at, and where it stands."""
+
+    name: str
+    part: str
+    class_name: str
+    read: Callable[[], bytes]
+    has_ending: bool = True
+
+
+def _inspect(image: _Image, *, max_pixels: int) -> tuple[list[Finding], bytes | None]:
+    """What is wrong with an image, and a checksum of its bytes."""
+    try:
+        data = image.read()
+    except (OSError, DataError) as error:
+        return [("unreadable", str(error))], None
+    ending = image.name.rsplit(".", 1)[-1] if image.has_ending else None
+    findings = inspect_image(data, ending, max_pixels=max_pixels)
+    return findings, hashlib.sha256(data).digest()[:16] if data else None
+
+
+class _Twins:
+    """Tells files with equal bytes, by the first one of them."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, _Image] = {}
+
+    def add(self, image: _Image, digest: bytes | None) -> Iterator[Problem]:
+        if digest is None:
+            return
+        first = self._first.setdefault(digest, image)
+        if first is image:
+            return
+        if first.part != image.part:
+            yield Problem(image.name, "train in val", f"the same bytes as {first.name}")
+        if first.class_name != image.class_name:
+            yield Problem(image.name, "two classes", f"the same bytes as {first.name}")
+        elif first.part == image.part:
+            yield Problem(image.name, "duplicate", f"the same bytes as {first.name}")
+
+
+def _archives(path: Path) -> list[Path]:
+    """The tars or parquet files that the data set is made of; none if it is a folder of images."""
+    if path.is_file():
+        return [path]
+    tars = sorted(file for file in path.rglob("*.tar*") if file.suffix not in {".idx", ".part"})
+    return tars or sorted(path.rglob("*.parquet"))
+
+
+def _of_folder(path: Path, problems: list[Problem]) -> list[_Image]:
+    parts = [part for part in _PARTS if (path / part).is_dir()]
+    if not parts:
+        return _of_classes(path, path, "", problems)
+    problems += _stray_files(path, path, keep=parts)
+    images = [image for part in parts for image in _of_classes(path, path / part, part, problems)]
+    problems += _class_in_one_part(path, parts)
+    return images
+
+
+def _of_files(root: Path, files: Sequence[Path], problems: list[Problem]) -> list[_Image]:
+    """Samples of tars and parquet files; one that cannot be opened at all is a problem of its own."""
+    images: list[_Image] = []
+    for file in files:
+        name = file.relative_to(root).as_posix() if file != root else file.name
+        try:
+            source: EncodedSource = ParquetSource(file) if file.suffix == ".parquet" else ShardSource(file)
+        except DataError as error:
+            problems.append(Problem(name, "refused archive", str(error)))
+            continue
+        part = next((part for part in _PARTS if any(piece.startswith(part) for piece in name.split("/"))), "")
+        members = list(source.member_names()) if isinstance(source, ShardSource) else None
+        for i in range(len(source)):
+            label = f"{name}:{members[i]}" if members else source.name(i)
+            class_name = source.class_names[source.labels[i]]
+            images.append(_Image(label, part, class_name, partial(source.read, i), has_ending=members is not None))
+    return images
+
+
+def _of_classes(root: Path, folder: Path, part: str, problems: list[Problem]) -> list[_Image]:
+    """Images below the class folders of one part."""
+    problems += _stray_files(root, folder, keep=[entry.name for entry in os.scandir(folder) if entry.is_dir()])
+    images: list[_Image] = []
+    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        name = _below(class_folder, root)
+        if class_folder.name.startswith("."):
+            problems.append(Problem(name, "hidden", "a hidden folder"))
+        elif link := _link_problem(class_folder, root, folder):
+            problems.append(link)
+        else:
+            paths = list(_walk(root, folder, class_folder, problems))
+            images += [_Image(_below(path, root), part, class_folder.name, path.read_bytes) for path in paths]
+            problems += [] if paths else [Problem(name, "empty class", "no images in it")]
+    return images
+
+
+def _walk(root: Path, folder: Path, class_folder: Path, problems: list[Problem]) -> Iterator[Path]:
+    """Files that are images by their names; what else is there becomes problems."""
+    for parent, folders, files in os.walk(class_folder):
+        folders.sort()
+        problems += filter(None, (_link_problem(Path(parent, name), root, folder) for name in folders))
+        problems += _case_clashes(root, parent, files)
+        for file in sorted(files):
+            path = Path(parent, file)
+            problem = _problem_of_name(path, root, folder)
+            problems += _odd_name(path, root)
+            if problem is None:
+                yield path
+            elif path.suffix != KEPT_ENDING:
+                problems.append(problem)
+
+
+def _problem_of_name(path: Path, root: Path, folder: Path) -> Problem | None:
+    """What keeps a file from being read as an image, as far as its name and kind show."""
+    name = _below(path, root)
+    if link := _link_problem(path, root, folder):
+        return link
+    if path.name.startswith("."):
+        return Problem(name, "hidden", "begins with a dot")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return Problem(name, "unknown ending", f"'{path.suffix}'" if path.suffix else "no ending")
+    if not stat.S_ISREG(path.stat().st_mode):
+        return Problem(name, "special file", "not a plain file")
+    return None
+
+
+def _link_problem(path: Path, root: Path, folder: Path) -> Problem | None:
+    """A link may lead anywhere within its part: `folder`, which may itself be a link to another disk."""
+    if not path.is_symlink():
+        return None
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(folder)):
+        return Problem(_below(path, root), "link out", f"leads to {target}")
+    return None if target.exists() else Problem(_below(path, root), "broken link", f"leads to {target}")
+
+
+def _odd_name(path: Path, root: Path) -> Iterator[Problem]:
+    if not path.name.isprintable():
+        yield Problem(_below(path, root), "odd name", f"the name is {path.name!a}")
+
+
+def _case_clashes(root: Path, parent: str, files: Sequence[str]) -> Iterator[Problem]:
+    count = Counter(file.casefold() for file in files)
+    for file in sorted(files):
+        if count[file.casefold()] > 1:
+            yield Problem(_below(Path(parent, file), root), "case clash", "another name differs only in case")
+
+
+def _stray_files(root: Path, folder: Path, keep: Sequence[str]) -> Iterator[Problem]:
+    """What lies beside the class folders, or beside train and val."""
+    for path in sorted(folder.iterdir()):
+        if path.name in keep:
+            continue
+        if link := _link_problem(path, root, folder):
+            yield link
+        elif path.name.startswith("."):
+            yield Problem(_below(path, root), "hidden", "begins with a dot")
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Problem(_below(path, root), "no class", f"lies in {folder.name}, not in a class folder")
+
+
+def _class_in_one_part(root: Path, parts: Sequence[str]) -> Iterator[Problem]:
+    classes = {part: {entry.name for entry in os.scandir(root / part) if entry.is_dir()} for part in parts}
+    for part in parts:
+        for other in parts:
+            for name in sorted(classes[part] - classes[other]):
+                if not name.startswith("."):
+                    yield Problem(f"{part}/{name}", "class in one part", f"{other} has no such class")
+
+
+def _below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()

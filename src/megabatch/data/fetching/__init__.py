@@ -1,0 +1,1 @@
+"""Download of known data sets, with verified checksums."""

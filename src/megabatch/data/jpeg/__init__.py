@@ -1,0 +1,1 @@
+"""JPEG decoding at the crop, on CPU threads or a GPU."""

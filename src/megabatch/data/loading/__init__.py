@@ -1,0 +1,1 @@
+"""Loaders, and the exact order in which they read samples."""

@@ -1,0 +1,84 @@
+"""What loaders hand to training and evaluation, and how it gets to the device."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megabatch.data.loading.buffers import BufferPool
+
+
+@dataclass
+class Batch:
+    """Images ready for the model, on its device."""
+
+    images: Tensor  # [n, channels, resolution, resolution], normalised
+    labels: Tensor  # [n] int64
+    count: int
+    mixed_labels: Tensor | None = None  # [n] int64: the partner's label, with mixup or cutmix
+    mix_weight: Tensor | None = None  # [n] float32: the weight of `labels`; the partner's is 1 - mix_weight
+    num_replaced: int = 0  # samples that could not be read and were replaced
+    ready: torch.cuda.Event | None = None
+
+    def take(self) -> "Batch":
+        """This batch, once the current stream has been told to wait for it; does nothing on a CPU."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.images.device)
+            stream.wait_event(self.ready)
+            for tensor in (self.images, self.labels, self.mixed_labels, self.mix_weight):
+                if tensor is not None:
+                    tensor.record_stream(stream)
+            self.ready = None
+        return self
+
+
+class Staging:
+    """Host buffers and a stream of its own, so that copies and augmentation run beside the training step."""
+
+    def __init__(self, device: torch.device, *, num_buffers: int) -> None:
+        self.device = device
+        self._buffers = BufferPool(num_buffers)
+        self._is_cuda = device.type == "cuda"
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+
+    def host_images(self, count: int, size: int, channels: int) -> Tensor:
+        """An empty [n, size, size, channels] uint8 batch in host memory that is used again; pinned with a GPU."""
+        shape = (count, size, size, channels)
+        if self._is_cuda:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return self._buffers.empty(shape, torch.uint8)
+
+    def device_images(self, shape: torch.Size, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+        """An empty [n, channels, height, width] batch on the device."""
+        count, channels, height, width = shape
+        layout = (count, height, width, channels) if channels_last else tuple(shape)
+        if self._is_cuda:
+            images = torch.empty(layout, dtype=dtype, device=self.device)
+        else:
+            images = self._buffers.empty(layout, dtype)
+        return images.permute(0, 3, 1, 2) if channels_last else images
+
+    def to_device(self, values: Tensor | NDArray[np.generic]) -> Tensor:
+        tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+        return tensor.to(self.device, non_blocking=tensor.is_pinned() if self._is_cuda else False)
+
+    def run(self, work: Callable[[], Batch]) -> Batch:
+        """`work()` on the loader's own stream; the batch says when it is ready."""
+        if not self._is_cuda:
+            return work()
+        with torch.cuda.stream(self._own_stream()):
+            batch = work()
+            batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            batch.ready.record()
+        return batch
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        with self._lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            return self._stream

@@ -1,0 +1,161 @@
+"""Images of an encoded source, decoded by a pool of threads into one uint8 batch, bad files replaced."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megabatch.data.jpeg.decode import decode_crop, image_size
+from megabatch.data.sources.protocol import EncodedSource
+from megabatch.errors import DataError
+
+Int64 = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+OnBadSample = Callable[[str, str], None]
+DrawBoxes = Callable[[slice | Int64, Int64, Int64], Int64]
+"""(which of the wanted samples, their heights, their widths) -> boxes [n, 4]"""
+
+CHUNK = 32  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
+
+
+class BadSamples:
+    """The samples that could not be read, each named once; stops the run when they are too large a share.
+
+    A bad sample is replaced by the next readable one of its class: in index order, starting after it and going
+    round. What was found bad before plays no part: another crop of a file that is damaged in the middle may be whole,
+    and a worker that has not met the damage yet must do as one that has. So every run and every worker replaces alike.
+    """
+
+    def __init__(self, source: EncodedSource, *, max_share: float, on_bad_sample: OnBadSample | None) -> None:
+        self._source, self._max_share, self._on_bad_sample = source, max_share, on_bad_sample
+        self._reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def so_far(self) -> dict[int, str]:
+        """The reason by index of each sample that is known to be bad."""
+        with self._lock:
+            return dict(self._reasons)
+
+    def learn(self, reasons: Mapping[int, str]) -> None:
+        """Note what others found, as if it had been met here; raises what `report` does."""
+        for index in sorted(reasons):
+            self.report(index, reasons[index])
+
+    def report(self, index: int, reason: str) -> None:
+        """Note a bad sample.
+
+        Raises:
+            DataError: bad samples exceed the share that was set.
+        """
+        with self._lock:
+            if index in self._reasons:
+                return
+            self._reasons[index] = reason
+            count = len(self._reasons)
+        name = self._source.name(index)
+        if self._on_bad_sample is not None:
+            self._on_bad_sample(name, reason)
+        if count > self._max_share * len(self._source):
+            raise DataError(
+                f"{count} of {len(self._source)} samples cannot be read, more than max_bad_share={self._max_share:g}; "
+                f"the last is {name} ({reason}); `megabatch data check` lists all of them"
+            )
+
+    def substitutes(self, index: int) -> Iterator[int]:
+        """Samples that may stand in for `index`, in order of preference."""
+        same_class = np.flatnonzero(self._source.labels == self._source.labels[index])
+        start = int(np.searchsorted(same_class, index)) + 1
+        return (int(i) for i in np.roll(same_class, -start)[:-1])
+
+
+class _Opened(NamedTuple):
+    data: bytes
+    height: int
+    width: int
+
+
+class BatchReader:
+    """Reads and decodes samples into batches [n, size, size, channels] of uint8."""
+
+    def __init__(self, source: EncodedSource, *, channels: int, executor: Executor, bad_samples: BadSamples) -> None:
+        self._source, self.channels, self._executor, self._bad = source, channels, executor, bad_samples
+
+    def read(self, indices: Int64, size: int, draw_boxes: DrawBoxes, out: Pixels) -> NDArray[np.bool_]:
+        """Fill `out` with the samples at `indices`; returns which of them were replaced, [n]."""
+        replaced = np.zeros(len(indices), dtype=np.bool_)
+
+        def fill(chunk: slice) -> None:
+            replaced[chunk] = self._read_chunk(indices[chunk], size, lambda h, w: draw_boxes(chunk, h, w), out[chunk])
+
+        in_chunks(fill, len(indices), self._executor)
+        return replaced
+
+    def _read_chunk(
+        self, indices: Int64, size: int, draw_boxes: Callable[[Int64, Int64], Int64], out: Pixels
+    ) -> list[bool]:
+        opened = [self._open(int(index)) for index in indices]
+        heights = np.array([image.height if image else 1 for image in opened])
+        widths = np.array([image.width if image else 1 for image in opened])
+        boxes = draw_boxes(heights, widths)
+        replaced = []
+        for i, image in enumerate(opened):
+            good = image is not None and self._decode(int(indices[i]), image.data, boxes[i], size, out[i])
+            if not good:
+                self._replace(int(indices[i]), i, draw_boxes, heights, widths, size, out[i])
+            replaced.append(not good)
+        return replaced
+
+    def _open(self, index: int) -> _Opened | None:
+        try:
+            data = self._source.read(index)
+            return _Opened(data, *image_size(data))
+        except (DataError, OSError) as error:
+            self._bad.report(index, str(error))
+            return None
+
+    def _decode(self, index: int, data: bytes, box: Int64, size: int, out: Pixels) -> bool:
+        top, left, height, width = (int(edge) for edge in box)
+        try:
+            decode_crop(data, box=(top, left, height, width), size=size, channels=self.channels, out=out)
+        except DataError as error:
+            self._bad.report(index, str(error))
+            return False
+        return True
+
+    def _replace(
+        self,
+        index: int,
+        row: int,
+        draw_boxes: Callable[[Int64, Int64], Int64],
+        heights: Int64,
+        widths: Int64,
+        size: int,
+        out: Pixels,
+    ) -> None:
+        """The next good sample of the class, cropped by the random numbers of the sample it stands in for."""
+        for substitute in self._bad.substitutes(index):
+            image = self._open(substitute)
+            if image is None:
+                continue
+            heights[row], widths[row] = image.height, image.width
+            if self._decode(substitute, image.data, draw_boxes(heights, widths)[row], size, out):
+                return
+        class_name = self._source.class_names[self._source.labels[index]]
+        raise DataError(
+            f"no sample of class '{class_name}' can be read; the last tried was {self._source.name(index)}; "
+            "`megabatch data check` lists every unreadable file"
+        )
+
+
+def in_chunks(work: Callable[[slice], None], count: int, executor: Executor) -> None:
+    """`work` on neighbouring chunks of `count` samples, each a task of its own; the first error ends all."""
+    tasks = [executor.submit(work, slice(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()

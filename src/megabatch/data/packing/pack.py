@@ -1,0 +1,214 @@
+"""Pack a data set into indexed tar shards that any WebDataset reader takes.
+
+The result depends on the input and the options alone, to the byte: samples are dealt to shards by a fixed permutation
+(parquet, which is read by row group, keeps its order), stand in a shard in the order of their keys, and carry no
+times or owners. So any number of threads gives the same files, and work that was broken off is taken up again: a
+shard that is there, was made from the same samples with the same options and has its checksum, is kept.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megabatch.data.loading.order import permute
+from megabatch.data.loading.prefetch import usable_cores
+from megabatch.data.packing.input import Part, open_parts
+from megabatch.data.packing.shard import DEFAULT_QUALITY, Made, Options, Shard, make_shard
+from megabatch.data.sources.shards import CLASSES_FILE
+from megabatch.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+DEFAULT_SHARD_BYTES = 256 << 20
+OnProgress = Callable[[int, int], None]
+"""Takes samples done and samples in all; called from worker threads, one at a time."""
+
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What lies in the folder now."""
+
+    folder: Path
+    num_samples: dict[str, int]
+    num_shards: int
+    num_bytes: int
+    num_kept_shards: int  # finished by an earlier call
+    num_reencoded: int
+    class_names: tuple[str, ...]
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+
+
+def pack(
+    src: Path | str,
+    dst: Path | str,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_side: int | None = None,
+    quality: int | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> PackReport:
+    """Pack a folder of images, a tar or parquet files into `dst`: PART-000000.tar and so on, indices, class names.
+
+    Files are kept as they are, byte for byte, unless `max_side` or `quality` is given: then an image whose longer
+    side exceeds `max_side` is reduced to it (never enlarged), and becomes a JPEG of `quality` (90 if not given); with
+    `quality` all images become such JPEGs, except those that would grow.
+
+    Args:
+        shard_bytes: a shard ends once its samples, as stored in `src`, come to this much.
+        skip_bad: leave out and report images that cannot be decoded, which otherwise stop a re-encoding.
+        workers: threads; by default one for each core.
+
+    Raises:
+        DataError: nothing to pack, `dst` holds other shards or lies inside `src`, or an image that cannot be decoded.
+    """
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    _check(src, dst, shard_bytes, max_side, quality)
+    options = Options(max_side, quality, skip_bad)
+    parts = open_parts(src)
+    class_names = parts[0].source.class_names
+    _refuse_odd_names(class_names)
+    shards = [shard for part in parts for shard in _plan(part, dst, shard_bytes, options)]
+    dst.mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(dst, shards)
+    progress = _Progress(sum(len(shard.samples) for shard in shards), on_progress)
+    done = _make_all(shards, options, progress, workers or usable_cores())
+    _write(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
+    _write(dst / MANIFEST_FILE, _manifest(shards, done, options, class_names))
+    return _report(dst, shards, done, class_names)
+
+
+def _check(src: Path, dst: Path, shard_bytes: int, max_side: int | None, quality: int | None) -> None:
+    if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
+        raise DataError(f"{dst} lies inside {src}, and would be taken for data; choose a folder outside it")
+    if dst.exists() and not dst.is_dir():
+        raise DataError(f"{dst} is a file; needed: a folder to write shards to")
+    if shard_bytes < 1:
+        raise DataError(f"shard_bytes={shard_bytes} must be at least 1, for example {DEFAULT_SHARD_BYTES}")
+    if max_side is not None and max_side < 1:
+        raise DataError(f"max_side={max_side} must be at least 1, for example 500")
+    if quality is not None and not 1 <= quality <= 100:
+        raise DataError(f"quality={quality} must be from 1 to 100, for example {DEFAULT_QUALITY}")
+
+
+def _plan(part: Part, dst: Path, shard_bytes: int, options: Options) -> list[Shard]:
+    order = np.arange(len(part.source))
+    if part.random_access:
+        order = permute(order, num_samples=len(order), seed=0, epoch=0)
+    stored = -(-part.sizes[order] // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK  # two headers and a label
+    ends = np.cumsum(stored)
+    shard_of = (ends - stored) // shard_bytes
+    groups = np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
+    return [_shard(part, dst / f"{part.name}-{number:06d}.tar", group, options) for number, group in enumerate(groups)]
+
+
+def _shard(part: Part, path: Path, samples: npt.NDArray[np.int64], options: Options) -> Shard:
+    ordered = np.array(sorted(samples.tolist(), key=lambda i: part.keys[i]), dtype=np.int64)
+    plan = hashlib.sha256(repr(options).encode())
+    for i in ordered.tolist():
+        plan.update(f"\n{part.keys[i]}\t{part.source.labels[i]}\t{part.sizes[i]}".encode())
+    return Shard(path, part, ordered, plan.hexdigest())
+
+
+def _refuse_strangers(dst: Path, shards: Sequence[Shard]) -> None:
+    """Shards of another packing would be read as part of this one."""
+    planned = {shard.path for shard in shards}
+    strangers = sorted(path for path in dst.glob("*.tar") if path not in planned)
+    if strangers:
+        raise DataError(f"{dst} holds {strangers[0].name}, which is not of this data set; choose an empty folder")
+
+
+def _refuse_odd_names(class_names: Sequence[str]) -> None:
+    for name in class_names:
+        if name != name.strip() or "\n" in name or "\r" in name:
+            raise DataError(
+                f"the class name {name!r} cannot stand on a line of {CLASSES_FILE}; rename it, say to 'dog'"
+            )
+
+
+class _Progress:
+    """Counts samples, and is where work in other threads ends once one of them, or the caller, has failed."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self._done, self._total, self._on_progress = 0, total, on_progress
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def add(self, samples: int) -> None:
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            self._done += samples
+            try:
+                if self._on_progress is not None:
+                    self._on_progress(self._done, self._total)
+            except BaseException:
+                self._stopped = True
+                raise
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+
+def _make_all(shards: Sequence[Shard], options: Options, progress: _Progress, workers: int) -> list[Made]:
+    """All shards, several at once. The first failure stops the others at their next sample, and is raised."""
+    with ThreadPoolExecutor(workers) as threads:
+        tasks = [threads.submit(make_shard, shard, options, progress.add) for shard in shards]
+        try:
+            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+            failures = [error for task in done if (error := task.exception()) is not None]
+            for failure in sorted(failures, key=lambda error: isinstance(error, CancelledError)):
+                raise failure
+        except BaseException:
+            progress.stop()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [task.result() for task in tasks]
+
+
+def _manifest(shards: Sequence[Shard], done: Sequence[Made], options: Options, class_names: Sequence[str]) -> str:
+    files = {
+        shard.path.name: {"bytes": made.num_bytes, "samples": made.num_samples, "sha256": made.header["tar_sha256"]}
+        for shard, made in zip(shards, done, strict=True)
+    }
+    record = {
+        "format": "megabatch pack 1",
+        "max_side": options.max_side,
+        "quality": options.quality,
+        "classes": list(class_names),
+        "shards": files,
+        "skipped": [skipped for made in done for skipped in made.header["skipped"]],
+    }
+    return json.dumps(record, indent=1, ensure_ascii=True) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+    unfinished.replace(path)
+
+
+def _report(dst: Path, shards: Sequence[Shard], done: Sequence[Made], class_names: tuple[str, ...]) -> PackReport:
+    num_samples: dict[str, int] = {}
+    for shard, made in zip(shards, done, strict=True):
+        num_samples[shard.part.name] = num_samples.get(shard.part.name, 0) + made.num_samples
+    return PackReport(
+        folder=dst,
+        num_samples=num_samples,
+        num_shards=len(shards),
+        num_bytes=sum(made.num_bytes for made in done),
+        num_kept_shards=sum(made.was_there for made in done),
+        num_reencoded=sum(made.header["reencoded"] for made in done),
+        class_names=class_names,
+        skipped=[(name, reason) for made in done for name, reason in made.header["skipped"]],
+    )

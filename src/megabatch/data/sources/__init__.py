@@ -1,0 +1,1 @@
+"""Data sets: arrays, image folders, tar shards (local or remote), parquet files."""

@@ -1,0 +1,213 @@
+"""Tar shards kept elsewhere (s3://, gs://, https:// and whatever fsspec opens), read through a bounded local cache.
+
+Needs fsspec (`pip install megabatch[remote]`, and what fsspec needs for the protocol). With the loader's shard-local
+order each shard comes once an epoch, and the loader says through `will_read` which ones come next.
+"""
+
+import contextlib
+import os
+import posixpath
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megabatch.data.sources.file_cache import PART_ENDING, FileCache, RemoteFile
+from megabatch.data.sources.shards import (
+    CLASSES_FILE,
+    COMPRESSED_ENDINGS,
+    IndexedShards,
+    OpenFiles,
+    agreed_names,
+    read_class_names,
+)
+from megabatch.data.sources.tar_index import ShardIndex, build_index, load_index, write_index
+from megabatch.errors import DataError, MegabatchError
+
+_MAX_OPEN_FILES = 4  # a deleted file takes its room until it is closed
+_VERSION_FIELDS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
+
+T = TypeVar("T")
+
+
+class RemoteShards(IndexedShards):
+    """Samples of tar shards in a remote folder, as an `EncodedSource`.
+
+    The indices that `megabatch data pack` left beside the shards are fetched at once, the shards as they are read;
+    where there is no index, the shard is fetched to make one.
+
+    Args:
+        url: the remote folder, for example s3://bucket/imagenet.
+        part: which shards: those in the folder of this name, or those called `part`-*.tar.
+        cache: a local folder; all workers of a machine may share it.
+        max_bytes: how much of the disk the shards in it may take. It must hold what is read at about the same time,
+            or the same shards are fetched again and again: `bytes_at_once` of them.
+        class_names: names of numeric labels; by default from `classes.txt` there, else the numbers.
+
+    Raises:
+        DataError: fsspec is missing, no shards there, or what `ShardSource` refuses.
+        FetchError: an index that had to be made could not be.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        part: str,
+        cache: Path | str,
+        max_bytes: int,
+        class_names: Sequence[str] | None = None,
+        read_ahead_threads: int = 2,
+    ) -> None:
+        self._fs, root = _open_remote(url)
+        self._max_bytes = max_bytes
+        self._cache = FileCache(cache, fs=self._fs, max_bytes=max_bytes)
+        self._index_folder = Path(cache).expanduser() / "indices"
+        self._index_folder.mkdir(exist_ok=True)
+        self._remote = _find_shards(self._fs, root, part)
+        indices = [self._index_of(shard) for shard in range(len(self._remote))]
+        self._sha256 = [index.header.get("tar_sha256") for index in indices]
+        names = [posixpath.basename(remote.path) for remote in self._remote]
+        folders = [posixpath.dirname(self._remote[0].path), root]
+        super().__init__(names, indices, class_names or _class_names(self._fs, folders))
+        self._files = OpenFiles(_MAX_OPEN_FILES)
+        self._threads = ThreadPoolExecutor(read_ahead_threads, thread_name_prefix="read-ahead")
+        self._coming: set[int] = set()
+        self._coming_lock = threading.Lock()
+
+    def bytes_at_once(self, num_shards: int | None) -> int:
+        """Bytes of the `num_shards` largest shards, or of all of them."""
+        sizes = sorted((remote.num_bytes for remote in self._remote), reverse=True)
+        return sum(sizes[:num_shards])
+
+    def will_read(self, indices: Iterable[int]) -> None:
+        """Begin to fetch the shards of these samples, in this order, without waiting for them.
+
+        Only as many as the cache holds: one more would make room by deleting the first.
+        """
+        room = self._max_bytes
+        for shard in dict.fromkeys(self.shard_of(int(index)) for index in indices):
+            room -= self._remote[shard].num_bytes
+            if room < 0:
+                return
+            self._fetch_soon(shard)
+
+    def close(self) -> None:
+        """Give up what has not been fetched ahead yet."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch_soon(self, shard: int) -> None:
+        with self._coming_lock:
+            if shard in self._coming:
+                return
+            self._coming.add(shard)
+        self._threads.submit(self._fetch_ahead, shard)
+
+    def _fetch_ahead(self, shard: int) -> None:
+        try:
+            with contextlib.suppress(MegabatchError):  # whoever reads the shard gets the error
+                self._with_copy(shard, lambda _: None)
+        finally:
+            with self._coming_lock:
+                self._coming.discard(shard)
+
+    def _with_copy(self, shard: int, then: Callable[[Path], T]) -> T:
+        return self._cache.fetch(self._remote[shard], then=then, sha256=self._sha256[shard])
+
+    def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        path = self._cache.path(self._remote[shard])
+        if self._files.holds(path):
+            with contextlib.suppress(FileNotFoundError):  # let go since, and deleted to make room
+                return self._files.read(path, offset, size)
+        return self._with_copy(shard, lambda path: self._files.read(path, offset, size))
+
+    def _index_of(self, shard: int) -> ShardIndex:
+        """The shard's index: kept here, or beside the shard, or made from the shard."""
+        remote = self._remote[shard]
+        local = self._index_folder / f"{self._cache.path(remote).name}.idx"
+        if not local.exists():
+            _copy_if_there(self._fs, f"{remote.path}.idx", local)
+        index = load_index(local)
+        if index is None or index.header["tar_bytes"] != remote.num_bytes:
+            index = self._cache.fetch(remote, then=build_index)
+            write_index(index, local)
+        return index
+
+
+def open_remote_shards(url: str, *, cache: Path | str, max_bytes: int) -> tuple[RemoteShards, RemoteShards]:
+    """Training and validation samples of a remote folder, with one cache for both; raises what `RemoteShards` does."""
+
+    def opened(part: str, class_names: Sequence[str] | None = None) -> RemoteShards:
+        return RemoteShards(url, part=part, cache=cache, max_bytes=max_bytes, class_names=class_names)
+
+    train, val = opened("train"), opened("val")
+    names = agreed_names(train.class_names, val.class_names, url)
+    return (train, val) if names is None else (opened("train", names), opened("val", names))
+
+
+def _open_remote(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise DataError(f"reading {url} needs fsspec; pip install 'megabatch[remote]' works") from error
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url} cannot be opened: {error}; s3://, gs://, https:// and file:// URLs work") from error
+    return fs, str(root)
+
+
+def _find_shards(fs: Any, root: str, part: str) -> list[RemoteFile]:
+    """As `open_shards` finds local ones: in the folder `part`, else those called `part`-*.tar or `part`.tar."""
+    found = _tars(fs, posixpath.join(root, part), lambda _: True, may_be_missing=True)
+    found = found or _tars(fs, root, lambda name: name.startswith(f"{part}-") or name == f"{part}.tar")
+    if not found:
+        raise DataError(f"no shards for '{part}' in {root}; needed: {part}-000000.tar or {part}/*.tar there")
+    return found
+
+
+def _tars(fs: Any, folder: str, wanted: Callable[[str], bool], *, may_be_missing: bool = False) -> list[RemoteFile]:
+    try:
+        entries = fs.ls(folder, detail=True)
+    except FileNotFoundError as error:
+        if may_be_missing:
+            return []
+        raise DataError(f"there is no {folder}; needed: a folder with train-000000.tar and val-000000.tar") from error
+    except Exception as error:  # every file system has errors of its own
+        raise DataError(f"{folder} cannot be listed: {error}") from error
+    named = sorted((entry["name"], entry) for entry in entries if wanted(posixpath.basename(entry["name"])))
+    if compressed := [name for name, _ in named if name.endswith(COMPRESSED_ENDINGS)]:
+        raise DataError(f"{compressed[0]} is compressed: no sample can be read without all before it; plain .tar works")
+    return [_remote_file(fs, entry) for name, entry in named if name.endswith(".tar")]
+
+
+def _remote_file(fs: Any, entry: dict[str, Any]) -> RemoteFile:
+    if entry.get("size") is None:  # web servers do not list sizes
+        entry = {**entry, **fs.info(entry["name"])}
+    if entry["size"] is None:
+        raise DataError(f"the server does not say how large {entry['name']} is; one that sends its size works")
+    return RemoteFile(entry["name"], int(entry["size"]), _version(entry))
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """What the remote end tells of a file that changes with its content."""
+    return " ".join(str(entry[name]) for name in _VERSION_FIELDS if name in entry)
+
+
+def _class_names(fs: Any, folders: Iterable[str]) -> Sequence[str] | None:
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            text = fs.cat_file(posixpath.join(folder, CLASSES_FILE)).decode("utf-8", "surrogateescape")
+            return read_class_names(text)
+    return None
+
+
+def _copy_if_there(fs: Any, remote: str, local: Path) -> None:
+    try:
+        content = fs.cat_file(remote)
+    except FileNotFoundError:
+        return
+    part = local.with_name(f"{local.name}.{os.getpid()}{PART_ENDING}")
+    part.write_bytes(content)
+    part.replace(local)

@@ -1,0 +1,1 @@
+"""1x1 convolutions fused with the batch norms around them."""

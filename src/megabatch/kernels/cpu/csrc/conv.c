@@ -1,0 +1,138 @@
+/* A convolution's output and its data gradient on a CPU.
+ *
+ * Both are sums over those taps of the weight that meet an image, so zeros of padding cost nothing: at 4 x 4 pixels
+ * that is a third of the arithmetic. A tile is the same pixel of several images, which all meet the same taps, times
+ * 16 or 32 channels; its sums stay in registers from the first tap to the last. */
+#include "conv.h"
+
+#include <stdlib.h>
+
+#ifdef HAS_DOT_PRODUCTS
+
+enum { TASKS_PER_THREAD = 16 };
+
+/* y = weight x, or dx = weight^T dy, as sums over `depth` channels of `from`, for `lanes` channels of `to`. */
+typedef struct {
+    int64_t is_gradient, depth, lanes, vectors, blocks; /* vectors of registers in a block of lanes */
+    int64_t from_height, from_width, to_height, to_width;
+    const uint16_t *from;
+    uint16_t *to;
+} Product;
+
+static Product product_of(const Conv *conv, int is_gradient) {
+    Product product = {.is_gradient = is_gradient, .to = conv->result};
+    if (is_gradient) {
+        product.from = conv->gradient, product.depth = conv->outputs, product.lanes = conv->inputs;
+        product.from_height = conv->out_height, product.from_width = conv->out_width;
+        product.to_height = conv->height, product.to_width = conv->width;
+    } else {
+        product.from = conv->images, product.depth = conv->inputs, product.lanes = conv->outputs;
+        product.from_height = conv->height, product.from_width = conv->width;
+        product.to_height = conv->out_height, product.to_width = conv->out_width;
+    }
+    product.vectors = vectors_of(product.lanes);
+    product.blocks = product.lanes / VECTOR / product.vectors;
+    return product;
+}
+
+/* A block's weights as (taps, pairs of depth, lanes, 2). */
+TARGET static void pack_block(const Conv *conv, const Product *product, int64_t block, uint16_t *packed) {
+    int64_t taps = conv->taps_down * conv->taps_across, row = taps * conv->inputs, lanes = VECTOR * product->vectors;
+    const __m512i rows = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)row));
+    for (int64_t tap = 0; tap < taps; tap++)
+        for (int64_t at = 0; at < product->depth; at += 2, packed += 2 * lanes) {
+            const uint16_t *from = conv->weight + tap * conv->inputs;
+            if (product->is_gradient) {
+                from += at * row + block * lanes;
+                interleave(from, from + row, lanes, packed);
+                continue;
+            }
+            for (int64_t lane = 0; lane < lanes; lane += VECTOR)
+                _mm512_storeu_si512(packed + 2 * lane,
+                                    _mm512_i32gather_epi32(rows, from + (block * lanes + lane) * row + at, 2));
+        }
+}
+
+/* Where a tap at `at` of `to` meets `from`, along one axis; -1 where it meets padding or falls between strides. */
+static int64_t met(const Conv *conv, const Product *product, int64_t at, int64_t tap, int64_t size) {
+    int64_t place = product->is_gradient ? at + conv->padding - tap : at * conv->stride + tap - conv->padding;
+    if (product->is_gradient) {
+        if (place < 0 || place % conv->stride) return -1;
+        place /= conv->stride;
+    }
+    return place < size ? place : -1;
+}
+
+static int64_t find_terms(const Conv *conv, const Product *product, int64_t row, int64_t column,
+                          const uint16_t *weights, Term *terms) {
+    int64_t found = 0, tap_size = product->depth * VECTOR * product->vectors;
+    for (int64_t down = 0; down < conv->taps_down; down++) {
+        int64_t y = met(conv, product, row, down, product->from_height);
+        for (int64_t across = 0; y >= 0 && across < conv->taps_across; across++) {
+            int64_t x = met(conv, product, column, across, product->from_width);
+            const uint16_t *of_tap = weights + (down * conv->taps_across + across) * tap_size;
+            if (x >= 0) terms[found++] = (Term){of_tap, (y * product->from_width + x) * product->depth};
+        }
+    }
+    return found;
+}
+
+/* All channels of one row of pixels, of the images from `first` to `end`. */
+static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row,
+                            int64_t first, int64_t end) {
+    int64_t taps = conv->taps_down * conv->taps_across, lanes = VECTOR * product->vectors;
+    int64_t from_image = product->from_height * product->from_width * product->depth;
+    int64_t to_image = product->to_height * product->to_width * product->lanes;
+    Term terms[taps];
+    for (int64_t block = 0; block < product->blocks; block++)
+        for (int64_t column = 0; column < product->to_width; column++) {
+            const uint16_t *weights = packed + block * taps * product->depth * lanes;
+            int64_t num_terms = find_terms(conv, product, row, column, weights, terms);
+            int64_t pixel = (row * product->to_width + column) * product->lanes + block * lanes;
+            conv_add_tile(product->vectors, end - first, terms, num_terms, product->from + first * from_image,
+                          from_image, product->depth, product->to + first * to_image + pixel, to_image);
+        }
+}
+
+/* 0, or 1 without memory. */
+static int run(const Conv *conv, int is_gradient) {
+    Product product = product_of(conv, is_gradient);
+    int64_t taps = conv->taps_down * conv->taps_across, block_size = taps * product.depth * VECTOR * product.vectors;
+    int64_t tiles = up(conv->count, most_images(product.vectors));
+    int64_t cuts = least(product.to_height, up(TASKS_PER_THREAD * conv->threads, tiles));
+    uint16_t *packed = aligned_alloc(64, product.blocks * block_size * sizeof *packed);
+    if (!packed) return 1;
+#pragma omp parallel num_threads((int)conv->threads)
+    {
+#pragma omp for
+        for (int64_t block = 0; block < product.blocks; block++)
+            pack_block(conv, &product, block, packed + block * block_size);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tiles * cuts; task++) {
+            int64_t tile = task / cuts, cut = task % cuts;
+            for (int64_t row = product.to_height * cut / cuts; row < product.to_height * (cut + 1) / cuts; row++)
+                fill_row(conv, &product, packed, row, conv->count * tile / tiles, conv->count * (tile + 1) / tiles);
+        }
+    }
+    free(packed);
+    return 0;
+}
+
+/* Whether this processor has the dot product. */
+PUBLIC int megabatch_conv_runs_here(void) {
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
+/* y of `images` and `weight`. */
+PUBLIC int megabatch_conv_forward(const Conv *conv) {
+    return conv->inputs % VECTOR ? conv_few_forward(conv) : run(conv, 0);
+}
+
+/* dx of `gradient` and `weight`. */
+PUBLIC int megabatch_conv_data_gradient(const Conv *conv) { return run(conv, 1); }
+
+#else
+PUBLIC int megabatch_conv_runs_here(void) { return 0; }
+#endif

@@ -1,0 +1,82 @@
+/* What weight gradients on a CPU sum with, whatever their lanes and rows are. */
+#include "conv.h"
+
+#ifdef HAS_DOT_PRODUCTS
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* tile[rows, lanes] += sum over the pixels of runs of a row's value times a lane's. */
+INLINE void add_runs(int vectors, int rows, const Run *runs, int64_t num_runs, int64_t lanes_step, int64_t row_first,
+                     int64_t rows_step, float *tile) {
+    __m512 sums[24];
+#pragma GCC unroll 24
+    for (int at = 0; at < rows * vectors; at++) {
+        sums[at] = _mm512_setzero_ps();
+        _mm_prefetch((const char *)(tile + at * VECTOR), _MM_HINT_T0);
+    }
+    for (const Run *run = runs; run < runs + num_runs; run++) {
+        const uint16_t *lanes = run->lanes, *values = run->rows + row_first;
+        for (int64_t left = run->length; left > 0; left--, lanes += lanes_step, values += rows_step) {
+            __m512i pairs[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) pairs[v] = _mm512_loadu_si512(lanes + 2 * VECTOR * v);
+#pragma GCC unroll 24
+            for (int row = 0; row < rows; row++) {
+                __m512i pair = _mm512_set1_epi32(*(const Pair *)(values + 2 * row));
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++)
+                    sums[row * vectors + v] = add_products(sums[row * vectors + v], pairs[v], pair);
+            }
+        }
+    }
+#pragma GCC unroll 24
+    for (int at = 0; at < rows * vectors; at++) {
+        float *to = tile + at * VECTOR;
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sums[at]));
+    }
+}
+
+#define CASE(vectors, rows)                                                                   \
+    case 100 * vectors + rows:                                                                \
+        add_runs(vectors, rows, runs, num_runs, lanes_step, row_first, rows_step, tile);      \
+        break;
+
+TARGET static void add_panel(int64_t vectors, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
+                             int64_t row_first, int64_t rows_step, float *tile) {
+    switch (100 * vectors + rows) {
+        CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9)
+        CASE(1, 10) CASE(1, 11) CASE(1, 12) CASE(1, 13) CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2)
+        CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6) CASE(2, 7) CASE(2, 8) CASE(2, 9) CASE(2, 10) CASE(2, 11)
+        CASE(2, 12) CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(3, 5) CASE(3, 6) CASE(3, 7) CASE(3, 8)
+        CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4) CASE(4, 5) CASE(4, 6)
+    }
+}
+
+/* tile[rows, lanes] += sum over the pixels of runs, as many rows at a time as 24 registers hold sums for. */
+void conv_add_panels(int64_t lanes, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
+                     int64_t rows_step, float *tile) {
+    int64_t vectors = lanes / VECTOR, panels = up(rows, vectors == 1 ? 16 : 24 / vectors);
+    for (int64_t panel = 0; num_runs && panel < panels; panel++) {
+        int64_t first = rows * panel / panels, count = rows * (panel + 1) / panels - first;
+        add_panel(vectors, count, runs, num_runs, lanes_step, 2 * first, rows_step, tile + first * lanes);
+    }
+}
+
+/* 16 values of the result: parts added in their order, rounded once. */
+TARGET void conv_add_parts(const float *sums, int64_t parts, int64_t size, uint16_t *result) {
+    __m512 sum = _mm512_loadu_ps(sums);
+    for (int64_t part = 1; part < parts; part++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part * size));
+    _mm256_storeu_si256((void *)result, (__m256i)_mm512_cvtneps_pbh(sum));
+}
+
+/* The number of this thread. */
+int64_t conv_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+#endif

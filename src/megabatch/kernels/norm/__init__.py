@@ -1,0 +1,1 @@
+"""Batch norm fused with residual add, ReLU and pooling."""

@@ -1,0 +1,1 @@
+"""Batch norm over a span of samples, and its evaluation statistics."""

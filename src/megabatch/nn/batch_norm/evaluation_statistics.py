@@ -1,0 +1,126 @@
+"""How the statistics of training spans become those that evaluation uses, whatever the number of workers."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megabatch.errors import UserError
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+
+EvalStats = Literal["running", "running_all_reduced", "last_batch", "precise"]
+
+
+def span_layers(model: nn.Module) -> Iterator[SpanBatchNorm2d]:
+    """The span layers of `model`, each once, in the order of its modules."""
+    return (layer for layer in model.modules() if isinstance(layer, SpanBatchNorm2d))
+
+
+def collect_statistics(model: nn.Module, enabled: bool = True) -> None:
+    """Makes training forwards only add up their spans' statistics, for `finish_step` to use; forgets earlier ones."""
+    for layer in span_layers(model):
+        layer.accumulate_statistics = enabled
+    discard_step(model)
+
+
+def discard_step(model: nn.Module) -> None:
+    """Forgets what forwards have added since the last `finish_step`: for a step that is skipped or repeated."""
+    for layer in span_layers(model):
+        layer.span_sum.zero_()
+        layer.first_span.zero_()
+
+
+@torch.no_grad()
+def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None) -> None:
+    """Brings the running averages up to date with the step's spans; call once a step, on all ranks of `group`.
+
+    Does nothing to layers that keep their own averages (see `collect_statistics`).
+
+        running = (1 - stats_momentum) * running + stats_momentum * statistic
+
+    `eval_stats` says which statistic (mean and unbiased variance) of the step:
+
+    - "running": the step's first span alone, as one worker sees it (Yamazaki et al. 2019, arXiv:1903.12650, whose
+      workers did not synchronise them). The first span is the first that rank 0 saw.
+    - "running_all_reduced": the mean over all spans of the step. By linearity this equals the average over workers
+      of each worker's own running average.
+    - "last_batch": the same mean with stats_momentum 1, so that evaluation uses the last step alone (Akiba et al.
+      2017, arXiv:1711.04325).
+    - "precise": as "running_all_reduced", until `finish_precise` replaces it.
+
+    Sends one all-reduce of 2C + 1 values a layer, all layers in one message. Without torch.distributed, none.
+    """
+    _check_kind(eval_stats)
+    layers = [layer for layer in span_layers(model) if layer.accumulate_statistics]
+    if not layers:
+        return
+    distributed = dist.is_available() and dist.is_initialized()
+    totals = torch.cat([layer.first_span if eval_stats == "running" else layer.span_sum for layer in layers])
+    if distributed:
+        if eval_stats == "running" and dist.get_rank(group) != 0:
+            totals.zero_()
+        dist.all_reduce(totals, group=group)
+    for layer, total in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
+        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.momentum)
+    discard_step(model)
+
+
+def begin_precise(model: nn.Module) -> None:
+    """Starts recomputing evaluation statistics (Wu and Johnson 2021, arXiv:2105.07576, section 3).
+
+    Puts the model into evaluation mode, save that span layers normalise by the statistics of their own spans, as in
+    training, and add them up. Then run forwards over some batches, under torch.no_grad, and call `finish_precise`.
+    """
+    model.eval()
+    for layer in span_layers(model):
+        moments = torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=layer.running_mean.device)
+        layer.pooled_moments = moments
+
+
+@torch.no_grad()
+def finish_precise(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
+    """Sets evaluation statistics to the mean and unbiased variance of everything seen since `begin_precise`.
+
+        m = sum(n_s E_s[x]) / n,    v = (sum(n_s E_s[x^2]) / n - m^2) * n / (n - 1)
+
+    over all spans s of all ranks of `group`, in float64, in one all-reduce: the population's own statistics, not an
+    average of variances. The model is left in evaluation mode.
+
+    Raises:
+        UserError: `begin_precise` was not called, or no sample was seen since.
+    """
+    layers = list(span_layers(model))
+    pooled = [layer.pooled_moments for layer in layers if layer.pooled_moments is not None]
+    if len(pooled) != len(layers):
+        raise UserError("finish_precise was called without begin_precise; begin_precise(model), then forwards, works")
+    for layer in layers:
+        layer.pooled_moments = None
+    if not pooled:
+        return
+    totals = torch.cat(pooled)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals, group=group)
+    for layer, moments in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
+        _set_pooled(layer, moments)
+
+
+def _check_kind(eval_stats: str) -> None:
+    if eval_stats not in EvalStats.__args__:  # type: ignore[attr-defined]
+        kinds = ", ".join(EvalStats.__args__)  # type: ignore[attr-defined]
+        raise UserError(f"eval_stats={eval_stats} was given, needed one of {kinds}; eval_stats=running works")
+
+
+def _num_totals(layer: SpanBatchNorm2d) -> int:
+    return 2 * layer.num_features + 1
+
+
+def _set_pooled(layer: SpanBatchNorm2d, moments: Tensor) -> None:
+    count = moments[-1]
+    if count == 0:
+        raise UserError("no sample passed between begin_precise and finish_precise; one batch or more works")
+    mean, mean_square = (moments[:-1] / count).view(2, -1)
+    layer.running_mean.copy_(mean)
+    variance = (mean_square - mean.square()).clamp(min=0)
+    layer.running_var.copy_(variance * count / (count - 1).clamp(min=1))

@@ -1,0 +1,1 @@
+"""Blocks computed by fused kernels."""

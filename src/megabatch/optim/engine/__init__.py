@@ -1,0 +1,1 @@
+"""Shared machinery of the optimizers: dispatch to a kernel, foreach or reference step."""

@@ -1,0 +1,138 @@
+"""One optimizer step: forward and backward over micro-batches, one exchange of gradients, one update.
+
+The loss of a micro-batch is the sum over its samples divided by the true global count, so the gradient that the
+optimizer sees is the mean over the global batch however the batch was cut among workers and micro-batches.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megabatch.comm.launch import World, sum_over_workers
+from megabatch.data.loading.batch import Batch
+from megabatch.nn.loss import cross_entropy_sum
+from megabatch.train.precision import Precision
+from megabatch.train.weight_copies import WeightCopies
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`.
+
+    Forward reads `copies` instead of the weights that they are of.
+    """
+
+    global_count: int
+    label_smoothing: float
+    precision: Precision
+    copies: WeightCopies = field(default_factory=WeightCopies)
+
+
+class NoiseSample(NamedTuple):
+    """What the noise-scale estimator needs of one step (McCandlish et al. 2018, arXiv:1812.06162, appendix A)."""
+
+    mean_local_sq_norm: float  # mean over micro-batches of |g_b|^2
+    local_count: float  # b
+    global_sq_norm: float  # |g_B|^2
+    global_count: float  # B
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    num_micro_batches: int,
+    objective: Objective,
+    *,
+    world_size: int,
+) -> Tensor:
+    """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
+
+    Returns this worker's loss sum (0-d, float64, on the batches' device); reads nothing back from there.
+    DistributedDataParallel averages over workers, hence the factor `world_size`; it exchanges during the last
+    micro-batch's backward alone.
+    """
+    losses = []
+    linked = world_size > 1  # the exchange waits for the weights' own gradients
+    widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
+    with objective.precision.kept_casts():
+        for number in range(num_micro_batches):
+            batch = next(batches)
+            exchanges = number == num_micro_batches - 1
+            with contextlib.nullcontext() if exchanges else _without_exchange(model):
+                with objective.copies.read(linked=linked):
+                    loss = forward_loss(model, batch, objective)
+                torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
+            objective.copies.hand_over(widen=widen)
+            losses.append(loss.detach())
+    return torch.stack(losses).double().sum()
+
+
+def accumulate_and_measure(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    num_micro_batches: int,
+    objective: Objective,
+    *,
+    world: World,
+) -> tuple[Tensor, NoiseSample]:
+    """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
+
+    The micro-batch is the estimator's small batch; it is a recipe value (one batch-norm span), so that the measured
+    noise scale does not depend on the number of workers. Norms are of gradients without the loss scale.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, |g_b|^2, micro-batches, samples in them
+    scale = objective.precision.loss_scale.value if objective.precision.loss_scale else 1.0
+    for _ in range(num_micro_batches):
+        batch = next(batches)
+        with _without_exchange(model):
+            with objective.copies.read():
+                loss = forward_loss(model, batch, objective)
+            torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
+        objective.copies.hand_over(widen=True)
+        gradients = [_gradient(p) for p in parameters]
+        torch._foreach_add_(total, gradients)
+        share = objective.global_count / max(1, batch.count) / scale
+        norm = _squared_norm(gradients) * share**2
+        sums += sums.new_tensor([float(loss.detach()), norm, 1.0, batch.count])
+        for parameter in parameters:
+            parameter.grad = None
+    for parameter, gradient in zip(parameters, total, strict=True):
+        parameter.grad = sum_over_workers(gradient, world)
+    loss_sum = sums[0].clone()
+    sum_over_workers(sums, world)
+    _, squares, count, samples = sums.tolist()
+    global_sq_norm = _squared_norm(total) / scale**2
+    return loss_sum, NoiseSample(squares / count, samples / count, global_sq_norm, float(objective.global_count))
+
+
+def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
+    """Sum over the micro-batch of the cross entropy, in fp32 (or in the logits' type where that is wider)."""
+    with objective.precision.autocast():
+        logits = model(batch.images)
+    return cross_entropy_sum(
+        logits,
+        batch.labels,
+        label_smoothing=objective.label_smoothing,
+        mixed_labels=batch.mixed_labels,
+        mix_weight=batch.mix_weight,
+    )
+
+
+def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    no_sync: Callable[[], AbstractContextManager[None]] | None = getattr(model, "no_sync", None)
+    return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _squared_norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(tensors)).double().square().sum())

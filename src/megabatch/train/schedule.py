@@ -1,0 +1,84 @@
+"""The whole schedule of a recipe as pure functions of the samples seen."""
+
+import math
+
+from megabatch.optim import schedule
+from megabatch.optim.batch_size import adjusted
+from megabatch.optim.schedule import sgd_share
+from megabatch.recipe import Recipe, value_at
+from megabatch.train.state import StepSettings
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """The peak rate at the recipe's (first) global batch."""
+    return schedule.scaled_peak_lr(
+        recipe.peak_lr,
+        scaling=recipe.lr_scaling,
+        global_batch_size=int(value_at(recipe.batch_sizes, 0.0)) if recipe.batch_sizes else recipe.global_batch_size,
+        reference_batch_size=recipe.lr_reference_batch_size,
+    )
+
+
+def settings_at(recipe: Recipe, step: int, first: int, *, global_batch_size: int | None = None) -> StepSettings:
+    """What `step`, starting at stream position `first`, does: the whole schedule as one pure function.
+
+    `global_batch_size` overrides the recipe's (batch grown by noise scale).
+    """
+    epoch = first / recipe.num_train_images
+    base = int(value_at(recipe.batch_sizes, 0.0)) if recipe.batch_sizes else recipe.global_batch_size
+    planned = int(value_at(recipe.batch_sizes, epoch)) if recipe.batch_sizes else recipe.global_batch_size
+    batch = global_batch_size or planned
+    peak = peak_lr(recipe)
+    lr = schedule.learning_rate(
+        epoch,
+        peak_lr=peak,
+        total_epochs=recipe.total_epochs,
+        warmup=recipe.warmup,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_start_lr=recipe.warmup_start_lr,
+        decay=recipe.decay,
+        poly_power=recipe.poly_power,
+        end_lr=recipe.end_lr,
+        decay_epochs=recipe.decay_epochs,
+        decay_counts_warmup=recipe.decay_counts_warmup,
+        lr_factors=recipe.lr_factors,
+    )
+    factor = lr / peak if recipe.weight_decay_follows_lr and peak else 1.0
+    lr, momentum = adjusted(
+        lr,
+        recipe.momentum,
+        batch=batch,
+        base_batch=base,
+        rule=recipe.batch_size_rule,
+        num_train_images=recipe.num_train_images,
+    )
+    share = None
+    if recipe.optimizer == "rmsprop_warmup":
+        share = sgd_share(epoch, center_epoch=recipe.rmsprop_center_epoch, period_epochs=recipe.rmsprop_period_epochs)
+    return StepSettings(
+        step=step,
+        first=first,
+        count=min(batch, total_samples(recipe) - first),
+        epoch=epoch,
+        resolution=schedule.resolution_at(epoch, recipe.resolution, ramp=recipe.resolution_ramp),
+        lr=lr,
+        momentum=momentum,
+        weight_decay_factor=factor,
+        sgd_share=share,
+    )
+
+
+def total_samples(recipe: Recipe) -> int:
+    """Samples of the whole run; its last step takes what is left, so it may be smaller than a global batch."""
+    return math.ceil(recipe.total_epochs * recipe.num_train_images - 1e-6)
+
+
+def count_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the whole run."""
+    if not recipe.batch_sizes:
+        return -(-total_samples(recipe) // recipe.global_batch_size)
+    steps = first = 0
+    while first < total_samples(recipe):
+        first += int(value_at(recipe.batch_sizes, first / recipe.num_train_images))
+        steps += 1
+    return steps

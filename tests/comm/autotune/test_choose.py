@@ -1,0 +1,118 @@
+"""The choice: what was measured on such a world decides, else the cost model; damaged tables are told."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_processes, run_threads
+
+from megabatch.comm.autotune.choose import Cell, Measured, choose, describe_world, read_table, write_table
+from megabatch.comm.autotune.measure import Bench, cells_to_measure
+from megabatch.comm.exchange.wrap import wrap
+from megabatch.errors import SiteError
+
+HOSTS = ["a", "a", "b", "b"]
+WORLD = describe_world("gloo", HOSTS)
+MIB = 2**20
+
+
+def row(algorithm, median_s, *, num_bytes=MIB, wire="fp32", bucket_mib=25.0):
+    return Measured(Cell(algorithm, (2, 2), bucket_mib, wire), num_bytes, median_s, median_s, median_s, 5)
+
+
+def chosen(path, **changes):
+    arguments = {"num_bytes": MIB, "hosts": HOSTS, "backend": "gloo", "shape": (2, 2), "path": path}
+    return choose(**arguments | changes)
+
+
+def test_the_fastest_measured_cell_of_the_allowed_wire_is_chosen(tmp_path):
+    path = tmp_path / "table.json"
+    write_table(path, WORLD, [row("flat", 3.0), row("torus", 2.0), row("hierarchical", 1.0, wire="bf16")])
+    assert chosen(path).cell.algorithm == "torus"
+    assert chosen(path, wires=("fp32", "bf16")).cell == Cell("hierarchical", (2, 2), 25.0, "bf16")
+    assert "fastest of 2 cells" in chosen(path).why
+
+
+def test_the_nearest_measured_size_decides(tmp_path):
+    path = tmp_path / "table.json"
+    small = [row("torus", 1.0), row("flat", 2.0)]
+    large = [row("torus", 2.0, num_bytes=100 * MIB), row("flat", 1.0, num_bytes=100 * MIB)]
+    write_table(path, WORLD, small + large)
+    assert [chosen(path, num_bytes=size * MIB).cell.algorithm for size in (1, 9, 11, 500)] == ["torus"] * 2 + [
+        "flat"
+    ] * 2
+
+
+def test_within_five_percent_the_backends_own_algorithm_is_kept(tmp_path):
+    path = tmp_path / "table.json"
+    write_table(path, WORLD, [row("flat", 1.04), row("torus", 1.0)])
+    assert chosen(path).cell.algorithm == "flat"
+    write_table(path, WORLD, [row("flat", 1.06), row("torus", 1.0)])
+    assert chosen(path).cell.algorithm == "torus"
+
+
+def test_tables_of_several_worlds_share_a_file_and_are_read_back_as_written(tmp_path):
+    path = tmp_path / "folder" / "table.json"
+    write_table(path, WORLD, [row("torus", 0.5)])
+    write_table(path, "nccl, ranks per host 8", [row("flat", 0.1)], torch="2.13.0")
+    assert read_table(path, WORLD) == [row("torus", 0.5)]
+    assert read_table(path, "gloo, ranks per host 3") == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "tables": 3}', '{"format": 9, "tables": {}}', "\xff"])
+def test_a_damaged_table_is_told_by_name(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(SiteError, match=r"table\.json.*delete it"):
+        chosen(path)
+
+
+def test_without_a_table_round_robin_hosts_get_a_torus_and_nccl_its_own():
+    by_model = chosen(None, hosts=["a", "b", "a", "b"], num_bytes=100 * MIB)
+    assert by_model.cell.algorithm in ("torus", "hierarchical")
+    assert "cost model" in by_model.why
+    nccl = chosen(None, backend="nccl")
+    assert nccl.cell.algorithm == "flat"
+    assert math.isnan(nccl.expected_s)
+
+
+def measured_cells():
+    cells = cells_to_measure((2, 2), algorithms=["flat", "torus"], buckets_mib=[0.01], wires=["bf16"])
+    return Bench(None, torch.device("cpu")).measure(cells, 40_000, repeats=2)
+
+
+def test_the_bench_measures_each_cell_alike_on_all_ranks():
+    results = run_threads(4, measured_cells)
+    assert all(result == results[0] for result in results)
+    assert [r.cell.shape for r in results[0]] == [(2, 2), (2, 2), (1, 4)]
+    assert all(0 < r.q1_s <= r.median_s <= r.q3_s and r.repeats == 2 for r in results[0])
+
+
+def wrapped_by_auto(path):
+    model = wrap(torch.nn.Linear(4, 2), algorithm="auto", hosts=["a", "b", "a", "b"], tuning=path)
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    model(torch.ones(1, 4) * dist.get_rank()).sum().backward()
+    state = model.exchange_state
+    return model.exchange_choice.cell, state.grid.rows, model.module.weight.grad
+
+
+@pytest.mark.multiprocess
+def test_auto_sets_up_the_chosen_exchange_on_every_rank(tmp_path):
+    path = tmp_path / "table.json"
+    write_table(path, describe_world("gloo", ["a", "b", "a", "b"]), [row("split_torus", 1.0, bucket_mib=1.0)])
+    for cell, rows, gradient in run_processes(4, wrapped_by_auto, path):
+        assert cell == Cell("split_torus", (2, 2), 1.0, "fp32")
+        assert rows == ((0, 2), (1, 3))
+        assert torch.equal(gradient, torch.full((2, 4), 1.5))
+
+
+def wrapped_with(path):
+    with pytest.raises(SiteError, match="delete it"):
+        wrapped_by_auto(path)
+
+
+def test_a_damaged_table_is_an_error_on_every_rank_and_no_hang(tmp_path):
+    (tmp_path / "table.json").write_text("no")
+    run_threads(4, wrapped_with, tmp_path / "table.json", timeout_s=20)

@@ -1,0 +1,47 @@
+"""Every algorithm is an all-reduce: equal to the sum of all ranks' tensors, the same bits on every rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_threads
+
+from megabatch.comm.exchange.algorithms import ALGORITHMS, all_reduce
+from megabatch.comm.exchange.grid import make_grid
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+def value_of(rank, numel, dtype):
+    generator = torch.Generator().manual_seed(1000 * rank + numel)
+    return torch.randn(numel, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def reduced(shape, numel, dtype, algorithm, wire, chunk_mib):
+    grid = make_grid(shape=shape)
+    return all_reduce(value_of(dist.get_rank(), numel, dtype), algorithm, grid, wire=wire, chunk_mib=chunk_mib)
+
+
+def check_against_the_sum(results, numel, dtype, unit):
+    exact = torch.stack([value_of(rank, numel, dtype).double() for rank in range(len(results))])
+    bound = 4 * unit * exact.abs().sum(0) + 1e-7
+    for result in results:
+        assert torch.equal(result, results[0])
+        assert ((result.double() - exact.sum(0)).abs() <= bound).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, numel=st.integers(1, 300), algorithm=st.sampled_from(ALGORITHMS), data=st.data())
+def test_any_length_type_and_grid_gives_the_sum_with_equal_bits_on_all_ranks(shape, numel, algorithm, data):
+    units = [(torch.float32, 2**-23), (torch.float64, 2**-52), (torch.bfloat16, 2**-7)]
+    dtype, unit = data.draw(st.sampled_from(units))
+    chunk_mib = data.draw(st.sampled_from([1.0, 16 / 2**20, 200 / 2**20]))
+    results = run_threads(shape[0] * shape[1], reduced, shape, numel, dtype, algorithm, None, chunk_mib)
+    check_against_the_sum(results, numel, dtype, unit * len(results))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_sixteen_by_sixteen_ranks_sum_without_losing_the_remainder(algorithm):
+    results = run_threads(256, reduced, (16, 16), 1021, torch.float32, algorithm, None, 1.0)
+    check_against_the_sum(results, 1021, torch.float32, 256 * 2**-23)

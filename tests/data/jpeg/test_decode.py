@@ -1,0 +1,400 @@
+"""Decoding: whole, at a crop, at the centre; compiled or not; and refusing what cannot be decoded whole."""
+
+import io
+import itertools
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from photographs import encode, photograph, pillow_crop
+from PIL import Image
+
+from megabatch import native
+from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_center, decode_crop, image_size
+from megabatch.errors import DataError, SiteError
+
+MEAN_TOLERANCE = 4.0  # of 255, against Pillow's antialiased resize of the full decode
+LAYOUTS = list(itertools.product(["RGB", "L"], [0, 1, 2]))
+
+
+@pytest.fixture(scope="session")
+def library_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library built from the sources as they are now, whatever was installed."""
+    folder = tmp_path_factory.mktemp("library")
+    try:
+        _jpegcrop.build(folder)
+    except SiteError as error:
+        pytest.skip(f"the compiled decoder cannot be built here: {error}")
+    return folder
+
+
+@pytest.fixture
+def compiled(library_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_jpegcrop, "library_folder", library_folder)
+    _jpegcrop._function.cache_clear()
+    assert _jpegcrop.is_available()
+    yield
+    _jpegcrop._function.cache_clear()
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(_jpegcrop, "library_folder", tmp_path)
+    _jpegcrop._function.cache_clear()
+    assert not _jpegcrop.is_available()
+    yield
+    _jpegcrop._function.cache_clear()
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def either(request: pytest.FixtureRequest) -> str:
+    request.getfixturevalue(request.param)
+    return request.param
+
+
+def mean_difference(pixels: np.ndarray, reference: np.ndarray) -> float:
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == reference.shape
+    return float(np.abs(pixels - reference).mean())
+
+
+# ---- the crop is that of Pillow
+
+
+@pytest.mark.parametrize(("mode", "subsampling"), LAYOUTS)
+@pytest.mark.parametrize("size", [224, 96, (40, 61), 9])
+def test_a_crop_is_the_antialiased_resize_of_the_full_decode(either, mode, subsampling, size):
+    data = encode(photograph(375, 500), mode=mode, quality=90, subsampling=subsampling)
+    shape = (size, size) if isinstance(size, int) else size
+    for box in [(0, 0, 375, 500), (31, 57, 300, 301), (200, 301, 175, 199), (100, 3, 41, 397)]:
+        for channels in (1, 3):
+            pixels = decode_crop(data, box=box, size=size, channels=channels)
+            assert mean_difference(pixels, pillow_crop(data, box, shape, channels)) < MEAN_TOLERANCE
+
+
+def test_a_photographs_crop_differs_from_pillows_by_less_than_one_level_on_average(either):
+    data = encode(photograph(533, 400), quality=90)
+    for box in [(0, 0, 533, 400), (10, 20, 400, 300), (111, 77, 224, 224)]:
+        pixels = decode_crop(data, box=box, size=224)
+        assert mean_difference(pixels, pillow_crop(data, box, (224, 224), 3)) < 1.0
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_box_of_any_jpeg_gives_pillows_pixels_when_compiled(compiled, data):
+    height, width = data.draw(st.integers(16, 200)), data.draw(st.integers(16, 200))
+    rows, columns = data.draw(st.integers(8, height)), data.draw(st.integers(8, width))
+    box = (data.draw(st.integers(0, height - rows)), data.draw(st.integers(0, width - columns)), rows, columns)
+    size = (data.draw(st.integers(8, 150)), data.draw(st.integers(8, 150)))
+    options = {"quality": data.draw(st.sampled_from([60, 95])), "subsampling": data.draw(st.sampled_from([0, 1, 2]))}
+    options |= data.draw(st.sampled_from([{}, {"optimize": True}, {"restart_marker_rows": 1}, {"progressive": True}]))
+    encoded = encode(photograph(height, width, seed=height), **options)
+    pixels = decode_crop(encoded, box=box, size=size)
+    # In a small picture every pixel is an edge of one of its discs; there libjpeg's smoothing of the colours counts.
+    tolerance = MEAN_TOLERANCE if min(height, width, rows, columns) >= 48 else 4 * MEAN_TOLERANCE
+    assert mean_difference(pixels, pillow_crop(encoded, box, size, 3)) < tolerance
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 2}])
+def test_the_compiled_decoder_reads_every_kind_of_baseline_file_itself(compiled, options):
+    for mode, subsampling in LAYOUTS:
+        data = encode(photograph(120, 90), mode=mode, subsampling=subsampling, **options)
+        out = np.empty((50, 60, 3), dtype=np.uint8)
+        assert _jpegcrop.crop(data, (11, 7, 100, 80), channels=3, max_pixels=MAX_PIXELS, out=out)
+        assert mean_difference(out, pillow_crop(data, (11, 7, 100, 80), (50, 60), 3)) < 2.0
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"mode": "CMYK"}, {"keep_rgb": True}])
+def test_the_compiled_decoder_leaves_other_jpegs_to_the_library(compiled, options):
+    data = encode(photograph(60, 60), **options)
+    out = np.empty((30, 30, 3), dtype=np.uint8)
+    assert not _jpegcrop.crop(data, (0, 0, 60, 60), channels=3, max_pixels=MAX_PIXELS, out=out)
+    pixels = decode_crop(data, box=(0, 0, 60, 60), size=30)
+    assert mean_difference(pixels, pillow_crop(data, (0, 0, 60, 60), (30, 30), 3)) < MEAN_TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (8, 8), (3, 64), (17, 33)])
+def test_small_images_decode_whole(either, size):
+    data = encode(photograph(*size), subsampling=2, quality=95)
+    pixels = decode_crop(data, box=(0, 0, *size), size=size)
+    assert mean_difference(pixels, decode(data).astype(float)) < MEAN_TOLERANCE
+
+
+def test_a_flat_image_stays_flat_through_any_resize(either):
+    data = encode(np.full((90, 70, 3), 200, dtype=np.uint8), quality=95)
+    assert set(np.unique(decode_crop(data, box=(3, 5, 80, 60), size=(33, 129)))) <= {199, 200, 201}
+
+
+def test_black_and_white_stay_at_the_ends_of_the_range(either):
+    stripes = np.repeat(np.array([0, 255], dtype=np.uint8), 32)[None, :, None].repeat(64, 0).repeat(3, 2)
+    pixels = decode_crop(encode(stripes, quality=95), box=(0, 0, 64, 64), size=64)
+    assert pixels[:, :30].max() <= 3
+    assert pixels[:, 34:].min() >= 252
+
+
+def test_pixels_are_written_into_the_buffer_that_was_given(either):
+    data = encode(photograph(80, 80))
+    batch = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    returned = decode_crop(data, box=(8, 8, 64, 64), size=32, out=batch[1])
+    assert np.shares_memory(returned, batch)
+    assert np.array_equal(batch[1], decode_crop(data, box=(8, 8, 64, 64), size=32))
+    assert not batch[0].any()
+    assert not batch[2].any()
+
+
+def test_a_buffer_with_gaps_between_its_rows_is_filled_too(either):
+    data = encode(photograph(80, 80))
+    wide = np.zeros((32, 40, 3), dtype=np.uint8)
+    decode_crop(data, box=(8, 8, 64, 64), size=32, out=wide[:, 4:36])
+    assert np.array_equal(wide[:, 4:36], decode_crop(data, box=(8, 8, 64, 64), size=32))
+    assert not wide[:, :4].any()
+
+
+def test_many_threads_get_the_pixels_of_one(either):
+    files = [encode(photograph(90, 90, seed), quality=50 + 5 * seed, optimize=seed % 2 == 0) for seed in range(8)]
+    alone = [decode_crop(data, box=(5, 5, 80, 80), size=40) for data in files]
+    results: dict[int, list[np.ndarray]] = {}
+
+    def work(worker: int) -> None:
+        results[worker] = [decode_crop(data, box=(5, 5, 80, 80), size=40) for _ in range(5) for data in files]
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for pixels in results.values():
+        assert all(np.array_equal(a, b) for a, b in zip(pixels, alone * 5, strict=True))
+
+
+# ---- the centre, for evaluation
+
+
+def test_the_centre_is_resize_256_then_cut_224(either):
+    data = encode(photograph(375, 500), quality=90)
+    image = Image.open(io.BytesIO(data)).resize((341, 256), Image.Resampling.BILINEAR).crop((58, 16, 282, 240))
+    pixels = decode_center(data, size=224, crop_ratio=0.875)
+    assert mean_difference(pixels, np.asarray(image, dtype=np.float64)) < MEAN_TOLERANCE
+
+
+def test_the_whole_ratio_takes_the_largest_box_of_the_outputs_shape(either):
+    data = encode(photograph(60, 100), quality=95)
+    pixels = decode_center(data, size=(30, 40), crop_ratio=1.0)
+    assert mean_difference(pixels, pillow_crop(data, (0, 10, 60, 80), (30, 40), 3)) < 2.0
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
+def test_a_centre_ratio_outside_0_to_1_is_refused(ratio):
+    with pytest.raises(DataError, match=r"crop_ratio=.*0\.875"):
+        decode_center(encode(photograph(20, 20)), size=8, crop_ratio=ratio)
+
+
+# ---- what is not a plain JPEG
+
+
+def odd_images() -> dict[str, tuple[bytes, np.ndarray]]:
+    """Files of many kinds, each with the RGB it stands for."""
+    rgb = photograph(40, 30)
+    grey = rgb[..., 0]
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    palette = Image.fromarray(rgb).quantize(64)
+    frames = io.BytesIO()
+    palette.save(frames, "GIF", save_all=True, append_images=[Image.new("P", palette.size)])
+    see_through = io.BytesIO()
+    Image.fromarray(np.dstack([rgb, np.full((40, 30), 9, np.uint8)])).save(see_through, "PNG")
+    return {
+        "png": (encode(rgb, "PNG"), rgb),
+        "16-bit": (buffer.getvalue(), np.repeat(grey[..., None], 3, 2)),
+        "animated": (frames.getvalue(), np.asarray(palette.convert("RGB"))),
+        "transparent": (see_through.getvalue(), rgb),
+        "grey": (
+            encode(rgb, "PNG", mode="L"),
+            np.repeat(np.asarray(Image.fromarray(rgb).convert("L"))[..., None], 3, 2),
+        ),
+        "one bit": (encode(np.full((40, 30, 3), 255, np.uint8), "PNG", mode="1"), np.full((40, 30, 3), 255, np.uint8)),
+        "webp": (encode(rgb, "WEBP", lossless=True), rgb),
+        "bmp": (encode(rgb, "BMP"), rgb),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(odd_images()))
+def test_every_other_format_gives_its_rgb(kind):
+    data, expected = odd_images()[kind]
+    assert image_size(data) == (40, 30)
+    assert np.array_equal(decode(data), expected)
+    pixels = decode_crop(data, box=(4, 2, 32, 26), size=(16, 13))
+    reference = Image.fromarray(expected[4:36, 2:28]).resize((13, 16), Image.Resampling.BILINEAR)
+    assert mean_difference(pixels, np.asarray(reference, dtype=np.float64)) < 1.0
+
+
+def test_a_cmyk_jpeg_becomes_rgb():
+    data = encode(photograph(40, 40), mode="CMYK", quality=95)
+    assert mean_difference(decode(data), photograph(40, 40).astype(float)) < 8.0
+
+
+def test_exif_rotation_is_ignored(either):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photograph(20, 60), exif=exif)
+    assert image_size(data) == (20, 60)
+    assert decode_crop(data, box=(0, 0, 20, 60), size=(20, 60)).shape == (20, 60, 3)
+
+
+def test_stray_bytes_before_a_marker_do_no_harm(either):
+    data = encode(photograph(64, 64))
+    strayed = data[:20] + b"ab" + data[20:]  # behind the first segment
+    assert np.array_equal(decode(strayed), decode(data))
+    box = (0, 0, 64, 64)
+    assert np.array_equal(decode_crop(strayed, box=box, size=32), decode_crop(data, box=box, size=32))
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 20, 300, 1500, -2, -1])
+def test_a_jpeg_cut_short_anywhere_is_refused_whatever_the_crop(either, length):
+    data = encode(photograph(100, 100))[:length]
+    with pytest.raises(DataError):
+        decode(data)
+    with pytest.raises(DataError):
+        decode_crop(data, box=(0, 0, 8, 8), size=8)
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_other_files_cut_short_are_refused(format):
+    data = encode(photograph(50, 50), format)
+    with pytest.raises(DataError, match=r"damaged|not an image"):
+        decode(data[: len(data) // 2])
+
+
+def test_an_end_marker_pasted_to_a_truncated_jpeg_does_not_hide_the_damage_in_the_crop(either):
+    data = encode(photograph(100, 100))
+    with pytest.raises(DataError, match="damaged"):
+        decode_crop(data[: len(data) // 2] + b"\xff\xd9", box=(0, 0, 100, 100), size=50)
+
+
+def test_a_file_that_is_no_image_is_refused_with_the_reason():
+    with pytest.raises(DataError, match="empty"):
+        decode(b"")
+    with pytest.raises(DataError, match="not an image"):
+        decode(b"hello, this is text" * 10)
+
+
+def test_an_image_above_the_pixel_limit_is_refused_from_its_header(either):
+    data = encode(photograph(64, 64))
+    with pytest.raises(DataError, match=r"absurdly large.*max_pixels=1000"):
+        decode_crop(data, box=(0, 0, 8, 8), size=8, max_pixels=1000)
+    with pytest.raises(DataError, match="absurdly large"):
+        decode(data, max_pixels=1000)
+
+
+def test_a_decompression_bomb_is_refused_without_being_unpacked():
+    bomb = encode(np.zeros((12_000, 12_000), dtype=np.uint8), "PNG", mode="1")
+    assert len(bomb) < 100_000
+    with pytest.raises(DataError, match="absurdly large"):
+        decode(bomb)
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 8, 8), (0, 0, 65, 8), (0, 60, 8, 5), (0, 0, 0, 8)])
+def test_a_box_outside_the_image_is_refused(either, box):
+    with pytest.raises(DataError, match="box"):
+        decode_crop(encode(photograph(64, 64)), box=box, size=8)
+
+
+def test_channels_size_and_buffer_are_checked(either):
+    data = encode(photograph(64, 64))
+    with pytest.raises(DataError, match="channels=2"):
+        decode_crop(data, box=(0, 0, 8, 8), size=8, channels=2)
+    with pytest.raises(DataError, match="at least 1 x 1"):
+        decode_crop(data, box=(0, 0, 8, 8), size=0)
+    with pytest.raises(DataError, match="must be"):
+        decode_crop(data, box=(0, 0, 8, 8), size=8, out=np.empty((8, 8, 3), dtype=np.float32))
+
+
+def test_damaged_files_never_crash_the_process_and_never_pass_as_something_else(library_folder):
+    """Thousands of broken files, in a process of its own so that a crash would be seen as one."""
+    script = """
+import random, sys
+from pathlib import Path
+import numpy as np
+from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg.decode import decode_crop
+from megabatch.errors import DataError
+_jpegcrop.library_folder = Path(sys.argv[1])
+assert _jpegcrop.is_available()
+rng = random.Random(5)
+seeds = [path.read_bytes() for path in sorted(Path(sys.argv[2]).iterdir())]
+refused = 0
+for _ in range(1500):
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.randint(1, 6)):
+        data[rng.randrange(min(len(data), rng.choice([700, 10**6])))] = rng.choice([0, 255, rng.randrange(256)])
+    if rng.random() < 0.3:
+        del data[rng.randrange(len(data)):]
+    box = rng.choice([(0, 0, 64, 48), (0, 0, 8, 8), (40, 33, 24, 15)])
+    try:
+        pixels = decode_crop(bytes(data), box=box, size=rng.choice([7, 32, 100]), max_pixels=10**6)
+        assert pixels.dtype == np.uint8
+    except DataError:
+        refused += 1
+assert 100 < refused < 1500, refused
+"""
+    folder = library_folder / "seeds"
+    folder.mkdir()
+    for index, (mode, subsampling) in enumerate(LAYOUTS):
+        for progressive in (False, True):
+            data = encode(photograph(64, 48), mode=mode, subsampling=subsampling, progressive=progressive)
+            (folder / f"{index}-{progressive}.jpg").write_bytes(data)
+    command = [sys.executable, "-W", "ignore", "-c", script, str(library_folder), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_read_or_write_leaves_its_bounds_on_any_input(tmp_path):
+    """The C sources under the address and undefined-behaviour sanitizers, on thousands of broken files."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    program = tmp_path / "fuzz"
+    sources = [str(path) for path in sorted(_jpegcrop.SOURCES.glob("*.c"))]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DJC_NO_CLONES", "-O1", "-w"]
+    command = [compiler, *checks, *sources, str(Path(__file__).with_name("fuzz_jpegcrop.c")), "-o", str(program), "-lm"]
+    if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode != 0:
+        pytest.skip("the compiler has no sanitizers")
+    rng = random.Random(3)
+    files = []
+    for index, (mode, subsampling) in enumerate(LAYOUTS):
+        options = rng.choice([{}, {"restart_marker_blocks": 2}, {"optimize": True}])
+        path = tmp_path / f"{index}.jpg"
+        path.write_bytes(encode(photograph(48, 64), mode=mode, subsampling=subsampling, **options))
+        files.append(str(path))
+    done = subprocess.run([str(program), "6000", *files], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    decoded, refused = map(int, done.stdout.split())
+    assert decoded > 200
+    assert refused > 200
+
+
+def test_a_missing_compiler_is_named_and_called_optional(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(SiteError, match=r"no C compiler.*optional"):
+        _jpegcrop.build(tmp_path)
+
+
+def test_a_library_of_another_machine_counts_as_missing(monkeypatch, tmp_path):
+    (tmp_path / native.file_name(_jpegcrop.NAME)).write_bytes(b"not a library")
+    monkeypatch.setattr(_jpegcrop, "library_folder", tmp_path)
+    _jpegcrop._function.cache_clear()
+    assert not _jpegcrop.is_available()
+    assert decode_crop(encode(photograph(20, 20)), box=(0, 0, 20, 20), size=10).shape == (10, 10, 3)
+    _jpegcrop._function.cache_clear()

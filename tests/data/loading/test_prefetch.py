@@ -1,0 +1,103 @@
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from megabatch.data.loading.prefetch import in_order, serial_threads
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+def test_results_come_in_the_order_of_requests_however_long_each_takes(threads):
+    def slow_at_first(number: int) -> int:
+        time.sleep(0.02 if number % 4 == 0 else 0)
+        return number
+
+    assert list(in_order(slow_at_first, range(20), executor=threads, depth=4)) == list(range(20))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_requests_are_taken_at_most_depth_ahead_of_the_result_handed_out(threads, depth):
+    taken = []
+
+    def requests() -> Iterator[int]:
+        for number in range(12):
+            taken.append(number)
+            yield number
+
+    for handed_out, result in enumerate(in_order(lambda n: n, requests(), executor=threads, depth=depth)):
+        assert result == handed_out
+        assert len(taken) == min(12, handed_out + depth)
+
+
+def test_an_exception_comes_where_its_result_would_have_and_ends_the_iteration(threads):
+    def work(number: int) -> int:
+        if number == 3:
+            raise RuntimeError("broken at 3")
+        return number
+
+    results = in_order(work, range(10), executor=threads, depth=4)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="broken at 3"):
+        next(results)
+    with pytest.raises(StopIteration):
+        next(results)
+
+
+def test_closing_cancels_what_has_not_started_and_waits_for_what_has():
+    started, finished, release = [], [], threading.Event()
+
+    def work(number: int) -> int:
+        started.append(number)
+        if number:
+            release.wait(10)
+        finished.append(number)
+        return number
+
+    with ThreadPoolExecutor(1) as one_thread:
+        results = in_order(work, range(10), executor=one_thread, depth=5)
+        assert next(results) == 0
+        while started != [0, 1]:
+            time.sleep(0.001)
+        threading.Timer(0.05, release.set).start()
+        results.close()
+        assert finished == [0, 1]
+    assert started == [0, 1]
+
+
+def test_no_requests_give_no_results(threads):
+    assert list(in_order(lambda n: n, [], executor=threads, depth=3)) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to count threads")
+def test_torch_works_alone_in_serial_threads_and_as_before_in_others():
+    """In each of many operations it would wait for threads of its own, for which busy cores have no time."""
+
+    def new_threads_of_an_operation() -> int:
+        before = set(os.listdir("/proc/self/task"))
+        torch.ones(1 << 20).mul_(2.0)
+        return len(set(os.listdir("/proc/self/task")) - before)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        serial, others = serial_threads(2, "serial"), ThreadPoolExecutor(1)
+        assert torch.get_num_threads() == 3
+        together = threading.Barrier(2)
+        both = [serial.submit(lambda: (together.wait(), new_threads_of_an_operation())[1]) for _ in range(2)]
+        assert [future.result() for future in both] == [0, 0]
+        assert [serial.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        assert others.submit(new_threads_of_an_operation).result() > 0
+        serial.shutdown()
+        others.shutdown()
+    finally:
+        torch.set_num_threads(threads)

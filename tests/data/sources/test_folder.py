@@ -1,0 +1,177 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photographs import TEST_PHOTOS
+from PIL import Image
+
+from megabatch.data.sources.folder import FolderSource, fault_at_a_glance, open_folder
+from megabatch.data.sources.protocol import EncodedSource
+from megabatch.errors import DataError
+
+PHOTOS = TEST_PHOTOS
+JPEG = (PHOTOS / "train" / "hat" / "004.jpg").read_bytes()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A copy of the photographs that a test may damage."""
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def test_the_photographs_open_as_six_classes_in_order_of_name():
+    train, val = open_folder(PHOTOS)
+    assert train.class_names == val.class_names == ("dress", "hat", "pants", "shirt", "shoes", "t-shirt")
+    assert train.labels.tolist() == np.repeat(range(6), 4).tolist()
+    assert len(val) == 12
+    assert train.name(4).endswith("train/hat/004.jpg")
+    assert train.read(4) == JPEG
+    assert isinstance(train, EncodedSource)
+    assert train.shard_sizes is None
+    train.probe()
+
+
+def test_images_count_by_suffix_in_any_case_at_any_depth_and_hidden_files_do_not(tmp_path):
+    names = ["b.JPG", "a.jpeg", "sub/c.PnG", "d.webp", ".hidden.jpg", "notes.txt", "sub/.DS_Store", "ä ö.bmp"]
+    for name in names:
+        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    (tmp_path / ".git").mkdir()
+    source = FolderSource(tmp_path)
+    found = [Path(source.name(i)).relative_to(tmp_path / "cat").as_posix() for i in range(len(source))]
+    assert found == ["a.jpeg", "b.JPG", "d.webp", "sub/c.PnG", "ä ö.bmp"]
+
+
+def test_order_is_by_name_whatever_the_order_of_creation(tmp_path):
+    for name in ("zebra", "Ape", "ant"):
+        for number in (10, 2, 1):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{number}.jpg").write_bytes(b"x")
+    source = FolderSource(tmp_path)
+    assert source.class_names == ("Ape", "ant", "zebra")
+    assert [Path(source.name(i)).name for i in range(3)] == ["1.jpg", "10.jpg", "2.jpg"]
+
+
+def test_no_such_folder_is_one_line_that_says_what_is_needed(tmp_path):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere; needed: a folder with train/CLASS"):
+        open_folder(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="there is no folder"):
+        FolderSource(tmp_path / "nowhere")
+
+
+def test_the_folder_that_has_train_and_val_is_suggested(tmp_path, photos):
+    with pytest.raises(DataError, match=r"has no folder train/; did you mean .*photos\?"):
+        open_folder(tmp_path)
+    shutil.rmtree(photos / "val")
+    with pytest.raises(DataError, match=r"has no folder val/; needed: train/CLASS"):
+        open_folder(photos)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "readme.txt").write_text("none")
+    with pytest.raises(DataError, match=r"no images in .*\.jpeg, \.jpg"):
+        FolderSource(tmp_path)
+    with pytest.raises(DataError, match="one folder of image files per class"):
+        FolderSource(tmp_path / "cat")
+
+
+def test_an_empty_class_is_named(photos):
+    for file in (photos / "train" / "pants").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match="class 'pants' is empty"):
+        open_folder(photos)
+
+
+def test_classes_that_differ_between_train_and_val_are_named(photos):
+    (photos / "val" / "hat").rename(photos / "val" / "hats")
+    with pytest.raises(DataError, match=r"'hat' is only in train \(6 and 6 classes\)"):
+        open_folder(photos)
+    shutil.copytree(photos / "val" / "hats", photos / "val" / "hat")
+    with pytest.raises(DataError, match=r"'hats' is only in val \(6 and 7 classes\)"):
+        open_folder(photos)
+
+
+def test_a_link_out_of_the_data_set_is_refused_and_one_inside_is_a_file(photos, tmp_path):
+    inside = photos / "train" / "hat" / "again.jpg"
+    inside.symlink_to(photos / "train" / "dress" / "009.jpg")
+    assert len(FolderSource(photos / "train")) == 25
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(JPEG)
+    (photos / "train" / "hat" / "out.jpg").symlink_to(secret)
+    with pytest.raises(DataError, match=r"out\.jpg is a symbolic link out of the data set"):
+        FolderSource(photos / "train")
+
+
+@pytest.mark.parametrize("place", ["train/gloves", "train/hat/more"])
+def test_a_linked_folder_that_leaves_the_data_set_is_refused(photos, tmp_path, place):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "1.jpg").write_bytes(JPEG)
+    (photos / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="symbolic link out of the data set"):
+        FolderSource(photos / "train")
+
+
+def test_the_data_set_itself_may_be_a_link(photos, tmp_path):
+    (tmp_path / "link").symlink_to(photos)
+    assert len(open_folder(tmp_path / "link")[0]) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("zero.jpg", b"", "the file is empty"),
+        ("cut.jpg", JPEG[:-2000], "the JPEG is truncated"),
+        ("text.jpg", b"<html>not found</html>" * 99, "not an image"),
+        ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0" * 2000, "the PNG is truncated"),
+        ("cut.webp", b"RIFF\xff\xff\0\0WEBPVP8 ", "the WebP is truncated"),
+    ],
+)
+def test_probe_names_the_bad_file_and_its_fault(photos, name, content, fault):
+    (photos / "train" / "hat" / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"hat/{name}: {fault}.*megabatch data check"):
+        FolderSource(photos / "train").probe()
+
+
+def test_probe_counts_the_bad_files_and_names_the_first(photos):
+    for name in ("dress/028.jpg", "hat/007.jpg", "shoes/041.jpg"):
+        (photos / "train" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"dress/028\.jpg: the file is empty and 2 more files are bad"):
+        FolderSource(photos / "train").probe()
+
+
+def test_probe_of_a_sample_looks_at_that_many_spread_over_all_files(photos, monkeypatch):
+    source = FolderSource(photos / "train")
+    looked_at = []
+    monkeypatch.setattr(source, "_fault", looked_at.append)
+    source.probe(sample=5)
+    assert sorted(looked_at) == [0, 5, 11, 17, 23]
+    looked_at.clear()
+    source.probe(sample=1000)
+    assert sorted(looked_at) == list(range(24))
+
+
+def test_a_jpeg_with_other_data_after_its_end_is_whole_and_one_cut_behind_its_thumbnail_is_not(tmp_path):
+    whole = tmp_path / "trailer.jpg"
+    whole.write_bytes(JPEG + b"camera notes" * 500)
+    assert fault_at_a_glance(whole) is None
+    thumbnail = b"\xff\xe1\x00\x0a" + b"\xff\xd8\xff\xda\0\0\xff\xd9"  # an APP1 segment that holds a small JPEG
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(JPEG[:2] + thumbnail + JPEG[2:-3000])
+    assert fault_at_a_glance(cut) == "the JPEG is truncated (it has no end marker)"
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "gif", "tiff", "ppm", "jpg"])
+def test_whole_files_of_every_format_pass(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"image.{suffix}")
+    assert fault_at_a_glance(tmp_path / f"image.{suffix}") is None
+
+
+def test_a_file_that_cannot_be_read_is_named(photos):
+    source = FolderSource(photos / "train")
+    (photos / "train" / "hat" / "004.jpg").unlink()
+    with pytest.raises(DataError, match=r"hat/004\.jpg: cannot be read \(No such file"):
+        source.probe()

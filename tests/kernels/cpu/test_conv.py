@@ -1,0 +1,263 @@
+"""The compiled convolutions of a CPU against torch's in float64."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from megabatch.kernels.cpu import conv as cpu_conv
+
+ROUNDING = 2.0**-9  # of bfloat16: half a unit in the last of 8 places
+
+needs_kernels = pytest.mark.skipif(not cpu_conv.is_available(), reason="no compiled kernels or no AVX-512 BF16")
+
+
+class Case(NamedTuple):
+    """x (images, inputs, height, width), weight (outputs, inputs, down, across)."""
+
+    images: int
+    inputs: int
+    outputs: int
+    height: int
+    width: int
+    down: int = 3
+    across: int = 3
+    stride: int = 1
+    padding: int = 1
+
+
+CASES = (
+    Case(16, 16, 16, 14, 14),
+    Case(13, 16, 32, 7, 7, stride=2),  # an image without another
+    Case(27, 64, 64, 4, 4),  # images in tiles of unequal size
+    Case(9, 80, 112, 5, 6),  # a strip of 16 channels behind one of 64
+    Case(8, 96, 272, 4, 4),  # several tiles
+    Case(8, 48, 48, 40, 33),  # several blocks of pixels in an image
+    Case(8, 32, 64, 9, 9, down=1, across=1, stride=2, padding=0),
+    Case(8, 272, 336, 3, 3, down=1, across=1, padding=0),  # several tiles, and strips in each
+    Case(8, 16, 16, 8, 9, stride=3),
+    Case(8, 16, 32, 6, 5, down=5, across=2, padding=2),
+    Case(8, 16, 16, 2, 1, down=1, across=1, padding=2),  # most of the output meets padding alone
+    Case(8, 16, 16, 3, 3, down=3, across=3, padding=0),  # one pixel of output
+    Case(8, 16, 16, 7, 7, down=1, across=2, stride=3, padding=0),  # pixels that no tap meets
+    Case(15, 1, 16, 28, 28, stride=2),  # few channels
+    Case(27, 3, 64, 32, 32),
+    Case(9, 3, 80, 37, 41, down=7, across=7, stride=2, padding=3),
+    Case(8, 5, 32, 2, 1, down=1, across=2, padding=3),
+)
+
+
+class Run(NamedTuple):
+    """Output and gradients."""
+
+    y: Tensor
+    dx: Tensor
+    dweight: Tensor
+
+
+def drawn(case: Case, *, integers: bool = False, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and dy in bfloat16 with the channels last; integers from -2 to 2 have exact products and sums."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.images, case.inputs, case.height, case.width)
+    weight_shape = (case.outputs, case.inputs, case.down, case.across)
+    y = functional.conv2d(torch.empty(shape, device="meta"), torch.empty(weight_shape, device="meta"), **where(case))
+
+    def draw(shape: Any) -> Tensor:
+        if integers:
+            values = torch.randint(-2, 3, shape, generator=generator).float()
+        else:
+            values = torch.randn(shape, generator=generator)
+        return values.bfloat16().contiguous(memory_format=torch.channels_last)
+
+    return draw(shape), draw(weight_shape), draw(y.shape)
+
+
+def where(case: Case) -> dict[str, int]:
+    return {"stride": case.stride, "padding": case.padding}
+
+
+def run(case: Case, x: Tensor, weight: Tensor, dy: Tensor, *, function: Any = cpu_conv.conv2d) -> Run:
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    y = function(*leaves, **where(case))
+    return Run(y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+def exact(case: Case, *given: Tensor) -> Run:
+    return run(case, *(t.double() for t in given), function=functional.conv2d)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sums_of_integers_are_exact_and_rounded_once(case: Case) -> None:
+    given = drawn(case, integers=True)
+    assert cpu_conv.serves(*given[:2])
+    for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
+        assert torch.equal(result, expected.bfloat16())
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(
+    images=st.integers(8, 30),
+    channels=st.tuples(st.integers(1, 15) | st.sampled_from((16, 32, 48, 64, 80, 96)), st.integers(1, 6)),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_sums_of_integers_are_exact_whatever_the_shape(
+    images: int,
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    taps: tuple[int, int],
+    stride: int,
+    padding: int,
+    seed: int,
+) -> None:
+    size = (max(size[0], taps[0] - 2 * padding), max(size[1], taps[1] - 2 * padding))
+    case = Case(images, channels[0], 16 * channels[1], *size, *taps, stride, padding)
+    given = drawn(case, integers=True, seed=seed)
+    for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
+        assert torch.equal(result, expected.bfloat16())
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_errors_are_those_of_one_rounding_and_no_larger_than_those_of_torch(case: Case) -> None:
+    given = drawn(case)
+    ours, theirs = run(case, *given), run(case, *given, function=functional.conv2d)
+    for result, other, expected in zip(ours, theirs, exact(case, *given), strict=True):
+        assert error(result, expected) <= ROUNDING
+        assert error(result, expected) <= 1.01 * error(other, expected) + 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES[:8], ids=str)
+def test_no_bit_depends_on_the_number_of_threads(case: Case) -> None:
+    given = drawn(case)
+    alone = run(case, *given)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, run(case, *given), alone))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("case", "which"), [(case, which) for case in CASES for which in range(3) if which != 1 or case.inputs % 16 == 0]
+)
+def test_kernels_read_and_write_their_tensors_alone_and_all_of_the_result(case: Case, which: int) -> None:
+    x, weight, dy = map(amid_nans, drawn(case))
+    like = (dy, x, weight)[which]
+    result, y = amid_nans(torch.full_like(like, float("nan"))), like if which == 0 else dy
+    before = [bits(t) for t in (x, weight, dy)]
+    cpu_conv._call(which, x, weight, y, result, case.stride, case.padding)
+    assert all(map(torch.equal, before, [bits(t) for t in (x, weight, dy)]))
+    assert not result.isnan().any()
+    assert result._base is not None
+    assert result._base.isnan().sum() == result._base.numel() - result.numel()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Of the memory that the tensor lies in, as they are now."""
+    assert tensor._base is not None
+    return tensor._base.clone().view(torch.int16)
+
+
+def amid_nans(tensor: Tensor) -> Tensor:
+    """The tensor's values in the midst of memory full of NaN."""
+    _, channels, height, width = tensor.shape
+    memory = torch.full((tensor.numel() + 256,), float("nan"), dtype=tensor.dtype)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return memory.as_strided(tensor.shape, strides, 128).copy_(tensor)
+
+
+@needs_kernels
+def test_only_gradients_that_are_wanted_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, called, call = CASES[0], [], cpu_conv._call
+    monkeypatch.setattr(cpu_conv, "_call", lambda which, *rest: (called.append(which), call(which, *rest)))
+    x, weight, dy = drawn(case)
+    expected = run(case, x, weight, dy)
+    for wanted, index in ((x, 1), (weight, 2)):
+        called.clear()
+        leaf = wanted.requires_grad_()
+        (gradient,) = torch.autograd.grad(cpu_conv.conv2d(x, weight, **where(case)), leaf, dy)
+        leaf.requires_grad_(requires_grad=False)
+        assert called == [0, index]
+        assert torch.equal(gradient, expected[index])
+
+
+@needs_kernels
+def test_gradients_lie_in_memory_as_what_they_are_of() -> None:
+    for case in (CASES[0], CASES[5]):
+        x, weight, dy = drawn(case)
+        expected = run(case, x, weight, dy)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            leaf = weight.contiguous(memory_format=layout)
+            result = run(case, x, leaf, dy.contiguous())
+            assert result.dweight.stride() == leaf.stride()
+            assert result.dx.stride() == x.stride()
+            assert all(map(torch.equal, result, expected))
+
+
+@needs_kernels
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    x, weight, dy = drawn(CASES[0])
+    leaf, slope = weight.requires_grad_(), dy.requires_grad_()
+    (gradient,) = torch.autograd.grad(cpu_conv.conv2d(x, leaf, padding=1), leaf, slope, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
+    x, weight, _ = drawn(CASES[0])
+    others = {
+        "fp32": (x.float(), weight.float()),
+        "channels first": (x.contiguous(), weight),
+        "few images": (x[:7], weight),
+        "17 channels": (torch.cat((x, x[:, :1]), 1), torch.cat((weight, weight[:, :1]), 1)),
+        "10 outputs": (x, weight[:10]),
+        "no image": (x[:0], weight),
+    }
+    for images, taps in others.values():
+        assert not cpu_conv.serves(images, taps)
+        y = cpu_conv.conv2d(images, taps, stride=2, padding=1)
+        assert torch.equal(y, functional.conv2d(images, taps, stride=2, padding=1))
+
+
+def test_without_the_kernels_all_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_conv, "_functions", lambda: None)
+    x, weight, _ = drawn(CASES[0])
+    assert not cpu_conv.is_available()
+    assert torch.equal(cpu_conv.conv2d(x, weight, padding=1), functional.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"padding": -1}, {}])
+def test_what_cannot_be_convolved_raises_torchs_errors(options: dict[str, int]) -> None:
+    x, weight, _ = drawn(Case(8, 16, 16, 2, 2))
+    with pytest.raises(RuntimeError):
+        cpu_conv.conv2d(x, weight, **options)
+
+
+def test_a_call_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_conv, "_functions", lambda: (lambda _: 1,) * 3)
+    x, weight, _ = drawn(CASES[0])
+    with pytest.raises(MemoryError, match="no memory"):
+        cpu_conv.conv2d(x, weight, padding=1)
+
+
+@needs_kernels
+def test_a_gradient_of_images_of_few_channels_is_torchs() -> None:
+    case = Case(8, 3, 16, 6, 6)
+    given = drawn(case, integers=True)
+    assert cpu_conv.serves(*given[:2])
+    for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
+        assert torch.equal(result, expected.bfloat16())

@@ -1,0 +1,105 @@
+"""A residual join's passes: ReLU's mask as bits, and two batch norms whose gradients come from one read, in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megabatch.kernels.norm import passes as norm_passes
+from megabatch.kernels.norm.join import bits_of, images_of_bits, join, join_gradient, two_input_gradients
+from megabatch.kernels.norm.passes import Moments, Normalisation, moments
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+EPS = 1e-3
+CASES = [((5, 20, 3, 3), 2), ((4, 130, 4, 3), 4), ((3, 8, 5, 5), 1)]
+"""Shapes and spans: a short span, channels that fill no byte and no block, a single block of one byte."""
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small tensors too are cut into several parts."""
+    monkeypatch.setattr(norm_passes, "TILE", 512)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.3
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def norm_of(x: Tensor, span: int, seed: int) -> Normalisation:
+    weight, bias = torch.randn(2, x.shape[1], generator=torch.Generator().manual_seed(seed))
+    found = Moments(*(t.float() for t in moments(x.double(), span=span, eps=EPS, triton=False)))
+    return Normalisation.of(found, weight + 1, bias)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def doubled(norm: Normalisation) -> Normalisation:
+    return Normalisation(*(values.double() for values in norm))
+
+
+@pytest.mark.parametrize("columns", [8, 16, 20, 130])
+def test_bits_and_booleans_are_each_others_inverse(columns: int) -> None:
+    images = draw((2, columns, 3, 2), torch.float32, seed=1)
+    images[0, 3, 1, 1], images[1, 5, 2, 0] = torch.nan, 0.0
+    bits = bits_of(images)
+    assert bits.shape == (12, -(-columns // 8))
+    assert int(bits.reshape(2, 3, 2, -1)[1, 2, 0, 0]) >> 5 & 1 == 0
+    back = images_of_bits(bits, images)
+    assert torch.equal(back, ~(images <= 0))
+    assert back[0, 3, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("two_norms", [False, True])
+@pytest.mark.parametrize(("shape", "span"), CASES)
+def test_the_join_and_its_gradients_are_those_of_float64(
+    shape: tuple[int, ...], span: int, two_norms: bool, dtype: torch.dtype
+) -> None:
+    x, residual, dy, addend = (draw(shape, dtype, seed) for seed in range(4))
+    norm, other = norm_of(x, span, 5), norm_of(residual, span, 6) if two_norms else None
+    options: dict[str, Any] = {"span": span, "triton": True}
+    z, passed = join(x, norm, residual, residual_norm=other, **options)
+    assert passed is not None
+    assert torch.equal(passed, bits_of(z))
+
+    wide = [t.double() for t in (x, residual, dy, addend)]
+    in_float64: dict[str, Any] = {"residual_norm": other and doubled(other), "span": span, "triton": False}
+    expected, _ = join(wide[0], doubled(norm), wide[1], **in_float64)
+    assert error(z, expected) < ROUNDING[dtype]
+
+    behind = {"passed": passed, "addend": addend, "residual": residual, "residual_norm": other}
+    dz, sums = join_gradient(dy, x, norm, **behind, **options)
+    behind |= {"addend": wide[3], "residual": wide[1], **in_float64}
+    expected_dz, expected_sums = join_gradient(wide[2], wide[0], doubled(norm), **behind)
+    assert error(dz, expected_dz) < ROUNDING[dtype]
+    assert error(sums, expected_sums) < ROUNDING[dtype]
+    if other is not None:
+        both = two_input_gradients(dz, x, norm, residual, other, sums, **options)
+        each = two_input_gradients(
+            dz.double(), wide[0], doubled(norm), wide[1], doubled(other), sums.double(), span=span, triton=False
+        )
+        for mine, reference in zip(both, each, strict=True):
+            assert error(mine, reference) < ROUNDING[dtype]
+
+
+def test_without_relu_nothing_is_masked() -> None:
+    x, residual = (draw((4, 8, 3, 3), torch.float32, seed) for seed in range(2))
+    norm = norm_of(x, 4, 5)
+    z, passed = join(x, norm, residual, span=4, triton=True, relu=False)
+    assert passed is None
+    assert (z < 0).any()
+
+
+def test_where_the_sum_is_not_a_number_its_bit_is_set() -> None:
+    x, residual = (draw((4, 8, 3, 3), torch.float32, seed) for seed in range(2))
+    residual[2, 3, 1, 1] = torch.nan
+    z, passed = join(x, norm_of(x, 4, 5), residual, span=4, triton=True)
+    assert passed is not None
+    assert z[2, 3, 1, 1].isnan()
+    assert images_of_bits(passed, x)[2, 3, 1, 1]

@@ -1,0 +1,108 @@
+"""A bottleneck's shortcut: its batch norm is read by the join behind it, or it runs whole where that cannot be."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabatch.kernels.norm import join as join_passes
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused.bottleneck import run_bottlenecks
+from megabatch.nn.resnet import Bottleneck
+
+SPAN = 2
+
+
+def blocks(seed: int = 0) -> nn.ModuleList:
+    """One with a shortcut and one that reads it."""
+    torch.manual_seed(seed)
+    norm = functools.partial(SpanBatchNorm2d, span=SPAN)
+    made = nn.ModuleList([Bottleneck(8, 4, 2, norm=norm), Bottleneck(16, 4, 1, norm=norm)])
+    for layer in made.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return made
+
+
+def fused(plain: nn.ModuleList) -> nn.ModuleList:
+    made = copy.deepcopy(plain)
+    for block in made:
+        block.fusion = "reference"
+    return made
+
+
+def step(own: nn.ModuleList) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and gradients of a fixed function of it."""
+    x = torch.randn(5, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    y = run_bottlenecks(own, x)
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return y.detach(), {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry a join: whether the residual was still to be normalised."""
+    seen: list[bool] = []
+    join = join_passes.join
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        seen.append(options.get("residual_norm") is not None)
+        return join(*arguments, **options)
+
+    monkeypatch.setattr(join_passes, "join", counted)
+    return seen
+
+
+def assert_same(one: nn.ModuleList, other: nn.ModuleList) -> None:
+    (y, gradients), (expected, expected_gradients) = step(one), step(other)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4)
+    for (name, buffer), expected_buffer in zip(one.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected_buffer, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_join_reads_the_shortcuts_convolution_through_its_batch_norm(joins: list[bool]) -> None:
+    plain = blocks()
+    assert_same(fused(plain), plain)
+    assert joins == [True, False]
+
+
+def test_a_shortcut_that_is_watched_or_that_ends_otherwise_runs_whole(joins: list[bool]) -> None:
+    for change in (watched, grouped, of_another_span):
+        plain = blocks()
+        change(plain[0].downsample)
+        assert_same(fused(plain), plain)
+        assert joins == [False, False], change.__name__
+        joins.clear()
+
+
+def watched(shortcut: nn.Sequential) -> None:
+    shortcut.register_forward_hook(lambda *_: None)
+
+
+def grouped(shortcut: nn.Sequential) -> None:
+    shortcut[1] = nn.GroupNorm(4, 16)
+
+
+def of_another_span(shortcut: nn.Sequential) -> None:
+    shortcut[1] = SpanBatchNorm2d(16, span=SPAN + 1)
+
+
+def test_a_chain_that_ends_with_a_shortcut_is_joined(joins: list[bool]) -> None:
+    plain = blocks()[:1]
+    assert_same(fused(plain), plain)
+    assert joins == [False]  # after a batch norm of its own
+
+
+def test_weight_and_bias_of_two_batch_norms_share_no_memory() -> None:
+    own = fused(blocks())
+    _, gradients = step(own)
+    before = {name: gradient.clone() for name, gradient in gradients.items()}
+    gradients["0.downsample.1.bias"].add_(1.0)  # as one more micro-batch would
+    assert torch.equal(gradients["0.bn3.bias"], before["0.bn3.bias"])

@@ -1,0 +1,261 @@
+"""Fused forwards by their equations in torch's operations: the plain model's outputs, gradients and statistics."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabatch.errors import UserError
+from megabatch.nn.alexnet import alexnet, alexnet_bn
+from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, collect_statistics, finish_precise, finish_step
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused import bottleneck as fused_bottleneck
+from megabatch.nn.fused import fuse as fusion
+from megabatch.nn.fused import stem as fused_stem
+from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.initialize import last_norms
+from megabatch.nn.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
+from megabatch.nn.small import resnet8
+
+
+def small_alexnet_bn(**options: Any) -> nn.Module:
+    """With narrow linear layers, which are none of the matter."""
+    model = alexnet_bn(num_classes=10, **options)
+    model.fc6, model.fc7, model.fc8 = nn.Linear(9216, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+    return model
+
+
+NETS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(resnet8, width=8),
+    "basic blocks": functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), num_classes=10),
+    "bottlenecks": functools.partial(ResNet, Bottleneck, (2, 1, 1, 1), num_classes=10),
+    "bottlenecks, blurred": functools.partial(ResNet, Bottleneck, (1, 1, 1, 1), num_classes=10, blur_pool=True),
+    "alexnet_bn": small_alexnet_bn,
+}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch norm": nn.BatchNorm2d,
+    "span of the batch": functools.partial(SpanBatchNorm2d, span=8, stats_momentum=0.3),
+    "three spans, one short": functools.partial(SpanBatchNorm2d, span=2),
+}
+COUNT = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each batch norm of a fused forward: its channels."""
+    seen: list[int] = []
+    keep_of = fusion.keep_of
+
+    def counted(norm: nn.BatchNorm2d) -> Any:
+        seen.append(norm.num_features)
+        return keep_of(norm)
+
+    for module in (fusion, fused_bottleneck, fused_stem):
+        monkeypatch.setattr(module, "keep_of", counted)
+    return seen
+
+
+def twins(make: Callable[..., nn.Module], norm: Callable[[int], nn.Module], **options: Any) -> list[nn.Module]:
+    """A plain model and its fused copy; no branch begins at 0, behind which nothing would be tested."""
+    torch.manual_seed(0)
+    plain = make(norm=norm, **options)
+    with torch.no_grad():
+        for layer in plain.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.uniform_(-0.5, 0.5)
+        for layer in last_norms(plain):
+            layer.weight.mul_(0.2)  # so that rounding does not grow from block to block
+    fused = copy.deepcopy(plain)
+    set_fusion(fused, "reference")
+    return [plain, fused]
+
+
+def images(pixels: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(COUNT, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of a fixed function of them; dropout as if it drew the same."""
+    torch.manual_seed(2)
+    logits = model(x)
+    slope = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    (logits * slope).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return logits.detach(), gradients
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All of them, also those that no state dict holds."""
+    return dict(model.named_buffers())
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], limit: float = 1e-5) -> None:
+    """Relative errors within `limit`; of gradients more, as one ReLU that rounding lets pass or not is seen in all."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        difference = (other[name].double() - value.double()).norm()
+        assert difference <= limit * value.double().norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("net", NETS)
+def test_a_fused_model_has_the_logits_gradients_and_statistics_of_the_plain_one(
+    net: str, norm: str, calls: list[int]
+) -> None:
+    plain, fused = twins(NETS[net], NORMS[norm])
+    for _ in range(2):  # the second forward moves the averages of the first
+        expected, expected_gradients = step(plain, images())
+        assert not calls
+        logits, gradients = step(fused, images())
+        assert calls
+        calls.clear()
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert_same(expected_gradients, gradients, 3e-3)
+        assert_same(buffers(plain), buffers(fused))
+
+
+@pytest.mark.parametrize("eval_stats", ["running", "running_all_reduced", "last_batch"])
+def test_statistics_collected_for_a_step_of_micro_batches_are_those_of_the_plain_model(eval_stats: Any) -> None:
+    plain, fused = twins(NETS["bottlenecks"], NORMS["three spans, one short"])
+    for model in (plain, fused):
+        collect_statistics(model)
+        for part in (images(), images()[:2] * 2):
+            model(part)
+    assert_same(buffers(plain), buffers(fused))
+    for model in (plain, fused):
+        finish_step(model, eval_stats=eval_stats)
+    assert_same(buffers(plain), buffers(fused))
+    assert float(fused.bn1.running_mean.abs().max()) > 0
+
+
+@pytest.mark.parametrize("make", [resnet18, resnet50])
+def test_every_norm_of_a_resnet_is_fused(make: Any, calls: list[int]) -> None:
+    model = make(num_classes=10)
+    set_fusion(model, "reference")
+    step(model, images())
+    assert len(calls) == sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+
+
+def test_fusing_changes_no_key_and_no_module_and_can_be_taken_back(calls: list[int]) -> None:
+    model = resnet50(num_classes=10)
+    keys, modules = list(model.state_dict()), [type(module) for module in model.modules()]
+    set_fusion(model, "reference")
+    assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (keys, modules)
+    set_fusion(model, "plain")
+    model(images())
+    assert not calls
+
+
+def assert_runs_plain(plain: nn.Module, fused: nn.Module, calls: list[int], x: Tensor) -> None:
+    expected = plain(x)
+    assert torch.equal(fused(x), expected)
+    assert not calls
+
+
+def test_auto_on_a_cpu_is_the_plain_model_bit_by_bit(calls: list[int]) -> None:
+    plain, fused = twins(NETS["basic blocks"], nn.BatchNorm2d)
+    set_fusion(fused)
+    assert_runs_plain(plain, fused, calls, images())
+
+
+def test_evaluation_is_the_plain_models_bit_by_bit(calls: list[int]) -> None:
+    plain, fused = twins(NETS["basic blocks"], NORMS["span of the batch"])
+    assert_runs_plain(plain.eval(), fused.eval(), calls, images())
+
+
+def test_float64_runs_plain(calls: list[int]) -> None:
+    plain, fused = twins(NETS["basic blocks"], nn.BatchNorm2d)
+    assert_runs_plain(plain.double(), fused.double(), calls, images(dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        functools.partial(nn.GroupNorm, 4),
+        functools.partial(nn.BatchNorm2d, momentum=None),
+        functools.partial(nn.BatchNorm2d, track_running_stats=False),
+        functools.partial(nn.BatchNorm2d, dtype=torch.float64),
+    ],
+)
+def test_other_norms_run_as_they_are(norm: Any, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    x = images()
+    if norm.keywords.get("dtype"):
+        plain = resnet8(norm=norm, zero_gamma=False).double()
+        x = x.double()
+    else:
+        plain = resnet8(norm=norm, zero_gamma=False)
+    fused = copy.deepcopy(plain)
+    set_fusion(fused, "reference")
+    assert_runs_plain(plain, fused, calls, x)
+
+
+def test_recomputed_evaluation_statistics_are_those_of_the_plain_model() -> None:
+    plain, fused = twins(NETS["basic blocks"], NORMS["three spans, one short"])
+    for model in (plain, fused):
+        begin_precise(model)
+        with torch.no_grad():
+            model(images())
+        finish_precise(model)
+    assert_same(buffers(plain), buffers(fused))
+
+
+def test_a_hook_sees_what_the_layer_it_is_on_gives(calls: list[int]) -> None:
+    plain, fused = twins(NETS["resnet8"], nn.BatchNorm2d)
+    seen: list[list[Tensor]] = [[], []]
+    for model, kept in zip((plain, fused), seen, strict=True):
+        for name in ("bn1", "layer1.0.bn2", "layer2.0.downsample"):
+            model.get_submodule(name).register_forward_hook(lambda *a, kept=kept: kept.append(a[2].clone()))
+        step(model, images(32))
+    assert len(seen[1]) == 3
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(other, one)
+    assert len(calls) == 9 - 3  # a shortcut that is watched runs whole
+
+
+def test_one_value_per_channel_is_still_the_error_that_batch_norm_raises() -> None:
+    model = resnet8()
+    set_fusion(model, "reference")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 3, 8, 8))
+
+
+def test_what_torch_compile_traces_is_the_plain_model(calls: list[int]) -> None:
+    plain, fused = twins(NETS["resnet8"], NORMS["three spans, one short"])
+    compiled = torch.compile(fused, backend="eager")
+    expected, expected_gradients = step(plain, images(32))
+    torch.testing.assert_close(compiled(images(32)), expected)
+    assert not calls
+    fused.zero_grad()
+    _, gradients = step(compiled, images(32))
+    assert_same(expected_gradients, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()})
+
+
+def test_an_unknown_choice_and_a_model_without_parts_to_fuse_are_named() -> None:
+    with pytest.raises(UserError, match="fusion='fast' was given"):
+        set_fusion(resnet8(), "fast")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Linear has no part"):
+        set_fusion(nn.Linear(3, 3))
+    set_fusion(nn.Linear(3, 3), "plain")
+    set_fusion(alexnet(num_classes=10))
+
+
+def test_triton_on_a_cpu_is_refused_by_name() -> None:
+    model = resnet8()
+    set_fusion(model, "triton")
+    with pytest.raises(UserError, match="backend='reference' works"):
+        model(images(32))

@@ -1,0 +1,110 @@
+"""The stem's convolution with channels of zeros added: the same function of the same weights."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabatch.kernels import tuning
+from megabatch.nn.fused import stem as fused_stem
+from megabatch.nn.fused.stem import TASK, norm_relu_pool, stem_convolution
+from megabatch.nn.resnet import convolution
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    tuning.use_table(tuning.Table(fixed={TASK: request.param}))
+    yield request.param
+    tuning.use_table(None)
+
+
+def run(conv: nn.Conv2d, x: Tensor, fusion: Any, *, autocast: bool) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else contextlib.nullcontext():
+        y = stem_convolution(conv, x, fusion)
+    (gradient,) = torch.autograd.grad(y, conv.weight, torch.ones_like(y))
+    return y.detach(), gradient
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("way", ["plain", "4", "8"], indirect=True)
+def test_channels_of_zeros_change_neither_output_nor_gradient(
+    way: str, autocast: bool, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 20, 18).contiguous(memory_format=layout)
+    if not autocast:
+        conv, x = conv.bfloat16(), x.bfloat16()
+    y, gradient = run(conv, x, "reference", autocast=autocast)
+    expected, expected_gradient = run(conv, x, "plain", autocast=autocast)
+    assert (y.dtype, y.shape, gradient.dtype, gradient.shape) == (
+        torch.bfloat16,
+        expected.shape,
+        conv.weight.dtype,
+        conv.weight.shape,
+    )
+    torch.testing.assert_close(y, expected, rtol=2.0**-7, atol=2.0**-7)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2.0**-6, atol=2.0**-6 * float(expected_gradient.max()))
+
+
+def test_each_width_is_timed_forward_and_backward_and_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[int, ...]] = []
+    widths: list[int] = []
+    padded = fused_stem._padded
+
+    def timer(work: Any) -> float:
+        timed.append(tuple(work().shape))  # of the weight's gradient
+        return -float(len(timed))
+
+    def counted(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
+        widths.append(width)
+        return padded(conv, x, weight, width)
+
+    monkeypatch.setattr(fused_stem, "_padded", counted)
+    tuning.use_table(tuning.Table(timer=timer))
+    try:
+        y = stem_convolution(convolution(3, 16, 7, 2).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16(), "reference")
+    finally:
+        tuning.use_table(None)
+    assert timed == [(16, 3, 7, 7)] * 3
+    assert widths == [3, 4, 8, 8]
+    assert y.shape == (2, 16, 4, 4)
+
+
+@pytest.mark.parametrize("way", ["8"], indirect=True)
+def test_in_float32_and_with_a_hook_the_convolution_runs_as_it_is(way: str) -> None:
+    torch.manual_seed(0)
+    conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 8, 8)
+    assert torch.equal(stem_convolution(conv, x, "reference"), conv(x))
+    seen: list[torch.Size] = []
+    conv.bfloat16().register_forward_hook(lambda *given: seen.append(given[1][0].shape))
+    stem_convolution(conv, x.bfloat16(), "reference")
+    assert seen == [x.shape]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d((3, 3), (2, 2), (1, 1), (1, 1)),
+        nn.MaxPool2d(2, 2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1),
+        nn.Identity(),
+    ],
+)
+def test_whatever_the_pool_the_result_is_that_of_one_after_the_other(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    norm, other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    x = torch.randn(4, 8, 9, 6)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    ours = norm_relu_pool(norm, pool, leaves[0], fusion="reference")
+    expected = pool(torch.relu(other(leaves[1])))
+    slope = torch.randn_like(expected)
+    torch.testing.assert_close(ours, expected)
+    pairs = zip((ours, expected), leaves, strict=True)
+    torch.testing.assert_close(*(torch.autograd.grad(y, leaf, slope)[0] for y, leaf in pairs))
+    torch.testing.assert_close(norm.running_var, other.running_var)

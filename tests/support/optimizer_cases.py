@@ -1,0 +1,115 @@
+"""Cases that tests of the optimizers' kernels share: every kind of step, tensors of odd sizes, gradients by seed."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megabatch.optim.kernels.tables import CHUNK
+from megabatch.optim.lamb import LAMB
+from megabatch.optim.lars import LARS
+from megabatch.optim.rmsprop_warmup import RMSpropWarmup
+from megabatch.optim.sgd import SGD
+
+Optimizer = torch.optim.Optimizer
+FORMS = ("outside", "inside", "inside_corrected")
+RAGGED = (1, 3, 1025, CHUNK + 5)
+STEPS: list[dict[str, float]] = [
+    {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "beta2": 0.99, "sgd_share": 0.3},
+    {"lr": 0.6, "momentum": 0.8, "weight_decay": 0.02, "beta2": 0.98, "sgd_share": 0.8},
+    {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.01, "beta2": 0.95, "sgd_share": 1.0},
+]
+"""What a schedule changes from step to step."""
+
+
+def cases() -> Iterator[tuple[str, type[Optimizer], dict[str, Any]]]:
+    for form, denominator in itertools.product(FORMS, ("sum", "update", "gradient")):
+        values = {"momentum_form": form, "denominator": denominator, "trust_coefficient": 0.02, "eps": 1e-3}
+        yield f"lars {form} {denominator}", LARS, values
+    for form in FORMS:
+        yield f"lars {form} nesterov", LARS, {"momentum_form": form, "nesterov": True, "trust_coefficient": 0.02}
+        yield f"sgd {form}", SGD, {"momentum_form": form}
+    yield "lars clip", LARS, {"trust_clip": True, "trust_coefficient": 4.0}
+    yield "sgd nesterov", SGD, {"nesterov": True}
+    yield "lamb", LAMB, {}
+    yield "lamb clip", LAMB, {"trust_clip": True, "eps": 1e-3}
+    yield "rmsprop", RMSpropWarmup, {"eps": 1e-3, "rmsprop_lr": 0.01}
+
+
+CASES = {name: (kind, values) for name, kind, values in cases()}
+EVERY = pytest.mark.parametrize("case", CASES)
+ONE_OF_EACH = pytest.mark.parametrize("case", ["lars inside_corrected sum", "sgd outside", "lamb", "rmsprop"])
+WITH_NUMBERS_AND_TENSORS = pytest.mark.parametrize(
+    ("case", "in_tensors"),
+    [
+        *((case, False) for case in CASES),
+        *(
+            (case, True)
+            for case in ("lars inside_corrected sum", "lars clip", "sgd inside_corrected", "lamb", "rmsprop")
+        ),
+    ],
+)
+RATES = pytest.mark.parametrize("in_tensors", [False, True])
+
+
+def groups(*sizes: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """Tensors that adapt, and one that does not, of values that float32 holds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(size: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+
+    return [{"params": [parameter(size) for size in sizes]}, {"params": [parameter(257)], "adapt": False}]
+
+
+def make(case: str, own: list[dict[str, Any]], *, in_tensors: bool = False, **way: Any) -> Optimizer:
+    kind, values = CASES[case]
+    if in_tensors:
+        dtype = torch.float64 if own[0]["params"][0].dtype == torch.float64 else torch.float32
+        rates: dict[str, Any] = {name: torch.tensor(0.5, dtype=dtype) for name in ("lr", "momentum", "weight_decay")}
+        rates |= {"beta2": torch.tensor(0.5, dtype=dtype)} if kind is LAMB else {}
+        return kind(own, **rates, **values, capturable=True, **way)
+    return kind(own, lr=0.5, **values, **way)
+
+
+def reference(case: str, *sizes: int) -> Optimizer:
+    return make(case, groups(*sizes, dtype=torch.float64), foreach=False)
+
+
+def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def take_steps(optimizer: Optimizer, steps: list[dict[str, float]] = STEPS, *, first: int = 0) -> None:
+    """Steps on gradients that depend on the step and the place alone, rounded to float16 for equal inputs."""
+    for number, values in enumerate(steps, start=first):
+        for place, parameter in enumerate(parameters(optimizer)):
+            generator = torch.Generator().manual_seed(1000 * number + place)
+            gradient = (0.1 * torch.randn(parameter.shape, generator=generator)).half()
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        set_rates(optimizer, values)
+        optimizer.step()
+
+
+def set_rates(optimizer: Optimizer, values: dict[str, float]) -> None:
+    for group in optimizer.param_groups:
+        for name, value in values.items():
+            if isinstance(group.get(name), Tensor):
+                group[name].fill_(value)
+            elif name in group:
+                group[name] = value
+
+
+def states(optimizer: Optimizer) -> list[Tensor]:
+    return [value for p in parameters(optimizer) for value in optimizer.state.get(p, {}).values()]
+
+
+def assert_alike(one: Optimizer, other: Optimizer, *, rtol: float = 3e-6, atol: float = 1e-6) -> None:
+    pairs = list(zip(parameters(one), parameters(other), strict=True)) + list(
+        zip(states(one), states(other), strict=True)
+    )
+    for p, q in pairs:
+        torch.testing.assert_close(p.detach(), q.detach().to(p.dtype), rtol=rtol, atol=atol)
