@@ -21,7 +21,7 @@ from harness import Work, compare, record, table, write_lines
 from megabatch.comm.exchange.algorithms import ALGORITHMS
 from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.state import ExchangeState
-from megabatch.comm.launch import leave
+from megabatch.comm.launch import shutdown_process_group
 
 RESNET50_MIB = 25_557_032 * 4 / 2**20
 BASELINE = "torch all_reduce"
@@ -46,7 +46,7 @@ def main() -> None:
         write_lines(options.output / "allreduce.jsonl", records)
         print(table(records), flush=True)
     dist.barrier()
-    leave()
+    shutdown_process_group()
 
 
 def _works(options: argparse.Namespace) -> dict[str, Work]:

@@ -84,16 +84,16 @@ def with_recomputed_statistics(folder: Path) -> float:
     from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import World
     from megabatch.recipe import from_json
-    from megabatch.runtime import Site
+    from megabatch.runtime import Runtime
     from megabatch.train.checkpoint import list_checkpoints, load_state
     from megabatch.train.evaluate import evaluate
     from megabatch.train.precision import Precision
 
     info = list_checkpoints(folder / "checkpoints")[-1]
-    recipe, site, world = from_json(info.recipe), Site(), World()
-    data = open_data(recipe, site)
-    module = load_for_evaluation(recipe, site, load_state(info), world=world)
-    loader = build_train_loader(recipe, site, data.train, world=world)
+    recipe, runtime, world = from_json(info.recipe), Runtime(), World()
+    data = open_data(recipe, runtime)
+    module = load_for_evaluation(recipe, runtime, load_state(info), world=world)
+    loader = build_train_loader(recipe, runtime, data.train, world=world)
     models.begin_precise(module)
     with torch.no_grad():
         for batch in loader.batches((range(first, first + 512), 28) for first in range(0, 16_384, 512)):
@@ -101,7 +101,7 @@ def with_recomputed_statistics(folder: Path) -> float:
     models.finish_precise(module)
     loader.close()
     precision = Precision("fp32", world.device)
-    eval_loader = build_eval_loader(recipe, site, data.evaluation, world=world)
+    eval_loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
     return evaluate(module, eval_loader, world=world, precision=precision, block_size=eval_block_size(recipe)).top1
 
 

@@ -26,13 +26,13 @@ SMOOTHING, RATE, MOMENTUM, DECAY = 0.1, 1e-3, 0.9, 5e-5
 
 
 @contextlib.contextmanager
-def ours(model: str, **site: Any) -> Iterator[tuple[Step, nn.Module]]:
+def ours(model: str, **runtime: Any) -> Iterator[tuple[Step, nn.Module]]:
     """`megabatch train`'s own step: joined, wired and taken as there, on random images."""
     from megabatch import recipes
     from megabatch.bench.synthetic_step import synthetic_step
     from megabatch.comm.launch import join
     from megabatch.recipe import override
-    from megabatch.runtime import Site
+    from megabatch.runtime import Runtime
 
     values = SETTINGS[model]
     changes = {"model": model, "bn_span": values["batch"], "global_batch_size": values["batch"]}
@@ -40,7 +40,7 @@ def ours(model: str, **site: Any) -> Iterator[tuple[Step, nn.Module]]:
     recipe = override(recipes.get(values["recipe"]), {key: str(value) for key, value in changes.items()})
     with (
         join(device="cpu") as world,
-        synthetic_step(recipe, Site(**site), world=world, global_batch_size=values["batch"]) as step,
+        synthetic_step(recipe, Runtime(**runtime), world=world, global_batch_size=values["batch"]) as step,
     ):
         yield step.take, step.run.state.module
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from megabatch.comm.exchange.timeline import Timeline
 from megabatch.comm.exchange.wrap import wrap
-from megabatch.comm.launch import leave
+from megabatch.comm.launch import shutdown_process_group
 from megabatch.comm.peers import host_name
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         _tell([row for row in rows if row["repeat"] >= 0], options)
     dist.barrier()
-    leave()
+    shutdown_process_group()
 
 
 def _step(model: nn.Module, timeline: Timeline, images: torch.Tensor) -> dict[str, float]:

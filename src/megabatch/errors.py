@@ -3,7 +3,7 @@
 MegabatchError
 |-- UserError              the caller can fix it: the command line prints one line and exits with 2
 |   |-- RecipeError        a recipe field: unknown, of the wrong type, or in contradiction with another
-|   |-- SiteError          a site option: workers, micro-batch, precision, all-reduce, paths
+|   |-- SettingsError          a runtime option: workers, micro-batch, precision, all-reduce, paths
 |   |-- DataError          a data set: missing, empty, damaged, not of the layout that was asked for
 |   `-- CheckpointError    a checkpoint: missing, damaged, or of another recipe
 |-- FetchError             no source could serve a data set
@@ -24,8 +24,8 @@ class RecipeError(UserError):
     """A recipe field is unknown, of the wrong type, or contradicts another."""
 
 
-class SiteError(UserError):
-    """A site option cannot work on this machine or with this recipe."""
+class SettingsError(UserError):
+    """A runtime option cannot work on this machine or with this recipe."""
 
 
 class DataError(UserError):

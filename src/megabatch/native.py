@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 COMPILE_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden")
 
@@ -37,11 +37,11 @@ def build_library(name: str, sources: Iterable[Path], folder: Path, *, flags: It
     """Compiles `sources` into `folder` and returns the library's path.
 
     Raises:
-        SiteError: no C compiler, or one that cannot build this.
+        SettingsError: no C compiler, or one that cannot build this.
     """
     compiler = shutil.which(os.fspath((sysconfig.get_config_var("CC") or "cc").split()[0])) or shutil.which("cc")
     if compiler is None:
-        raise SiteError(
+        raise SettingsError(
             "no C compiler was found on PATH; install one, for example gcc, or go on without: it is optional"
         )
     target = folder / file_name(name)
@@ -64,4 +64,4 @@ def _objects(compiler: str, sources: Iterable[Path], folder: Path, flags: Iterab
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode != 0:
-        raise SiteError(f"{command[0]} could not build {Path(command[-1]).stem}: {done.stderr.strip()[-2000:]}")
+        raise SettingsError(f"{command[0]} could not build {Path(command[-1]).stem}: {done.stderr.strip()[-2000:]}")

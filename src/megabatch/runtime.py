@@ -1,4 +1,4 @@
-"""`Site`: where a recipe runs. Nothing here may change the weights in exact arithmetic. No torch."""
+"""`Runtime`: where a recipe runs. Nothing here may change the weights in exact arithmetic. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class Runtime:
     """Where it runs: workers, micro-batch, precision, gradient exchange, threads and paths."""
 
     workers: int | None = None  # None: as many as the machine bears

@@ -1,4 +1,4 @@
-"""The site's choice of fused kernels reaches every part of the model, and no weight."""
+"""The runtime's choice of fused kernels reaches every part of the model, and no weight."""
 
 import functools
 
@@ -7,12 +7,12 @@ import torch
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.app import model as model_wiring
-from megabatch.app import resolve as site
+from megabatch.app import resolve as runtime
 from megabatch.app.model import build_model
 from megabatch.comm.launch import World
 from megabatch.nn.fused import fuse as fusion
 from megabatch.nn.fused.fuse import Fusable, set_fusion
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision
 
 
@@ -20,7 +20,7 @@ from megabatch.train.precision import Precision
 @pytest.mark.parametrize("model", ["resnet8", "resnet50", "alexnet_bn"])
 def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
     recipe = tiny_recipe(model=model, resolution=((0.0, 32.0),))
-    module = build_model(recipe, Site(fusion=choice), world=World(), micro_batch_size=8)
+    module = build_model(recipe, Runtime(fusion=choice), world=World(), micro_batch_size=8)
     parts = [part.fusion for part in module.modules() if isinstance(part, Fusable)]
     assert parts
     assert set(parts) == {choice}
@@ -30,12 +30,12 @@ def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
 def test_a_run_by_the_fused_equations_trains_the_same_weights_and_statistics(eval_stats, tmp_path, monkeypatch):
     """The equations of the kernels in torch's operations, in micro-batches of two spans, against torch's own layers."""
     recipe = tiny_recipe(eval_stats=eval_stats)
-    where = Site(precision="fp32", micro_batch_size=16)
-    plain = run_tiny(tmp_path / "plain", recipe, site=where)
+    where = Runtime(precision="fp32", micro_batch_size=16)
+    plain = run_tiny(tmp_path / "plain", recipe, runtime=where)
     calls = []
     monkeypatch.setattr(model_wiring, "set_fusion", functools.partial(_force, set_fusion))
     monkeypatch.setattr(fusion, "fused_bn_act", functools.partial(_counted, fusion.fused_bn_act, calls))
-    fused = run_tiny(tmp_path / "fused", recipe, site=where)
+    fused = run_tiny(tmp_path / "fused", recipe, runtime=where)
     assert len(calls) >= 9 * 10  # norms of the net x steps
     torch.testing.assert_close(fused["losses"], plain["losses"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused["weights"], plain["weights"], rtol=1e-3, atol=1e-5)
@@ -63,10 +63,10 @@ def _force(set_fusion, model, fusion):
     ],
 )
 def test_a_run_says_whose_kernels_compute(monkeypatch, values, has_norms, has_convolutions, words):
-    monkeypatch.setattr(site.cpu_batch_norm, "is_available", lambda: has_norms)
-    monkeypatch.setattr(site.cpu_conv, "is_available", lambda: has_convolutions)
+    monkeypatch.setattr(runtime.cpu_batch_norm, "is_available", lambda: has_norms)
+    monkeypatch.setattr(runtime.cpu_conv, "is_available", lambda: has_convolutions)
     precision = Precision(values.get("precision", "bf16"), torch.device("cpu"))
-    assert site.kernels_in_words(Site(**values), precision, torch.device("cpu")) == words
+    assert runtime.kernels_in_words(Runtime(**values), precision, torch.device("cpu")) == words
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_a_run_says_whose_kernels_compute(monkeypatch, values, has_norms, has_co
 )
 def test_cudnn_measures_its_algorithms_while_a_run_is_open_and_the_site_lets_it(monkeypatch, device, wanted, expected):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    with site.cudnn_measures(Site(cudnn_benchmark=wanted), torch.device(device)):
+    with runtime.cudnn_measures(Runtime(cudnn_benchmark=wanted), torch.device(device)):
         assert torch.backends.cudnn.benchmark == expected
     assert not torch.backends.cudnn.benchmark

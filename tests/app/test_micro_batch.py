@@ -14,7 +14,7 @@ from torch import nn
 from megabatch.app import micro_batch
 from megabatch.app.micro_batch import activation_bytes, fit_micro_batch, largest_that_fits
 from megabatch.comm.launch import World
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -40,17 +40,17 @@ def small_net():
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
 
 
-def fit(recipe, site, wished, *, world=None, available=None, monkeypatch=None):
+def fit(recipe, runtime, wished, *, world=None, available=None, monkeypatch=None):
     module = small_net()
     module(torch.zeros(2, 1, 12, 12))
     if monkeypatch:
         monkeypatch.setattr(micro_batch, "available_bytes", lambda: available)
-    return fit_micro_batch(recipe, site, wished, module, FP32, world=world or World())
+    return fit_micro_batch(recipe, runtime, wished, module, FP32, world=world or World())
 
 
 def test_enough_memory_leaves_what_suits_the_caches(monkeypatch):
     monkeypatch.setattr(micro_batch, "CACHED_BYTES", 0)
-    found = fit(tiny_recipe(), Site(), 24, available=2**40, monkeypatch=monkeypatch)
+    found = fit(tiny_recipe(), Runtime(), 24, available=2**40, monkeypatch=monkeypatch)
     assert (found.size, found.reason) == (24, "suits the caches")
 
 
@@ -66,16 +66,16 @@ def test_a_small_net_takes_more_samples_a_call_while_they_stay_in_the_caches(
     monkeypatch.setattr(micro_batch, "CACHED_BYTES", cached)
     monkeypatch.setattr(micro_batch.cpu_batch_norm, "is_available", lambda: compiled)
     recipe = dataclasses.replace(tiny_recipe(), global_batch_size=share, bn_span=1)
-    assert fit(recipe, Site(), 24, available=2**40, monkeypatch=monkeypatch).size == expected
+    assert fit(recipe, Runtime(), 24, available=2**40, monkeypatch=monkeypatch).size == expected
 
 
 def test_the_sites_own_word_is_not_questioned(monkeypatch):
-    assert fit(tiny_recipe(), Site(micro_batch_size=48), 48, available=1, monkeypatch=monkeypatch).size == 48
+    assert fit(tiny_recipe(), Runtime(micro_batch_size=48), 48, available=1, monkeypatch=monkeypatch).size == 48
 
 
 def test_the_span_on_which_the_noise_scale_is_measured_stays(monkeypatch):
     recipe = tiny_recipe(max_global_batch_size=96)
-    assert fit(recipe, Site(), recipe.bn_span, available=1, monkeypatch=monkeypatch).size == recipe.bn_span
+    assert fit(recipe, Runtime(), recipe.bn_span, available=1, monkeypatch=monkeypatch).size == recipe.bn_span
 
 
 def test_short_memory_takes_fewer_spans_and_never_less_than_one(monkeypatch):
@@ -84,9 +84,9 @@ def test_short_memory_takes_fewer_spans_and_never_less_than_one(monkeypatch):
     per_sample = activation_bytes(module, FP32, torch.zeros(1, 1, 12, 12))
     recipe = tiny_recipe()
     room_for_20 = int(20 * per_sample / (1 - micro_batch.MARGIN)) + 1
-    found = fit(recipe, Site(), 24, available=room_for_20, monkeypatch=monkeypatch)
+    found = fit(recipe, Runtime(), 24, available=room_for_20, monkeypatch=monkeypatch)
     assert (found.size, found.reason) == (16, "by the memory there is")
-    none = fit(recipe, Site(), 24, available=0, monkeypatch=monkeypatch)
+    none = fit(recipe, Runtime(), 24, available=0, monkeypatch=monkeypatch)
     assert none.size == recipe.bn_span
     assert "short" in none.reason
 
@@ -107,7 +107,7 @@ def fit_on_rank(rooms):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     micro_batch._estimate = lambda *_: lambda size: size <= rooms[rank]
     recipe = dataclasses.replace(tiny_recipe(), global_batch_size=96)
-    return fit(recipe, Site(), 32, world=World(rank, world_size, rank, world_size)).size
+    return fit(recipe, Runtime(), 32, world=World(rank, world_size, rank, world_size)).size
 
 
 @pytest.mark.multiprocess

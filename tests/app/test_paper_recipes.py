@@ -12,7 +12,7 @@ from megabatch import recipes
 from megabatch.app.data import Data
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.recipe import validate
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.schedule import settings_at
 
 PAPERS = [name for name in recipes.names() if name.split("_")[0][-4:].isdecimal() and "mlperf" not in name]
@@ -56,8 +56,8 @@ def test_there_are_nine_papers_recipes():
 def test_a_papers_recipe_takes_two_steps_at_its_full_global_batch(tmp_path, name):
     recipe = shrunk(name)
     span = recipe.bn_span
-    site = Site(precision="fp32", micro_batch_size=max(1, 1024 // span) * span)
-    result = run_tiny(tmp_path, recipe, site=site, max_steps=2, data=made_data(recipe))
+    runtime = Runtime(precision="fp32", micro_batch_size=max(1, 1024 // span) * span)
+    result = run_tiny(tmp_path, recipe, runtime=runtime, max_steps=2, data=made_data(recipe))
     assert result["samples_seen"] == 2 * settings_at(recipe, 0, 0).count
     assert all(math.isfinite(loss) for loss in result["losses"])
     assert result["losses"][0] == pytest.approx(math.log(10), rel=0.2)
@@ -66,8 +66,8 @@ def test_a_papers_recipe_takes_two_steps_at_its_full_global_batch(tmp_path, name
 def three_steps(folder, name, micro_batch_size):
     torch.set_num_threads(1)
     recipe = shrunk(name)
-    site = Site(precision="fp32", micro_batch_size=micro_batch_size)
-    return run_tiny(folder, recipe, site=site, max_steps=3, data=made_data(recipe))
+    runtime = Runtime(precision="fp32", micro_batch_size=micro_batch_size)
+    return run_tiny(folder, recipe, runtime=runtime, max_steps=3, data=made_data(recipe))
 
 
 @pytest.mark.multiprocess

@@ -10,11 +10,11 @@ import torch
 from ranks import run_processes
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 
-from megabatch.errors import CheckpointError, DivergedError, SiteError
+from megabatch.errors import CheckpointError, DivergedError, SettingsError
 from megabatch.observe.events import read_events
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 
-FP32 = Site(precision="fp32", micro_batch_size=8)
+FP32 = Runtime(precision="fp32", micro_batch_size=8)
 
 
 def assert_same_weights(one, other, *, rtol=0.0, atol=0.0):
@@ -57,7 +57,7 @@ def test_workers_train_what_one_worker_trains(tmp_path, world_size):
 def test_a_span_shared_by_workers_trains_what_one_worker_trains(tmp_path):
     recipe = tiny_recipe(bn_span=16)
     alone = run_tiny(tmp_path / "alone", recipe)
-    shared = {"site": Site(precision="fp32", micro_batch_size=8)}
+    shared = {"runtime": Runtime(precision="fp32", micro_batch_size=8)}
     together = run_processes(2, rank_runs, tmp_path / "together", recipe, shared)
     assert together[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert_same_weights(together[0], together[1])
@@ -68,8 +68,8 @@ def stop_and_resume_cases(folder, recipe, stops):
     results = []
     for number, stop in enumerate(stops):
         run_tiny(folder / f"{number}", recipe, stop_at=stop)
-        site = dataclasses.replace(FP32, resume=True)
-        results.append(run_tiny(folder / f"{number}", recipe, site=site))
+        runtime = dataclasses.replace(FP32, resume=True)
+        results.append(run_tiny(folder / f"{number}", recipe, runtime=runtime))
     return results
 
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_ends_bitwise_as_one_that_was_never_stopped(tmp_path, worl
 
 
 def resume_only(folder, recipe):
-    return run_tiny(folder, recipe, site=dataclasses.replace(FP32, resume=True))
+    return run_tiny(folder, recipe, runtime=dataclasses.replace(FP32, resume=True))
 
 
 @pytest.mark.multiprocess
@@ -118,7 +118,7 @@ def test_a_batch_that_grows_in_mid_epoch_with_a_stop_inside_loses_and_repeats_no
 
     monkeypatch.setattr(TrainLoader, "batches", spy)
     run_tiny(tmp_path, recipe, stop_at=stop)
-    result = run_tiny(tmp_path, recipe, site=dataclasses.replace(FP32, resume=True))
+    result = run_tiny(tmp_path, recipe, runtime=dataclasses.replace(FP32, resume=True))
     assert result["samples_seen"] == 720
     consumed = sorted(itertools.chain.from_iterable(drawn))
     assert consumed == list(range(720))
@@ -181,7 +181,7 @@ def test_every_choice_of_a_recipe_trains_stops_and_resumes(tmp_path, changes):
     recipe = tiny_recipe(total_epochs=2.0, **changes)
     whole = run_tiny(tmp_path / "whole", recipe)
     run_tiny(tmp_path / "cut", recipe, stop_at=7)
-    resumed = run_tiny(tmp_path / "cut", recipe, site=dataclasses.replace(FP32, resume=True))
+    resumed = run_tiny(tmp_path / "cut", recipe, runtime=dataclasses.replace(FP32, resume=True))
     assert_same_weights(whole, resumed)
     assert resumed["correct"] == whole["correct"]
 
@@ -197,17 +197,17 @@ def test_growth_by_noise_scale_does_not_depend_on_the_workers(tmp_path):
 def test_another_recipes_checkpoint_is_refused_with_the_differing_fields(tmp_path):
     run_tiny(tmp_path, tiny_recipe(), max_steps=2)
     with pytest.raises(CheckpointError, match=r"peak_lr was 1\.0, now 2\.0"):
-        run_tiny(tmp_path, tiny_recipe(peak_lr=2.0), site=dataclasses.replace(FP32, resume=True))
+        run_tiny(tmp_path, tiny_recipe(peak_lr=2.0), runtime=dataclasses.replace(FP32, resume=True))
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     recipe = tiny_recipe()
     whole = run_tiny(tmp_path / "whole", recipe)
-    site = dataclasses.replace(FP32, checkpoint_every_steps=2)
-    run_tiny(tmp_path / "cut", recipe, site=site, stop_at=6)
+    runtime = dataclasses.replace(FP32, checkpoint_every_steps=2)
+    run_tiny(tmp_path / "cut", recipe, runtime=runtime, stop_at=6)
     newest = sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    resumed = run_tiny(tmp_path / "cut", recipe, site=dataclasses.replace(FP32, resume=True))
+    resumed = run_tiny(tmp_path / "cut", recipe, runtime=dataclasses.replace(FP32, resume=True))
     assert_same_weights(whole, resumed)
     warnings = [e["text"] for e in read_events(tmp_path / "cut" / "events.jsonl") if e["event"] == "warning"]
     assert any(newest.name in text for text in warnings)
@@ -215,23 +215,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
     recipe = tiny_recipe(optimizer="sgd", peak_lr=1e20, warmup="none", decay="constant")
-    site = dataclasses.replace(FP32, checkpoint_every_steps=1)
+    runtime = dataclasses.replace(FP32, checkpoint_every_steps=1)
     with pytest.raises(DivergedError, match="peak_lr"):
-        run_tiny(tmp_path, recipe, site=site)
+        run_tiny(tmp_path, recipe, runtime=runtime)
     assert list((tmp_path / "checkpoints").glob("*.pt"))
 
 
 @pytest.mark.parametrize(
-    ("site", "said"),
+    ("runtime", "said"),
     [
-        (Site(micro_batch_size=12), "bn_span=8"),
-        (Site(micro_batch_size=3), "divide"),
-        (Site(micro_batch_size=4), "groups of 2"),
+        (Runtime(micro_batch_size=12), "bn_span=8"),
+        (Runtime(micro_batch_size=3), "divide"),
+        (Runtime(micro_batch_size=4), "groups of 2"),
     ],
 )
-def test_a_micro_batch_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, site, said):
-    with pytest.raises(SiteError, match=said):
-        run_tiny(tmp_path / "run", tiny_recipe(), site=site)
+def test_a_micro_batch_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, runtime, said):
+    with pytest.raises(SettingsError, match=said):
+        run_tiny(tmp_path / "run", tiny_recipe(), runtime=runtime)
     assert not (tmp_path / "run").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_micro_batch_that_does_not_fit_is_refused_before_anything_is_written(t
 def test_half_precisions_follow_full_precision(tmp_path, precision):
     recipe = tiny_recipe()
     full = run_tiny(tmp_path / "full", recipe)
-    half = run_tiny(tmp_path / "half", recipe, site=Site(precision=precision, micro_batch_size=8))
+    half = run_tiny(tmp_path / "half", recipe, runtime=Runtime(precision=precision, micro_batch_size=8))
     assert half["losses"] == pytest.approx(full["losses"], abs=0.1)
     assert half["losses"] != full["losses"]
     events = read_events(tmp_path / "half" / "events.jsonl")
@@ -249,11 +249,11 @@ def test_half_precisions_follow_full_precision(tmp_path, precision):
 def test_an_overflowing_loss_scale_skips_the_step_and_shrinks(tmp_path, monkeypatch):
     from megabatch.train.precision import Precision
 
-    def too_large(site, device):
+    def too_large(runtime, device):
         return Precision("fp16", device, init_scale=2.0**40)
 
     monkeypatch.setattr("megabatch.app.run.choose_precision", too_large)
-    result = run_tiny(tmp_path, tiny_recipe(), site=Site(precision="fp16", micro_batch_size=8), max_steps=3)
+    result = run_tiny(tmp_path, tiny_recipe(), runtime=Runtime(precision="fp16", micro_batch_size=8), max_steps=3)
     steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
     assert steps[0]["skipped_steps"] == 1
     assert steps[0]["loss_scale"] == 2.0**39

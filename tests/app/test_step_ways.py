@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megabatch.train.step import captured_work
 from ranks import run_processes
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 from torch.utils import _pytree as pytree
@@ -16,17 +15,18 @@ from megabatch.app.model import apply_settings, build_model, build_optimizer
 from megabatch.app.resolve import check, choose_capture
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World
-from megabatch.errors import DivergedError, SiteError
+from megabatch.errors import DivergedError, SettingsError
 from megabatch.observe.events import read_events
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train import step as update
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.loop import train
 from megabatch.train.precision import Precision
 from megabatch.train.readback import Readback
 from megabatch.train.schedule import settings_at
+from megabatch.train.step import captured_work
 
-FP32 = Site(precision="fp32", micro_batch_size=24)
+FP32 = Runtime(precision="fp32", micro_batch_size=24)
 CUDA = World(device=torch.device("cuda", 0))
 
 
@@ -61,12 +61,12 @@ def tensors_of(run):
     return [t.detach() for t in (*model, *optimizer, *copies) if isinstance(t, torch.Tensor)]
 
 
-def run_captured(folder, recipe, site):
+def run_captured(folder, recipe, runtime):
     """As `run_tiny`, but steps are replayed where a graph would be."""
     losses = []
     with open_run(
         recipe,
-        site,
+        runtime,
         tiny_data(recipe),
         world=World(),
         folder=Path(folder),
@@ -83,7 +83,7 @@ def run_captured(folder, recipe, site):
 
 
 @pytest.mark.parametrize(
-    ("changes", "site"),
+    ("changes", "runtime"),
     [
         ({"optimizer": "lars"}, FP32),
         ({"optimizer": "sgd", "peak_lr": 0.1, "mixup_alpha": 0.2}, FP32),
@@ -91,21 +91,21 @@ def run_captured(folder, recipe, site):
         ({"momentum_form": "inside_corrected", "weight_decay_follows_lr": True}, FP32),
         ({"resolution": ((0.0, 8.0), (1.5, 12.0)), "ema_half_life_epochs": 0.3}, FP32),
         ({"batch_sizes": ((0.0, 48.0), (1.5, 24.0))}, FP32),
-        ({}, Site(precision="fp16", micro_batch_size=24)),
-        ({}, Site(precision="bf16", micro_batch_size=24)),
+        ({}, Runtime(precision="fp16", micro_batch_size=24)),
+        ({}, Runtime(precision="bf16", micro_batch_size=24)),
     ],
     ids=["lars", "sgd, mixed labels", "lamb", "corrected momentum", "resolutions", "batches", "fp16", "bf16"],
 )
-def test_replayed_steps_train_what_steps_as_written_train(tmp_path, monkeypatch, changes, site):
+def test_replayed_steps_train_what_steps_as_written_train(tmp_path, monkeypatch, changes, runtime):
     recipe = tiny_recipe(total_epochs=3.0, **changes)
-    plain = run_tiny(tmp_path / "plain", recipe, site=site)
+    plain = run_tiny(tmp_path / "plain", recipe, runtime=runtime)
     with_tensors = lambda *args, **options: build_optimizer(*args, **(options | {"capturable": True}))  # noqa: E731
     monkeypatch.setattr("megabatch.app.state.build_optimizer", with_tensors)
-    replayed = run_captured(tmp_path / "replayed", recipe, site)
+    replayed = run_captured(tmp_path / "replayed", recipe, runtime)
     assert replayed["replays"] >= 5
-    assert replayed["losses"] == pytest.approx(plain["losses"], rel=1e-4 if site.precision == "fp32" else 1e-2)
+    assert replayed["losses"] == pytest.approx(plain["losses"], rel=1e-4 if runtime.precision == "fp32" else 1e-2)
     assert replayed["correct"] == pytest.approx(plain["correct"], abs=1)
-    tolerance = 1e-3 if site.precision == "fp32" else 2e-2
+    tolerance = 1e-3 if runtime.precision == "fp32" else 2e-2
     for name, tensor in plain["weights"].items():
         torch.testing.assert_close(replayed["weights"][name], tensor, rtol=tolerance, atol=0.1 * tolerance, msg=name)
 
@@ -125,23 +125,23 @@ def test_a_rate_in_a_tensor_is_overwritten_and_not_replaced():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "site", "world", "chosen"),
+    ("recipe", "runtime", "world", "chosen"),
     [
-        ({}, Site(), World(), False),
-        ({}, Site(), CUDA, True),
-        ({}, Site(capture="on"), CUDA, True),
-        ({}, Site(capture="off"), CUDA, False),
-        ({}, Site(), dataclasses.replace(CUDA, world_size=2), False),
-        ({"max_global_batch_size": 96}, Site(), CUDA, False),
+        ({}, Runtime(), World(), False),
+        ({}, Runtime(), CUDA, True),
+        ({}, Runtime(capture="on"), CUDA, True),
+        ({}, Runtime(capture="off"), CUDA, False),
+        ({}, Runtime(), dataclasses.replace(CUDA, world_size=2), False),
+        ({"max_global_batch_size": 96}, Runtime(), CUDA, False),
     ],
 )
-def test_auto_captures_on_one_gpu_where_nothing_looks_into_the_step(recipe, site, world, chosen):
-    assert choose_capture(tiny_recipe(**recipe), site, world).chosen is chosen
+def test_auto_captures_on_one_gpu_where_nothing_looks_into_the_step(recipe, runtime, world, chosen):
+    assert choose_capture(tiny_recipe(**recipe), runtime, world).chosen is chosen
 
 
 def test_capture_that_cannot_be_is_refused_with_the_reason():
-    with pytest.raises(SiteError, match="no GPU"):
-        choose_capture(tiny_recipe(), Site(capture="on"), World())
+    with pytest.raises(SettingsError, match="no GPU"):
+        choose_capture(tiny_recipe(), Runtime(capture="on"), World())
 
 
 class LateReadback(Readback):
@@ -152,10 +152,10 @@ class LateReadback(Readback):
 
 def test_losses_that_are_read_a_step_late_change_nothing(tmp_path, monkeypatch):
     recipe = tiny_recipe()
-    site = dataclasses.replace(FP32, checkpoint_every_steps=3)
-    prompt = run_tiny(tmp_path / "prompt", recipe, site=site)
+    runtime = dataclasses.replace(FP32, checkpoint_every_steps=3)
+    prompt = run_tiny(tmp_path / "prompt", recipe, runtime=runtime)
     monkeypatch.setattr(update, "Readback", LateReadback)
-    late = run_tiny(tmp_path / "late", recipe, site=site)
+    late = run_tiny(tmp_path / "late", recipe, runtime=runtime)
     assert late["losses"] == prompt["losses"]
     assert all(torch.equal(late["weights"][name], tensor) for name, tensor in prompt["weights"].items())
     kinds = [
@@ -170,9 +170,9 @@ def test_a_diverged_run_names_step_and_layer_and_every_checkpoint_is_finite(tmp_
     if late:
         monkeypatch.setattr(update, "Readback", LateReadback)
     recipe = tiny_recipe(optimizer="sgd", peak_lr=1e20, warmup="none", decay="constant")
-    site = dataclasses.replace(FP32, checkpoint_every_steps=1)
+    runtime = dataclasses.replace(FP32, checkpoint_every_steps=1)
     with pytest.raises(DivergedError, match=r"at step \d+ .*(the output|the weight|the bias) of \S+ is not finite"):
-        run_tiny(tmp_path, recipe, site=site)
+        run_tiny(tmp_path, recipe, runtime=runtime)
     saved = sorted((tmp_path / "checkpoints").glob("*.pt"))
     assert saved
     for path in saved:
@@ -191,26 +191,26 @@ def test_a_stop_that_is_read_late_still_ends_with_a_checkpoint_of_the_last_step(
 
 @pytest.mark.parametrize("scale", [3.0, 0.5, 2.0**25, 0.0, float("inf")])
 def test_a_loss_scale_that_would_round_or_overflow_is_refused(scale):
-    with pytest.raises(SiteError, match="power of two"):
-        check(tiny_recipe(), Site(precision="fp16", loss_scale=scale), world_size=1, device=torch.device("cpu"))
+    with pytest.raises(SettingsError, match="power of two"):
+        check(tiny_recipe(), Runtime(precision="fp16", loss_scale=scale), world_size=1, device=torch.device("cpu"))
 
 
 def test_a_fixed_loss_scale_trains_and_stays(tmp_path):
     recipe = tiny_recipe(total_epochs=1.0)
-    site = Site(precision="fp16", micro_batch_size=24, loss_scale=256.0)
-    run_tiny(tmp_path, recipe, site=site)
+    runtime = Runtime(precision="fp16", micro_batch_size=24, loss_scale=256.0)
+    run_tiny(tmp_path, recipe, runtime=runtime)
     steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
     assert {(e["loss_scale"], e["skipped_steps"]) for e in steps} == {(256.0, 0)}
 
 
 def test_skipped_steps_keep_the_schedule_and_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    def too_large(site, device):
+    def too_large(runtime, device):
         return Precision("fp16", device, loss_scale=2.0**40)
 
     monkeypatch.setattr("megabatch.app.run.choose_precision", too_large)
     recipe = tiny_recipe(total_epochs=20.0)
     with pytest.raises(DivergedError, match="25 steps in a row"):
-        run_tiny(tmp_path, recipe, site=Site(precision="fp16", micro_batch_size=24))
+        run_tiny(tmp_path, recipe, runtime=Runtime(precision="fp16", micro_batch_size=24))
     steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 24
     for number, event in enumerate(steps):
@@ -231,9 +231,9 @@ def test_a_compiled_model_trains_what_the_plain_one_trains(tmp_path, precision):
     if not has_compiler():
         pytest.skip("torch.compile finds no compiler here")
     recipe = tiny_recipe(total_epochs=1.0)
-    site = Site(precision=precision, micro_batch_size=16)
-    plain = run_tiny(tmp_path / "plain", recipe, site=site)
-    compiled = run_tiny(tmp_path / "compiled", recipe, site=dataclasses.replace(site, compile=True))
+    runtime = Runtime(precision=precision, micro_batch_size=16)
+    plain = run_tiny(tmp_path / "plain", recipe, runtime=runtime)
+    compiled = run_tiny(tmp_path / "compiled", recipe, runtime=dataclasses.replace(runtime, compile=True))
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=tolerance)
     assert list(compiled["weights"]) == list(plain["weights"])
@@ -248,14 +248,14 @@ def wire_run(folder, recipe, options):
 @pytest.mark.multiprocess
 def test_a_resumed_run_goes_on_with_the_scales_of_gradients_in_fp16_on_the_wire(tmp_path):
     recipe = tiny_recipe()
-    site = Site(precision="fp32", micro_batch_size=8, wire="fp16")
-    whole = run_processes(2, wire_run, tmp_path / "whole", recipe, {"site": site})
-    run_processes(2, wire_run, tmp_path / "cut", recipe, {"site": site, "stop_at": 6})
+    runtime = Runtime(precision="fp32", micro_batch_size=8, wire="fp16")
+    whole = run_processes(2, wire_run, tmp_path / "whole", recipe, {"runtime": runtime})
+    run_processes(2, wire_run, tmp_path / "cut", recipe, {"runtime": runtime, "stop_at": 6})
     saved = torch.load(sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[-1], weights_only=True)
     assert saved["wire_scales"]
     assert max(saved["wire_scales"].values()) > 1
-    resuming = dataclasses.replace(site, resume=True)
-    resumed = run_processes(2, wire_run, tmp_path / "cut", recipe, {"site": resuming})
+    resuming = dataclasses.replace(runtime, resume=True)
+    resumed = run_processes(2, wire_run, tmp_path / "cut", recipe, {"runtime": resuming})
     assert resumed[0]["losses"] == whole[0]["losses"][-len(resumed[0]["losses"]) :]
     for name, tensor in whole[0]["weights"].items():
         assert torch.equal(resumed[0]["weights"][name], tensor), name

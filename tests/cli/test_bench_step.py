@@ -9,7 +9,7 @@ import pytest
 
 from megabatch import recipes
 from megabatch.cli.bench_step import Measured, Way, table, ways_to_measure
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 
 QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
 
@@ -50,26 +50,26 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments):
 def test_the_options_named_are_those_that_make_the_site():
     recipe = recipes.get("fashion_mnist")
     for way in ways_to_measure(recipe, 512, device="cuda", compiled=True):
-        site = Site()
+        runtime = Runtime()
         words = dict(
             pair.split(" ", 1) if " " in pair else (pair, True) for pair in way.options.removeprefix("--").split(" --")
         )
         for key in ("precision", "capture", "fusion"):
-            assert str(getattr(way.site, key)) == words.get(key, getattr(site, key))
-        assert way.site.compile is bool(words.get("compile", False))
-        assert str(way.site.micro_batch_size or "") == words.get("micro-batch-size", "")
+            assert str(getattr(way.runtime, key)) == words.get(key, getattr(runtime, key))
+        assert way.runtime.compile is bool(words.get("compile", False))
+        assert str(way.runtime.micro_batch_size or "") == words.get("micro-batch-size", "")
 
 
 def test_micro_batches_hold_whole_spans():
     recipe = recipes.get("fashion_mnist")
-    sizes = [w.site.micro_batch_size for w in ways_to_measure(recipe, 1024, device="cpu", compiled=False)]
+    sizes = [w.runtime.micro_batch_size for w in ways_to_measure(recipe, 1024, device="cpu", compiled=False)]
     assert [size for size in sizes if size] == [512, 256, 128]
 
 
 def test_what_does_not_work_comes_last_with_its_reason():
-    good = Measured(Way("slow", Site(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
-    better = Measured(Way("quick", Site(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
-    broken = Measured(Way("compiled", Site(), "--compile"), error="no compiler")
+    good = Measured(Way("slow", Runtime(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
+    better = Measured(Way("quick", Runtime(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
+    broken = Measured(Way("compiled", Runtime(), "--compile"), error="no compiler")
     lines = table([broken, good, better], 16, "photos").splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["quick", "slow", "compiled"]
     assert "no compiler" in lines[3]

@@ -12,7 +12,7 @@ from photographs import encode, photograph
 from typer.testing import CliRunner
 
 from megabatch.cli.main import app
-from megabatch.errors import DataError, SiteError
+from megabatch.errors import DataError, SettingsError
 from megabatch.observe.events import read_events
 
 pytest.importorskip("fsspec")
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_said_before_anything_is_written(shards, tmp_path
     for data, error, said in (
         (f"file://{tmp_path}/nowhere", DataError, "there is no"),
         (f"nonsense://{shards}", DataError, "cannot be opened"),
-        (f"file://{shards}", SiteError, r"--remote-cache-gib \S+ works"),
+        (f"file://{shards}", SettingsError, r"--remote-cache-gib \S+ works"),
     ):
         with pytest.raises(error, match=said):
             trained(data, tmp_path / "cache", tmp_path / "run", "--remote-cache-gib", "0.00001")

@@ -12,7 +12,7 @@ from ranks import run_processes
 from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.peers import PeerMonitor, gather_hosts, host_name, interface_towards
-from megabatch.errors import PeerError, SiteError
+from megabatch.errors import PeerError, SettingsError
 
 
 def store_of(folder):
@@ -118,5 +118,5 @@ def test_a_failed_connection_to_a_silent_peer_becomes_a_peer_error():
 
 def test_the_interface_towards_this_machine_is_loopback_and_a_bad_name_is_refused():
     assert interface_towards("127.0.0.1") == "lo"
-    with pytest.raises(SiteError, match="no route to the rendezvous"):
+    with pytest.raises(SettingsError, match="no route to the rendezvous"):
         interface_towards("host.invalid")

@@ -16,7 +16,7 @@ from megabatch.nn.small import resnet8
 from megabatch.optim.lars import LARS
 from megabatch.optim.param_groups import param_groups
 from megabatch.optim.sgd import SGD
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.loop import train
 from megabatch.train.precision import Precision
@@ -68,10 +68,10 @@ def test_a_captured_run_trains_what_an_uncaptured_one_trains(tmp_path, precision
     recipe, losses, graphs = tiny_recipe(total_epochs=3.0), {}, {}
     for capture in ("off", "on"):
         losses[capture] = []
-        site = Site(precision=precision, micro_batch_size=24, capture=capture)
+        runtime = Runtime(precision=precision, micro_batch_size=24, capture=capture)
         with open_run(
             recipe,
-            site,
+            runtime,
             tiny_data(recipe),
             world=World(device=torch.device("cuda", 0)),
             folder=tmp_path / capture,
@@ -117,10 +117,10 @@ def test_a_trial_finds_a_micro_batch_within_the_memory_and_gives_the_memory_back
     recipe = tiny_recipe(global_batch_size=960, num_train_images=960)
     precision = Precision("bf16", torch.device("cuda", 0))
     world = World(device=torch.device("cuda", 0))
-    module = build_model(recipe, Site(), world=world, micro_batch_size=recipe.bn_span)
+    module = build_model(recipe, Runtime(), world=world, micro_batch_size=recipe.bn_span)
     before = torch.cuda.memory_allocated()
     drawn = torch.cuda.get_rng_state()
-    found = fit_micro_batch(recipe, Site(), recipe.bn_span, module, precision, world=world)
+    found = fit_micro_batch(recipe, Runtime(), recipe.bn_span, module, precision, world=world)
     assert found.size == 960
     assert "by trial" in found.reason
     torch._C._cuda_clearCublasWorkspaces()  # of the first matrix product, kept for all that come
@@ -131,7 +131,7 @@ def test_a_trial_finds_a_micro_batch_within_the_memory_and_gives_the_memory_back
 def test_a_size_that_overflows_is_no_error(monkeypatch):
     recipe = tiny_recipe(global_batch_size=960, num_train_images=960)
     world = World(device=torch.device("cuda", 0))
-    module = build_model(recipe, Site(), world=world, micro_batch_size=recipe.bn_span)
+    module = build_model(recipe, Runtime(), world=world, micro_batch_size=recipe.bn_span)
 
     def overflow(module, precision, sample, size):
         if size > 100:
@@ -139,4 +139,4 @@ def test_a_size_that_overflows_is_no_error(monkeypatch):
 
     monkeypatch.setattr(micro_batch, "_forward_and_backward", overflow)
     precision = Precision("bf16", torch.device("cuda", 0))
-    assert fit_micro_batch(recipe, Site(), recipe.bn_span, module, precision, world=world).size == 64
+    assert fit_micro_batch(recipe, Runtime(), recipe.bn_span, module, precision, world=world).size == 64

@@ -15,7 +15,7 @@ from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
 from megabatch.observe.progress import Progress
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision
 
 ON_GPU = World(device=CUDA)
@@ -72,7 +72,7 @@ def fitted(monkeypatch, reserved):
         patch.setattr(torch.cuda, "max_memory_reserved", lambda _: sum(left) + reserved(tried[-1]))
         recipe = tiny_recipe(global_batch_size=96, num_train_images=240)
         module = torch.nn.Linear(2, 2)
-        return fit_micro_batch(recipe, Site(), recipe.bn_span, module, Precision("bf16", CUDA), world=ON_GPU)
+        return fit_micro_batch(recipe, Runtime(), recipe.bn_span, module, Precision("bf16", CUDA), world=ON_GPU)
 
 
 def test_memory_that_was_cached_before_a_trial_is_not_counted(monkeypatch):
@@ -86,9 +86,9 @@ def test_a_trial_leaves_a_margin(monkeypatch):
 
 def test_graphs_of_a_step_that_was_measured_leave_their_memory_to_the_next_though_its_run_is_kept():
     recipe = tiny_recipe()
-    site = Site(precision="fp32", micro_batch_size=24, capture="on", fusion="plain")
+    runtime = Runtime(precision="fp32", micro_batch_size=24, capture="on", fusion="plain")
     with StandInGpu(), without_collection():
-        with synthetic_step(recipe, site, world=ON_GPU, global_batch_size=48) as step:
+        with synthetic_step(recipe, runtime, world=ON_GPU, global_batch_size=48) as step:
             for _ in range(5):
                 step.take()
             assert step.run.captured.num_graphs == 1

@@ -29,7 +29,7 @@ from megabatch.nn.batch_norm.evaluation_statistics import finish_step
 from megabatch.nn.resnet import Bottleneck, ResNet
 from megabatch.observe.events import read_events
 from megabatch.recipe import validate
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.loop import train
 
@@ -77,7 +77,7 @@ def a_gpu():
         yield gpu
 
 
-def run_on(world, folder, recipe, site, **options):
+def run_on(world, folder, recipe, runtime, **options):
     """Losses, weights, and of each step what the main thread waited for."""
     gpu = None
     found = {"losses": [], "waits": [], "graphs": []}
@@ -86,7 +86,7 @@ def run_on(world, folder, recipe, site, **options):
             gpu = stack.enter_context(a_gpu())
         run = stack.enter_context(
             open_run(
-                recipe, site, tiny_data(recipe), world=world, folder=folder, stop_requested=lambda: False, **options
+                recipe, runtime, tiny_data(recipe), world=world, folder=folder, stop_requested=lambda: False, **options
             )
         )
         inner, apply = run.log, run.apply_settings
@@ -120,9 +120,9 @@ def recipe_of(optimizer, **changes):
 @pytest.mark.parametrize("capture", ["on", "off"])
 def test_a_gpu_trains_what_a_cpu_trains(tmp_path, without_triton, optimizer, capture):
     recipe = recipe_of(optimizer, ema_half_life_epochs=1.0, flip=True, cutout_size=3, mixup_alpha=0.4)
-    site = Site(precision="fp32", micro_batch_size=24, channels_last=True)
-    cpu = run_on(World(), tmp_path / "cpu", recipe, site)
-    gpu = run_on(ON_GPU, tmp_path / "gpu", recipe, dataclasses.replace(site, capture=capture))
+    runtime = Runtime(precision="fp32", micro_batch_size=24, channels_last=True)
+    cpu = run_on(World(), tmp_path / "cpu", recipe, runtime)
+    gpu = run_on(ON_GPU, tmp_path / "gpu", recipe, dataclasses.replace(runtime, capture=capture))
     assert max(gpu["graphs"]) == (capture == "on")
     assert gpu["losses"] == pytest.approx(cpu["losses"], rel=1e-4)
     assert gpu["top1"] == pytest.approx(cpu["top1"], abs=0.02)
@@ -143,8 +143,8 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path, without_triton, optimizer, cap
 )
 def test_no_step_waits_but_for_the_loss_of_the_step_before(tmp_path, optimizer, precision, capture):
     recipe = recipe_of(optimizer, total_epochs=1.6, eval_every_epochs=9.0)
-    site = Site(precision=precision, micro_batch_size=24, capture=capture, fusion="auto")
-    found = run_on(ON_GPU, tmp_path, recipe, site)
+    runtime = Runtime(precision=precision, micro_batch_size=24, capture=capture, fusion="auto")
+    found = run_on(ON_GPU, tmp_path, recipe, runtime)
     assert max(found["graphs"]) == (capture == "on")
     allowed = (
         {"an event", "a value"} if precision == "fp16" else {"an event"}
@@ -161,7 +161,7 @@ def test_graphs_are_given_up_before_the_last_short_batch_and_recorded_anew_at_an
     recipe = tiny_recipe(
         num_train_images=250, total_epochs=2.0, resolution=((0.0, 12.0), (1.0, 16.0)), resolution_ramp="steps"
     )
-    found = run_on(ON_GPU, tmp_path, recipe, Site(precision="bf16", capture="on", micro_batch_size=24))
+    found = run_on(ON_GPU, tmp_path, recipe, Runtime(precision="bf16", capture="on", micro_batch_size=24))
     assert len(found["losses"]) == 11
     # Three ordinary steps and three from a graph; the same and one at 16 px; a batch of 20 images at the end.
     assert found["graphs"] == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
@@ -170,12 +170,12 @@ def test_graphs_are_given_up_before_the_last_short_batch_and_recorded_anew_at_an
 
 def test_a_run_goes_on_on_a_gpu_from_a_cpus_checkpoint_and_the_other_way_round(tmp_path, without_triton):
     recipe = recipe_of("lamb", ema_half_life_epochs=1.0)
-    whole = run_on(World(), tmp_path / "whole", recipe, Site(precision="fp32", micro_batch_size=24))
+    whole = run_on(World(), tmp_path / "whole", recipe, Runtime(precision="fp32", micro_batch_size=24))
     for first, second in ((World(), ON_GPU), (ON_GPU, World())):
         folder = tmp_path / first.device.type
-        site = Site(precision="fp32", micro_batch_size=24, checkpoint_every_steps=1)
-        run_on(first, folder, recipe, site, max_steps=5)
-        resumed = run_on(second, folder, recipe, dataclasses.replace(site, resume=True))
+        runtime = Runtime(precision="fp32", micro_batch_size=24, checkpoint_every_steps=1)
+        run_on(first, folder, recipe, runtime, max_steps=5)
+        resumed = run_on(second, folder, recipe, dataclasses.replace(runtime, resume=True))
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=1e-4)
 
 
@@ -188,7 +188,7 @@ def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
         finish(module, **options)
 
     monkeypatch.setattr(run_wiring, "finish_step", refused)
-    found = run_on(ON_GPU, tmp_path, tiny_recipe(), Site(precision="bf16", micro_batch_size=24))
+    found = run_on(ON_GPU, tmp_path, tiny_recipe(), Runtime(precision="bf16", micro_batch_size=24))
     assert max(found["graphs"]) == 0
     assert len(found["losses"]) == 10
     warnings = [event["text"] for event in read_events(tmp_path / "events.jsonl") if event["event"] == "warning"]
@@ -207,8 +207,8 @@ def test_fused_bottlenecks_launch_what_a_gpu_takes(monkeypatch, precision, captu
     with a_gpu() as gpu:
         launched = []
         gpu.launch = lambda kernel, args, options: launched.append(kernel) or legal(kernel, args, options)
-        site = Site(precision=precision, fusion="auto", capture=capture, micro_batch_size=micro)
-        with synthetic_step(recipe, site, world=ON_GPU, global_batch_size=4) as step:
+        runtime = Runtime(precision=precision, fusion="auto", capture=capture, micro_batch_size=micro)
+        with synthetic_step(recipe, runtime, world=ON_GPU, global_batch_size=4) as step:
             for _ in range(5 if capture == "on" else 2):
                 launched.clear()
                 gpu.waited.clear()

@@ -147,9 +147,9 @@ def statistics() -> None:
 
     sums = SpanSums(*torch.zeros(2, 513).unbind())
     averages = RunningAverages(*torch.zeros(2, 256).unbind(), torch.tensor(0), 0.1)
-    for keep in (sums, averages):
+    for sink in (sums, averages):
         for span in (2, 1):
-            measure(images(256), span=span, eps=1e-5, keep=keep, backend="triton")
+            measure(images(256), span=span, eps=1e-5, sink=sink, backend="triton")
 
 
 def loss() -> None:
@@ -198,9 +198,12 @@ def convolutions(*, every_tiling: bool = False) -> None:
 
 def rests(y: torch.Tensor) -> list[Any]:
     """Of a batch norm's backward, behind a convolution with this output: without a ReLU and with one."""
-    from megabatch.kernels.bottleneck.handover import Rest
+    from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 
-    return [Rest(y, normalisation(y.shape[1]), torch.zeros(1, 2, y.shape[1]), relu) for relu in (False, True)]
+    return [
+        DeferredNormBackward(y, normalisation(y.shape[1]), torch.zeros(1, 2, y.shape[1]), relu)
+        for relu in (False, True)
+    ]
 
 
 def sizes_of_one() -> None:

@@ -12,7 +12,7 @@ from megabatch.app.run import open_run
 from megabatch.comm.launch import World
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.recipe import Recipe, validate
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.loop import train
 
 
@@ -57,14 +57,14 @@ def here() -> World:
     return World(dist.get_rank(), dist.get_world_size(), 0, 1) if dist.is_initialized() else World()
 
 
-def run_tiny(folder, recipe, *, site=None, max_steps=None, stop_at=None, data=None):
+def run_tiny(folder, recipe, *, runtime=None, max_steps=None, stop_at=None, data=None):
     """Trains in this process (a rank of the default group, if there is one); losses, weights, last evaluation."""
     world, losses = here(), []
-    site = site or Site(precision="fp32", micro_batch_size=recipe.bn_span)
+    runtime = runtime or Runtime(precision="fp32", micro_batch_size=recipe.bn_span)
     asked = {"stop": False}
     with open_run(
         recipe,
-        site,
+        runtime,
         data or tiny_data(recipe),
         world=world,
         folder=Path(folder),

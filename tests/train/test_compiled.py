@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 from megabatch.train.compiled import CompiledModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
@@ -64,5 +64,5 @@ def test_a_compiler_that_fails_is_a_clear_mistake_of_the_site():
 
     model = CompiledModel(nn.Linear(2, 3), backend=backend)
     model(torch.randn(8, 2))
-    with pytest.raises(SiteError, match="compile=False works"):
+    with pytest.raises(SettingsError, match="compile=False works"):
         model(torch.randn(8, 2))

@@ -22,7 +22,7 @@ from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.resnet import Bottleneck, ResNet
 from megabatch.observe.events import read_events
 from megabatch.optim.sgd import SGD
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.gradients import Objective, accumulate_gradients
 from megabatch.train.precision import Precision, WideLinear, widen_logits
 from megabatch.train.weight_copies import WeightCopies
@@ -73,12 +73,12 @@ def gradients(model, copies, name="bf16", *, micro_batches=1):
     return [p.grad for p in model.parameters()]
 
 
-def both_ways(folder, recipe, site, **options):
+def both_ways(folder, recipe, runtime, **options):
     """A run whose forwards read copies, and one in which autocast casts."""
     runs = {}
     for kept in (True, False):
-        own = dataclasses.replace(site, weight_copies=kept)
-        runs[kept] = run_tiny(folder / str(kept), recipe, site=own, **options)
+        own = dataclasses.replace(runtime, weight_copies=kept)
+        runs[kept] = run_tiny(folder / str(kept), recipe, runtime=own, **options)
     return runs[True], runs[False]
 
 
@@ -95,17 +95,17 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("micro_batch_size", [48, 16])
 def test_a_run_with_copies_is_bitwise_the_run_with_casts(tmp_path, changes, micro_batch_size):
     recipe = tiny_recipe(total_epochs=1.0, **changes)
-    assert_same_run(*both_ways(tmp_path, recipe, Site(precision="bf16", micro_batch_size=micro_batch_size)))
+    assert_same_run(*both_ways(tmp_path, recipe, Runtime(precision="bf16", micro_batch_size=micro_batch_size)))
 
 
 @pytest.mark.parametrize("micro_batch_size", [48, 16])
 def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_batch_size):
-    def too_large_at_first(site, device):
+    def too_large_at_first(runtime, device):
         return Precision("fp16", device, init_scale=2.0**24)
 
     monkeypatch.setattr("megabatch.app.run.choose_precision", too_large_at_first)
     recipe = tiny_recipe(total_epochs=4.0)
-    assert_same_run(*both_ways(tmp_path, recipe, Site(precision="fp16", micro_batch_size=micro_batch_size)))
+    assert_same_run(*both_ways(tmp_path, recipe, Runtime(precision="fp16", micro_batch_size=micro_batch_size)))
     steps = [
         [(e["loss_scale"], e["skipped_steps"]) for e in read_events(tmp_path / f"{kept}/events.jsonl") if "lr" in e]
         for kept in (True, False)
@@ -121,49 +121,49 @@ def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_b
 )
 def test_copies_follow_what_swaps_weights_and_serve_what_measures_gradients(tmp_path, changes):
     recipe = tiny_recipe(**changes)
-    assert_same_run(*both_ways(tmp_path, recipe, Site(precision="bf16", micro_batch_size=8)))
+    assert_same_run(*both_ways(tmp_path, recipe, Runtime(precision="bf16", micro_batch_size=8)))
 
 
 def test_a_resumed_run_goes_on_from_the_weights_of_its_checkpoint(tmp_path):
     recipe = tiny_recipe()
-    site = Site(precision="bf16", micro_batch_size=48)
-    whole = run_tiny(tmp_path / "whole", recipe, site=site)
-    run_tiny(tmp_path / "cut", recipe, site=site, stop_at=4)
+    runtime = Runtime(precision="bf16", micro_batch_size=48)
+    whole = run_tiny(tmp_path / "whole", recipe, runtime=runtime)
+    run_tiny(tmp_path / "cut", recipe, runtime=runtime, stop_at=4)
     saved = torch.load(sorted((tmp_path / "cut/checkpoints").glob("*.pt"))[-1], weights_only=True)
     assert not any(t.dtype == torch.bfloat16 for t in saved["module"].values())
     assert set(saved) == set(torch.load(next((tmp_path / "whole/checkpoints").glob("*.pt")), weights_only=True))
-    resumed = run_tiny(tmp_path / "cut", recipe, site=dataclasses.replace(site, resume=True))
+    resumed = run_tiny(tmp_path / "cut", recipe, runtime=dataclasses.replace(runtime, resume=True))
     assert resumed["losses"] == whole["losses"][-len(resumed["losses"]) :]
     assert all(torch.equal(resumed["weights"][name], tensor) for name, tensor in whole["weights"].items())
 
 
-def two_runs(folder, recipe, site):
-    return both_ways(folder, recipe, site)
+def two_runs(folder, recipe, runtime):
+    return both_ways(folder, recipe, runtime)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("micro_batch_size", [24, 8])
 def test_two_workers_exchange_the_same_gradients(tmp_path, micro_batch_size):
     recipe = tiny_recipe(total_epochs=1.0)
-    site = Site(precision="bf16", micro_batch_size=micro_batch_size, bucket_mib=0.01)
-    for one, other in run_processes(2, two_runs, tmp_path, recipe, site):
+    runtime = Runtime(precision="bf16", micro_batch_size=micro_batch_size, bucket_mib=0.01)
+    for one, other in run_processes(2, two_runs, tmp_path, recipe, runtime):
         assert_same_run(one, other)
 
 
 @pytest.mark.parametrize(
-    ("site", "dtype"),
+    ("runtime", "dtype"),
     [
-        (Site(precision="bf16"), torch.bfloat16),
-        (Site(precision="fp16"), torch.float16),
-        (Site(precision="fp32"), None),
-        (Site(precision="bf16", weight_copies=False), None),
-        (Site(precision="bf16", compile=True), None),
+        (Runtime(precision="bf16"), torch.bfloat16),
+        (Runtime(precision="fp16"), torch.float16),
+        (Runtime(precision="fp32"), None),
+        (Runtime(precision="bf16", weight_copies=False), None),
+        (Runtime(precision="bf16", compile=True), None),
     ],
     ids=["bf16", "fp16", "fp32", "off", "compiled"],
 )
-def test_what_is_copied_and_that_the_optimizer_writes_it(site, dtype):
+def test_what_is_copied_and_that_the_optimizer_writes_it(runtime, dtype):
     recipe = tiny_recipe()
-    state = build_state(recipe, site, Precision(site.precision, CPU), world=World(), micro_batch_size=8)
+    state = build_state(recipe, runtime, Precision(runtime.precision, CPU), world=World(), micro_batch_size=8)
     copies = state.copies.tensors
     assert {tensor.dtype for tensor in copies.values()} == ({dtype} if dtype else set())
     wanted = [p for p in state.module.parameters() if p.ndim == 4] if dtype else []

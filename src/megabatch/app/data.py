@@ -19,10 +19,10 @@ from megabatch.data.sources import folder, parquet, shards
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.remote import RemoteShards, open_remote_shards
-from megabatch.errors import DataError, SiteError
+from megabatch.errors import DataError, SettingsError
 from megabatch.files import cache_folder
 from megabatch.recipe import Recipe, validate
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 
 Source = ArraySource | EncodedSource
 
@@ -49,36 +49,36 @@ class Data:
 
 def open_data(
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     *,
     on_progress: Callable[[str], None] | None = None,
     probe: bool = False,
 ) -> Data:
-    """The recipe's data set, or the folder or the remote shards that the site names instead.
+    """The recipe's data set, or the folder or the remote shards that the runtime names instead.
 
-    `probe` looks for damaged files in folders too (at most `PROBED_FILES` a set), unless the site says how many it
+    `probe` looks for damaged files in folders too (at most `PROBED_FILES` a set), unless the runtime says how many it
     will bear.
 
     Raises:
         DataError, FetchError: it cannot be had.
-        SiteError: decoding on a GPU is not to be had.
+        SettingsError: decoding on a GPU is not to be had.
     """
-    _check_decode(site)
-    if site.data is None and recipe.dataset == "folder":
+    _check_decode(runtime)
+    if runtime.data is None and recipe.dataset == "folder":
         raise DataError(f"recipe {recipe.name} has no data set of its own; --data PATH names yours, a class per folder")
-    data = _open(recipe, site, on_progress=on_progress, probe=probe and site.max_bad_share is None)
+    data = _open(recipe, runtime, on_progress=on_progress, probe=probe and runtime.max_bad_share is None)
     if recipe.shard_local:
         shard_sizes(data.train)
     return data
 
 
-def _open(recipe: Recipe, site: Site, *, on_progress: Callable[[str], None] | None, probe: bool) -> Data:
-    if site.data is None:
-        fetched = fetch.fetch(recipe.dataset, cache=site.cache, on_progress=on_progress)
-        return Data(*fetch.load(recipe.dataset, cache=site.cache), fetched.source)
-    if "://" in str(site.data):
-        return _open_url(str(site.data), site)
-    path = Path(site.data)
+def _open(recipe: Recipe, runtime: Runtime, *, on_progress: Callable[[str], None] | None, probe: bool) -> Data:
+    if runtime.data is None:
+        fetched = fetch.fetch(recipe.dataset, cache=runtime.cache, on_progress=on_progress)
+        return Data(*fetch.load(recipe.dataset, cache=runtime.cache), fetched.source)
+    if "://" in str(runtime.data):
+        return _open_url(str(runtime.data), runtime)
+    path = Path(runtime.data)
     if not path.is_dir():
         raise DataError(f"no folder {path}; --data needs a folder with train/ and val/, a class per folder in each")
     return Data(*_open_path(path, probe=probe), f"folder {path.name}")
@@ -95,16 +95,16 @@ def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource
     return train, evaluation
 
 
-def _open_url(url: str, site: Site) -> Data:
-    cache = (site.cache or cache_folder()) / "remote"
-    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=_room(site))
+def _open_url(url: str, runtime: Runtime) -> Data:
+    cache = (runtime.cache or cache_folder()) / "remote"
+    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=_room(runtime))
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without what may be secret
     return Data(train, evaluation, shown)
 
 
-def check_room(recipe: Recipe, site: Site, data: Data, *, world: World) -> None:
-    """SiteError if local copies of remote shards have less room than what one machine's workers train on at once.
+def check_room(recipe: Recipe, runtime: Runtime, data: Data, *, world: World) -> None:
+    """SettingsError if local copies of remote shards have less room than what one machine's workers train on at once.
 
     In shard-local order a window is read while the next one comes; otherwise any shard may be next.
     """
@@ -117,16 +117,16 @@ def check_room(recipe: Recipe, site: Site, data: Data, *, world: World) -> None:
     num_shards = shards_at_once(here, num_workers=world.local_world_size, shard_sizes=data.train.shard_sizes)
     needed_locally = data.train.bytes_at_once(num_shards)
     needed = needed_locally if recipe.shard_local else data.train.bytes_at_once(None)
-    if needed > _room(site):
-        raise SiteError(_too_little_room(recipe, site, needed, needed_locally, num_shards))
+    if needed > _room(runtime):
+        raise SettingsError(_too_little_room(recipe, runtime, needed, needed_locally, num_shards))
 
 
-def _room(site: Site) -> int:
-    return int(site.remote_cache_gib * _GIB)
+def _room(runtime: Runtime) -> int:
+    return int(runtime.remote_cache_gib * _GIB)
 
 
-def _too_little_room(recipe: Recipe, site: Site, needed: int, needed_locally: int, num_shards: int) -> str:
-    given = site.remote_cache_gib
+def _too_little_room(recipe: Recipe, runtime: Runtime, needed: int, needed_locally: int, num_shards: int) -> str:
+    given = runtime.remote_cache_gib
     where = f"windows of shards, {num_shards} shards at a time" if recipe.shard_local else "all shards"
     text = (
         f"--remote-cache-gib {given:g} is too little for samples in random order from {where}, {_up(needed)} GiB; "
@@ -150,7 +150,12 @@ def fit_to_data(recipe: Recipe, data: Data) -> Recipe:
 
 
 def build_train_loader(
-    recipe: Recipe, site: Site, source: Source, *, world: World, on_bad_sample: Callable[[str, str], None] | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    source: Source,
+    *,
+    world: World,
+    on_bad_sample: Callable[[str, str], None] | None = None,
 ) -> TrainLoader:
     """Batches of the training set, augmented as the recipe says."""
     return TrainLoader(
@@ -174,16 +179,16 @@ def build_train_loader(
         pixel_std=recipe.pixel_std,
         image_channels=recipe.image_channels,
         device=world.device,
-        channels_last=site.channels_last,
-        decode_threads=_decode_threads(site, world),
-        prefetch_batches=site.prefetch_batches,
-        max_bad_share=_max_bad_share(site),
+        channels_last=runtime.channels_last,
+        decode_threads=_decode_threads(runtime, world),
+        prefetch_batches=runtime.prefetch_batches,
+        max_bad_share=_max_bad_share(runtime),
         on_bad_sample=on_bad_sample,
-        gpu_decoder=_gpu_decoder(recipe, site, source, world=world, cache_gib=site.decoded_cache_gib),
+        gpu_decoder=_gpu_decoder(recipe, runtime, source, world=world, cache_gib=runtime.decoded_cache_gib),
     )
 
 
-def build_eval_loader(recipe: Recipe, site: Site, source: Source, *, world: World) -> EvalLoader:
+def build_eval_loader(recipe: Recipe, runtime: Runtime, source: Source, *, world: World) -> EvalLoader:
     """The evaluation set, resized and centre-cropped as the recipe says."""
     return EvalLoader(
         source,
@@ -193,48 +198,50 @@ def build_eval_loader(recipe: Recipe, site: Site, source: Source, *, world: Worl
         pixel_std=recipe.pixel_std,
         image_channels=recipe.image_channels,
         device=world.device,
-        channels_last=site.channels_last,
-        decode_threads=_decode_threads(site, world),
-        max_bad_share=_max_bad_share(site),
-        gpu_decoder=_gpu_decoder(recipe, site, source, world=world, cache_gib=0.0),
+        channels_last=runtime.channels_last,
+        decode_threads=_decode_threads(runtime, world),
+        max_bad_share=_max_bad_share(runtime),
+        gpu_decoder=_gpu_decoder(recipe, runtime, source, world=world, cache_gib=0.0),
     )
 
 
-def _decode_threads(site: Site, world: World) -> int:
-    return site.decode_threads or max(1, available_cores() // world.local_world_size)
+def _decode_threads(runtime: Runtime, world: World) -> int:
+    return runtime.decode_threads or max(1, available_cores() // world.local_world_size)
 
 
-def _check_decode(site: Site) -> None:
-    """SiteError, before a run starts, for a way of decoding that this machine does not have."""
-    if site.decode == "cpu" and site.decoded_cache_gib:
-        raise SiteError(
-            f"--decoded-cache-gib {site.decoded_cache_gib:g} keeps what a GPU has decoded, and --decode cpu was given: "
-            "a CPU decodes a crop sooner than it cuts it out of a decoded image; --decoded-cache-gib 0 works"
+def _check_decode(runtime: Runtime) -> None:
+    """SettingsError, before a run starts, for a way of decoding that this machine does not have."""
+    if runtime.decode == "cpu" and runtime.decoded_cache_gib:
+        raise SettingsError(
+            f"--decoded-cache-gib {runtime.decoded_cache_gib:g} keeps what a GPU has decoded, and --decode cpu was "
+            "given: a CPU decodes a crop sooner than it cuts it out of a decoded image; --decoded-cache-gib 0 works"
         )
-    if site.decode == "gpu" or site.decoded_cache_gib:
-        asked = "--decode gpu" if site.decode == "gpu" else f"--decoded-cache-gib {site.decoded_cache_gib:g}"
+    if runtime.decode == "gpu" or runtime.decoded_cache_gib:
+        asked = "--decode gpu" if runtime.decode == "gpu" else f"--decoded-cache-gib {runtime.decoded_cache_gib:g}"
         works = "--decode cpu --decoded-cache-gib 0 works"
-        if site.device == "cpu" or not torch.cuda.is_available():
-            raise SiteError(f"{asked} was given, needed: a GPU to train on; {works}")
+        if runtime.device == "cpu" or not torch.cuda.is_available():
+            raise SettingsError(f"{asked} was given, needed: a GPU to train on; {works}")
         if not has_torchvision():
-            raise SiteError(f"{asked} was given, needed: a torchvision built for this torch; {works}")
+            raise SettingsError(f"{asked} was given, needed: a torchvision built for this torch; {works}")
 
 
-def _gpu_decoder(recipe: Recipe, site: Site, source: Source, *, world: World, cache_gib: float) -> GpuDecoder | None:
+def _gpu_decoder(
+    recipe: Recipe, runtime: Runtime, source: Source, *, world: World, cache_gib: float
+) -> GpuDecoder | None:
     """What decodes this source on the worker's GPU; None if threads do.
 
     With `decode=auto` a GPU decodes only where there are few threads: its time is better spent on training.
     """
-    wanted = site.decode == "gpu" or site.decoded_cache_gib > 0
-    if site.decode == "auto" and _decode_threads(site, world) < _FEW_THREADS:
+    wanted = runtime.decode == "gpu" or runtime.decoded_cache_gib > 0
+    if runtime.decode == "auto" and _decode_threads(runtime, world) < _FEW_THREADS:
         wanted = wanted or (world.device.type == "cuda" and has_torchvision())
     if not wanted or isinstance(source, ArraySource):
         return None
     return GpuDecoder(world.device, channels=recipe.image_channels, cache_bytes=int(cache_gib * _GIB))
 
 
-def _max_bad_share(site: Site) -> float:
-    return _DEFAULT_BAD_SHARE if site.max_bad_share is None else site.max_bad_share
+def _max_bad_share(runtime: Runtime) -> float:
+    return _DEFAULT_BAD_SHARE if runtime.max_bad_share is None else runtime.max_bad_share
 
 
 def eval_block_size(recipe: Recipe) -> int:

@@ -11,37 +11,37 @@ from torch import nn
 from megabatch.comm.autotune.choose import tuning_file
 from megabatch.comm.exchange.timeline import Timeline
 from megabatch.comm.exchange.wrap import wrap
-from megabatch.comm.launch import World, from_all
+from megabatch.comm.launch import World, all_gather_objects
 from megabatch.comm.peers import PeerMonitor, host_name
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step
 from megabatch.recipe import Recipe
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.compiled import CompiledModel
 from megabatch.train.state import TrainState
 
 
 def build_exchange(
-    recipe: Recipe, state: TrainState, site: Site, folder: Path, *, world: World, stack: contextlib.ExitStack
+    recipe: Recipe, state: TrainState, runtime: Runtime, folder: Path, *, world: World, stack: contextlib.ExitStack
 ) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
     """The module as it is called in training: compiled or not, alone or with gradients exchanged as they are ready."""
-    module = CompiledModel(state.module) if site.compile else state.module
+    module = CompiledModel(state.module) if runtime.compile else state.module
     if world.world_size == 1:
         return module, None
-    hosts = from_all(host_name(), world)
+    hosts = all_gather_objects(host_name(), world)
     timeline = Timeline() if world.device.type == "cpu" else None  # on a GPU it would wait for every step
     wrapped = wrap(
         module,
-        algorithm=site.all_reduce,
-        wire=site.wire,
+        algorithm=runtime.all_reduce,
+        wire=runtime.wire,
         hosts=hosts,
         tuning=tuning_file(),
-        bucket_mib=site.bucket_mib,
+        bucket_mib=runtime.bucket_mib,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         timeline=timeline,
     )
     stack.callback(wrapped.exchange_state.close)
     monitor = stack.enter_context(
-        PeerMonitor.of_job(hosts=hosts, timeout_s=min(30.0, site.timeout_s), generation=world.num_restarts)
+        PeerMonitor.of_job(hosts=hosts, timeout_s=min(30.0, runtime.timeout_s), generation=world.num_restarts)
     )
     monitor.on_failure(wrapped.exchange_state.fail)
     stack.enter_context(monitor.guard())

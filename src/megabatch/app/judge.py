@@ -16,7 +16,7 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, finish_precise
 from megabatch.observe.curve import against_curve, curve_text
 from megabatch.recipe import Recipe, fields_as_json
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter, checkpoint_path
 from megabatch.train.evaluate import evaluate
 from megabatch.train.schedule import settings_at
@@ -25,7 +25,7 @@ from megabatch.train.state import Evaluation, StepSettings, TrainState
 
 def evaluator(
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     data: Data,
     *,
     world: World,
@@ -35,7 +35,7 @@ def evaluator(
     split: Callable[[StepSettings], list[range]],
 ) -> Callable[[], Evaluation]:
     """What evaluates the present weights, or their average, and reports it."""
-    eval_loader = build_eval_loader(recipe, site, data.evaluation, world=world)
+    eval_loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
 
     def evaluate_now() -> Evaluation:
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def _evaluation_event(recipe: Recipe, state: TrainState, result: Evaluation, sec
 
 def saver(
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     folder: Path,
     *,
     world: World,
@@ -96,7 +96,7 @@ def saver(
     """What writes a checkpoint, on the first worker; it is on disk when `stack` ends."""
     if not world.is_first:
         return lambda _: None
-    writer = CheckpointWriter(folder / "checkpoints", fields_as_json(recipe), keep=site.keep_checkpoints)
+    writer = CheckpointWriter(folder / "checkpoints", fields_as_json(recipe), keep=runtime.keep_checkpoints)
     stack.callback(writer.wait)
 
     def save(evaluation: Evaluation | None) -> None:

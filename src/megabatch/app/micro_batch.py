@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megabatch.comm.launch import World, from_all
+from megabatch.comm.launch import World, all_gather_objects
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.recipe import Recipe
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.host_memory import available_bytes
 from megabatch.train.precision import Precision
 
@@ -47,16 +47,16 @@ def largest_that_fits(try_size: Callable[[int], bool], *, unit: int, limit: int)
 
 
 def fit_micro_batch(
-    recipe: Recipe, site: Site, wished: int, module: nn.Module, precision: Precision, *, world: World
+    recipe: Recipe, runtime: Runtime, wished: int, module: nn.Module, precision: Precision, *, world: World
 ) -> MicroBatch:
-    """The site's own word, or as many whole batch-norm spans as the memory holds; the same on all workers.
+    """The runtime's own word, or as many whole batch-norm spans as the memory holds; the same on all workers.
 
     On a GPU forward and backward are tried with ever larger micro-batches, up to the worker's share of a global
     batch. On a CPU `wished` (what suits its caches) is doubled while a small net's activations stay under
     `CACHED_BYTES`, where compiled kernels take several spans in one call, and made smaller where memory is short. Where
     the micro-batch is part of the arithmetic (growth by noise scale) it stays what it is.
     """
-    if site.micro_batch_size is not None:
+    if runtime.micro_batch_size is not None:
         return MicroBatch(wished, "as asked for")
     if recipe.max_global_batch_size:
         return MicroBatch(wished, "one span, on which the noise scale is measured")
@@ -69,11 +69,11 @@ def fit_micro_batch(
         reason = f"by trial, {100 * MARGIN:g} % of the memory left"
     else:
         per_sample = activation_bytes(module, precision, sample)
-        if site.fusion == "auto" and not site.compile and cpu_batch_norm.is_available():
+        if runtime.fusion == "auto" and not runtime.compile and cpu_batch_norm.is_available():
             wished = _grown(wished, share, per_sample)
         found = largest_that_fits(_estimate(per_sample, world), unit=recipe.bn_span, limit=wished)
         reason = "suits the caches" if found == wished else "by the memory there is"
-    agreed = min(from_all(found, world))
+    agreed = min(all_gather_objects(found, world))
     return MicroBatch(agreed or recipe.bn_span, reason if agreed else "one span, though memory is short")
 
 

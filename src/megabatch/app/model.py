@@ -20,13 +20,13 @@ from megabatch.optim.param_groups import param_groups
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 from megabatch.recipe import Recipe
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.precision import widen_logits
 from megabatch.train.schedule import peak_lr
 from megabatch.train.state import StepSettings
 
 
-def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: int) -> nn.Module:
+def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_size: int) -> nn.Module:
     """The recipe's model, initialised alike on every worker from the seed alone."""
     group_size = max(1, recipe.bn_span // micro_batch_size)
     norm = functools.partial(
@@ -49,9 +49,9 @@ def build_model(recipe: Recipe, site: Site, *, world: World, micro_batch_size: i
     )
     initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
     collect_statistics(model, True)
-    set_fusion(model, site.fusion)
+    set_fusion(model, runtime.fusion)
     widen_logits(model)
-    memory_format = torch.channels_last if site.channels_last else torch.contiguous_format
+    memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
     return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
 

@@ -28,7 +28,7 @@ from megabatch.data.loading.split import micro_batches
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_step
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.schedule import settings_at, total_samples
 from megabatch.train.state import Run, StepSettings
@@ -38,7 +38,7 @@ from megabatch.train.step import captured_work
 @contextlib.contextmanager
 def open_run(
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     data: Data,
     *,
     world: World,
@@ -50,27 +50,29 @@ def open_run(
     """Everything the loop needs, on this worker; closes files, threads and the exchange at the end.
 
     Raises:
-        RecipeError, SiteError: recipe and site do not fit together.
-        CheckpointError: `site.resume` and the folder's run is another recipe's.
+        RecipeError, SettingsError: recipe and runtime do not fit together.
+        CheckpointError: `runtime.resume` and the folder's run is another recipe's.
     """
-    wished = check(recipe, site, world_size=world.world_size, device=world.device)
-    precision = choose_precision(site, world.device)
-    captures = choose_capture(recipe, site, world)
-    memory = choose_memory(site, world)
+    wished = check(recipe, runtime, world_size=world.world_size, device=world.device)
+    precision = choose_precision(runtime, world.device)
+    captures = choose_capture(recipe, runtime, world)
+    memory = choose_memory(runtime, world)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(cudnn_measures(site, world.device))
+        stack.enter_context(cudnn_measures(runtime, world.device))
         sinks = open_sinks(recipe, folder, world=world, quiet=quiet, stack=stack)
-        state = build_state(recipe, site, precision, world=world, micro_batch_size=wished, capturable=captures.chosen)
-        resumed_from = resume(state, recipe, folder, world=world, sinks=sinks) if site.resume else None
+        state = build_state(
+            recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=captures.chosen
+        )
+        resumed_from = resume(state, recipe, folder, world=world, sinks=sinks) if runtime.resume else None
         check_same_weights(state.module, world)
         announce_measuring(sinks, stack)
-        micro_batch = fit_micro_batch(recipe, site, wished, state.module, state.precision, world=world)
-        model, report = build_exchange(recipe, state, site, folder, world=world, stack=stack)
+        micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
+        model, report = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:
-            kernels = kernels_in_words(site, precision, world.device)
+            kernels = kernels_in_words(runtime, precision, world.device)
             choices = (f"micro-batch {micro_batch.reason}", kernels, memory, captures.words)
-            describe_run(sinks, recipe, site, data, world, micro_batch.size, choices, state, resumed_from)
-        loader = build_train_loader(recipe, site, data.train, world=world, on_bad_sample=_warn_of(sinks))
+            describe_run(sinks, recipe, runtime, data, world, micro_batch.size, choices, state, resumed_from)
+        loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(sinks))
         stack.callback(loader.close)
         split = _split(recipe, world, micro_batch.size)
         run = Run(
@@ -88,21 +90,25 @@ def open_run(
             apply_settings=lambda settings: apply_settings(state.optimizer, settings),
             finish_statistics=lambda: finish_step(state.module, eval_stats=recipe.eval_stats),
             discard_statistics=lambda: discard_step(state.module),
-            evaluate=evaluator(recipe, site, data, world=world, state=state, sinks=sinks, loader=loader, split=split),
-            save=saver(recipe, site, folder, world=world, state=state, sinks=sinks, stack=stack),
+            evaluate=evaluator(
+                recipe, runtime, data, world=world, state=state, sinks=sinks, loader=loader, split=split
+            ),
+            save=saver(recipe, runtime, folder, world=world, state=state, sinks=sinks, stack=stack),
             log=sinks.log,
             total_samples=total_samples(recipe),
             num_train_images=recipe.num_train_images,
             label_smoothing=recipe.label_smoothing,
             eval_every_epochs=recipe.eval_every_epochs,
             eval_offset_epochs=recipe.eval_offset_epochs,
-            checkpoint_every_steps=site.checkpoint_every_steps,
+            checkpoint_every_steps=runtime.checkpoint_every_steps,
             max_steps=max_steps,
             stop_requested=stop_requested,
             exchange_report=report,
         )
         if captures.chosen:
-            run.captured = CapturedStep(functools.partial(captured_work, run), on_failure=_go_on_without(sinks, site))
+            run.captured = CapturedStep(
+                functools.partial(captured_work, run), on_failure=_go_on_without(sinks, runtime)
+            )
             stack.callback(setattr, run, "captured", None)  # a circle, which would keep graphs and their memory
         yield run
 
@@ -123,9 +129,9 @@ def _split(recipe: Recipe, world: World, micro_batch_size: int) -> Callable[[Ste
     return split
 
 
-def _go_on_without(sinks: Sinks, site: Site) -> Callable[[Exception], None] | None:
+def _go_on_without(sinks: Sinks, runtime: Runtime) -> Callable[[Exception], None] | None:
     """A capture that `auto` chose and that fails costs speed, not the run."""
-    if site.capture == "on":
+    if runtime.capture == "on":
         return None
     return lambda error: sinks.log({"event": "warning", "text": f"steps are not captured in a CUDA graph: {error}"})
 
@@ -134,10 +140,10 @@ def _warn_of(sinks: Sinks) -> Callable[[str, str], None]:
     return lambda name, reason: sinks.log({"event": "warning", "text": f"{name} was replaced: {reason}"})
 
 
-def load_for_evaluation(recipe: Recipe, site: Site, state: dict[str, Any], *, world: World) -> nn.Module:
+def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any], *, world: World) -> nn.Module:
     """The checkpoint's model, with its averaged weights where the recipe averages them."""
     single = World(device=world.device)
-    module = build_model(recipe, site, world=single, micro_batch_size=recipe.bn_span)
+    module = build_model(recipe, runtime, world=single, micro_batch_size=recipe.bn_span)
     module.load_state_dict(state["module"])
     if state["average"]:
         average = WeightAverage(module, recipe.ema_half_life_epochs)

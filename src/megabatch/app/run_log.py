@@ -14,7 +14,7 @@ from megabatch.observe.environment import describe
 from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
 from megabatch.recipe import Recipe, fields_as_json
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.schedule import count_steps
 from megabatch.train.state import TrainState
 
@@ -68,7 +68,7 @@ def announce_measuring(sinks: Sinks, stack: contextlib.ExitStack) -> None:
 def describe_run(
     sinks: Sinks,
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     data: Data,
     world: World,
     micro_batch_size: int,
@@ -86,8 +86,8 @@ def describe_run(
         "precision": state.precision.name,
         "micro_batch_size": micro_batch_size,
         "choices": list(choices),
-        "all_reduce": site.all_reduce,
-        "wire": site.wire,
+        "all_reduce": runtime.all_reduce,
+        "wire": runtime.wire,
         "data": data.origin,
     }
     sinks.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)

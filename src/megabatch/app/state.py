@@ -6,13 +6,13 @@ from torch import nn
 
 from megabatch.app.model import build_model, build_optimizer
 from megabatch.app.run_log import Sinks
-from megabatch.comm.launch import World, from_first
+from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
 from megabatch.nn.initialize import weights_digest
 from megabatch.optim.batch_size import NoiseScaleBatchPolicy
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, differing_fields, from_json
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import checkpoint_path, newest_intact, open_checkpoint
 from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
@@ -21,7 +21,7 @@ from megabatch.train.weight_copies import WeightCopies
 
 def build_state(
     recipe: Recipe,
-    site: Site,
+    runtime: Runtime,
     precision: Precision,
     *,
     world: World,
@@ -29,21 +29,21 @@ def build_state(
     capturable: bool = False,
 ) -> TrainState:
     """Model, optimizer and policies at step 0; with `capturable`, rates are tensors a graph can read."""
-    module = build_model(recipe, site, world=world, micro_batch_size=micro_batch_size)
+    module = build_model(recipe, runtime, world=world, micro_batch_size=micro_batch_size)
     policy = None
     if recipe.max_global_batch_size:
         policy = NoiseScaleBatchPolicy(
             recipe.global_batch_size, unit=recipe.bn_span, max_batch_size=recipe.max_global_batch_size
         )
     average = WeightAverage(module, recipe.ema_half_life_epochs) if recipe.ema_half_life_epochs else None
-    copies = _copies(site, precision, module)
+    copies = _copies(runtime, precision, module)
     optimizer = build_optimizer(recipe, module, capturable=capturable, copies=copies.tensors)
     return TrainState(module, optimizer, precision, average, policy, copies=copies)
 
 
-def _copies(site: Site, precision: Precision, module: nn.Module) -> WeightCopies:
+def _copies(runtime: Runtime, precision: Precision, module: nn.Module) -> WeightCopies:
     """Of the weights that forward would cast; of none under torch.compile, whose graphs know the weights alone."""
-    wanted = site.weight_copies and precision.name != "fp32" and not site.compile
+    wanted = runtime.weight_copies and precision.name != "fp32" and not runtime.compile
     return WeightCopies(module if wanted else None, precision.dtype)
 
 
@@ -55,7 +55,7 @@ def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, sin
 
     checkpoints = folder / "checkpoints"
     found = newest_intact(checkpoints, on_damaged=warn) if world.is_first else None
-    step = from_first(found[0].step if found else None, world)
+    step = broadcast_from_rank0(found[0].step if found else None, world)
     if step is None:
         warn("no checkpoint to resume from; the run starts at step 0")
         return None
@@ -76,7 +76,7 @@ def refuse_other_recipe(recipe: Recipe, saved: Recipe) -> None:
 def check_same_weights(module: nn.Module, world: World) -> None:
     """CheckpointError on a worker whose weights are not worker 0's."""
     digest = weights_digest(module)
-    if from_first(digest, world) != digest:
+    if broadcast_from_rank0(digest, world) != digest:
         raise CheckpointError(
             f"worker {world.rank} starts with other weights than worker 0; all workers need the same torch version"
         )

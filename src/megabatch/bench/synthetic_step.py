@@ -14,9 +14,9 @@ from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.recipe import Recipe, value_at
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 from megabatch.train.state import Run
-from megabatch.train.step import Taken, take_step
+from megabatch.train.step import PendingStep, start_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,10 @@ class SameBatches:
 
 
 @contextlib.contextmanager
-def synthetic_step(recipe: Recipe, site: Site, *, world: World, global_batch_size: int) -> Iterator[SyntheticStep]:
-    """The step that `megabatch train` takes with `recipe` at `site`, on `global_batch_size` random images.
+def synthetic_step(
+    recipe: Recipe, runtime: Runtime, *, world: World, global_batch_size: int
+) -> Iterator[SyntheticStep]:
+    """The step that `megabatch train` takes with `recipe` at `runtime`, on `global_batch_size` random images.
 
     Wired by `open_run`, with all of its own choices; input, evaluation and checkpoints are left out. The images
     have the recipe's largest resolution, and the rate is so small that nothing diverges.
@@ -86,7 +88,7 @@ def synthetic_step(recipe: Recipe, site: Site, *, world: World, global_batch_siz
         tempfile.TemporaryDirectory(prefix="megabatch-bench-") as folder,
         open_run(
             fixed,
-            site,
+            runtime,
             Data(source, source, "random images"),
             world=world,
             folder=Path(folder),
@@ -94,7 +96,7 @@ def synthetic_step(recipe: Recipe, site: Site, *, world: World, global_batch_siz
             quiet=True,
         ) as run,
     ):
-        run.loader = SameBatches(fixed, world.device, channels_last=site.channels_last)
+        run.loader = SameBatches(fixed, world.device, channels_last=runtime.channels_last)
         largest = max(len(positions) for positions in run.micro_batches(run.settings_at(0, 0)))
         yield SyntheticStep(run, largest, lambda: _take(run))
 
@@ -102,7 +104,7 @@ def synthetic_step(recipe: Recipe, site: Site, *, world: World, global_batch_siz
 def _take(run: Run) -> None:
     settings = run.settings_at(run.state.step, run.state.samples_seen)
     batches = run.loader.batches((positions, settings.resolution) for positions in run.micro_batches(settings))
-    taken: Taken = take_step(run, settings, batches)
+    taken: PendingStep = start_step(run, settings, batches)
     if run.world.device.type == "cuda":
         taken.loss()
 

@@ -10,7 +10,7 @@ import typer
 
 from megabatch.cli.options import require_choice
 from megabatch.comm.autotune.choose import tuning_file
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 if TYPE_CHECKING:
     from megabatch.comm.autotune.choose import Measured
@@ -72,12 +72,12 @@ def bench_allreduce(
 
 
 def parse_shape(text: str | None) -> tuple[int, int] | None:
-    """ "4x2" as (4, 2): ranks per row, ranks per column; SiteError where it is not of that form."""
+    """ "4x2" as (4, 2): ranks per row, ranks per column; SettingsError where it is not of that form."""
     if text is None:
         return None
     x, times, y = text.partition("x")
     if not times or not x.isdecimal() or not y.isdecimal():
-        raise SiteError(f"--shape {text}: needed ROWxCOLUMN in ranks, for example --shape 4x2")
+        raise SettingsError(f"--shape {text}: needed ROWxCOLUMN in ranks, for example --shape 4x2")
     return int(x), int(y)
 
 
@@ -87,7 +87,7 @@ def _number(option: str, text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 2**20:
-        raise SiteError(
+        raise SettingsError(
             f"{option} {text}: needed positive numbers of MiB with commas between, for example {option} 1,25"
         )
     return value
@@ -126,10 +126,10 @@ def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", wor
 
 
 def _hosts(world: "World") -> list[str]:
-    from megabatch.comm.launch import from_all
+    from megabatch.comm.launch import all_gather_objects
     from megabatch.comm.peers import host_name
 
-    return from_all(host_name(), world)
+    return all_gather_objects(host_name(), world)
 
 
 def _lines(measured: "Sequence[Measured]") -> str:

@@ -13,9 +13,9 @@ import typer
 
 from megabatch import recipes
 from megabatch.cli.options import SET_HELP, parse_settings, require_choice
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 from megabatch.recipe import Recipe, override
-from megabatch.runtime import Site
+from megabatch.runtime import Runtime
 
 if TYPE_CHECKING:
     from megabatch.bench.synthetic_step import SyntheticStep
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take the step: what a site says, and the options of `megabatch train` that say it."""
+    """One way to take the step: what a runtime says, and the options of `megabatch train` that say it."""
 
     name: str
-    site: Site
+    runtime: Runtime
     options: str
 
 
@@ -135,7 +135,7 @@ def as_json(measured: Sequence[Measured], recipe: Recipe, images: int) -> dict[s
 def _way(name: str, **changes: Any) -> Way:
     words = {"compile": "--compile"}
     options = [words.get(key) or f"--{key.replace('_', '-')} {value}" for key, value in changes.items()]
-    return Way(name, Site(**changes), " ".join(options))
+    return Way(name, Runtime(**changes), " ".join(options))
 
 
 def _measure_group(
@@ -148,7 +148,7 @@ def _measure_group(
             typer.echo(f"warming up: {way.name}", err=True)
             try:
                 ready[way.name] = stack.enter_context(_warm_step(recipe, images, way, world))
-            except (RuntimeError, SiteError) as error:  # of a compiler that is not there, or of memory
+            except (RuntimeError, SettingsError) as error:  # of a compiler that is not there, or of memory
                 errors[way.name] = " ".join(str(error).split())[:300]
         taken = _rounds(ready, seconds)
     for way in ways:
@@ -162,7 +162,7 @@ def _measure_group(
 def _warm_step(recipe: Recipe, images: int, way: Way, world: "World") -> "Iterator[SyntheticStep]":
     from megabatch.bench.synthetic_step import synthetic_step
 
-    with synthetic_step(recipe, way.site, world=world, global_batch_size=images) as step:
+    with synthetic_step(recipe, way.runtime, world=world, global_batch_size=images) as step:
         for _ in range(2 if world.device.type == "cpu" else 5):  # compiled at the second, captured at the fourth
             step.take()
         yield step

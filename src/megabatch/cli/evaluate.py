@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from megabatch.cli.options import CACHE_HELP, device_here, parse_data, parse_workers, require_choice
-from megabatch.runtime import Precision, Site
+from megabatch.runtime import Precision, Runtime
 
 
 def evaluate(
@@ -25,7 +25,7 @@ def evaluate(
     from megabatch.comm import launch
     from megabatch.train.checkpoint import open_checkpoint
 
-    site = Site(
+    runtime = Runtime(
         workers=parse_workers(workers),
         device=require_choice("--device", device, ("auto", "cpu", "cuda")),
         precision=cast(Precision, require_choice("--precision", precision, get_args(Precision))),
@@ -34,15 +34,15 @@ def evaluate(
     )
     if not launch.started_by_launcher():
         open_checkpoint(checkpoint)  # a mistake is said once, not by every worker
-        device_here(site.device)
-        if (site.workers or 1) > 1:
-            if code := launch.run_local_workers(site.workers or 1, sys.argv[1:]):
+        device_here(runtime.device)
+        if (runtime.workers or 1) > 1:
+            if code := launch.run_local_workers(runtime.workers or 1, sys.argv[1:]):
                 raise typer.Exit(code)
             return
-    _evaluate(checkpoint, site)
+    _evaluate(checkpoint, runtime)
 
 
-def _evaluate(checkpoint: Path, site: Site) -> None:
+def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
     from megabatch.app.data import build_eval_loader, eval_block_size, fit_to_data, open_data
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.app.run import load_for_evaluation
@@ -52,23 +52,23 @@ def _evaluate(checkpoint: Path, site: Site) -> None:
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import evaluate as count
 
-    with join(device=site.device) as world, contextlib.ExitStack() as stack:
-        choose_memory(site, world)
+    with join(device=runtime.device) as world, contextlib.ExitStack() as stack:
+        choose_memory(runtime, world)
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
-        data = stack.enter_context(contextlib.closing(open_data(recipe, site)))
+        data = stack.enter_context(contextlib.closing(open_data(recipe, runtime)))
         found = fit_to_data(recipe, data).num_classes
         if found != recipe.num_classes:
             raise DataError(
                 f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was of"
             )
-        loader = build_eval_loader(recipe, site, data.evaluation, world=world)
+        loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
         stack.callback(loader.close)
         result = count(
-            load_for_evaluation(recipe, site, state, world=world),
+            load_for_evaluation(recipe, runtime, state, world=world),
             loader,
             world=world,
-            precision=choose_precision(site, world.device),
+            precision=choose_precision(runtime, world.device),
             block_size=eval_block_size(recipe),
         )
         if world.is_first:

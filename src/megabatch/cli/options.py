@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from megabatch.errors import RecipeError, SiteError
+from megabatch.errors import RecipeError, SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,11 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice:
-    """`given`, if it is one of `choices`; SiteError naming them otherwise."""
+    """`given`, if it is one of `choices`; SettingsError naming them otherwise."""
     for choice in choices:
         if choice == given:
             return choice
-    raise SiteError(f"{option} {given}: needed one of {', '.join(choices)}; {option} {choices[0]} works")
+    raise SettingsError(f"{option} {given}: needed one of {', '.join(choices)}; {option} {choices[0]} works")
 
 
 def parse_data(text: str | None) -> Path | str | None:
@@ -42,26 +42,26 @@ def parse_data(text: str | None) -> Path | str | None:
 
 
 def parse_workers(text: str) -> int | None:
-    """A number of workers, or None for `auto`; SiteError otherwise."""
+    """A number of workers, or None for `auto`; SettingsError otherwise."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise SiteError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
+        raise SettingsError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
     return int(text)
 
 
 def parse_loss_scale(text: str) -> float | None:
-    """A number, or None for `dynamic`; SiteError otherwise. Whether the number will do is for the run to say."""
+    """A number, or None for `dynamic`; SettingsError otherwise. Whether the number will do is for the run to say."""
     if text == "dynamic":
         return None
     try:
         return float(text)
     except ValueError:
-        raise SiteError(f"--loss-scale {text}: needed dynamic or a power of two; --loss-scale 1024 works") from None
+        raise SettingsError(f"--loss-scale {text}: needed dynamic or a power of two; --loss-scale 1024 works") from None
 
 
 def device_here(wanted: str) -> "torch.device":
-    """What one worker on this machine would compute on; SiteError where it is not there.
+    """What one worker on this machine would compute on; SettingsError where it is not there.
 
     For the process that starts local workers: each of them would say so for itself.
     """

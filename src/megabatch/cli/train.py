@@ -23,9 +23,9 @@ from megabatch.cli.options import (
     parse_workers,
     require_choice,
 )
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 from megabatch.recipe import Recipe, from_json, override
-from megabatch.runtime import AllReduce, Decode, Fusion, Precision, Site, Switch, Wire
+from megabatch.runtime import AllReduce, Decode, Fusion, Precision, Runtime, Switch, Wire
 from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def train(
 ) -> None:
     """Trains a recipe. The last line holds the top-1 accuracy and where the report is."""
     chosen = override(recipes.get(recipe), parse_settings(settings or []))
-    site = Site(
+    runtime = Runtime(
         workers=parse_workers(workers),
         micro_batch_size=micro_batch_size,
         device=require_choice("--device", device, ("auto", "cpu", "cuda")),
@@ -117,19 +117,19 @@ def train(
         timeout_s=timeout_s,
         resume=resume,
     )
-    _train(chosen, site, output, max_steps=steps, quiet=quiet)
+    _train(chosen, runtime, output, max_steps=steps, quiet=quiet)
 
 
-def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
+def _train(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
     from megabatch.comm import launch
 
     if launch.started_by_launcher():
-        _work(recipe, site, output, max_steps=max_steps, quiet=quiet)
+        _work(recipe, runtime, output, max_steps=max_steps, quiet=quiet)
         return
-    folder = _run_folder(recipe, site, output)
-    num_workers = _check_before_start(recipe, site, folder)
+    folder = _run_folder(recipe, runtime, output)
+    num_workers = _check_before_start(recipe, runtime, folder)
     if num_workers == 1:
-        _work(recipe, site, folder, max_steps=max_steps, quiet=quiet)
+        _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet)
         return
     arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
     code = launch.run_local_workers(num_workers, arguments)
@@ -137,19 +137,19 @@ def _train(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | 
         raise typer.Exit(code)
 
 
-def _check_before_start(recipe: Recipe, site: Site, folder: Path) -> int:
+def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path) -> int:
     """The number of local workers; whatever the user got wrong is said here, before anything is written."""
     from megabatch.app.data import check_room, fit_to_data, open_data
     from megabatch.app.resolve import check, default_workers
     from megabatch.comm.launch import World
 
-    device = device_here(site.device)
-    with contextlib.closing(open_data(recipe, site, on_progress=_say, probe=True)) as data:
+    device = device_here(runtime.device)
+    with contextlib.closing(open_data(recipe, runtime, on_progress=_say, probe=True)) as data:
         fitted = fit_to_data(recipe, data)
-        num_workers = site.workers or default_workers(fitted, site)
-        check_room(fitted, site, data, world=World(world_size=num_workers, local_world_size=num_workers))
-    check(fitted, site, world_size=num_workers, device=device)
-    if site.resume:
+        num_workers = runtime.workers or default_workers(fitted, runtime)
+        check_room(fitted, runtime, data, world=World(world_size=num_workers, local_world_size=num_workers))
+    check(fitted, runtime, world_size=num_workers, device=device)
+    if runtime.resume:
         _check_resumed(fitted, folder)
     return num_workers
 
@@ -163,28 +163,28 @@ def _check_resumed(recipe: Recipe, folder: Path) -> None:
         refuse_other_recipe(recipe, from_json(newest.recipe))
 
 
-def _work(recipe: Recipe, site: Site, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
+def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
     """One worker's whole life."""
     import torch
 
     from megabatch.app.data import check_room, fit_to_data, open_data
     from megabatch.app.run import open_run
-    from megabatch.comm.launch import from_first, join, sum_over_workers
+    from megabatch.comm.launch import broadcast_from_rank0, join, sum_over_workers
     from megabatch.train.loop import train as run_loop
 
     with (
-        join(device=site.device, timeout_s=site.timeout_s, threads=site.threads_per_worker) as world,
-        contextlib.closing(open_data(recipe, site)) as data,
+        join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads_per_worker) as world,
+        contextlib.closing(open_data(recipe, runtime)) as data,
     ):
-        folder = from_first(output or _run_folder(recipe, site, None), world)
+        folder = broadcast_from_rank0(output or _run_folder(recipe, runtime, None), world)
         fitted = fit_to_data(recipe, data)
-        check_room(fitted, site, data, world=world)
+        check_room(fitted, runtime, data, world=world)
         started = time.perf_counter()
         with (
             _stop_on_signal() as stop_requested,
             open_run(
                 fitted,
-                site,
+                runtime,
                 data,
                 world=world,
                 folder=folder,
@@ -229,18 +229,18 @@ def _finish(
     _say(f"top1 {top1:.4f}  {images_per_s:,.0f} images/s  report {report}")
 
 
-def _run_folder(recipe: Recipe, site: Site, output: Path | None) -> Path:
+def _run_folder(recipe: Recipe, runtime: Runtime, output: Path | None) -> Path:
     if output is None:
-        if site.resume:
-            raise SiteError("--resume needs the run folder to go on from; --output runs/NAME names it")
+        if runtime.resume:
+            raise SettingsError("--resume needs the run folder to go on from; --output runs/NAME names it")
         return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     if output.exists() and not output.is_dir():
-        raise SiteError(f"--output {output} is a file; a folder that is new or empty works")
+        raise SettingsError(f"--output {output} is a file; a folder that is new or empty works")
     holds_run = (output / "events.jsonl").exists()
-    if holds_run and not site.resume:
-        raise SiteError(f"{output} holds a run already; --resume goes on with it, another --output starts anew")
-    if site.resume and not holds_run:
-        raise SiteError(f"{output} holds no run to resume; without --resume a new one starts there")
+    if holds_run and not runtime.resume:
+        raise SettingsError(f"{output} holds a run already; --resume goes on with it, another --output starts anew")
+    if runtime.resume and not holds_run:
+        raise SettingsError(f"{output} holds no run to resume; without --resume a new one starts there")
     return output
 
 

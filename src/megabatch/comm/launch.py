@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 T = TypeVar("T")
 _LOCAL_WORKER = "MEGABATCH_LOCAL_WORKER"
@@ -95,7 +95,7 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
     """The world this process belongs to; when the block ends the process group is left, and threads are as before.
 
     Raises:
-        SiteError: `device` is "cuda" and there is none, or fewer GPUs than local workers.
+        SettingsError: `device` is "cuda" and there is none, or fewer GPUs than local workers.
     """
     if not started_by_launcher():
         world = World(device=_device(device, 0, 1))
@@ -118,10 +118,10 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
         with _threads(threads, world):
             yield world
     finally:
-        leave()
+        shutdown_process_group()
 
 
-def leave() -> None:
+def shutdown_process_group() -> None:
     """Leave all process groups, after which the process may end; instead of `torch.distributed.destroy_process_group`.
 
     A thread of gloo may let go of its last collective's tensors late, when the interpreter is ending already, and
@@ -159,7 +159,7 @@ def sum_over_workers(values: torch.Tensor, world: World) -> torch.Tensor:
     return values
 
 
-def from_first(value: T, world: World) -> T:
+def broadcast_from_rank0(value: T, world: World) -> T:
     """What the first worker holds as `value`, on every worker (workers of one run trust one another)."""
     if world.world_size == 1:
         return value
@@ -168,7 +168,7 @@ def from_first(value: T, world: World) -> T:
     return box[0]
 
 
-def from_all(value: T, world: World) -> list[T]:
+def all_gather_objects(value: T, world: World) -> list[T]:
     """What each worker holds as `value`, in rank order, on every worker."""
     if world.world_size == 1:
         return [value]
@@ -180,11 +180,13 @@ def from_all(value: T, world: World) -> list[T]:
 def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
     found = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cuda" and not found:
-        raise SiteError("device=cuda was asked for, but torch finds no GPU; --device cpu works")
+        raise SettingsError("device=cuda was asked for, but torch finds no GPU; --device cpu works")
     if not found:
         return torch.device("cpu")
     if local_world_size > found:
-        raise SiteError(f"{local_world_size} local workers need as many GPUs, {found} found; --workers {found} works")
+        raise SettingsError(
+            f"{local_world_size} local workers need as many GPUs, {found} found; --workers {found} works"
+        )
     return torch.device("cuda", local_rank)
 
 

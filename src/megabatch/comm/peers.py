@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed's, where type checkers find them
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megabatch.errors import PeerError, SiteError
+from megabatch.errors import PeerError, SettingsError
 
 _LEFT = 2**40  # added to the beats of a rank that ended as planned
 _NETWORK_WORDS = re.compile(
@@ -46,11 +46,13 @@ def interface_towards(address: str) -> str:
             probe.connect(target)  # sends nothing: it only picks the route
             own_address = probe.getsockname()[0]
     except OSError as error:
-        raise SiteError(f"no route to the rendezvous at {address!r} ({error}); give a name such as 10.0.0.1") from error
+        raise SettingsError(
+            f"no route to the rendezvous at {address!r} ({error}); give a name such as 10.0.0.1"
+        ) from error
     for _, name in socket.if_nameindex():
         if own_address in _addresses_of(name):
             return name
-    raise SiteError(
+    raise SettingsError(
         f"no interface holds {own_address}, the way to {address!r}; set GLOO_SOCKET_IFNAME, for example eth0"
     )
 

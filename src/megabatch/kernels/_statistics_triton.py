@@ -104,7 +104,7 @@ def statistics_kernel(
     partials,
     mean,
     unbiased,
-    deviation,
+    rstd,
     num_rows,
     span_rows,
     rows_per_part,
@@ -152,7 +152,7 @@ def statistics_kernel(
     tl.store(unbiased + out, variance, mask=inside)
     inverse = 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps)
     inverse = tl.where(spread < float("inf"), inverse, float("nan"))  # not 0, which would make a diverged net constant
-    tl.store(deviation + out, inverse, mask=inside)
+    tl.store(rstd + out, inverse, mask=inside)
     _keep(one, two, count, momentum, keep, middle, variance, middle, variance, 1, column, inside, columns)
 
 

@@ -33,38 +33,38 @@ class RunningAverages(NamedTuple):
     momentum: float
 
 
-Keep = SpanSums | RunningAverages
+StatisticsSink = SpanSums | RunningAverages
 """Where statistics go."""
 
 
 @torch.no_grad()
-def keep_statistics(keep: Keep, mean: Tensor, var: Tensor, *, triton: bool) -> None:
+def keep_statistics(sink: StatisticsSink, mean: Tensor, var: Tensor, *, triton: bool) -> None:
     """Keeps those of a forward's spans, (spans, C) each; `var` is the unbiased variance."""
-    if not (triton and has_kernel(keep)):
-        _keep_reference(keep, mean, var)
+    if not (triton and has_kernel(sink)):
+        _keep_reference(sink, mean, var)
         return
     spans, columns = mean.shape
     with on_device(mean):
         load("kernels._statistics_triton").keep_kernel[(-(-columns // 128),)](
-            mean, var, spans, columns, **kernel_arguments(keep), block=128, num_warps=4
+            mean, var, spans, columns, **kernel_arguments(sink), block=128, num_warps=4
         )
 
 
-def has_kernel(keep: Keep) -> bool:
+def has_kernel(sink: StatisticsSink) -> bool:
     """Whether kernels can keep statistics there: vectors as they walk them, in float32."""
-    vectors = keep[:2]
+    vectors = sink[:2]
     return all(values.is_contiguous() and values.dtype == torch.float32 for values in vectors)
 
 
-def kernel_arguments(keep: Keep) -> dict[str, Any]:
+def kernel_arguments(sink: StatisticsSink) -> dict[str, Any]:
     """What a kernel is told of it, by the names of its parameters."""
-    if isinstance(keep, SpanSums):
-        return {"one": keep.first, "two": keep.total, "count": keep.total, "momentum": 0.0, "keep": "sums"}
+    if isinstance(sink, SpanSums):
+        return {"one": sink.first, "two": sink.total, "count": sink.total, "momentum": 0.0, "keep": "sums"}
     return {
-        "one": keep.mean,
-        "two": keep.var,
-        "count": keep.num_forwards,
-        "momentum": keep.momentum,
+        "one": sink.mean,
+        "two": sink.var,
+        "count": sink.num_forwards,
+        "momentum": sink.momentum,
         "keep": "averages",
     }
 
@@ -74,12 +74,12 @@ def no_arguments(unused: Tensor) -> dict[str, Any]:
     return {"one": unused, "two": unused, "count": unused, "momentum": 0.0, "keep": "nothing"}
 
 
-def _keep_reference(keep: Keep, mean: Tensor, var: Tensor) -> None:
-    if isinstance(keep, SpanSums):
+def _keep_reference(sink: StatisticsSink, mean: Tensor, var: Tensor) -> None:
+    if isinstance(sink, SpanSums):
         rows = torch.cat([mean, var, torch.ones_like(mean[:, :1])], dim=1)
-        torch.where(keep.first[-1:] == 0, rows[0], keep.first, out=keep.first)
-        keep.total.add_(rows.sum(0))
+        torch.where(sink.first[-1:] == 0, rows[0], sink.first, out=sink.first)
+        sink.total.add_(rows.sum(0))
         return
-    keep.mean.lerp_(mean.mean(0), keep.momentum)
-    keep.var.lerp_(var.mean(0), keep.momentum)
-    keep.num_forwards.add_(1)
+    sink.mean.lerp_(mean.mean(0), sink.momentum)
+    sink.var.lerp_(var.mean(0), sink.momentum)
+    sink.num_forwards.add_(1)

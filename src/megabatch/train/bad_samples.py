@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from megabatch.comm.launch import from_all
+from megabatch.comm.launch import all_gather_objects
 from megabatch.train.state import Run
 
 
@@ -50,7 +50,7 @@ class Damage:
         if not isinstance(loader, MeetsDamage):
             return
         fresh = {index: reason for index, reason in loader.bad_samples.items() if index not in self._met}
-        told = from_all((loader.num_replaced, fresh), self._run.world)
+        told = all_gather_objects((loader.num_replaced, fresh), self._run.world)
         found = {index: reason for _, reasons in told for index, reason in reasons.items()}
         self._met |= found.keys()
         self._log({"num_bad_samples": len(self._met), "num_replaced_samples": sum(count for count, _ in told)})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 class CompiledModel(nn.Module):
@@ -17,7 +17,8 @@ class CompiledModel(nn.Module):
     the original for checkpoints: this wrapper's keys begin with `module.`.
 
     Raises:
-        SiteError: it cannot be compiled here, for want of a C++ compiler as a rule; in the second forward of a shape.
+        SettingsError: compilation failed, usually for lack of a C++ compiler; raised in the second forward of a
+            shape.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
@@ -39,4 +40,4 @@ class CompiledModel(nn.Module):
             if not isinstance(error, TorchDynamoException):
                 raise  # of the model, not of its compilation
             reason = str(error).strip().splitlines()[0]
-            raise SiteError(f"torch.compile failed: {reason}; compile=False works") from error
+            raise SettingsError(f"torch.compile failed: {reason}; compile=False works") from error

@@ -16,16 +16,16 @@ from typing import Any
 from megabatch.data.loading.batch import Batch
 from megabatch.train.bad_samples import Damage
 from megabatch.train.state import Evaluation, Run, StepSettings
-from megabatch.train.step import Taken, require_finite, take_step
+from megabatch.train.step import PendingStep, require_finite, start_step
 
 
 def train(run: Run) -> Evaluation | None:
     """Trains until the last sample, `max_steps`, or a request to stop; the last evaluation, None if there was none."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
-    under_way, damage = _UnderWay(run), Damage(run)
+    under_way, damage = _InFlightSteps(run), Damage(run)
     for settings, batches in _steps(run):
-        under_way.add(take_step(run, settings, batches))
+        under_way.add(start_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run)
@@ -39,7 +39,7 @@ def train(run: Run) -> Evaluation | None:
     return evaluation
 
 
-class _UnderWay:
+class _InFlightSteps:
     """Steps that were started and not yet looked at: none on a CPU.
 
     On a GPU a step's loss is read when the next step has been started, so that the device never waits for Python; what
@@ -48,10 +48,10 @@ class _UnderWay:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._taken: deque[Taken] = deque()
+        self._taken: deque[PendingStep] = deque()
         self._settled_at = 0.0
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: PendingStep) -> None:
         self._taken.append(taken)
 
     def settle(self, *, all_of_them: bool) -> bool:
@@ -61,7 +61,7 @@ class _UnderWay:
             stop = self._finish(self._taken.popleft()) or stop
         return stop
 
-    def _finish(self, taken: Taken) -> bool:
+    def _finish(self, taken: PendingStep) -> bool:
         require_finite(self._run, taken)
         now = time.perf_counter()
         seconds = now - max(taken.started, self._settled_at)
@@ -94,7 +94,7 @@ def _plan(run: Run) -> Iterator[StepSettings]:
         first = settings.next_sample
 
 
-def _step_event(run: Run, taken: Taken, seconds: float) -> dict[str, Any]:
+def _step_event(run: Run, taken: PendingStep, seconds: float) -> dict[str, Any]:
     settings = taken.settings
     event: dict[str, Any] = {
         "event": "step",

@@ -23,7 +23,7 @@ MOST_SKIPPED = 25
 
 
 @dataclass(frozen=True)
-class Taken:
+class PendingStep:
     """A step that was started; on a GPU it may still be under way."""
 
     settings: StepSettings
@@ -40,7 +40,7 @@ class Taken:
         return self.numbers.read()[1] > 0
 
 
-def take_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Taken:
+def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
     """One update. Where the loss is known before it (not on a GPU, which nobody waits for) it must be finite."""
     started = time.perf_counter()
     state = run.state
@@ -49,7 +49,7 @@ def take_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tak
     latest = _Latest(batches)
     captured = _captures(run, settings)
     loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)
-    taken = Taken(settings, started, Readback(_over_workers(run, loss_sum)), latest.batch.images)
+    taken = PendingStep(settings, started, Readback(_over_workers(run, loss_sum)), latest.batch.images)
     if not taken.numbers.is_late:
         require_finite(run, taken)
     if (captured and state.precision.loss_scale is None) or _update(run):
@@ -63,7 +63,7 @@ def take_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tak
     return taken
 
 
-def require_finite(run: Run, taken: Taken) -> None:
+def require_finite(run: Run, taken: PendingStep) -> None:
     """DivergedError, with the step, the layer and what to change, if the step's loss is not finite."""
     loss, settings = taken.loss(), taken.settings
     if math.isfinite(loss):

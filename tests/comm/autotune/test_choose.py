@@ -10,7 +10,7 @@ from ranks import run_processes, run_threads
 from megabatch.comm.autotune.choose import Cell, Measured, choose, describe_world, read_table, write_table
 from megabatch.comm.autotune.measure import Bench, cells_to_measure
 from megabatch.comm.exchange.wrap import wrap
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 HOSTS = ["a", "a", "b", "b"]
 WORLD = describe_world("gloo", HOSTS)
@@ -64,7 +64,7 @@ def test_tables_of_several_worlds_share_a_file_and_are_read_back_as_written(tmp_
 def test_a_damaged_table_is_told_by_name(tmp_path, content):
     path = tmp_path / "table.json"
     path.write_text(content, encoding="latin-1")
-    with pytest.raises(SiteError, match=r"table\.json.*delete it"):
+    with pytest.raises(SettingsError, match=r"table\.json.*delete it"):
         chosen(path)
 
 
@@ -109,7 +109,7 @@ def test_auto_sets_up_the_chosen_exchange_on_every_rank(tmp_path):
 
 
 def wrapped_with(path):
-    with pytest.raises(SiteError, match="delete it"):
+    with pytest.raises(SettingsError, match="delete it"):
         wrapped_by_auto(path)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.comm.autotune.cost import Link, Network, cost, predict_s
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 SIDES = st.integers(2, 64)
 MEGABYTE = 1e6
@@ -64,7 +64,7 @@ def test_a_world_of_one_costs_nothing():
 
 
 def test_an_unknown_algorithm_is_refused():
-    with pytest.raises(SiteError, match="'torus'"):
+    with pytest.raises(SettingsError, match="'torus'"):
         cost("ring", 1, (1, 2), Network(Link(1, 1), Link(1, 1)))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megabatch.cli.bench_allreduce import parse_shape
 from megabatch.comm.autotune.choose import choose, read_table
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 MAIN = "import typer; from megabatch.cli.bench_allreduce import bench_allreduce; typer.run(bench_allreduce)"
 
@@ -45,5 +45,5 @@ def test_a_shape_is_row_times_column():
 
 @pytest.mark.parametrize("text", ["4", "x", "4x", "ax2", "4x2x1", "-1x2"])
 def test_what_is_no_shape_is_refused_with_one_that_is(text):
-    with pytest.raises(SiteError, match="--shape 4x2"):
+    with pytest.raises(SettingsError, match="--shape 4x2"):
         parse_shape(text)

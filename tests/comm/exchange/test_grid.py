@@ -10,7 +10,7 @@ from ranks import run_processes, run_threads
 from torch.distributed.device_mesh import init_device_mesh
 
 from megabatch.comm.exchange.grid import Grid, choose_rows, make_grid
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 @given(num_hosts=st.integers(2, 6), ranks_per_host=st.integers(2, 6), data=st.data())
@@ -63,18 +63,18 @@ def test_a_given_shape_keeps_the_ranks_of_a_host_together():
     ],
 )
 def test_what_does_not_fit_is_an_error_with_a_value_that_works(arguments, message):
-    with pytest.raises(SiteError, match=message):
+    with pytest.raises(SettingsError, match=message):
         choose_rows(**arguments)
 
 
 @pytest.mark.parametrize("rows", [[[0, 1], [2]], [[0, 1], [1, 2]], []])
 def test_rows_must_be_equally_long_and_hold_every_rank_once(rows):
-    with pytest.raises(SiteError, match="equally long"):
+    with pytest.raises(SettingsError, match="equally long"):
         Grid(rows, rank=0)
 
 
 def test_a_rank_outside_the_grid_is_told_so():
-    with pytest.raises(SiteError, match="rank 5 is not in the grid"):
+    with pytest.raises(SettingsError, match="rank 5 is not in the grid"):
         _ = Grid([[0, 1]], rank=5).position
 
 
@@ -100,7 +100,7 @@ def test_groups_and_mesh_agree_with_the_rows_even_for_scattered_hosts():
 def grid_of_a_mesh():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("column", "row"))
     grid = Grid.from_mesh(mesh)
-    with pytest.raises(SiteError, match="needed \\('column', 'row'\\)"):
+    with pytest.raises(SettingsError, match="needed \\('column', 'row'\\)"):
         Grid.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
     return grid.rows, grid.group("row") is mesh.get_group("row")
 

@@ -85,7 +85,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from megabatch import ExchangeState, make_grid, torus_hook
-from megabatch.comm.launch import leave
+from megabatch.comm.launch import shutdown_process_group
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -104,7 +104,7 @@ weights = [torch.empty(3, 8) for _ in range(dist.get_world_size())]
 dist.all_gather(weights, model.module.weight.detach())
 if dist.get_rank() == 0:
     print("loss", loss.item(), "equal", all(torch.equal(weights[0], w) for w in weights), flush=True)
-leave()
+shutdown_process_group()
 """
 
 

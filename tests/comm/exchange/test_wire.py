@@ -18,7 +18,7 @@ from megabatch.comm.exchange.algorithms import ALGORITHMS, padded_numel, routes,
 from megabatch.comm.exchange.grid import Grid, make_grid
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.exchange.wire import WIRE_BYTES, pack, unpack, wire_dtype
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 HALF = ["fp16", "bf16"]
 
@@ -129,12 +129,12 @@ def test_error_feedback_is_kept_in_the_gradients_own_unit_while_the_scale_change
 
 @pytest.mark.parametrize("scale", [0.0, -2.0, 3.0])
 def test_a_wire_scale_that_would_round_is_refused(scale):
-    with pytest.raises(SiteError, match="power of two"):
+    with pytest.raises(SettingsError, match="power of two"):
         ExchangeState(Grid([[0]], rank=0), wire_scale=scale)
 
 
 def test_an_unknown_wire_is_refused_with_the_known_ones():
-    with pytest.raises(SiteError, match="fp32, fp16, bf16"):
+    with pytest.raises(SettingsError, match="fp32, fp16, bf16"):
         wire_dtype("fp8")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from megabatch.comm.exchange.timeline import Timeline
 from megabatch.comm.exchange.wrap import bucket_caps_mib, cubic_groups, wrap
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 def test_the_161_tensors_of_resnet50_form_the_groups_of_the_paper():
@@ -33,7 +33,7 @@ def test_the_size_plan_starts_with_a_small_bucket():
 
 @pytest.mark.parametrize(("options", "message"), [({"plan": "square"}, "'cubic'"), ({"bucket_mib": 0.0}, "positive")])
 def test_an_impossible_plan_is_refused(options, message):
-    with pytest.raises(SiteError, match=message):
+    with pytest.raises(SettingsError, match=message):
         bucket_caps_mib([], **options)
 
 
@@ -101,7 +101,7 @@ def test_buffers_stay_each_ranks_own_and_gradients_are_views_of_buckets():
 
 
 def unknown_algorithm():
-    with pytest.raises(SiteError, match="'torus' works"):
+    with pytest.raises(SettingsError, match="'torus' works"):
         wrap(nn.Linear(1, 1), algorithm="ring")
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from megabatch import native
 from megabatch.data.jpeg import library as _jpegcrop
 from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_center, decode_crop, image_size
-from megabatch.errors import DataError, SiteError
+from megabatch.errors import DataError, SettingsError
 
 MEAN_TOLERANCE = 4.0  # of 255, against Pillow's antialiased resize of the full decode
 LAYOUTS = list(itertools.product(["RGB", "L"], [0, 1, 2]))
@@ -31,7 +31,7 @@ def library_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("library")
     try:
         _jpegcrop.build(folder)
-    except SiteError as error:
+    except SettingsError as error:
         pytest.skip(f"the compiled decoder cannot be built here: {error}")
     return folder
 
@@ -387,7 +387,7 @@ def test_no_read_or_write_leaves_its_bounds_on_any_input(tmp_path):
 
 def test_a_missing_compiler_is_named_and_called_optional(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(SiteError, match=r"no C compiler.*optional"):
+    with pytest.raises(SettingsError, match=r"no C compiler.*optional"):
         _jpegcrop.build(tmp_path)
 
 

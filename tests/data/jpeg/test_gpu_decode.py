@@ -20,7 +20,7 @@ from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.folder import FolderSource
-from megabatch.errors import DataError, SiteError
+from megabatch.errors import DataError, SettingsError
 from megabatch.kernels.crop_resize import crop_and_resize
 
 COLOR = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.25, 0.3)}
@@ -289,10 +289,10 @@ def test_images_are_let_go_only_when_the_work_up_to_their_mark_is_done():
 
 
 def test_without_a_gpu_or_torchvision_the_error_names_what_works(monkeypatch):
-    with pytest.raises(SiteError, match="on cpu; --decode cpu works"):
+    with pytest.raises(SettingsError, match="on cpu; --decode cpu works"):
         GpuDecoder("cpu")
     monkeypatch.setattr(gpu_decode, "_torchvision_io", lambda: None)
-    with pytest.raises(SiteError, match=r"needs torchvision.*--decode cpu works"):
+    with pytest.raises(SettingsError, match=r"needs torchvision.*--decode cpu works"):
         nvjpeg(torch.device("cuda"), 3)
     assert not gpu_decode.has_torchvision()
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megabatch.data.loading.order import check_split, micro_batches
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 @st.composite
@@ -116,7 +116,7 @@ def test_ranks_beyond_the_spans_of_the_last_batch_have_nothing_to_do():
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_one_that_does(sizes, message):
-    with pytest.raises(SiteError, match=message):
+    with pytest.raises(SettingsError, match=message):
         micro_batches(0, 32, rank=0, **sizes)
 
 
@@ -128,7 +128,7 @@ def test_a_full_batch_is_refused_exactly_when_some_rank_would_have_no_work(split
     if not idle:
         check_split(global_batch_size=split["count"], **arguments)
         return
-    with pytest.raises(SiteError, match="workers have work") as refusal:
+    with pytest.raises(SettingsError, match="workers have work") as refusal:
         check_split(global_batch_size=split["count"], **arguments)
     workers = int(str(refusal.value).rsplit(";", 1)[1].split()[0])
     check_split(global_batch_size=split["count"], **{**arguments, "world_size": workers})

@@ -18,7 +18,7 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.shards import ShardSource
 from megabatch.data.sources.tar_index import build_index, index_path, write_index
-from megabatch.errors import DataError, FetchError, SiteError
+from megabatch.errors import DataError, FetchError, SettingsError
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -128,7 +128,7 @@ def test_the_cache_never_holds_more_than_it_may_and_lets_go_of_what_was_used_lon
 
 def test_a_file_larger_than_the_cache_is_refused(far, tmp_path, shard_bytes):
     source = remote(far, tmp_path / "cache", max_bytes=shard_bytes - 1)
-    with pytest.raises(SiteError, match=f"{shard_bytes} bytes does not fit a cache of {shard_bytes - 1}"):
+    with pytest.raises(SettingsError, match=f"{shard_bytes} bytes does not fit a cache of {shard_bytes - 1}"):
         source.read(0)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels.bottleneck.conv1x1 import conv1x1_data_gradient, conv1x1_forward, conv1x1_weight_gradient
-from megabatch.kernels.bottleneck.handover import Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 from megabatch.kernels.bottleneck.tiles import Tiling
 from megabatch.kernels.norm.batch_norm import fused_bn_act
 from megabatch.kernels.norm.join import bits_of
@@ -141,11 +141,9 @@ def test_behind_a_residual_the_gradients_add_up_and_bits_tell_where_relu_passed(
 
 
 def hat(given: Given, case: Case) -> Tensor:
-    """(x - mean) deviation."""
-    mean, deviation = (
-        t.repeat_interleave(case.span, 0)[: case.shape[0], :, None, None] for t in given.normalisation[:2]
-    )
-    return (given.x - mean) * deviation
+    """(x - mean) rstd."""
+    mean, rstd = (t.repeat_interleave(case.span, 0)[: case.shape[0], :, None, None] for t in given.normalisation[:2])
+    return (given.x - mean) * rstd
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -158,8 +156,8 @@ def test_the_rest_of_a_batch_norms_backward_is_applied_as_both_gradients_read(
     exact = given.double()
     behind = draw(Case((case.shape[0], case.outputs, *case.shape[2:]), 16, case.span), dtype, seed=1)
     sums = torch.randn(len(behind.normalisation.mean), 2, case.outputs, generator=torch.Generator().manual_seed(2))
-    rest = Rest(behind.x, behind.normalisation, 9 * sums, relu)
-    wide = Rest(behind.x.double(), behind.double().normalisation, 9 * sums.double(), relu)
+    rest = DeferredNormBackward(behind.x, behind.normalisation, 9 * sums, relu)
+    wide = DeferredNormBackward(behind.x.double(), behind.double().normalisation, 9 * sums.double(), relu)
     whole = wide.applied(exact.dy, span=case.span, triton=False)
     assert error(whole, exact.dy) > 0.5
     options: dict[str, Any] = {"span": case.span, "rest": rest, "tiling": TILING, "backend": "triton"}
@@ -183,8 +181,8 @@ def test_batch_norm_relu_and_convolution_in_one_have_the_gradients_of_autograd(b
     dx, dscale, dshift, dweight = torch.autograd.grad(y, (x, scale, shift, weight), given.dy)
 
     sizes = torch.tensor([part.numel() // case.shape[1] for part in torch.split(given.x, case.span)])[:, None]
-    deviation = 1 / torch.sqrt(var * (sizes - 1) / sizes + EPS)
-    normalisation = Normalisation(mean, deviation, scale.detach(), shift.detach())
+    rstd = 1 / torch.sqrt(var * (sizes - 1) / sizes + EPS)
+    normalisation = Normalisation(mean, rstd, scale.detach(), shift.detach())
     options: dict[str, Any] = {"span": case.span, "tiling": TILING, "backend": backend}
     ours, _ = conv1x1_forward(given.x, given.weight, normalisation=normalisation, **options)
     torch.testing.assert_close(ours, y.detach(), rtol=1e-4, atol=1e-4)

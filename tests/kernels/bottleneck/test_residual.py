@@ -250,7 +250,7 @@ def test_where_one_output_of_a_join_is_unused_the_other_has_its_gradient(used: i
 def test_choosing_a_way_by_measuring_keeps_the_moments_once(kind: str) -> None:
     given = draw(torch.float16)
     tuning.use_table(tuning.Table(timer=lambda work: float(work() is None)))  # each way runs; the first is the fastest
-    keep = SpanSums(*torch.zeros(2, 2 * OUTPUTS + 1).unbind())
+    sink = SpanSums(*torch.zeros(2, 2 * OUTPUTS + 1).unbind())
     found = moments(given["x"], span=SPAN, eps=EPS, triton=False)
     more = [given["residual"]] if kind == "join" else []
     function: Any = join_conv1x1 if kind == "join" else norm_conv1x1
@@ -263,12 +263,12 @@ def test_choosing_a_way_by_measuring_keeps_the_moments_once(kind: str) -> None:
         given["weight"],
         span=SPAN,
         eps=EPS,
-        keep=keep,
+        sink=sink,
         backend="triton",
     )
     tuning.use_table(None)
-    assert keep.total[-1] == len(measured.mean)
-    torch.testing.assert_close(keep.total[:-1], torch.cat([measured.mean, measured.var], dim=1).sum(0))
+    assert sink.total[-1] == len(measured.mean)
+    torch.testing.assert_close(sink.total[:-1], torch.cat([measured.mean, measured.var], dim=1).sum(0))
 
 
 def test_each_part_is_chosen_for_itself_and_asked_once() -> None:

@@ -9,7 +9,7 @@ typedef struct { /* as cpu_batch_norm.py packs it */
     int64_t is_bf16, rows, span_rows, channels, relu, threads;
     double eps;
     void *x, *residual, *dy, *output, *y, *dz, *dx;
-    float *weight, *bias, *mean, *variance, *deviation, *dweight, *dbias, *first, *total;
+    float *weight, *bias, *mean, *variance, *rstd, *dweight, *dbias, *first, *total;
 } Norm;
 
 typedef struct { /* as cpu_conv.py packs it */
@@ -74,7 +74,7 @@ static void fuzz_norm(void) {
     norm.residual = has_residual ? drawn(size, is_bf16) : NULL;
     norm.weight = drawn(channels, 0), norm.bias = drawn(channels, 0);
     norm.mean = blank(spans * channels, 0), norm.variance = blank(spans * channels, 0);
-    norm.deviation = blank(spans * channels, 0);
+    norm.rstd = blank(spans * channels, 0);
     if (below(2)) {
         norm.first = keep(calloc(2 * channels + 1, 4)), norm.total = keep(calloc(2 * channels + 1, 4));
     }

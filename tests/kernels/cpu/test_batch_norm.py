@@ -75,7 +75,7 @@ def test_any_shape_and_span_gives_what_float64_gives(count, channels, height, wi
     case = Case((count, channels, height, width), span, residual, relu)
     values = inputs(case, torch.float32, seed=seed)
     ours, expected = run(values, case), exact(values, case)
-    assert error(ours.y, expected.y) < 1e-4  # two values of nearly the same size leave few digits of their deviation
+    assert error(ours.y, expected.y) < 1e-4  # two nearly equal values: cancellation
     assert error(ours.mean, expected.mean) < 1e-5
     torch.testing.assert_close(ours.var.double(), expected.var, rtol=1e-4, atol=1e-9)
 
@@ -156,7 +156,7 @@ def test_statistics_are_collected_as_keep_statistics_collects_them():
     ours, theirs = ([torch.zeros(25), torch.zeros(25)] for _ in range(2))
     for seed in range(3):
         given = {name: t for name, t in inputs(case, torch.bfloat16, seed=seed).items() if name != "dy"}
-        _, mean, var = cpu_batch_norm.norm_act(**given, span=3, eps=1e-5, keep=SpanSums(ours[0], ours[1]))
+        _, mean, var = cpu_batch_norm.norm_act(**given, span=3, eps=1e-5, sink=SpanSums(ours[0], ours[1]))
         keep_statistics(SpanSums(*theirs), mean, var, triton=False)
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1])
@@ -190,7 +190,7 @@ def test_a_layer_keeps_the_statistics_that_its_own_forward_keeps(make, collects)
     ],
 )
 def test_what_the_library_does_not_take_goes_to_torchs_operations(x):
-    assert not cpu_batch_norm.serves(x)
+    assert not cpu_batch_norm.supports(x)
     norm = nn.BatchNorm2d(8).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     assert not norm_act(norm, x, fusion="auto").grad_fn.name().startswith("_NormAct")
 

@@ -98,7 +98,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sums_of_integers_are_exact_and_rounded_once(case: Case) -> None:
     given = drawn(case, integers=True)
-    assert cpu_conv.serves(*given[:2])
+    assert cpu_conv.supports(*given[:2])
     for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
         assert torch.equal(result, expected.bfloat16())
 
@@ -228,7 +228,7 @@ def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
         "no image": (x[:0], weight),
     }
     for images, taps in others.values():
-        assert not cpu_conv.serves(images, taps)
+        assert not cpu_conv.supports(images, taps)
         y = cpu_conv.conv2d(images, taps, stride=2, padding=1)
         assert torch.equal(y, functional.conv2d(images, taps, stride=2, padding=1))
 
@@ -258,6 +258,6 @@ def test_a_call_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_gradient_of_images_of_few_channels_is_torchs() -> None:
     case = Case(8, 3, 16, 6, 6)
     given = drawn(case, integers=True)
-    assert cpu_conv.serves(*given[:2])
+    assert cpu_conv.supports(*given[:2])
     for result, expected in zip(run(case, *given), exact(case, *given), strict=True):
         assert torch.equal(result, expected.bfloat16())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megabatch import native
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.cpu import library as cpu_native
 
@@ -22,7 +22,7 @@ def test_the_library_can_be_built_and_was_built(tmp_path):
 
 def test_a_missing_compiler_is_named_and_called_optional(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(SiteError, match=r"no C compiler.*optional"):
+    with pytest.raises(SettingsError, match=r"no C compiler.*optional"):
         cpu_native.build(tmp_path)
 
 

@@ -56,14 +56,14 @@ def one_thread() -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each batch norm of a fused forward: its channels."""
     seen: list[int] = []
-    keep_of = fusion.keep_of
+    sink_of = fusion.sink_of
 
     def counted(norm: nn.BatchNorm2d) -> Any:
         seen.append(norm.num_features)
-        return keep_of(norm)
+        return sink_of(norm)
 
     for module in (fusion, fused_bottleneck, fused_stem):
-        monkeypatch.setattr(module, "keep_of", counted)
+        monkeypatch.setattr(module, "sink_of", counted)
     return seen
 
 

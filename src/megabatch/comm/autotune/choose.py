@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.comm.autotune.cost import Link, Network, predict_s
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 from megabatch.files import cache_folder
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def describe_world(backend: str, hosts: Sequence[str]) -> str:
 
 
 def write_table(path: Path, world: str, rows: Sequence[Measured], **facts: Any) -> None:
-    """Keep `rows` as the table of `world` in the file, beside the tables of other worlds."""
+    """StatisticsSink `rows` as the table of `world` in the file, beside the tables of other worlds."""
     tables = _read(path) if path.exists() else {}
     tables[world] = {"rows": [asdict(row) for row in rows], **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def write_table(path: Path, world: str, rows: Sequence[Measured], **facts: Any) 
 def read_table(path: Path, world: str) -> list[Measured]:
     """The rows measured on such a world; none if there is no file or no such table in it.
 
-    Raises SiteError where the file is not one that `megabatch bench allreduce --tune` wrote.
+    Raises SettingsError where the file is not one that `megabatch bench allreduce --tune` wrote.
     """
     if not path.exists():
         return []
@@ -81,7 +81,7 @@ def read_table(path: Path, world: str) -> list[Measured]:
         rows = _read(path).get(world, {"rows": []})["rows"]
         return [_measured(row) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise SiteError(f"{path} is not a table of measurements ({error}); delete it, or tune again") from error
+        raise SettingsError(f"{path} is not a table of measurements ({error}); delete it, or tune again") from error
 
 
 def choose(
@@ -145,10 +145,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise SiteError(f"{path} has format {content['format']}, needed {FORMAT}; delete it and tune again")
+            raise SettingsError(f"{path} has format {content['format']}, needed {FORMAT}; delete it and tune again")
         return dict(content["tables"])
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise SiteError(f"{path} is not a table of measurements ({error}); delete it, or tune again") from error
+        raise SettingsError(f"{path} is not a table of measurements ({error}); delete it, or tune again") from error
 
 
 def _measured(row: dict[str, Any]) -> Measured:

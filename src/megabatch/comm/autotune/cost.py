@@ -21,7 +21,7 @@ a round-robin ring and gives away in the split torus, is ours to model: the pape
 import math
 from dataclasses import dataclass
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Cost:
 def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network) -> Cost:
     """The cost of one all-reduce of `num_bytes` (as sent: half as many in half precision) on a grid of `shape`."""
     if algorithm not in _COSTS:
-        raise SiteError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'")
+        raise SettingsError(
+            f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'"
+        )
     return _COSTS[algorithm](num_bytes, *shape, network)
 
 

@@ -30,7 +30,7 @@ from megabatch.comm.exchange.stages import (
     Stage,
 )
 from megabatch.comm.exchange.wire import pack, unpack, wire_dtype
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 Algorithm = Literal["flat", "hierarchical", "torus", "split_torus"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
@@ -43,7 +43,7 @@ def routes(algorithm: str, grid: Grid) -> tuple[Route, ...]:
     Must be called by all ranks of the grid in the same order, as it may make process groups.
     """
     if algorithm not in ALGORITHMS:
-        raise SiteError(
+        raise SettingsError(
             f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(ALGORITHMS)}; for example 'torus'"
         )
     made = _ROUTES[algorithm](grid)

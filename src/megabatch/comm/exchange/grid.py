@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 Axis = Literal["row", "column", "world"]
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Grid:
     def from_mesh(cls, mesh: DeviceMesh, *, timeout_s: float | None = None) -> "Grid":
         """The grid of a 2-D mesh with axes ("column", "row"), as `init_device_mesh(..., (Y, X), ...)` makes it."""
         if mesh.mesh_dim_names != ("column", "row"):
-            raise SiteError(
+            raise SettingsError(
                 f"the mesh has axes {mesh.mesh_dim_names}, needed ('column', 'row'); for example "
                 "init_device_mesh('cpu', (2, 4), mesh_dim_names=('column', 'row')) for two rows of four ranks"
             )
@@ -76,7 +76,7 @@ class Grid:
         for y, row in enumerate(self.rows):
             if self._rank in row:
                 return row.index(self._rank), y
-        raise SiteError(f"rank {self._rank} is not in the grid of ranks {self.rows}")
+        raise SettingsError(f"rank {self._rank} is not in the grid of ranks {self.rows}")
 
     def size(self, axis: Axis) -> int:
         return {"row": self.shape[0], "column": self.shape[1], "world": self.num_ranks}[axis]
@@ -172,11 +172,13 @@ def choose_rows(
 def _ranks_by_host(world_size: int, local_world_size: int | None, hosts: Sequence[str] | None) -> list[list[int]]:
     if hosts is not None:
         if len(hosts) != world_size:
-            raise SiteError(f"{len(hosts)} host names for {world_size} ranks; needed one name per rank, in rank order")
+            raise SettingsError(
+                f"{len(hosts)} host names for {world_size} ranks; needed one name per rank, in rank order"
+            )
         return [[rank for rank, name in enumerate(hosts) if name == host] for host in dict.fromkeys(hosts)]
     local = local_world_size or world_size
     if world_size % local:
-        raise SiteError(
+        raise SettingsError(
             f"{world_size} ranks are not a whole number of hosts with {local} ranks each; "
             f"give the host of every rank, or a shape such as (1, {world_size})"
         )
@@ -187,7 +189,7 @@ def _checked_shape(world_size: int, shape: tuple[int, int]) -> int:
     x, y = shape
     if x < 1 or y < 1 or x * y != world_size:
         side = max(d for d in range(1, math.isqrt(world_size) + 1) if world_size % d == 0)
-        raise SiteError(
+        raise SettingsError(
             f"a grid of {x} x {y} does not hold {world_size} ranks; for example ({side}, {world_size // side}) does"
         )
     return x
@@ -200,13 +202,15 @@ def _cut(ranks: list[int], size: int) -> list[list[int]]:
 def _check_rows(rows: tuple[tuple[int, ...], ...]) -> None:
     ranks = [rank for row in rows for rank in row]
     if not ranks or len({len(row) for row in rows}) != 1 or len(set(ranks)) != len(ranks):
-        raise SiteError(f"rows must be equally long and hold every rank once, got {rows}; for example ((0, 1), (2, 3))")
+        raise SettingsError(
+            f"rows must be equally long and hold every rank once, got {rows}; for example ((0, 1), (2, 3))"
+        )
 
 
 def _unsorted_or_raise(ranks: list[int]) -> bool:
     """False, the value of `sort_ranks`, where this torch lets a group keep the order of its ranks."""
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-        raise SiteError(
+        raise SettingsError(
             f"this torch cannot make a group of ranks in the order {ranks}; "
             "start the hosts so that ranks are in block or round-robin order, for example 0 1 2 3 on two hosts of two"
         )

@@ -12,7 +12,7 @@ import torch
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's, where type checkers find it
 
 from megabatch.comm.exchange.state import ExchangeState
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 HookFuture = torch.futures.Future[torch.Tensor]
 
@@ -47,7 +47,7 @@ HOOKS = {
 
 def _exchange(state: ExchangeState, bucket: GradBucket, algorithm: str) -> HookFuture:
     if not isinstance(state, ExchangeState):
-        raise SiteError(
+        raise SettingsError(
             f"the hook's state is {type(state).__name__}, needed an ExchangeState; "
             "for example model.register_comm_hook(ExchangeState(), torus_hook)"
         )

@@ -17,7 +17,7 @@ from megabatch.comm.exchange.pipeline import Failure, Pipeline, Streams, run_her
 from megabatch.comm.exchange.stages import Job
 from megabatch.comm.exchange.timeline import BucketTimes, Timeline, stamp
 from megabatch.comm.exchange.wire import FP16_SUM_MAX, WireScale, pack, unpack, wire_dtype
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 @dataclass
@@ -244,5 +244,5 @@ def _value(future: Future[Tensor]) -> Tensor:
 
 def _power_of_two(value: float) -> float:
     if value <= 0 or torch.tensor(value, dtype=torch.float64).frexp().mantissa != 0.5:
-        raise SiteError(f"wire_scale {value} must be a power of two, or it would round; for example 1024")
+        raise SettingsError(f"wire_scale {value} must be a power of two, or it would round; for example 1024")
     return value

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 WireName = Literal["fp32", "fp16", "bf16"]
 WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -19,7 +19,7 @@ WIRE_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 def wire_dtype(name: str) -> torch.dtype:
     """The torch type called `name`."""
     if name not in WIRE_DTYPES:
-        raise SiteError(f"wire {name!r} is unknown, needed one of {', '.join(WIRE_DTYPES)}; for example 'bf16'")
+        raise SettingsError(f"wire {name!r} is unknown, needed one of {', '.join(WIRE_DTYPES)}; for example 'bf16'")
     return WIRE_DTYPES[name]
 
 

@@ -21,7 +21,7 @@ from megabatch.comm.exchange.grid import Grid, choose_rows, make_grid
 from megabatch.comm.exchange.hooks import HOOKS
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.exchange.timeline import Timeline
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 FIRST_BUCKET_MIB = 1.0
 BucketPlan = Literal["size", "cubic"]
@@ -54,11 +54,11 @@ def bucket_caps_mib(
     The last cap holds for all buckets after it.
     """
     if bucket_mib <= 0:
-        raise SiteError(f"bucket_mib {bucket_mib} must be positive; for example 25")
+        raise SettingsError(f"bucket_mib {bucket_mib} must be positive; for example 25")
     if plan == "size":
         return [min(first_bucket_mib, bucket_mib), bucket_mib]
     if plan != "cubic":
-        raise SiteError(f"bucket plan {plan!r} is unknown, needed 'size' or 'cubic'; for example 'size'")
+        raise SettingsError(f"bucket plan {plan!r} is unknown, needed 'size' or 'cubic'; for example 'size'")
     sizes = [p.numel() * p.element_size() for p in reversed(parameters) if p.requires_grad]
     caps, start = [], 0
     for count in cubic_groups(len(sizes)):
@@ -104,11 +104,13 @@ def wrap(
     The result has `exchange_state`, the hook's state, and `exchange_choice`, what `auto` chose or None.
     """
     if algorithm not in (*HOOKS, "auto"):
-        raise SiteError(f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works")
+        raise SettingsError(
+            f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works"
+        )
     parameters = list(model.parameters())
     choice = None
     if algorithm == "auto":
-        choice = agree(parameters, wire=wire, shape=grid.shape if grid else shape, hosts=hosts, tuning=tuning)
+        choice = choose_on_rank0(parameters, wire=wire, shape=grid.shape if grid else shape, hosts=hosts, tuning=tuning)
         algorithm, shape, bucket_mib = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib
     caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib, first_bucket_mib=first_bucket_mib)
     state = ExchangeState(
@@ -134,7 +136,7 @@ def wrap(
     return wrapped
 
 
-def agree(
+def choose_on_rank0(
     parameters: Sequence[torch.Tensor],
     *,
     wire: str,
@@ -151,11 +153,11 @@ def agree(
         grid, backend = (len(rows[0]), len(rows)), dist.get_backend()
         try:
             box[0] = choose(num_bytes=num_bytes, hosts=hosts, backend=backend, shape=grid, wires=(wire,), path=tuning)
-        except SiteError as error:
+        except SettingsError as error:
             box[0] = str(error)  # to be raised on every rank, or the others would wait for a choice
     dist.broadcast_object_list(box, src=0)
     if not isinstance(box[0], Choice):
-        raise SiteError(box[0])
+        raise SettingsError(box[0])
     return box[0]
 
 

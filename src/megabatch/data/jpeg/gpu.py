@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
 """JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if one of them is beyond it."""
@@ -71,7 +71,7 @@ class GpuDecoder:
             stream.
 
     Raises:
-        SiteError: torchvision or the GPU is missing, if `decode` is not given.
+        SettingsError: torchvision or the GPU is missing, if `decode` is not given.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ def nvjpeg(device: torch.device, channels: int) -> Decode:
     """torchvision's batched nvJPEG decoder.
 
     Raises:
-        SiteError: there is no GPU, or no torchvision that can be imported.
+        SettingsError: there is no GPU, or no torchvision that can be imported.
     """
     if device.type != "cuda":
-        raise SiteError(f"decoding on a GPU was asked for on {device}; --decode cpu works")
+        raise SettingsError(f"decoding on a GPU was asked for on {device}; --decode cpu works")
     io = _torchvision_io()
     if io is None:
-        raise SiteError("decoding on a GPU needs torchvision, which cannot be imported; --decode cpu works")
+        raise SettingsError("decoding on a GPU needs torchvision, which cannot be imported; --decode cpu works")
     mode = io.ImageReadMode.RGB if channels == 3 else io.ImageReadMode.GRAY
 
     def decode(files: Sequence[bytes]) -> Sequence[Tensor]:

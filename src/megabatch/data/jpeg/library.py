@@ -50,7 +50,7 @@ def crop(
 
 
 def build(folder: Path = FOLDER) -> Path:
-    """Compile the library into `folder` and return its path. Raises SiteError without a working C compiler."""
+    """Compile the library into `folder` and return its path. Raises SettingsError without a working C compiler."""
     path = native.build_library(NAME, SOURCES.glob("*.c"), folder)
     _function.cache_clear()
     return path

@@ -1,6 +1,6 @@
 """How one step's positions are divided among ranks and micro-batches: pure arithmetic, the same on every rank."""
 
-from megabatch.errors import SiteError
+from megabatch.errors import SettingsError
 
 
 def micro_batches(
@@ -21,7 +21,7 @@ def micro_batches(
     full batches `check_split` refuses it before the run.
 
     Raises:
-        SiteError: sizes that do not divide, with a number that does.
+        SettingsError: sizes that do not divide, with a number that does.
     """
     group_size = _group_size(micro_batch_size=micro_batch_size, bn_span=bn_span, world_size=world_size)
     group, member = divmod(rank, group_size)
@@ -37,12 +37,12 @@ def check_split(*, global_batch_size: int, world_size: int, micro_batch_size: in
     """Refuse a split that would leave ranks without work in a full batch.
 
     Raises:
-        SiteError: with the largest number of workers that works.
+        SettingsError: with the largest number of workers that works.
     """
     group_size = _group_size(micro_batch_size=micro_batch_size, bn_span=bn_span, world_size=world_size)
     num_spans = -(-global_batch_size // bn_span)
     if num_spans * group_size < world_size:
-        raise SiteError(
+        raise SettingsError(
             f"a global batch of {global_batch_size} holds {num_spans} batch-norm spans of bn_span={bn_span} samples, "
             f"too few for {world_size} workers with micro_batch_size={micro_batch_size}; "
             f"{num_spans * group_size} workers have work"
@@ -52,18 +52,20 @@ def check_split(*, global_batch_size: int, world_size: int, micro_batch_size: in
 def _group_size(*, micro_batch_size: int, bn_span: int, world_size: int) -> int:
     """Ranks that share one span; 1 when a micro-batch holds whole spans."""
     if micro_batch_size < 1:
-        raise SiteError(f"micro_batch_size={micro_batch_size} must be at least 1; {bn_span} works")
+        raise SettingsError(f"micro_batch_size={micro_batch_size} must be at least 1; {bn_span} works")
     if micro_batch_size >= bn_span:
         if micro_batch_size % bn_span:
             good = micro_batch_size - micro_batch_size % bn_span
-            raise SiteError(f"micro_batch_size={micro_batch_size} is no multiple of bn_span={bn_span}; {good} works")
+            raise SettingsError(
+                f"micro_batch_size={micro_batch_size} is no multiple of bn_span={bn_span}; {good} works"
+            )
         return 1
     if bn_span % micro_batch_size:
         good = next(size for size in range(micro_batch_size, 0, -1) if bn_span % size == 0)
-        raise SiteError(f"micro_batch_size={micro_batch_size} does not divide bn_span={bn_span}; {good} does")
+        raise SettingsError(f"micro_batch_size={micro_batch_size} does not divide bn_span={bn_span}; {good} does")
     group_size = bn_span // micro_batch_size
     if world_size % group_size:
-        raise SiteError(
+        raise SettingsError(
             f"bn_span={bn_span} with micro_batch_size={micro_batch_size} needs groups of {group_size} workers, and "
             f"{world_size} workers do not form such groups; micro_batch_size={bn_span} works with any number"
         )

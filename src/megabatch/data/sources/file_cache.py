@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megabatch.errors import FetchError, SiteError
+from megabatch.errors import FetchError, SettingsError
 
 _BLOCK = 4 << 20
 _ATTEMPTS = 3
@@ -53,7 +53,7 @@ class FileCache:
 
         Raises:
             FetchError: it cannot be fetched, is not of its size or checksum, or others leave it no room.
-            SiteError: it does not fit the cache.
+            SettingsError: it does not fit the cache.
         """
         path = self.path(remote)
         with _lock(path):
@@ -91,7 +91,7 @@ class FileCache:
     def _wait_for_room(self, num_bytes: int, path: Path) -> None:
         """Claim room, when need be after what others are fetching has come and may be deleted."""
         if num_bytes > self._max_bytes:
-            raise SiteError(
+            raise SettingsError(
                 f"a file of {num_bytes} bytes does not fit a cache of {self._max_bytes}; "
                 f"{num_bytes / (1 << 30):.3g} GiB and more work"
             )

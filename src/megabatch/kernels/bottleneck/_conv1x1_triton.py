@@ -3,7 +3,7 @@
 
 Images with the channels last are matrices of rows (samples x pixels) and channels, cut into spans of `span_rows` rows,
 the last of which may be short; a tile holds rows of one span. The convolution's input h is never in memory: it is
-relu((x - mean) deviation weight + bias), computed from x as a tile is read. Loads go through tensor descriptors, which
+relu((x - mean) rstd weight + bias), computed from x as a tile is read. Loads go through tensor descriptors, which
 a Hopper GPU serves by its copy engine; stores and what is read once go through pointers, as a tile may end in a span.
 A launch has about as many programs as the GPU has multiprocessors, each of which takes tile after tile.
 """
@@ -28,11 +28,11 @@ def _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows: tl.
 
 
 @triton.jit
-def _normalised(x, mean, deviation, scale, bias, span, column, count, columns, block_rows: tl.constexpr):
-    """relu((x - mean) deviation scale + bias) of one tile, in the type of x; 0 in rows that are not of the span."""
+def _normalised(x, mean, rstd, scale, bias, span, column, count, columns, block_rows: tl.constexpr):
+    """relu((x - mean) rstd scale + bias) of one tile, in the type of x; 0 in rows that are not of the span."""
     inside = column < columns
     middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    slope = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    slope = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
     slope *= tl.load(scale + column, mask=inside, other=0.0)
     shift = tl.load(bias + column, mask=inside, other=0.0)
     values = (x.to(tl.float32) - middle[None, :]) * slope[None, :] + shift[None, :]
@@ -57,7 +57,7 @@ def forward_kernel(
     weight,
     y,
     mean,
-    deviation,
+    rstd,
     scale,
     bias,
     partials,
@@ -84,7 +84,7 @@ def forward_kernel(
             h = x.load([first.to(tl.int32), begin])
             if normalise:
                 column = begin + tl.arange(0, block_inputs)
-                h = _normalised(h, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
+                h = _normalised(h, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
             sums = tl.dot(h, weight.load([left, begin]).T, sums, input_precision=precision)
         column = left + tl.arange(0, block_outputs)
         row = tl.arange(0, block_rows)
@@ -99,7 +99,7 @@ def _applied(
     gradient,
     y,
     mean,
-    deviation,
+    rstd,
     scale,
     bias,
     sums,
@@ -113,11 +113,11 @@ def _applied(
 ):
     """Batch norm's gradient of a tile of its input y, from that of its output; 0 in rows that are not of the span.
 
-    scale deviation (dz - sum(dz) / n - h sum(dz h) / n); with `relu` dz is that where batch norm of y is above 0.
+    scale rstd (dz - sum(dz) / n - h sum(dz h) / n); with `relu` dz is that where batch norm of y is above 0.
     """
     inside = column < columns
     middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    own = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    own = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
     slope = own * tl.load(scale + column, mask=inside, other=0.0)
     away = y.to(tl.float32) - middle[None, :]
     dz = gradient.to(tl.float32)
@@ -132,11 +132,11 @@ def _applied(
 
 
 @triton.jit
-def _put_sums(pair, gradient, values, mean, deviation, span, column, columns):
-    """The sums of a tile's gradient and of the gradient times (values - mean) deviation, to two rows at `pair`."""
+def _put_sums(pair, gradient, values, mean, rstd, span, column, columns):
+    """The sums of a tile's gradient and of the gradient times (values - mean) rstd, to two rows at `pair`."""
     inside = column < columns
     middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    slope = tl.load(deviation + span * columns + column, mask=inside, other=0.0)
+    slope = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
     product = gradient * (values.to(tl.float32) - middle[None, :])
     tl.store(pair + column, tl.sum(gradient, axis=0), mask=inside)
     tl.store(pair + columns + column, tl.sum(product, axis=0) * slope, mask=inside)
@@ -152,11 +152,11 @@ def data_gradient_kernel(
     residual,
     dz,
     mean,
-    deviation,
+    rstd,
     scale,
     bias,
     other_mean,
-    other_deviation,
+    other_rstd,
     y,
     y_mean,
     y_deviation,
@@ -180,7 +180,7 @@ def data_gradient_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) deviation, of dz rounded.
+    """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) rstd, of dz rounded.
 
     ReLU passes where the bits `passed` say so behind a residual, else where h is above 0. With `two_norms` the sums of
     the residual's batch norm stand behind: the first of these is the same sum again. With `rest` dy is the gradient of
@@ -227,17 +227,17 @@ def data_gradient_kernel(
             byte = left // 8 + tl.arange(0, block_inputs // 8)
             passes = _bits(bits, row, byte, count, inputs, block_rows, block_inputs)
         else:
-            h = _normalised(values, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
+            h = _normalised(values, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
             passes = ~(h <= 0)
         rounded = tl.where(passes, sums, 0.0).to(dz.dtype.element_ty)
         tl.store(dz + place, rounded, mask=here)
         gradient = tl.where(here, rounded.to(tl.float32), 0.0)
         pairs: tl.constexpr = 2 if two_norms else 1
         pair = partials + row_tile * pairs * 2 * inputs
-        _put_sums(pair, gradient, values, mean, deviation, span, column, inputs)
+        _put_sums(pair, gradient, values, mean, rstd, span, column, inputs)
         if two_norms:
             added = tl.load(residual + place, mask=here, other=0.0)
-            _put_sums(pair + 2 * inputs, gradient, added, other_mean, other_deviation, span, column, inputs)
+            _put_sums(pair + 2 * inputs, gradient, added, other_mean, other_rstd, span, column, inputs)
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def weight_gradient_kernel(
     x,
     partials,
     mean,
-    deviation,
+    rstd,
     scale,
     bias,
     y,
@@ -305,7 +305,7 @@ def weight_gradient_kernel(
             )
         h = x.load([first.to(tl.int32), left])
         if normalise:
-            h = _normalised(h, mean, deviation, scale, bias, span, column, count, inputs, block_rows)
+            h = _normalised(h, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
         else:
             h = tl.where((tl.arange(0, block_rows) < count)[:, None], h, 0.0)
         sums = tl.dot(gradient.T, h, sums, input_precision=precision)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.kernels.bottleneck.handover import Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 from megabatch.kernels.bottleneck.tiles import (
     Tiling,
     by_width,
@@ -28,7 +28,7 @@ from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.norm import join as join_passes
 from megabatch.kernels.norm import passes
 from megabatch.kernels.norm.passes import Moments, Normalisation
-from megabatch.kernels.statistics import Keep
+from megabatch.kernels.statistics import StatisticsSink
 
 _WIDEST = 2**31  # rows are counted in 32 bit by the copy engine
 FORWARD_TILINGS = (
@@ -62,13 +62,13 @@ def conv1x1_forward(
     span: int,
     eps: float = 1e-5,
     normalisation: Normalisation | None = None,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
     """`(y, moments)`: y = weight h, with the moments of each span of y as it is rounded. No gradient.
 
-    h is x itself, or `normalisation` of x by the statistics of x's own spans and ReLU. With `keep` the moments are also
+    h is x itself, or `normalisation` of x by the statistics of x's own spans and ReLU. With `sink` the moments are also
     kept there.
 
     Shapes: x (N, C, H, W), weight (K, C) or (K, C, 1, 1) of x's type, y (N, K, H, W) with the channels last, moments
@@ -79,7 +79,7 @@ def conv1x1_forward(
     """
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and fits(x, len(matrix))):
-        return _forward_reference(x, matrix, normalisation, span, eps, keep)
+        return _forward_reference(x, matrix, normalisation, span, eps, sink)
     tiling = tiling or by_width(FORWARD_TILINGS, len(matrix), which="outputs")
     cut = row_cut(x, span, tiling)
     rows = rows_of(x)
@@ -98,7 +98,7 @@ def conv1x1_forward(
             normalise=normalisation is not None,
             **options(rows, matrix, tiling),
         )
-        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps, keep)
+        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps, sink)
 
 
 def conv1x1_data_gradient(
@@ -112,14 +112,14 @@ def conv1x1_data_gradient(
     addend: Tensor | None = None,
     residual: Tensor | None = None,
     residual_norm: Normalisation | None = None,
-    rest: Rest | None = None,
+    rest: DeferredNormBackward | None = None,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`(dz, sums)`: dz = weight^T dy + addend where ReLU passes, the gradient of what went into that ReLU.
 
     The convolution's input is ReLU of the normalised x; behind a residual, ReLU of their sum, and `passed` says where
-    it passed (`join_passes`). sums is (spans, 2, C): of dz and of dz (x - mean) deviation over each span, as batch
+    it passed (`join_passes`). sums is (spans, 2, C): of dz and of dz (x - mean) rstd over each span, as batch
     norm's backward needs them; with a `residual_norm` of `residual` (spans, 4, C), those of that batch norm behind.
     With the `rest` of the backward of a batch norm of the convolution's output, that is applied to dy as it is read.
 
@@ -172,7 +172,7 @@ def conv1x1_weight_gradient(
     *,
     span: int,
     normalisation: Normalisation | None = None,
-    rest: Rest | None = None,
+    rest: DeferredNormBackward | None = None,
     dtype: torch.dtype = torch.float32,
     tiling: Tiling | None = None,
     backend: Backend = "auto",
@@ -222,10 +222,10 @@ def _activation(x: Tensor, normalisation: Normalisation | None, span: int) -> Te
 
 
 def _forward_reference(
-    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int, eps: float, keep: Keep | None
+    x: Tensor, matrix: Tensor, normalisation: Normalisation | None, span: int, eps: float, sink: StatisticsSink | None
 ) -> tuple[Tensor, Moments]:
     y = torch.nn.functional.conv2d(_activation(x, normalisation, span), matrix[:, :, None, None])
-    return y, passes.moments(y, span=span, eps=eps, triton=False, keep=keep)
+    return y, passes.moments(y, span=span, eps=eps, triton=False, sink=sink)
 
 
 def _data_gradient_reference(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megabatch.kernels.bottleneck import conv1x1, products
-from megabatch.kernels.bottleneck.handover import Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 from megabatch.kernels.bottleneck.tiles import Tiling
 from megabatch.kernels.norm import join as join_passes
 from megabatch.kernels.norm import passes
@@ -29,7 +29,7 @@ class NormGradients(NamedTuple):
     span: int
     triton: bool
 
-    def of(self, dy: Tensor, rest: Rest | None) -> Gradients:
+    def of(self, dy: Tensor, rest: DeferredNormBackward | None) -> Gradients:
         """dx, the batch norm's sums (spans, 2, C), and dweight."""
         dx, sums = self._of_input(dy, rest)
         dweight = products.weight_gradient(
@@ -37,7 +37,7 @@ class NormGradients(NamedTuple):
         )
         return dx, sums, dweight
 
-    def _of_input(self, dy: Tensor, rest: Rest | None) -> tuple[Tensor, Tensor]:
+    def _of_input(self, dy: Tensor, rest: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
         x, norm, span, triton = self.x, self.norm, self.span, self.triton
 
         def plain() -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class JoinGradients(NamedTuple):
     span: int
     triton: bool
 
-    def of(self, dy: Tensor, rest: Rest | None) -> Gradients:
+    def of(self, dy: Tensor, rest: DeferredNormBackward | None) -> Gradients:
         """dz as ReLU lets it pass, sums as of `join_passes.join_gradient`, and dweight."""
         dz, sums = self._of_join(dy, rest)
         dweight = products.weight_gradient(
@@ -81,7 +81,7 @@ class JoinGradients(NamedTuple):
         )
         return dz, sums, dweight
 
-    def _of_join(self, dy: Tensor, rest: Rest | None) -> tuple[Tensor, Tensor]:
+    def _of_join(self, dy: Tensor, rest: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
         x, norm, span, triton = self.x, self.norm, self.span, self.triton
 
         def plain() -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megabatch.kernels.norm.passes import Normalisation, input_gradient
 
 
-class Rest(NamedTuple):
+class DeferredNormBackward(NamedTuple):
     """What is left of a batch norm's backward where the gradient of its input y is made as it is read.
 
     That is `input_gradient` with the gradient of its output: with `relu` of ReLU's, else with ReLU's mask on it.
@@ -34,13 +34,13 @@ class Handover:
     """
 
     def __init__(self) -> None:
-        self._rest: Rest | None = None
+        self._rest: DeferredNormBackward | None = None
 
-    def leave(self, rest: Rest) -> None:
+    def leave(self, rest: DeferredNormBackward) -> None:
         """Called by the batch norm."""
         self._rest = rest._replace(y=rest.y.detach())  # or what is left, if nobody takes it, would hold its own graph
 
-    def take(self) -> Rest | None:
+    def take(self) -> DeferredNormBackward | None:
         """Called by the convolution, once for each time something was left."""
         rest, self._rest = self._rest, None
         return rest

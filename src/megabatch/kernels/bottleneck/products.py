@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megabatch.kernels import tuning
 from megabatch.kernels.bottleneck import conv1x1
-from megabatch.kernels.bottleneck.handover import Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 from megabatch.kernels.bottleneck.tiles import Tiling
 from megabatch.kernels.norm import passes
 from megabatch.kernels.norm.passes import Normalisation
-from megabatch.kernels.statistics import Keep
+from megabatch.kernels.statistics import StatisticsSink
 
 Result = TypeVar("Result")
 TOGETHER = "together"
@@ -33,18 +33,18 @@ def take(
     *,
     triton: bool,
     more: tuple[int, ...] = (),
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
 ) -> Result:
     """The result of the faster: torch's convolution between passes, or a kernel in one of its tilings.
 
-    `keep` is given to the call whose result is returned, and not to those that are timed: these leave nothing behind.
+    `sink` is given to the call whose result is returned, and not to those that are timed: these leave nothing behind.
     """
     ways: Mapping[str, Callable[..., Result]] = {tuning.PLAIN: plain}
     if _can_take(x, weight, triton=triton):
         ways = {**ways, **{tiling.name(): partial(fused, tiling) for tiling in tilings}}
     sizes = (*_sizes(x, weight), *more)
     chosen = ways[tuning.table().choose(task, sizes, x, ways)]
-    return chosen() if keep is None else chosen(keep=keep)
+    return chosen() if sink is None else chosen(sink=sink)
 
 
 def _can_take(x: Tensor, weight: Tensor, *, triton: bool) -> bool:
@@ -61,8 +61,8 @@ def apart_or_together(
     x: Tensor,
     weight: Tensor,
     dy: Tensor,
-    rest: Rest | None,
-    gradients: Callable[[Tensor, Rest | None], Result],
+    rest: DeferredNormBackward | None,
+    gradients: Callable[[Tensor, DeferredNormBackward | None], Result],
     *,
     span: int,
     triton: bool,
@@ -80,7 +80,9 @@ def apart_or_together(
     return tuning.table().take(task, _sizes(x, weight), x, ways)
 
 
-def data_gradient(dy: Tensor, x: Tensor, weight: Tensor, rest: Rest | None, *, span: int, triton: bool) -> Tensor:
+def data_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, rest: DeferredNormBackward | None, *, span: int, triton: bool
+) -> Tensor:
     """Of torch's 1x1 convolution of x; dy may still need `rest`."""
     whole = dy if rest is None else rest.applied(dy, span=span, triton=triton)
     return _convolution_backward(whole, x, weight, [True, False, False])[0]
@@ -94,7 +96,7 @@ def weight_gradient(
     small: Tensor,
     h: Tensor | None,
     own: "Filter",
-    rest: Rest | None,
+    rest: DeferredNormBackward | None,
     span: int,
     triton: bool,
 ) -> Tensor:

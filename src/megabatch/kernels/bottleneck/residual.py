@@ -18,14 +18,14 @@ from torch.nn import functional
 from megabatch.errors import UserError
 from megabatch.kernels.bottleneck import conv1x1, products
 from megabatch.kernels.bottleneck.gradients import JoinGradients, NormGradients
-from megabatch.kernels.bottleneck.handover import Handover, Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward, Handover
 from megabatch.kernels.bottleneck.tiles import Tiling
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm import join as join_passes
 from megabatch.kernels.norm import passes
 from megabatch.kernels.norm.batch_norm import check, over_spans
 from megabatch.kernels.norm.passes import Moments, Normalisation
-from megabatch.kernels.statistics import Keep
+from megabatch.kernels.statistics import StatisticsSink
 
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
 GRADIENTS = ("norm_conv gradients", "join_conv gradients")
@@ -42,14 +42,14 @@ def norm_conv1x1(
     *,
     span: int,
     eps: float,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
     take: Handover | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
     """`(y, moments of y)`: y = weight relu(batch norm of x), where `moments` are those of x's spans.
 
     The gradient is that of all three, batch norm's statistics included. `eps` is that of the batch norm behind y. Where
-    a kernel reads x through batch norm, its result is never in memory; backward computes it again. With `keep` the
+    a kernel reads x through batch norm, its result is never in memory; backward computes it again. With `sink` the
     moments of y are kept there, as a layer keeps those of its forwards. What the batch norm behind y leaves of its
     backward at `take` is done here: in a pass, or as both gradients read.
 
@@ -62,13 +62,13 @@ def norm_conv1x1(
     y, *found = _NormConv.apply(
         x,
         moments.mean,
-        moments.deviation,
+        moments.rstd,
         norm_weight,
         norm_bias,
         weight,
         span,
         eps,
-        keep,
+        sink,
         take,
         use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ def join_conv1x1(
     span: int,
     eps: float,
     residual_norm: Normalisation | None = None,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
     leave: Handover | None = None,
     take: Handover | None = None,
     backend: Backend = "auto",
@@ -114,10 +114,10 @@ def join_conv1x1(
         residual,
         *other[2:],
         weight,
-        _Statistics(moments.mean, moments.deviation, *other[:2]),
+        _Statistics(moments.mean, moments.rstd, *other[:2]),
         span,
         eps,
-        keep,
+        sink,
         leave if residual_norm is None else None,  # two batch norms' gradients come from one pass
         take,
         use_triton(x, backend),
@@ -129,9 +129,9 @@ class _Statistics(NamedTuple):
     """Means and deviations of a join's two batch norms; gradients take them into account, but do not flow to them."""
 
     mean: Tensor
-    deviation: Tensor
+    rstd: Tensor
     other_mean: Tensor | None
-    other_deviation: Tensor | None
+    other_rstd: Tensor | None
 
 
 def _check(
@@ -157,32 +157,32 @@ class _NormConv(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         mean: Tensor,
-        deviation: Tensor,
+        rstd: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
         span: int,
         eps: float,
-        keep: Keep | None,
+        sink: StatisticsSink | None,
         take: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
-        norm = Normalisation(mean, deviation, norm_weight, norm_bias)
+        norm = Normalisation(mean, rstd, norm_weight, norm_bias)
         small = weight.to(x.dtype)
 
-        def plain(keep: Keep | None = None) -> tuple[Tensor | None, Tensor, Moments]:
+        def plain(sink: StatisticsSink | None = None) -> tuple[Tensor | None, Tensor, Moments]:
             h = passes.normalise(x, norm, span=span, triton=triton)
             y = functional.conv2d(h, small)
-            return h, y, passes.moments(y, span=span, eps=eps, triton=triton, keep=keep)
+            return h, y, passes.moments(y, span=span, eps=eps, triton=triton, sink=sink)
 
-        def fused(tiling: Tiling, keep: Keep | None = None) -> tuple[Tensor | None, Tensor, Moments]:
+        def fused(tiling: Tiling, sink: StatisticsSink | None = None) -> tuple[Tensor | None, Tensor, Moments]:
             y, found = conv1x1.conv1x1_forward(
-                x, small, span=span, eps=eps, normalisation=norm, keep=keep, tiling=tiling, backend="triton"
+                x, small, span=span, eps=eps, normalisation=norm, sink=sink, tiling=tiling, backend="triton"
             )
             return None, y, found
 
         tilings = conv1x1.FORWARD_TILINGS
-        h, y, found = products.take("norm_conv forward", x, small, plain, fused, tilings, triton=triton, keep=keep)
+        h, y, found = products.take("norm_conv forward", x, small, plain, fused, tilings, triton=triton, sink=sink)
         ctx.save_for_backward(x, *norm, small, h)
         ctx.filter = products.Filter.of(weight)
         ctx.options, ctx.take = {"span": span, "triton": triton}, take
@@ -193,8 +193,8 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, norm_weight, norm_bias, small, h = ctx.saved_tensors
-        norm = Normalisation(mean, deviation, norm_weight, norm_bias)
+        x, mean, rstd, norm_weight, norm_bias, small, h = ctx.saved_tensors
+        norm = Normalisation(mean, rstd, norm_weight, norm_bias)
         own = NormGradients(x, norm, small, h, ctx.filter, **ctx.options)
         rest = ctx.take.take() if ctx.take else None
         dx, sums, dweight = products.apart_or_together(GRADIENTS[0], x, small, dy, rest, own.of, **ctx.options)
@@ -216,25 +216,25 @@ class _JoinConv(torch.autograd.Function):
         statistics: _Statistics,
         span: int,
         eps: float,
-        keep: Keep | None,
+        sink: StatisticsSink | None,
         leave: Handover | None,
         take: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
-        norm = Normalisation(statistics.mean, statistics.deviation, norm_weight, norm_bias)
-        other = _normalisation(statistics.other_mean, statistics.other_deviation, other_weight, other_bias)
+        norm = Normalisation(statistics.mean, statistics.rstd, norm_weight, norm_bias)
+        other = _normalisation(statistics.other_mean, statistics.other_rstd, other_weight, other_bias)
         small = weight.to(x.dtype)
         z, passed = join_passes.join(x, norm, residual, residual_norm=other, span=span, triton=triton)
 
-        def plain(keep: Keep | None = None) -> tuple[Tensor, Moments]:
+        def plain(sink: StatisticsSink | None = None) -> tuple[Tensor, Moments]:
             y = functional.conv2d(z, small)
-            return y, passes.moments(y, span=span, eps=eps, triton=triton, keep=keep)
+            return y, passes.moments(y, span=span, eps=eps, triton=triton, sink=sink)
 
-        def fused(tiling: Tiling, keep: Keep | None = None) -> tuple[Tensor, Moments]:
-            return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, keep=keep, tiling=tiling, backend="triton")
+        def fused(tiling: Tiling, sink: StatisticsSink | None = None) -> tuple[Tensor, Moments]:
+            return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, sink=sink, tiling=tiling, backend="triton")
 
         tilings = conv1x1.FORWARD_TILINGS
-        y, found = products.take("join_conv forward", x, small, plain, fused, tilings, triton=triton, keep=keep)
+        y, found = products.take("join_conv forward", x, small, plain, fused, tilings, triton=triton, sink=sink)
         to_normalise = (None,) * 5 if other is None else (residual, *other)
         ctx.save_for_backward(x, *norm, passed, z, small, *to_normalise)
         ctx.filter = products.Filter.of(weight)
@@ -246,8 +246,8 @@ class _JoinConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, past: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
-        norm, other = Normalisation(mean, deviation, norm_weight, norm_bias), _normalisation(*others)
+        x, mean, rstd, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
+        norm, other = Normalisation(mean, rstd, norm_weight, norm_bias), _normalisation(*others)
         through_y = z.new_zeros(len(z), len(small), *z.shape[2:]) if dy is None else dy
         own = JoinGradients(x, norm, small, z, passed, past, residual, other, ctx.filter, **ctx.options)
         rest = ctx.take.take() if ctx.take else None
@@ -256,7 +256,7 @@ class _JoinConv(torch.autograd.Function):
         if other is not None:
             dx, dresidual = join_passes.two_input_gradients(dz, x, norm, residual, other, sums, **ctx.options)
         elif ctx.leave:
-            ctx.leave.leave(Rest(x, norm, sums, relu=False))
+            ctx.leave.leave(DeferredNormBackward(x, norm, sums, relu=False))
         else:
             dx = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options)
         dbias, dscale, *of_other = over_spans(sums)

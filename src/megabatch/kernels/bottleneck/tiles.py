@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megabatch.kernels.bottleneck.handover import Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 from megabatch.kernels.dispatch import load
 from megabatch.kernels.layout import rows_of
 from megabatch.kernels.norm.passes import Normalisation
@@ -93,7 +93,7 @@ def channel_arguments(normalisation: Normalisation | None, unused: Tensor) -> tu
     return normalisation.in_rows()
 
 
-def rest_arguments(rest: Rest | None, gradient: Tensor, tiling: Tiling) -> tuple[Any, ...]:
+def rest_arguments(rest: DeferredNormBackward | None, gradient: Tensor, tiling: Tiling) -> tuple[Any, ...]:
     """The output of the convolution, described as its gradient is, and what is left of its batch norm's backward."""
     if rest is None:
         return (gradient,) * 6

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megabatch.kernels.cpu import library as cpu_native
-from megabatch.kernels.statistics import Keep, SpanSums, has_kernel, keep_statistics
+from megabatch.kernels.statistics import SpanSums, StatisticsSink, has_kernel, keep_statistics
 
 _ARGUMENTS = struct.Struct("6qd16P")
 """`Norm` in csrc/norm.c; packed, as filling in a ctypes structure takes as long as a small batch norm."""
@@ -26,7 +26,7 @@ def is_available() -> bool:
     return _functions() is not None
 
 
-def serves(x: Tensor, *vectors: Tensor) -> bool:
+def supports(x: Tensor, *vectors: Tensor) -> bool:
     """Whether the compiled kernels take such images (N, C, H, W), and these vectors, as they lie in memory."""
     return (
         x.device.type == "cpu"
@@ -46,17 +46,17 @@ def norm_act(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = True,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, mean, var)` of `batch_norm.fused_bn_act`, which checks shapes, for what `serves` allows; differentiable.
+    """`(y, mean, var)` of `batch_norm.fused_bn_act`, which checks shapes, for what `supports` allows; differentiable.
 
     `SpanSums` are kept by the same call, other statistics after it.
     """
-    sums = keep if isinstance(keep, SpanSums) and has_kernel(keep) else None
+    sums = sink if isinstance(sink, SpanSums) and has_kernel(sink) else None
     statistics = x.new_empty((3, -(-len(x) // span), len(weight)), dtype=torch.float32)
     y = _NormAct.apply(x, weight, bias, residual, statistics, sums, span, eps, relu)  # type: ignore[no-untyped-call]
-    if keep is not None and sums is None:
-        keep_statistics(keep, statistics[0], statistics[1], triton=False)
+    if sink is not None and sums is None:
+        keep_statistics(sink, statistics[0], statistics[1], triton=False)
     return y, statistics[0], statistics[1]
 
 
@@ -117,7 +117,7 @@ def _call(
 ) -> None:
     """Forward (0) or backward (1)."""
     functions, (count, channels, height, width) = _functions(), x.shape
-    assert functions is not None, "what `serves` allows"
+    assert functions is not None, "what `supports` allows"
     dx, dweight, dbias = gradients
     first, total = sums or (None, None)
     vectors = (weight, bias, *statistics.unbind(), dweight, dbias, first, total)

@@ -33,7 +33,7 @@ def is_available() -> bool:
     return _functions() is not None
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernels take images x (N, C, H, W) and weight (K, C, R, S); groups and dilation they do not.
 
     They do from 8 bfloat16 images with the channels last, where K is a multiple of 16, and C too or less than 16.
@@ -58,7 +58,7 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0) -> T
 
     Takes the compiled kernels where they serve, and torch elsewhere; so errors are torch's.
     """
-    if not serves(x, weight) or min(stride, padding + 1, *_output_size(x, weight, 1, padding)) < 1:
+    if not supports(x, weight) or min(stride, padding + 1, *_output_size(x, weight, 1, padding)) < 1:
         return functional.conv2d(x, weight, stride=stride, padding=padding)
     y: Tensor = _Conv2d.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
     return y
@@ -108,7 +108,7 @@ def _torchs_data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, pa
 def _call(which: int, x: Tensor, weight: Tensor, dy: Tensor, result: Tensor, stride: int, padding: int) -> None:
     """Output (0), data gradient (1) or weight gradient (2) into `result`, which has the channels last."""
     functions, (count, channels, height, width), (outputs, _, down, across) = _functions(), x.shape, weight.shape
-    assert functions is not None, "what `serves` allows"
+    assert functions is not None, "what `supports` allows"
     weight = weight.contiguous(memory_format=torch.channels_last)
     sizes = (count, height, width, channels, outputs, down, across, *dy.shape[2:], stride, padding)
     arguments = _ARGUMENTS.pack(*sizes, torch.get_num_threads(), *(t.data_ptr() for t in (x, weight, dy, result)))

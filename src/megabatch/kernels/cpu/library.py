@@ -24,7 +24,7 @@ def function(name: str) -> Any:
 
 
 def build(folder: Path = FOLDER) -> Path:
-    """Compiles the library into `folder` and returns its path. Raises SiteError without a working C compiler."""
+    """Compiles the library into `folder` and returns its path. Raises SettingsError without a working C compiler."""
     return native.build_library(NAME, SOURCES.glob("*.c"), folder, flags=["-fopenmp"])
 
 

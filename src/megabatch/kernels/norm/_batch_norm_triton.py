@@ -72,7 +72,7 @@ def normalise_kernel(
     x,
     y,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     num_rows,
@@ -82,13 +82,13 @@ def normalise_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """y = relu(weight (x - mean) deviation + bias) in one pass."""
+    """y = relu(weight (x - mean) rstd + bias) in one pass."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
     values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
     own = tl.program_id(1) * columns + column
-    slope = tl.load(weight + column, mask=inside, other=0.0) * tl.load(deviation + own, mask=inside, other=0.0)
+    slope = tl.load(weight + column, mask=inside, other=0.0) * tl.load(rstd + own, mask=inside, other=0.0)
     middle = tl.load(mean + own, mask=inside, other=0.0)
     values = _normalised(values, middle, slope, tl.load(bias + column, mask=inside, other=0.0))
     if relu:
@@ -102,7 +102,7 @@ def gradient_sums_kernel(
     x,
     partials,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     num_rows,
@@ -114,7 +114,7 @@ def gradient_sums_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Sums of dz and dz * h over each part of a span; dz is dy where y > 0, h = (x - mean) deviation.
+    """Sums of dz and dz * h over each part of a span; dz is dy where y > 0, h = (x - mean) rstd.
 
     The sign of y is computed again from x, which is read anyway.
     """
@@ -123,7 +123,7 @@ def gradient_sums_kernel(
     base = first * columns
     own = tl.program_id(1) * columns + column
     middle = tl.load(mean + own, mask=inside, other=0.0)
-    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    scale = tl.load(rstd + own, mask=inside, other=0.0)
     slope = tl.load(weight + column, mask=inside, other=0.0) * scale
     shift = tl.load(bias + column, mask=inside, other=0.0)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
@@ -170,7 +170,7 @@ def input_gradient_kernel(
     dx,
     sums,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     num_rows,
@@ -180,7 +180,7 @@ def input_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n) in one pass; with `relu`, dy is given for dz."""
+    """dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n) in one pass; with `relu`, dy is given for dz."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
@@ -190,7 +190,7 @@ def input_gradient_kernel(
     start = tl.program_id(1).to(tl.int64) * span_rows
     size = tl.minimum(num_rows - start, span_rows).to(tl.float32)
     middle = tl.load(mean + own, mask=inside, other=0.0)
-    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    scale = tl.load(rstd + own, mask=inside, other=0.0)
     slope = tl.load(weight + column, mask=inside, other=0.0) * scale
     if relu:
         shift = tl.load(bias + column, mask=inside, other=0.0)

@@ -20,10 +20,10 @@ from megabatch.kernels.norm._batch_norm_triton import (
 
 
 @triton.jit
-def _of_span(mean, deviation, column, inside, columns):
-    """Mean and deviation of this span's channels."""
+def _of_span(mean, rstd, column, inside, columns):
+    """Mean and rstd of this span's channels."""
     own = tl.program_id(1) * columns + column
-    return tl.load(mean + own, mask=inside, other=0.0), tl.load(deviation + own, mask=inside, other=0.0)
+    return tl.load(mean + own, mask=inside, other=0.0), tl.load(rstd + own, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -64,11 +64,11 @@ def join_kernel(
     y,
     passed,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     other_mean,
-    other_deviation,
+    other_rstd,
     other_weight,
     other_bias,
     num_rows,
@@ -79,17 +79,17 @@ def join_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """y = relu(weight (x - mean) deviation + bias + residual) in one pass, and with `relu` where y is not 0."""
+    """y = relu(weight (x - mean) rstd + bias + residual) in one pass, and with `relu` where y is not 0."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
     values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
     added = tl.load(residual + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(mean, deviation, column, inside, columns)
+    middle, scale = _of_span(mean, rstd, column, inside, columns)
     slope = tl.load(weight + column, mask=inside, other=0.0) * scale
     values = _normalised(values, middle, slope, tl.load(bias + column, mask=inside, other=0.0))
     if two_norms:
-        middle, scale = _of_span(other_mean, other_deviation, column, inside, columns)
+        middle, scale = _of_span(other_mean, other_rstd, column, inside, columns)
         slope = tl.load(other_weight + column, mask=inside, other=0.0) * scale
         added = _normalised(added, middle, slope, tl.load(other_bias + column, mask=inside, other=0.0))
     values += added
@@ -114,9 +114,9 @@ def join_gradient_kernel(
     dz,
     partials,
     mean,
-    deviation,
+    rstd,
     other_mean,
-    other_deviation,
+    other_rstd,
     num_rows,
     span_rows,
     rows_per_part,
@@ -127,7 +127,7 @@ def join_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dz = dy + addend where ReLU passed, and over each part of a span the sums of dz and of dz (x - mean) deviation.
+    """dz = dy + addend where ReLU passed, and over each part of a span the sums of dz and of dz (x - mean) rstd.
 
     With `two_norms` also those of the residual's batch norm, behind them: the first of these is the same sum again.
     """
@@ -135,11 +135,11 @@ def join_gradient_kernel(
     first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
     base = first * columns
     bits, byte = passed + first * ((columns + 7) // 8), _bytes_here(columns, block_columns)
-    middle, scale = _of_span(mean, deviation, column, inside, columns)
+    middle, scale = _of_span(mean, rstd, column, inside, columns)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     if two_norms:
-        other_middle, other_scale = _of_span(other_mean, other_deviation, column, inside, columns)
+        other_middle, other_scale = _of_span(other_mean, other_rstd, column, inside, columns)
         others = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
         place, here = _tile(column, inside, done, count, columns, block_rows)
@@ -174,10 +174,10 @@ def two_input_gradients_kernel(
     dresidual,
     sums,
     mean,
-    deviation,
+    rstd,
     weight,
     other_mean,
-    other_deviation,
+    other_rstd,
     other_weight,
     num_rows,
     span_rows,
@@ -185,7 +185,7 @@ def two_input_gradients_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n) of both batch norms of a join, from one read of dz."""
+    """dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n) of both batch norms of a join, from one read of dz."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
@@ -195,12 +195,12 @@ def two_input_gradients_kernel(
     size = tl.minimum(num_rows - start, span_rows).to(tl.float32)
     pairs = sums + tl.program_id(1) * 4 * columns
     values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(mean, deviation, column, inside, columns)
+    middle, scale = _of_span(mean, rstd, column, inside, columns)
     slope = tl.load(weight + column, mask=inside, other=0.0) * scale
     result = _input_gradient(gradient, values, middle, scale, slope, pairs, size, column, inside, columns)
     tl.store(dx + base + place, result.to(dx.dtype.element_ty), mask=here)
     values = tl.load(residual + base + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(other_mean, other_deviation, column, inside, columns)
+    middle, scale = _of_span(other_mean, other_rstd, column, inside, columns)
     slope = tl.load(other_weight + column, mask=inside, other=0.0) * scale
     pairs += 2 * columns
     result = _input_gradient(gradient, values, middle, scale, slope, pairs, size, column, inside, columns)

@@ -15,10 +15,10 @@ NOWHERE = tl.constexpr(9)
 
 
 @triton.jit
-def _channels(mean, deviation, weight, bias, column, inside, columns):
-    """Mean, deviation, deviation times weight, and bias of this span's channels."""
+def _channels(mean, rstd, weight, bias, column, inside, columns):
+    """Mean, rstd, rstd times weight, and bias of this span's channels."""
     own = tl.program_id(1) * columns + column
-    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    scale = tl.load(rstd + own, mask=inside, other=0.0)
     slope = tl.load(weight + column, mask=inside, other=0.0) * scale
     middle = tl.load(mean + own, mask=inside, other=0.0)
     return middle, scale, slope, tl.load(bias + column, mask=inside, other=0.0)
@@ -30,7 +30,7 @@ def pool_kernel(
     pooled,
     places,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     num_rows,
@@ -46,7 +46,7 @@ def pool_kernel(
     """The first maximum of each window of relu(batch norm of x), in the order of rows; rows here are those pooled."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
-    middle, _, slope, shift = _channels(mean, deviation, weight, bias, column, inside, columns)
+    middle, _, slope, shift = _channels(mean, rstd, weight, bias, column, inside, columns)
     row = (first + tl.arange(0, block_rows)).to(tl.int32)
     exists = tl.arange(0, block_rows) < count
     sample = row // (pooled_height * pooled_width)
@@ -103,7 +103,7 @@ def pool_gradient_sums_kernel(
     x,
     partials,
     mean,
-    deviation,
+    rstd,
     num_rows,
     span_rows,
     rows_per_part,
@@ -116,12 +116,12 @@ def pool_gradient_sums_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Sums of dz and of dz (x - mean) deviation over each part of a span, dz gathered from the windows."""
+    """Sums of dz and of dz (x - mean) rstd over each part of a span, dz gathered from the windows."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
     own = tl.program_id(1) * columns + column
     middle = tl.load(mean + own, mask=inside, other=0.0)
-    scale = tl.load(deviation + own, mask=inside, other=0.0)
+    scale = tl.load(rstd + own, mask=inside, other=0.0)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
@@ -145,7 +145,7 @@ def pool_input_gradient_kernel(
     dx,
     sums,
     mean,
-    deviation,
+    rstd,
     weight,
     bias,
     num_rows,
@@ -158,7 +158,7 @@ def pool_input_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n), dz gathered from the windows again."""
+    """dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n), dz gathered from the windows again."""
     column, inside = _columns_here(columns, block_columns)
     first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
     place, here = _tile(column, inside, 0, count, columns, block_rows)
@@ -176,7 +176,7 @@ def pool_input_gradient_kernel(
         block_rows,
     )
     values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale, slope, _ = _channels(mean, deviation, weight, bias, column, inside, columns)
+    middle, scale, slope, _ = _channels(mean, rstd, weight, bias, column, inside, columns)
     size = tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows).to(tl.float32)
     pair = sums + tl.program_id(1) * 2 * columns + column
     of_gradient = tl.load(pair, mask=inside, other=0.0) / size

@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels.bottleneck.handover import Handover, Rest
+from megabatch.kernels.bottleneck.handover import DeferredNormBackward, Handover
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm import join as join_passes
 from megabatch.kernels.norm import passes
 from megabatch.kernels.norm.passes import Moments, Normalisation
-from megabatch.kernels.statistics import Keep, keep_statistics
+from megabatch.kernels.statistics import StatisticsSink, keep_statistics
 
 
 def fused_bn_act(
@@ -32,7 +32,7 @@ def fused_bn_act(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     relu: bool = True,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)`: each `span` samples by their own statistics, plus a residual, through ReLU; differentiable.
@@ -42,7 +42,7 @@ def fused_bn_act(
     (Ioffe and Szegedy 2015, arXiv:1502.03167; the gradients are in `norm_passes`.) `mean` and `var` are (spans, C), in
     float32 and without gradient; `var` is the unbiased variance, which running averages want. The last span
     is short where N is no multiple of `span`. torch rounds between the three operations, the kernels only once. With
-    `keep` the statistics are also kept there, as a layer keeps those of its forwards.
+    `sink` the statistics are also kept there, as a layer keeps those of its forwards.
 
     Shapes: x and residual (N, C, H, W), float32, float16 or bfloat16, fastest with the channels last, in which y comes
     back from a GPU; weight and bias (C,), float32.
@@ -52,13 +52,13 @@ def fused_bn_act(
     """
     check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
-        if backend == "auto" and cpu_batch_norm.serves(x, weight, bias):
-            return cpu_batch_norm.norm_act(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu, keep=keep)
+        if backend == "auto" and cpu_batch_norm.supports(x, weight, bias):
+            return cpu_batch_norm.norm_act(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu, sink=sink)
         y, mean, var = batch_norm_act_reference(x, weight, bias, span=span, eps=eps, residual=residual, relu=relu)
-        if keep is not None:
-            keep_statistics(keep, mean, var, triton=False)
+        if sink is not None:
+            keep_statistics(sink, mean, var, triton=False)
         return y, mean, var
-    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, keep=keep)
+    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, sink=sink)
     y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")
     return y, found.mean, found.var
 
@@ -146,8 +146,8 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, weight, bias, passed = ctx.saved_tensors
-        norm = Normalisation(mean, deviation, weight, bias)
+        x, mean, rstd, weight, bias, passed = ctx.saved_tensors
+        norm = Normalisation(mean, rstd, weight, bias)
         relu = ctx.relu and passed is None
         if passed is None:
             dz, sums = dy, passes.gradient_sums(dy, x, norm, relu=relu, **ctx.options)
@@ -155,7 +155,7 @@ class _NormAct(torch.autograd.Function):
             dz, sums = join_passes.join_gradient(dy, x, norm, passed, **ctx.options)
         dx: Tensor | None = dz
         if ctx.leave:
-            ctx.leave.leave(Rest(x, norm, sums, relu))
+            ctx.leave.leave(DeferredNormBackward(x, norm, sums, relu))
         else:
             dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
         dbias, dweight = over_spans(sums)

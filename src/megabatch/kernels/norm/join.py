@@ -1,6 +1,6 @@
 """The passes of a residual join, forward and backward: batch norm, a sum and ReLU; no autograd.
 
-With h = (x - mean) deviation as in `norm_passes`:
+With h = (x - mean) rstd as in `norm_passes`:
 
     z  = relu(weight h + bias + r)
     dz = dy + addend where z > 0;   dr = dz

@@ -1,10 +1,10 @@
 """The passes over images that batch norm and ReLU are made of, forward and backward; no autograd.
 
-With h = (x - mean) deviation per span and channel, where deviation = 1 / sqrt(biased variance + eps):
+With h = (x - mean) rstd per span and channel, where rstd = 1 / sqrt(biased variance + eps):
 
     y  = relu(weight h + bias)
     dz = dy where y > 0;   dbias = sum dz;   dweight = sum dz h          over all spans
-    dx = weight deviation (dz - sum(dz) / n - h sum(dz h) / n)           sums over one span
+    dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n)           sums over one span
 
 (Ioffe and Szegedy 2015, arXiv:1502.03167.) Each pass is a Triton kernel on matrices of rows (samples x pixels) and
 channels, and beside it the same in torch's operations. Sums are float32, added in one order: equal inputs give equal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 from megabatch.kernels.layout import images_of, rows_of
-from megabatch.kernels.statistics import Keep, has_kernel, keep_statistics, kernel_arguments, no_arguments
+from megabatch.kernels.statistics import StatisticsSink, has_kernel, keep_statistics, kernel_arguments, no_arguments
 
 TILE = 4096
 """Values of one tile of the reducing kernels; those that write as they read take twice as many."""
@@ -34,21 +34,21 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    deviation: Tensor
+    rstd: Tensor
 
 
 class Normalisation(NamedTuple):
-    """What batch norm does to images: (x - mean) deviation weight + bias. (spans, C) twice and (C,) twice, float32."""
+    """What batch norm does to images: (x - mean) rstd weight + bias. (spans, C) twice and (C,) twice, float32."""
 
     mean: Tensor
-    deviation: Tensor
+    rstd: Tensor
     weight: Tensor
     bias: Tensor
 
     @classmethod
     def of(cls, moments: Moments, weight: Tensor, bias: Tensor) -> "Normalisation":
         """Batch norm by these statistics."""
-        return cls(moments.mean, moments.deviation, weight, bias)
+        return cls(moments.mean, moments.rstd, weight, bias)
 
     def in_rows(self) -> tuple[Tensor, ...]:
         """The four as kernels walk them, which know no strides."""
@@ -104,12 +104,12 @@ def cut(shape: torch.Size, span: int) -> Cut:
     return Cut(count * height * width, columns, span_rows, spans, rows_per_part, parts, block_rows, block_columns)
 
 
-def moments(x: Tensor, *, span: int, eps: float, triton: bool, keep: Keep | None = None) -> Moments:
-    """One read of x. With `keep` they are also kept there."""
+def moments(x: Tensor, *, span: int, eps: float, triton: bool, sink: StatisticsSink | None = None) -> Moments:
+    """One read of x. With `sink` they are also kept there."""
     if not triton:
         found = _moments_reference(x, span, eps)
-        if keep is not None:
-            keep_statistics(keep, found.mean, found.var, triton=False)
+        if sink is not None:
+            keep_statistics(sink, found.mean, found.var, triton=False)
         return found
     own, rows = cut(x.shape, span), rows_of(x)
     with on_device(x):
@@ -117,21 +117,23 @@ def moments(x: Tensor, *, span: int, eps: float, triton: bool, keep: Keep | None
         load("kernels._statistics_triton").moments_kernel[own.reductions()](
             rows, partials, own.num_rows, own.span_rows, own.rows_per_part, own.parts, **own.block()
         )
-        return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps, keep)
+        return combine_moments(partials, own.num_rows, own.span_rows, own.rows_per_part, eps, sink)
 
 
-def measure(x: Tensor, *, span: int, eps: float, keep: Keep | None = None, backend: Backend = "auto") -> Moments:
+def measure(
+    x: Tensor, *, span: int, eps: float, sink: StatisticsSink | None = None, backend: Backend = "auto"
+) -> Moments:
     """`moments` by the kernel or by the reference, as `backend` says."""
-    return moments(x, span=span, eps=eps, triton=use_triton(x, backend), keep=keep)
+    return moments(x, span=span, eps=eps, triton=use_triton(x, backend), sink=sink)
 
 
 def combine_moments(
-    partials: Tensor, num_rows: int, span_rows: int, rows_per_part: int, eps: float, keep: Keep | None
+    partials: Tensor, num_rows: int, span_rows: int, rows_per_part: int, eps: float, sink: StatisticsSink | None
 ) -> Moments:
     """Each span's moments from (spans, parts, 2, C): mean and sum of squared differences from it of each part."""
     spans, parts, _, columns = partials.shape
     found = Moments(*partials.new_empty(3, spans, columns))
-    at_once = keep if keep is not None and spans == 1 and has_kernel(keep) else None
+    at_once = sink if sink is not None and spans == 1 and has_kernel(sink) else None
     load("kernels._statistics_triton").statistics_kernel[(-(-columns // 32), spans)](
         partials,
         *found,
@@ -145,8 +147,8 @@ def combine_moments(
         block_parts=64,
         block_columns=32,
     )
-    if keep is not None and at_once is None:
-        keep_statistics(keep, found.mean, found.var, triton=True)
+    if sink is not None and at_once is None:
+        keep_statistics(sink, found.mean, found.var, triton=True)
     return found
 
 
@@ -219,8 +221,8 @@ def _moments_reference(x: Tensor, span: int, eps: float) -> Moments:
     pairs = [torch.var_mean(part, (0, 2, 3), correction=0) for part in torch.split(wide(x), span)]
     var, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
     sizes = _sizes(x, span)
-    deviation = torch.where(var < torch.inf, torch.rsqrt(var + eps), torch.nan)  # not 0: see the kernel
-    return Moments(mean, var * sizes / (sizes - 1).clamp(min=1), deviation)
+    rstd = torch.where(var < torch.inf, torch.rsqrt(var + eps), torch.nan)  # not 0: see the kernel
+    return Moments(mean, var * sizes / (sizes - 1).clamp(min=1), rstd)
 
 
 def _normalise_reference(x: Tensor, norm: Normalisation, span: int, relu: bool) -> Tensor:
@@ -246,7 +248,7 @@ def _input_gradient_reference(
     masked = wide(_masked(dz, x, norm, span, relu))
     means = sums / _sizes(x, span)[:, None]
     of_gradient, of_product, slope = (
-        by_sample(values, span, len(x)) for values in (means[:, 0], means[:, 1], norm.weight * norm.deviation)
+        by_sample(values, span, len(x)) for values in (means[:, 0], means[:, 1], norm.weight * norm.rstd)
     )
     return ((masked - of_gradient - _hat(x, norm, span) * of_product) * slope).to(x.dtype)
 
@@ -262,8 +264,8 @@ def by_sample(values: Tensor, span: int, count: int) -> Tensor:
 
 
 def _hat(x: Tensor, norm: Normalisation, span: int) -> Tensor:
-    mean, deviation = (by_sample(values, span, len(x)) for values in (norm.mean, norm.deviation))
-    return (wide(x) - mean) * deviation
+    mean, rstd = (by_sample(values, span, len(x)) for values in (norm.mean, norm.rstd))
+    return (wide(x) - mean) * rstd
 
 
 def _sizes(x: Tensor, span: int) -> Tensor:

@@ -16,7 +16,7 @@ from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.norm import passes
 from megabatch.kernels.norm.batch_norm import batch_norm_act_reference, check, over_spans
 from megabatch.kernels.norm.passes import Normalisation
-from megabatch.kernels.statistics import Keep, keep_statistics
+from megabatch.kernels.statistics import StatisticsSink, keep_statistics
 
 _MOST_ROWS = 2**31  # of which a pixel's place is told by 32-bit division
 
@@ -28,12 +28,12 @@ def fused_bn_relu_pool(
     *,
     span: int,
     eps: float = 1e-5,
-    keep: Keep | None = None,
+    sink: StatisticsSink | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, mean, var)`: the maxima of 3x3 windows, stride 2, border 1, of relu(batch norm of x); differentiable.
 
-    Statistics and `keep` as in `fused_bn_act`. Of equal values in a window the first in the order of rows has the
+    Statistics and `sink` as in `fused_bn_act`. Of equal values in a window the first in the order of rows has the
     gradient, and a value that is not a number is the maximum, as in torch's MaxPool2d.
 
     Shapes: x (N, C, H, W), y (N, C, (H + 1) // 2, (W + 1) // 2), weight and bias (C,), float32.
@@ -44,10 +44,10 @@ def fused_bn_relu_pool(
     check(x, weight, bias, None, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES or x.numel() // x.shape[1] >= _MOST_ROWS:
         h, mean, var = batch_norm_act_reference(x, weight, bias, span=span, eps=eps)
-        if keep is not None:
-            keep_statistics(keep, mean, var, triton=False)
+        if sink is not None:
+            keep_statistics(sink, mean, var, triton=False)
         return functional.max_pool2d(h, 3, 2, 1), mean, var
-    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, keep=keep)
+    found = passes.moments(x.detach(), span=span, eps=eps, triton=True, sink=sink)
     norm = Normalisation.of(found, weight.float(), bias.float())
     y: Tensor = _NormReluPool.apply(x, *norm, span)  # type: ignore[no-untyped-call]
     return y, found.mean, found.var
@@ -55,14 +55,12 @@ def fused_bn_relu_pool(
 
 class _NormReluPool(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor, span: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, span: int) -> Tensor:
         rows, sizes = rows_of(x), _sizes(x)
         pooled = passes.cut(torch.Size((len(x), x.shape[1], *sizes[2:])), span)
         y = rows.new_empty(pooled.num_rows, pooled.columns)
         places = torch.empty_like(y, dtype=torch.uint8)
-        norm = Normalisation(mean, deviation, weight, bias)
+        norm = Normalisation(mean, rstd, weight, bias)
         with on_device(x):
             load("kernels.norm._stem_triton").pool_kernel[_grid(pooled)](
                 rows, y, places, *norm.in_rows(), pooled.num_rows, pooled.span_rows, *sizes, **_tile(pooled)
@@ -76,7 +74,7 @@ class _NormReluPool(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, places, *values = ctx.saved_tensors
         norm = Normalisation(*values)
-        mean, deviation, weight, bias = norm.in_rows()
+        mean, rstd, weight, bias = norm.in_rows()
         kernels = load("kernels.norm._stem_triton")
         rows, gradient, sizes, cut = rows_of(x), rows_of(dy), _sizes(x), passes.cut(x.shape, ctx.span)
         partials = rows.new_empty(cut.spans, cut.parts, 2, cut.columns, dtype=torch.float32)
@@ -88,7 +86,7 @@ class _NormReluPool(torch.autograd.Function):
                 rows,
                 partials,
                 mean,
-                deviation,
+                rstd,
                 cut.num_rows,
                 cut.span_rows,
                 cut.rows_per_part,
@@ -104,7 +102,7 @@ class _NormReluPool(torch.autograd.Function):
                 dx,
                 sums,
                 mean,
-                deviation,
+                rstd,
                 weight,
                 bias,
                 cut.num_rows,

@@ -15,7 +15,7 @@ from megabatch.kernels.bottleneck.handover import Handover
 from megabatch.kernels.bottleneck.residual import join_conv1x1, norm_conv1x1
 from megabatch.kernels.norm.batch_norm import norm_act_of
 from megabatch.kernels.norm.passes import Moments, Normalisation, measure
-from megabatch.nn.fused.fuse import Fusable, Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of
+from megabatch.nn.fused.fuse import Fusable, Fusion, backend_of, can_fuse, is_hooked, norm_act, sink_of, span_of
 
 
 class FusableBottleneck(Fusable):
@@ -98,7 +98,7 @@ def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
         block.conv3.weight,
         span=span,
         eps=third.eps,
-        keep=keep_of(third),
+        sink=sink_of(third),
         take=(handover := Handover()),
         backend=backend,
     )
@@ -123,7 +123,7 @@ def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, T
         span=span_of(norm, branch.y),
         eps=norm.eps,
         residual_norm=other,
-        keep=keep_of(norm),
+        sink=sink_of(norm),
         leave=branch.handover,
         take=(handover := Handover()),
         backend=backend_of(block.fusion),
@@ -147,7 +147,7 @@ def _measured(norm: nn.Module, y: Tensor, fusion: Fusion) -> Measured:
     """The output of a convolution that does not measure what it writes."""
     norm = _batch_norm(norm)
     span, backend = span_of(norm, y), backend_of(fusion)
-    return Measured(y, measure(y.detach(), span=span, eps=norm.eps, keep=keep_of(norm), backend=backend), norm)
+    return Measured(y, measure(y.detach(), span=span, eps=norm.eps, sink=sink_of(norm), backend=backend), norm)
 
 
 def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:

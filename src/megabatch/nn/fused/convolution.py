@@ -13,7 +13,7 @@ def convolve(layer: nn.Module, x: Tensor, fusion: Fusion) -> Tensor:
     """layer(x), a convolution's, in the type that autocast gives it."""
     if fusion == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype == torch.bfloat16 and cpu_conv.serves(images := x.to(dtype), weight := layer.weight.to(dtype)):
+        if dtype == torch.bfloat16 and cpu_conv.supports(images := x.to(dtype), weight := layer.weight.to(dtype)):
             return cpu_conv.conv2d(images, weight, stride=layer.stride[0], padding=int(layer.padding[0]))
     y: Tensor = layer(x)
     return y

@@ -14,7 +14,7 @@ from megabatch.errors import UserError
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.dispatch import Backend, has_triton
 from megabatch.kernels.norm.batch_norm import fused_bn_act
-from megabatch.kernels.statistics import Keep, RunningAverages, SpanSums
+from megabatch.kernels.statistics import RunningAverages, SpanSums, StatisticsSink
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
@@ -75,7 +75,7 @@ def norm_act(
         eps=norm.eps,
         residual=residual,
         relu=relu,
-        keep=keep_of(norm),
+        sink=sink_of(norm),
         backend=backend_of(fusion),
     )
     return y
@@ -114,7 +114,7 @@ def backend_of(fusion: Fusion) -> Backend:
     return fusion
 
 
-def keep_of(norm: nn.BatchNorm2d) -> Keep:
+def sink_of(norm: nn.BatchNorm2d) -> StatisticsSink:
     """Where the statistics of a training forward go, as the norm's own forward would have them."""
     if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
         return SpanSums(norm.first_span, norm.span_sum)
@@ -129,7 +129,7 @@ def _has_kernel(x: Tensor, fusion: Fusion) -> bool:
     """Whether batch norm, residual and ReLU of such a tensor are one function, on a GPU or on a CPU."""
     if fusion == "plain" or torch.compiler.is_compiling():
         return False
-    return wants(x, fusion) or (fusion == "auto" and cpu_batch_norm.serves(x))
+    return wants(x, fusion) or (fusion == "auto" and cpu_batch_norm.supports(x))
 
 
 def wants(x: Tensor, fusion: Fusion) -> bool:

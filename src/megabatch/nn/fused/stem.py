@@ -13,7 +13,7 @@ from torch.nn import functional
 from megabatch.kernels import tuning
 from megabatch.kernels.norm.stem import fused_bn_relu_pool
 from megabatch.nn.fused.convolution import convolve
-from megabatch.nn.fused.fuse import Fusion, backend_of, can_fuse, is_hooked, keep_of, norm_act, span_of, wants
+from megabatch.nn.fused.fuse import Fusion, backend_of, can_fuse, is_hooked, norm_act, sink_of, span_of, wants
 
 WIDTHS = (4, 8)
 """Input channels that are tried where there are fewer."""
@@ -44,7 +44,7 @@ def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, fusion: Fusio
         norm.bias,
         span=span_of(norm, x),
         eps=norm.eps,
-        keep=keep_of(norm),
+        sink=sink_of(norm),
         backend=backend_of(fusion),
     )
     return y

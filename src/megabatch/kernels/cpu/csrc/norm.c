@@ -98,7 +98,7 @@ typedef struct {
     const void *x, *residual, *dy, *output; /* (rows, channels) */
     void *y, *dz, *dx;                      /* likewise */
     const float *weight, *bias;             /* (channels) */
-    float *mean, *variance, *deviation;     /* (spans, channels): the unbiased variance, 1 / sqrt(biased + eps) */
+    float *mean, *variance, *rstd;     /* (spans, channels): the unbiased variance, 1 / sqrt(biased + eps) */
     float *dweight, *dbias;                 /* (channels) */
     float *first, *total; /* (2 channels + 1): means, unbiased variances and their number; of the first span, of all */
 } Norm;
@@ -137,7 +137,7 @@ static void put(float *row, const Cut *cut, int64_t channel, float value) {
 static void put_affine(const Norm *norm, const Cut *cut, float *rows, int64_t span, int64_t channel) {
     int64_t place = span * cut->channels + channel;
     put(rows, cut, channel, norm->mean[place]);
-    put(rows + cut->width, cut, channel, norm->weight[channel] * norm->deviation[place]);
+    put(rows + cut->width, cut, channel, norm->weight[channel] * norm->rstd[place]);
     put(rows + 2 * cut->width, cut, channel, norm->bias[channel]);
 }
 
@@ -159,8 +159,8 @@ static void combine_moments(const Norm *norm, const Cut *cut, const float *parti
     int64_t place = span * cut->channels + channel;
     norm->mean[place] = (float)mean;
     norm->variance[place] = (float)(spread / (count > 1 ? count - 1 : 1));
-    /* Squares that overflow must not pass as a deviation of 0, which turns a diverged net into a constant. */
-    norm->deviation[place] = isfinite(spread) ? (float)(1 / sqrt(spread / count + norm->eps)) : NAN;
+    /* Squares that overflow must not pass as an rstd of 0, which turns a diverged net into a constant. */
+    norm->rstd[place] = isfinite(spread) ? (float)(1 / sqrt(spread / count + norm->eps)) : NAN;
 }
 
 /* Adds a channel's statistics of all spans to `total`, and puts those of the first into an empty `first`. */
@@ -178,16 +178,16 @@ static void collect(const Norm *norm, const Cut *cut, int first_is_empty, int64_
 static void combine_sums(const Norm *norm, const Cut *cut, const float *partials, float *rows, int64_t span,
                          int64_t channel) {
     double of_dz = 0, of_product = 0, count = count_of(cut, span_of(cut, span));
-    double deviation = norm->deviation[span * cut->channels + channel];
+    double rstd = norm->rstd[span * cut->channels + channel];
     for (int64_t part = 0; part < cut->parts; part++)
         for (int64_t at = channel; at < cut->width; at += cut->channels) {
             of_dz += partials[part * 2 * cut->width + at];
             of_product += partials[(part * 2 + 1) * cut->width + at];
         }
     norm->dbias[channel] += (float)of_dz;
-    norm->dweight[channel] += (float)(of_product * deviation);
+    norm->dweight[channel] += (float)(of_product * rstd);
     put(rows + 3 * cut->width, cut, channel, (float)(of_dz / count));
-    put(rows + 4 * cut->width, cut, channel, (float)(of_product * deviation * deviation / count));
+    put(rows + 4 * cut->width, cut, channel, (float)(of_product * rstd * rstd / count));
 }
 
 static void moments_of(const Norm *norm, const Cut *cut, const Scratch *scratch, int64_t at) {
