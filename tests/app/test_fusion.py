@@ -57,16 +57,16 @@ def _force(set_fusion, model, fusion):
         ({}, True, True, "fused batch norm and convolutions"),
         ({"precision": "fp32"}, True, True, "fused batch norm"),
         ({}, True, False, "fused batch norm"),
-        ({}, False, False, "kernels of torch (ours are not compiled: that takes a C compiler, on Linux)"),
-        ({"fusion": "plain"}, True, True, "kernels of torch"),
-        ({"compile": True}, True, True, "kernels of torch.compile"),
+        ({}, False, False, "torch kernels (compiling ours needs a C compiler, on Linux)"),
+        ({"fusion": "plain"}, True, True, "torch kernels"),
+        ({"compile": True}, True, True, "torch.compile kernels"),
     ],
 )
-def test_a_run_says_whose_kernels_compute(monkeypatch, values, has_norms, has_convolutions, words):
+def test_a_run_names_its_kernel_implementation(monkeypatch, values, has_norms, has_convolutions, words):
     monkeypatch.setattr(runtime.cpu_batch_norm, "is_available", lambda: has_norms)
     monkeypatch.setattr(runtime.cpu_conv, "is_available", lambda: has_convolutions)
     precision = Precision(values.get("precision", "bf16"), torch.device("cpu"))
-    assert runtime.kernels_in_words(Runtime(**values), precision, torch.device("cpu")) == words
+    assert runtime.describe_kernels(Runtime(**values), precision, torch.device("cpu")) == words
 
 
 @pytest.mark.parametrize(

@@ -142,11 +142,11 @@ def test_evaluation_counts_the_same_on_any_number_of_workers(tmp_path):
 def evaluate_saved(folder, recipe):
     from tiny_run import here
 
-    from megabatch.app.data import build_eval_loader, eval_block_size
+    from megabatch.app.data import build_eval_loader
     from megabatch.app.resolve import choose_precision
     from megabatch.app.run import load_for_evaluation
     from megabatch.train.checkpoint import open_checkpoint
-    from megabatch.train.evaluate import evaluate
+    from megabatch.train.evaluate import eval_block_size, evaluate
 
     world = here()
     data = tiny_data(recipe, num_test=10_000)

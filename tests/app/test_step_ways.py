@@ -11,7 +11,7 @@ from ranks import run_processes
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 from torch.utils import _pytree as pytree
 
-from megabatch.app.model import apply_settings, build_model, build_optimizer
+from megabatch.app.model import build_model, build_optimizer
 from megabatch.app.resolve import check, choose_capture
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World
@@ -23,7 +23,7 @@ from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.loop import train
 from megabatch.train.precision import Precision
 from megabatch.train.readback import Readback
-from megabatch.train.schedule import settings_at
+from megabatch.train.schedule import apply_settings, settings_at
 from megabatch.train.step import captured_work
 
 FP32 = Runtime(precision="fp32", micro_batch_size=24)
@@ -116,7 +116,7 @@ def test_a_rate_in_a_tensor_is_overwritten_and_not_replaced():
     optimizer = build_optimizer(recipe, module, capturable=True)
     tensors = [group[name] for group in optimizer.param_groups for name in ("lr", "momentum", "weight_decay")]
     settings = settings_at(recipe, 3, 3 * 48)
-    apply_settings(optimizer, settings)
+    apply_settings(optimizer.param_groups, settings)
     found = [group[name] for group in optimizer.param_groups for name in ("lr", "momentum", "weight_decay")]
     assert all(one is other for one, other in zip(tensors, found, strict=True))
     assert float(found[0]) == pytest.approx(settings.lr)

@@ -10,7 +10,7 @@ from tiny_run import tiny_recipe
 
 from megabatch.app import micro_batch
 from megabatch.app.micro_batch import fit_micro_batch
-from megabatch.app.run_log import Sinks, announce_measuring
+from megabatch.app.run_log import RunLog, announce_measuring
 from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
@@ -48,10 +48,10 @@ def test_a_run_says_that_it_measures_before_it_does(monkeypatch, tmp_path):
     monkeypatch.setattr(Progress, "note", lambda _, text: said.append(text))
     monkeypatch.setattr(tuning, "_table", table)
     with contextlib.ExitStack() as stack:
-        announce_measuring(Sinks(tmp_path, Progress(1, 1.0), None), stack)
+        announce_measuring(RunLog(tmp_path, Progress(1, 1.0), None), stack)
         table.choose("product", (1,), torch.zeros(1), {"plain": list, "wide": list})
     assert len(said) == 1
-    assert "compiling kernels" in said[0]
+    assert "compiling and timing kernels" in said[0]
     assert table.on_first is None
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import run_threads
 from tiny_run import here
 
-from megabatch.train.bad_samples import Damage, MeetsDamage
+from megabatch.train.bad_samples import BadSamples, ReplacesBadSamples
 
 
 class Loader:
@@ -27,20 +27,20 @@ class Loader:
 def a_run(loader):
     events = []
     run = SimpleNamespace(loader=loader, world=here(), state=SimpleNamespace(step=7), log=events.append)
-    return Damage(run), events
+    return BadSamples(run), events
 
 
 def three_workers_meet():
     loader, rank = Loader(), dist.get_rank()
-    assert isinstance(loader, MeetsDamage)
+    assert isinstance(loader, ReplacesBadSamples)
     damage, events = a_run(loader)
-    damage.meet()
+    damage.synchronize()
     loader.meets(10 + rank)
     loader.meets(99)
-    damage.meet()
-    damage.meet()
+    damage.synchronize()
+    damage.synchronize()
     loader.meets(10)  # of an epoch in which it came to this worker
-    damage.meet()
+    damage.synchronize()
     return loader.named, events
 
 
@@ -56,5 +56,5 @@ def test_every_worker_knows_what_any_has_met_and_none_is_named_twice():
 def test_a_run_without_damage_and_one_on_arrays_log_nothing():
     for loader in (Loader(), SimpleNamespace(batches=None)):
         damage, events = a_run(loader)
-        damage.meet()
+        damage.synchronize()
         assert events == []

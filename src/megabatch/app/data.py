@@ -1,4 +1,4 @@
-"""The data of a run: sources from a known data set or a folder, and the loaders over them."""
+"""Data of a run: opens its sources (a known data set, a folder, or remote shards) and builds the loaders."""
 
 import dataclasses
 import math
@@ -34,14 +34,14 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Data:
-    """The two sets of a run, and where they came from in words."""
+    """Training and evaluation set of a run; `origin` describes where they came from."""
 
     train: Source
     evaluation: Source
     origin: str
 
     def close(self) -> None:
-        """Ends what the sources have in hand, such as fetching ahead; after the loaders over them are closed."""
+        """Stops background work of the sources, such as prefetching; call it after the loaders are closed."""
         for source in (self.train, self.evaluation):
             if isinstance(source, RemoteShards):
                 source.close()
@@ -54,14 +54,14 @@ def open_data(
     on_progress: Callable[[str], None] | None = None,
     probe: bool = False,
 ) -> Data:
-    """The recipe's data set, or the folder or the remote shards that the runtime names instead.
+    """Opens the recipe's data set, or the folder or remote shards of `runtime.data`.
 
-    `probe` looks for damaged files in folders too (at most `PROBED_FILES` a set), unless the runtime says how many it
-    will bear.
+    `probe` also searches folders for corrupt files (at most `PROBED_FILES` per set), unless the runtime sets
+    `max_bad_share`.
 
     Raises:
-        DataError, FetchError: it cannot be had.
-        SettingsError: decoding on a GPU is not to be had.
+        DataError, FetchError: the data set is unavailable.
+        SettingsError: GPU decoding is unavailable.
     """
     _check_decode(runtime)
     if runtime.data is None and recipe.dataset == "folder":
@@ -99,14 +99,14 @@ def _open_url(url: str, runtime: Runtime) -> Data:
     cache = (runtime.cache or cache_folder()) / "remote"
     train, evaluation = open_remote_shards(url, cache=cache, max_bytes=_room(runtime))
     parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without what may be secret
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without credentials
     return Data(train, evaluation, shown)
 
 
 def check_room(recipe: Recipe, runtime: Runtime, data: Data, *, world: World) -> None:
-    """SettingsError if local copies of remote shards have less room than what one machine's workers train on at once.
+    """Raises SettingsError if the shard cache is smaller than the shards that one machine's workers read at once.
 
-    In shard-local order a window is read while the next one comes; otherwise any shard may be next.
+    In shard-local order that is the current window and the next; otherwise any shard may be next.
     """
     if not isinstance(data.train, RemoteShards):
         return
@@ -138,12 +138,12 @@ def _too_little_room(recipe: Recipe, runtime: Runtime, needed: int, needed_local
 
 
 def _up(num_bytes: int) -> float:
-    """GiB, rounded up to a thousandth."""
+    """GiB, rounded up to three decimals."""
     return math.ceil(1000 * num_bytes / _GIB) / 1000
 
 
 def fit_to_data(recipe: Recipe, data: Data) -> Recipe:
-    """The recipe with the counts of the data that is really there."""
+    """The recipe with the sample and class counts of `data`."""
     return validate(
         dataclasses.replace(recipe, num_train_images=len(data.train), num_classes=len(data.train.class_names))
     )
@@ -157,7 +157,7 @@ def build_train_loader(
     world: World,
     on_bad_sample: Callable[[str, str], None] | None = None,
 ) -> TrainLoader:
-    """Batches of the training set, augmented as the recipe says."""
+    """Loader of the training set, with the recipe's augmentation."""
     return TrainLoader(
         source,
         seed=recipe.seed,
@@ -189,7 +189,7 @@ def build_train_loader(
 
 
 def build_eval_loader(recipe: Recipe, runtime: Runtime, source: Source, *, world: World) -> EvalLoader:
-    """The evaluation set, resized and centre-cropped as the recipe says."""
+    """Loader of the evaluation set, resized and centre-cropped as the recipe specifies."""
     return EvalLoader(
         source,
         resolution=recipe.eval_resolution,
@@ -210,7 +210,7 @@ def _decode_threads(runtime: Runtime, world: World) -> int:
 
 
 def _check_decode(runtime: Runtime) -> None:
-    """SettingsError, before a run starts, for a way of decoding that this machine does not have."""
+    """Raises SettingsError if the decoder that the runtime requests is unavailable on this machine."""
     if runtime.decode == "cpu" and runtime.decoded_cache_gib:
         raise SettingsError(
             f"--decoded-cache-gib {runtime.decoded_cache_gib:g} keeps what a GPU has decoded, and --decode cpu was "
@@ -228,9 +228,9 @@ def _check_decode(runtime: Runtime) -> None:
 def _gpu_decoder(
     recipe: Recipe, runtime: Runtime, source: Source, *, world: World, cache_gib: float
 ) -> GpuDecoder | None:
-    """What decodes this source on the worker's GPU; None if threads do.
+    """GPU decoder of this source, or None if CPU threads decode.
 
-    With `decode=auto` a GPU decodes only where there are few threads: its time is better spent on training.
+    With `decode=auto` the GPU decodes only if few threads are available: its time is better spent on training.
     """
     wanted = runtime.decode == "gpu" or runtime.decoded_cache_gib > 0
     if runtime.decode == "auto" and _decode_threads(runtime, world) < _FEW_THREADS:
@@ -242,9 +242,3 @@ def _gpu_decoder(
 
 def _max_bad_share(runtime: Runtime) -> float:
     return _DEFAULT_BAD_SHARE if runtime.max_bad_share is None else runtime.max_bad_share
-
-
-def eval_block_size(recipe: Recipe) -> int:
-    """Samples of one evaluation forward: a function of the recipe alone, so that every sample has the same neighbours
-    on any number of workers."""
-    return max(8, min(512, int(512 * (32 / recipe.eval_resolution) ** 2)))

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 from megabatch.train.precision import widen_logits
 from megabatch.train.schedule import peak_lr
-from megabatch.train.state import StepSettings
 
 
 def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_size: int) -> nn.Module:
@@ -103,23 +101,3 @@ def build_optimizer(
             return RMSpropWarmup(
                 groups, lr, momentum=momentum, capturable=capturable, copies=copies, rmsprop_lr=recipe.rmsprop_lr
             )
-
-
-def apply_settings(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
-    """Writes a step's rates into every parameter group; into the tensors themselves where a graph reads them."""
-    for group in optimizer.param_groups:
-        if "base_weight_decay" not in group:
-            group["base_weight_decay"] = float(group["weight_decay"])
-        _set(group, "lr", settings.lr)
-        _set(group, "weight_decay", group["base_weight_decay"] * settings.weight_decay_factor)
-        if "momentum" in group:
-            _set(group, "momentum", settings.momentum)
-        if "sgd_share" in group and settings.sgd_share is not None:
-            _set(group, "sgd_share", settings.sgd_share)
-
-
-def _set(group: dict[str, Any], name: str, value: float) -> None:
-    if isinstance(group[name], Tensor):
-        group[name].fill_(value)
-    else:
-        group[name] = value

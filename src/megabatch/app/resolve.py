@@ -1,4 +1,4 @@
-"""What the runtime leaves open: micro-batch, workers, precision; and whether recipe and runtime fit together."""
+"""Resolves what the runtime leaves open (micro-batch, workers, precision) and checks that recipe and runtime fit."""
 
 import contextlib
 import math
@@ -20,25 +20,25 @@ from megabatch.train.precision import LARGEST_SCALE, Precision, fastest_precisio
 
 
 def choose_micro_batch(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.device) -> int:
-    """Samples of one forward and backward: the runtime's word, or what suits the device.
+    """Samples per forward and backward: the runtime's value, or a default for the device.
 
-    Chosen as whole batch-norm spans, and without regard to the number of workers where that is possible, so that the
-    same micro-batches are computed (bit for bit) whatever the world size.
+    The default is a multiple of the batch-norm span and, where possible, independent of the number of workers, so that
+    every world size computes the same micro-batches bit for bit.
     """
     if runtime.micro_batch_size is not None:
         return runtime.micro_batch_size
     if recipe.max_global_batch_size:
         return recipe.bn_span  # the noise scale is measured between one span and the global batch
     pixels = max(value for _, value in recipe.resolution)
-    # A CPU wants its activations near the caches: 256 samples of 32 px, 36 of 224; a GPU wants to be filled.
+    # On a CPU activations should stay near the caches: 256 samples of 32 px, 36 of 224. A GPU needs large batches.
     budget = 256 * (224 / pixels) ** 2 if device.type == "cuda" else 256 * 32 / pixels
-    # One span a micro-batch is normalised in one call; several only where one is too little work.
+    # A micro-batch of one span is normalised in one call; several spans only where one is too little work.
     spans = 1 if recipe.bn_span >= budget / 4 else int(budget // recipe.bn_span)
     return recipe.bn_span * min(spans, max(1, recipe.global_batch_size // world_size // recipe.bn_span))
 
 
 def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.device) -> int:
-    """The micro-batch size; RecipeError or SettingsError if recipe and runtime do not fit together."""
+    """Returns the micro-batch size; raises RecipeError or SettingsError if recipe and runtime do not fit."""
     validate(recipe)
     choose_precision(runtime, device)
     choose_capture(recipe, runtime, World(world_size=world_size, device=device))
@@ -59,17 +59,17 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
 
 
 def default_workers(recipe: Recipe, runtime: Runtime) -> int:
-    """Local workers where the user names no number: one a GPU, else one a core up to eight, none without a span."""
+    """Default number of local workers: one per GPU, else one per core (max 8), at most one per batch-norm span."""
     gpus = torch.cuda.device_count() if runtime.device != "cpu" and torch.cuda.is_available() else 0
     smallest = min([recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)])
     return max(1, min(gpus or min(available_cores(), 8), smallest // recipe.bn_span))
 
 
 def choose_precision(runtime: Runtime, device: torch.device) -> Precision:
-    """The precision the runtime names, or the device's fastest, with the runtime's loss scale.
+    """The runtime's precision, or the fastest of the device, with the runtime's loss scale.
 
     Raises:
-        SettingsError: a loss scale that is no power of two in fp16's range.
+        SettingsError: the loss scale is not a power of two in fp16's range.
     """
     scale = runtime.loss_scale
     if scale is not None and (math.frexp(scale)[0] != 0.5 or not 1 <= scale <= LARGEST_SCALE):
@@ -83,25 +83,25 @@ def choose_precision(runtime: Runtime, device: torch.device) -> Precision:
 
 @dataclass(frozen=True)
 class Capture:
-    """Whether steps become CUDA graphs, and why (not)."""
+    """True in `chosen` if steps are captured in CUDA graphs, and the reason."""
 
     chosen: bool
-    words: str
+    reason: str
 
 
 def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
-    """`auto` captures on one CUDA device. Elsewhere, and where a step must look at its own results, it cannot be.
+    """Captures under `auto` on one CUDA device; impossible elsewhere, and where a step reads its own results.
 
     Raises:
-        SettingsError: capture=on where it cannot be.
+        SettingsError: capture=on where capture is impossible.
     """
     obstacle = None
     if world.device.type != "cuda":
         obstacle = "there is no GPU"
     elif world.world_size > 1:
-        obstacle = "several workers exchange gradients through hooks in Python"
+        obstacle = "several workers exchange gradients through Python hooks"
     elif recipe.max_global_batch_size:
-        obstacle = "growth by noise scale looks at each micro-batch's gradient"
+        obstacle = "growth by noise scale reads each micro-batch's gradient"
     if runtime.capture == "on" and obstacle:
         raise SettingsError(f"capture=on: a step cannot be one CUDA graph, as {obstacle}; capture=auto works")
     if runtime.capture == "off" or obstacle:
@@ -110,17 +110,17 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
 
 
 def choose_memory(runtime: Runtime, world: World) -> str:
-    """Lets a worker on a CPU keep the memory it frees, unless the runtime forbids it; what was done, in words.
+    """Keeps freed memory in a worker on a CPU, unless the runtime forbids it; returns a description of the setting.
 
     Measured on two cores with ResNet-50 in bf16: 1.3 times as fast, for 1.15 times the memory.
     """
     kept = runtime.keep_memory and world.device.type == "cpu" and keep_freed_memory(world.local_world_size)
-    return kept or "freed memory goes back to the system"
+    return kept or "freed memory is returned to the system"
 
 
 @contextlib.contextmanager
 def cudnn_measures(runtime: Runtime, device: torch.device) -> Iterator[None]:
-    """Within the block cuDNN tries its algorithms at each new shape, where the runtime lets it."""
+    """Within the block cuDNN benchmarks its algorithms at each new shape, if the runtime allows it."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = runtime.cudnn_benchmark and device.type == "cuda"
     try:
@@ -129,13 +129,13 @@ def cudnn_measures(runtime: Runtime, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def kernels_in_words(runtime: Runtime, precision: Precision, device: torch.device) -> str:
-    """Whose kernels compute the model."""
+def describe_kernels(runtime: Runtime, precision: Precision, device: torch.device) -> str:
+    """Describes which kernel implementation is used."""
     if runtime.compile or runtime.fusion == "plain":
-        return "kernels of torch.compile" if runtime.compile else "kernels of torch"
+        return "torch.compile kernels" if runtime.compile else "torch kernels"
     if device.type == "cuda":
-        return "fused kernels" if has_triton() else "kernels of torch (Triton is not installed)"
+        return "fused kernels" if has_triton() else "torch kernels (Triton is not installed)"
     if not cpu_batch_norm.is_available():
-        return "kernels of torch (ours are not compiled: that takes a C compiler, on Linux)"
+        return "torch kernels (compiling ours needs a C compiler, on Linux)"
     convolutions = precision.name == "bf16" and cpu_conv.is_available()
     return "fused batch norm and convolutions" if convolutions else "fused batch norm"

@@ -1,4 +1,4 @@
-"""Where a run's facts go: the event file, the screen, and the files beside them."""
+"""The log of a run: events.jsonl, the screen, and the JSON files beside the events."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from megabatch.app.data import Data
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
+from megabatch.observe.curve import Curve, against_curve, curve_text
 from megabatch.observe.environment import describe
 from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
@@ -20,21 +21,24 @@ from megabatch.train.state import TrainState
 
 
 @dataclass
-class Sinks:
-    """Where a run's facts go: the event file and the screen; both silent on all workers but the first."""
+class RunLog:
+    """Event file and screen of a run; silent on all ranks but 0."""
 
     folder: Path
     progress: Progress
     events: EventLog | None
     quiet: bool = False
+    published_curve: Curve = ()
 
     def note(self, text: str) -> None:
-        """Shows one line, unless the user wants quiet."""
+        """Prints one line, except under --quiet."""
         if not self.quiet:
             self.progress.note(text)
 
     def log(self, event: dict[str, Any]) -> None:
-        """Writes one event and shows what a person wants of it."""
+        """Writes one event and prints its main numbers."""
+        if event["event"] == "evaluation":
+            event = event | self._against_curve(event["epoch"], event["top1"])
         if self.events:
             kind = event["event"]
             self.events.write(kind, **{key: value for key, value in event.items() if key != "event"})
@@ -45,28 +49,35 @@ class Sinks:
         elif event["event"] == "warning":
             self.progress.note(f"warning: {event['text']}")
 
+    def _against_curve(self, epoch: float, top1: float) -> dict[str, Any]:
+        """Comparison with the recipe's published accuracy curve, if there is one."""
+        place = against_curve(self.published_curve, epoch, top1)
+        if place is None:
+            return {}
+        return {"against_curve": place, "remark": curve_text(self.published_curve, epoch, top1)}
 
-def open_sinks(recipe: Recipe, folder: Path, *, world: World, quiet: bool, stack: contextlib.ExitStack) -> Sinks:
-    """Opened on the first worker, silent on the others; closed with `stack`."""
+
+def open_run_log(recipe: Recipe, folder: Path, *, world: World, quiet: bool, stack: contextlib.ExitStack) -> RunLog:
+    """Opens the log on rank 0, a silent one on other ranks; closed with `stack`."""
     progress = Progress(count_steps(recipe), recipe.total_epochs, enabled=world.is_first, quiet=quiet)
     events = None
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         events = stack.enter_context(EventLog(folder / "events.jsonl"))
-    return Sinks(folder, stack.enter_context(progress), events, quiet)
+    return RunLog(folder, stack.enter_context(progress), events, quiet, recipe.published_curve)
 
 
-def announce_measuring(sinks: Sinks, stack: contextlib.ExitStack) -> None:
-    """Says once, until `stack` ends, that kernels are compiled and timed: a first run is silent for minutes else."""
+def announce_measuring(log: RunLog, stack: contextlib.ExitStack) -> None:
+    """Prints one line when kernels are first compiled and timed, which takes minutes; in force until `stack` ends."""
     table = tuning.table()
-    table.on_first = lambda: sinks.note(
-        "compiling kernels and timing which are fastest here: a few minutes the first time, then kept for later runs"
+    table.on_first = lambda: log.note(
+        "compiling and timing kernels for this machine: a few minutes in the first run, cached for later runs"
     )
     stack.callback(setattr, table, "on_first", None)
 
 
 def describe_run(
-    sinks: Sinks,
+    log: RunLog,
     recipe: Recipe,
     runtime: Runtime,
     data: Data,
@@ -76,10 +87,10 @@ def describe_run(
     state: TrainState,
     resumed_from: int | None,
 ) -> None:
-    """Writes what is trained and where it runs beside the events, and says it in three lines."""
+    """Writes recipe.json and environment.json and logs the run's start, in three lines on the screen."""
     environment = describe()
-    _write_json(sinks.folder / "recipe.json", fields_as_json(recipe))
-    _write_json(sinks.folder / "environment.json", environment)
+    _write_json(log.folder / "recipe.json", fields_as_json(recipe))
+    _write_json(log.folder / "environment.json", environment)
     where = {
         "workers": world.world_size,
         "device": world.device.type,
@@ -90,20 +101,20 @@ def describe_run(
         "wire": runtime.wire,
         "data": data.origin,
     }
-    sinks.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)
+    log.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)
     batch = f"{recipe.global_batch_size:,}"
     accumulated = recipe.global_batch_size // (micro_batch_size * world.world_size) or 1
-    sinks.note(
+    log.note(
         f"{recipe.name}: {recipe.model}, {recipe.num_train_images:,} images from {data.origin}, "
         f"{recipe.total_epochs:g} epochs at global batch {batch}"
     )
-    sinks.note(
+    log.note(
         f"{world.world_size} worker(s) on {world.device.type}, {state.precision.name}, micro-batch {micro_batch_size} "
-        f"x {accumulated} accumulated, batch-norm span {recipe.bn_span}; run folder {sinks.folder}"
+        f"x {accumulated} accumulated, batch-norm span {recipe.bn_span}; run folder {log.folder}"
     )
-    sinks.note(f"chosen: {'; '.join(choices)}")
+    log.note(f"chosen: {'; '.join(choices)}")
     if resumed_from is not None:
-        sinks.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
+        log.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

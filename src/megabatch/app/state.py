@@ -1,11 +1,11 @@
-"""What a run starts from: the recipe's own beginning, or a checkpoint; the same on every worker."""
+"""Initial state of a run, from the recipe or from a checkpoint; equal on every worker."""
 
 from pathlib import Path
 
 from torch import nn
 
 from megabatch.app.model import build_model, build_optimizer
-from megabatch.app.run_log import Sinks
+from megabatch.app.run_log import RunLog
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
 from megabatch.nn.initialize import weights_digest
@@ -28,7 +28,7 @@ def build_state(
     micro_batch_size: int,
     capturable: bool = False,
 ) -> TrainState:
-    """Model, optimizer and policies at step 0; with `capturable`, rates are tensors a graph can read."""
+    """Model, optimizer and policies at step 0; with `capturable`, rates are tensors that a CUDA graph reads."""
     module = build_model(recipe, runtime, world=world, micro_batch_size=micro_batch_size)
     policy = None
     if recipe.max_global_batch_size:
@@ -42,16 +42,16 @@ def build_state(
 
 
 def _copies(runtime: Runtime, precision: Precision, module: nn.Module) -> WeightCopies:
-    """Of the weights that forward would cast; of none under torch.compile, whose graphs know the weights alone."""
+    """16-bit copies of the weights that forward casts; none under torch.compile, whose graphs read the weights."""
     wanted = runtime.weight_copies and precision.name != "fp32" and not runtime.compile
     return WeightCopies(module if wanted else None, precision.dtype)
 
 
-def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, sinks: Sinks) -> int | None:
-    """Loads the newest intact checkpoint, the same one on every worker; the step it was written at."""
+def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, log: RunLog) -> int | None:
+    """Loads the newest intact checkpoint, the same one on every worker; returns its step, or None."""
 
     def warn(text: str) -> None:
-        sinks.log({"event": "warning", "text": text})
+        log.log({"event": "warning", "text": text})
 
     checkpoints = folder / "checkpoints"
     found = newest_intact(checkpoints, on_damaged=warn) if world.is_first else None
@@ -66,17 +66,17 @@ def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, sin
 
 
 def refuse_other_recipe(recipe: Recipe, saved: Recipe) -> None:
-    """CheckpointError with the differing fields, if the two recipes could train different weights."""
+    """Raises CheckpointError, which lists the differing fields, if the two recipes could train different weights."""
     differing = differing_fields(recipe, saved)
     if differing:
-        words = "; ".join(f"{name} was {old}, now {new}" for name, (new, old) in differing.items())
-        raise CheckpointError(f"the checkpoint is of another recipe: {words}; use its values, or another --output")
+        listed = "; ".join(f"{name} was {old}, now {new}" for name, (new, old) in differing.items())
+        raise CheckpointError(f"the checkpoint is of another recipe: {listed}; use its values, or another --output")
 
 
 def check_same_weights(module: nn.Module, world: World) -> None:
-    """CheckpointError on a worker whose weights are not worker 0's."""
+    """Raises CheckpointError on a worker whose weights differ from those of rank 0."""
     digest = weights_digest(module)
     if broadcast_from_rank0(digest, world) != digest:
         raise CheckpointError(
-            f"worker {world.rank} starts with other weights than worker 0; all workers need the same torch version"
+            f"worker {world.rank} has other initial weights than worker 0; all workers need the same torch version"
         )

@@ -43,13 +43,14 @@ def evaluate(
 
 
 def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
-    from megabatch.app.data import build_eval_loader, eval_block_size, fit_to_data, open_data
+    from megabatch.app.data import build_eval_loader, fit_to_data, open_data
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import join
     from megabatch.errors import DataError
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
+    from megabatch.train.evaluate import eval_block_size
     from megabatch.train.evaluate import evaluate as count
 
     with join(device=runtime.device) as world, contextlib.ExitStack() as stack:

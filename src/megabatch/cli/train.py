@@ -204,7 +204,7 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: i
             replaced = int(sum_over_workers(torch.tensor(loader.num_replaced, device=world.device), world))
             end = {"event": "run_end", "top1": top1, "images_per_s": images_per_s, "train_s": seconds}
             run.log(end | {"num_replaced_samples": replaced})
-        complete = run.state.samples_seen >= run.total_samples
+        complete = run.is_complete
         if world.is_first:
             _finish(folder, top1, images_per_s, seconds, run.state.step, complete=complete, quiet=quiet)
         if evaluation is None and not complete:

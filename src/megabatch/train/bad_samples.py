@@ -1,4 +1,4 @@
-"""Samples that could not be read: named once each by the first worker, whoever met them, and counted over all."""
+"""Samples that could not be read: logged once each by rank 0, and counted over all workers."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -8,12 +8,12 @@ from megabatch.train.state import Run
 
 
 @runtime_checkable
-class MeetsDamage(Protocol):
-    """A loader over files, of which some may be damaged (data/loading/base_loader.py)."""
+class ReplacesBadSamples(Protocol):
+    """A loader that replaces unreadable samples (data/loading/base_loader.py)."""
 
     @property
     def num_replaced(self) -> int:
-        """How often a batch held another sample in place of one that could not be read."""
+        """Number of times a batch held a replacement for an unreadable sample."""
         ...
 
     @property
@@ -22,38 +22,38 @@ class MeetsDamage(Protocol):
         ...
 
     def learn_bad_samples(self, reasons: Mapping[int, str]) -> None:
-        """Takes in, and names, what other workers could not read."""
+        """Adds, and logs, samples that other workers could not read."""
         ...
 
 
-class Damage:
-    """What the workers' loaders could not read, exchanged when all of them stop to evaluate or to save anyway.
+class BadSamples:
+    """Unreadable samples of all workers, synchronized whenever the workers evaluate or save anyway.
 
-    Between two meetings only the first worker's own finds are in its log. One gather of Python objects a meeting,
-    which hold what is new since the last one.
+    Between two synchronizations rank 0 logs only the samples that it met itself. Each costs one gather of Python
+    objects, which hold what is new since the last one.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._met: set[int] = set()  # what all workers know
+        self._known: set[int] = set()  # on all workers
         self._logged: dict[str, int] = {}
 
-    def meet(self) -> None:
-        """Makes every worker know all bad samples, and logs their number where it has changed.
+    def synchronize(self) -> None:
+        """Shares the bad samples of all workers with each of them, and logs their number if it has changed.
 
-        Called by all workers together.
+        A collective: all workers call it together.
 
         Raises:
-            DataError: they exceed the share of the data set that may be bad.
+            DataError: more samples are bad than `max_bad_share` allows.
         """
         loader = self._run.loader
-        if not isinstance(loader, MeetsDamage):
+        if not isinstance(loader, ReplacesBadSamples):
             return
-        fresh = {index: reason for index, reason in loader.bad_samples.items() if index not in self._met}
-        told = all_gather_objects((loader.num_replaced, fresh), self._run.world)
-        found = {index: reason for _, reasons in told for index, reason in reasons.items()}
-        self._met |= found.keys()
-        self._log({"num_bad_samples": len(self._met), "num_replaced_samples": sum(count for count, _ in told)})
+        fresh = {index: reason for index, reason in loader.bad_samples.items() if index not in self._known}
+        gathered = all_gather_objects((loader.num_replaced, fresh), self._run.world)
+        found = {index: reason for _, reasons in gathered for index, reason in reasons.items()}
+        self._known |= found.keys()
+        self._log({"num_bad_samples": len(self._known), "num_replaced_samples": sum(count for count, _ in gathered)})
         loader.learn_bad_samples(found)
 
     def _log(self, counts: dict[str, int]) -> None:

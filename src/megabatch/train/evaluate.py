@@ -1,33 +1,23 @@
-"""Exact evaluation: every sample counted once, and the same count on any number of workers.
+"""Exact evaluation: every sample counts once, and the result is the same on any number of workers.
 
-The set is cut into blocks of a fixed size by index, whatever the world size, and blocks are dealt to workers; so each
-sample is computed beside the same neighbours everywhere and no rounding depends on the worker count.
+The set is cut into blocks of a fixed size by index and blocks are dealt to workers, so a sample always has the same
+neighbours in its forward pass and no rounding depends on the number of workers.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+import contextlib
+import dataclasses
+import time
 
 import torch
 from torch import Tensor, nn
 
 from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loading.batch import Batch
+from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, finish_precise
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
+from megabatch.recipe import Recipe
 from megabatch.train.precision import Precision
-from megabatch.train.state import Evaluation
-
-
-class EvalData(Protocol):
-    """The evaluation set in index order."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in all."""
-        ...
-
-    def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
-        """Samples [first, last) in batches of `batch_size`."""
-        ...
+from megabatch.train.state import EvalData, Evaluation, Run
 
 
 def evaluate(
@@ -37,7 +27,6 @@ def evaluate(
     world: World,
     precision: Precision,
     block_size: int = 256,
-    on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker."""
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)  # samples, correct at 1, correct at 5, loss sum
@@ -47,8 +36,6 @@ def evaluate(
     with torch.inference_mode():
         for batch in data.batches(first, last, block_size):
             counts += _count(module, batch, precision)
-            if on_progress:
-                on_progress(batch.count)
     module.train(was_training)
     num, top1, top5, loss = sum_over_workers(counts, world).tolist()
     return Evaluation(int(num), int(top1), int(top5), loss / max(1.0, num))
@@ -67,3 +54,38 @@ def _count(module: nn.Module, batch: Batch, precision: Precision) -> Tensor:
     top1, top5 = correct_counts(logits, batch.labels, k=(1, min(5, logits.shape[1])))
     loss = cross_entropy_sum(logits, batch.labels, label_smoothing=0.0)
     return torch.stack([part.detach().double() for part in (top1.new_tensor(batch.count), top1, top5, loss)])
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Evaluates the run's weights, or their average where it keeps one, and logs the result."""
+    started = time.perf_counter()
+    state = run.state
+    with state.average.swapped() if state.average else contextlib.nullcontext():
+        if run.recipe.eval_stats == "precise":
+            _recompute_statistics(run)
+        block_size = eval_block_size(run.recipe)
+        result = evaluate(
+            state.module, run.eval_data, world=run.world, precision=state.precision, block_size=block_size
+        )
+    state.module.train()
+    counts = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "num_samples": result.num_samples}
+    where = {"step": state.step, "epoch": state.samples_seen / run.recipe.num_train_images}
+    run.log({"event": "evaluation"} | where | counts | {"seconds": time.perf_counter() - started})
+    return result
+
+
+def eval_block_size(recipe: Recipe) -> int:
+    """Samples per evaluation forward: a function of the recipe alone, so a sample always has the same neighbours."""
+    return max(8, min(512, int(512 * (32 / recipe.eval_resolution) ** 2)))
+
+
+def _recompute_statistics(run: Run) -> None:
+    """Batch-norm statistics of the present weights over the last `precise_batches` global batches."""
+    state, recipe = run.state, run.recipe
+    first = max(0, state.samples_seen - recipe.precise_batches * recipe.global_batch_size)
+    settings = dataclasses.replace(run.settings_at(state.step, first), count=state.samples_seen - first)
+    begin_precise(state.module)
+    for batch in run.loader.batches((positions, settings.resolution) for positions in run.micro_batches(settings)):
+        with torch.no_grad(), state.precision.autocast():
+            state.module(batch.images)
+    finish_precise(state.module)

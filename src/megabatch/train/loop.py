@@ -3,7 +3,7 @@
     settings(step, samples seen) -> micro-batches -> gradients -> exchange -> update -> event
     every k epochs: exact evaluation, then a checkpoint
 
-All that can change from one machine to another is wired in build/; here are free functions on plain state.
+Everything that differs between machines is wired in app/; this package holds free functions on plain state.
 """
 
 import itertools
@@ -14,65 +14,68 @@ from collections.abc import Iterator
 from typing import Any
 
 from megabatch.data.loading.batch import Batch
-from megabatch.train.bad_samples import Damage
-from megabatch.train.state import Evaluation, Run, StepSettings
+from megabatch.train.bad_samples import BadSamples
+from megabatch.train.checkpoint import checkpoint_path
+from megabatch.train.evaluate import evaluate_run
+from megabatch.train.schedule import StepSettings, total_samples
+from megabatch.train.state import Evaluation, Run
 from megabatch.train.step import PendingStep, require_finite, start_step
 
 
 def train(run: Run) -> Evaluation | None:
-    """Trains until the last sample, `max_steps`, or a request to stop; the last evaluation, None if there was none."""
+    """Trains until the last sample, `max_steps` or a stop request; returns the last evaluation, or None."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
-    under_way, damage = _InFlightSteps(run), Damage(run)
+    in_flight, bad_samples = _InFlightSteps(run), BadSamples(run)
     for settings, batches in _steps(run):
-        under_way.add(start_step(run, settings, batches))
+        in_flight.add(start_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run)
-        stop = under_way.settle(all_of_them=saves)
-        evaluation = run.evaluate() if evaluates else None
+        stop = in_flight.settle(wait_for_all=saves)
+        evaluation = evaluate_run(run) if evaluates else None
         if saves or stop:
-            run.save(evaluation)
-            damage.meet()
+            _save(run, evaluation)
+            bad_samples.synchronize()
         if stop or ended:
             break
     return evaluation
 
 
 class _InFlightSteps:
-    """Steps that were started and not yet looked at: none on a CPU.
+    """Steps that are dispatched and whose loss is not read back yet; always empty on a CPU.
 
-    On a GPU a step's loss is read when the next step has been started, so that the device never waits for Python; what
-    keeps or judges the weights waits until all losses before are known to be finite.
+    On a GPU the loss of a step is read after the next step is dispatched, so that the device never waits for Python.
+    Evaluation and checkpoints wait until all earlier losses are known to be finite.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._taken: deque[PendingStep] = deque()
+        self._pending: deque[PendingStep] = deque()
         self._settled_at = 0.0
 
-    def add(self, taken: PendingStep) -> None:
-        self._taken.append(taken)
+    def add(self, step: PendingStep) -> None:
+        self._pending.append(step)
 
-    def settle(self, *, all_of_them: bool) -> bool:
-        """Checks and reports steps, all or all but one that is late; whether a worker was asked to stop."""
+    def settle(self, *, wait_for_all: bool) -> bool:
+        """Checks and logs pending steps, all or all but the newest; True if any worker received a stop request."""
         stop = False
-        while self._taken and (all_of_them or stop or len(self._taken) > self._taken[0].numbers.is_late):
-            stop = self._finish(self._taken.popleft()) or stop
+        while self._pending and (wait_for_all or stop or len(self._pending) > self._pending[0].scalars.is_asynchronous):
+            stop = self._finish(self._pending.popleft()) or stop
         return stop
 
-    def _finish(self, taken: PendingStep) -> bool:
-        require_finite(self._run, taken)
+    def _finish(self, step: PendingStep) -> bool:
+        require_finite(self._run, step)
         now = time.perf_counter()
-        seconds = now - max(taken.started, self._settled_at)
+        seconds = now - max(step.started, self._settled_at)
         self._settled_at = now
-        self._run.log(_step_event(self._run, taken, seconds))
-        return taken.stops()
+        self._run.log(_step_event(self._run, step, seconds))
+        return step.stop_requested()
 
 
 def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
-    """Each step's settings with an iterator over its batches; batches are prepared ahead, across steps."""
-    while run.state.samples_seen < run.total_samples:
+    """Settings of each step with an iterator over its batches, which are prefetched across steps."""
+    while not run.is_complete:
         planned_batch = run.state.batch_policy and run.state.batch_policy.global_batch_size
         batches = run.loader.batches(
             (positions, settings.resolution) for settings in _plan(run) for positions in run.micro_batches(settings)
@@ -80,27 +83,27 @@ def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
         for settings in _plan(run):
             yield settings, batches
             if run.state.batch_policy and run.state.batch_policy.global_batch_size != planned_batch:
-                break  # the batch grew: what was prepared ahead belongs to another cut of the stream
+                break  # the batch grew: prefetched batches belong to another cut of the stream
 
 
 def _plan(run: Run) -> Iterator[StepSettings]:
     """Settings of this and all later steps, as far as they are known now."""
     first = run.state.samples_seen
     for step in itertools.count(run.state.step):
-        if first >= run.total_samples:
+        if first >= total_samples(run.recipe):
             return
         settings = run.settings_at(step, first)
         yield settings
         first = settings.next_sample
 
 
-def _step_event(run: Run, taken: PendingStep, seconds: float) -> dict[str, Any]:
-    settings = taken.settings
+def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
+    settings = step.settings
     event: dict[str, Any] = {
         "event": "step",
         "step": settings.step + 1,
-        "epoch": settings.next_sample / run.num_train_images,
-        "loss": taken.loss(),
+        "epoch": settings.next_sample / run.recipe.num_train_images,
+        "loss": step.loss(),
         "lr": settings.lr,
         "momentum": settings.momentum,
         "global_batch_size": settings.count,
@@ -112,12 +115,24 @@ def _step_event(run: Run, taken: PendingStep, seconds: float) -> dict[str, Any]:
     return event | (run.exchange_report() if run.exchange_report else {})
 
 
+def _save(run: Run, evaluation: Evaluation | None) -> None:
+    """Writes a checkpoint in the background, on rank 0."""
+    if run.checkpoints is None:
+        return
+    state, top1 = run.state, evaluation.top1 if evaluation else None
+    epoch = state.samples_seen / run.recipe.num_train_images
+    run.checkpoints.write(state.state_dict(), step=state.step, epoch=epoch, top1=top1)
+    name = checkpoint_path(run.checkpoints.folder, state.step).name
+    run.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/{name}"})
+
+
 def _evaluation_is_due(run: Run, settings: StepSettings) -> bool:
-    """At the end, and when the step crossed `offset + k * every` epochs."""
-    if run.state.samples_seen >= run.total_samples:
+    """True at the end, and when the step crossed `offset + k * every` epochs."""
+    if run.is_complete:
         return True
-    before = (settings.first / run.num_train_images - run.eval_offset_epochs) / run.eval_every_epochs
-    after = (run.state.samples_seen / run.num_train_images - run.eval_offset_epochs) / run.eval_every_epochs
+    recipe = run.recipe
+    before = (settings.first / recipe.num_train_images - recipe.eval_offset_epochs) / recipe.eval_every_epochs
+    after = (run.state.samples_seen / recipe.num_train_images - recipe.eval_offset_epochs) / recipe.eval_every_epochs
     return math.floor(after + 1e-9) > max(-1, math.floor(before + 1e-9))
 
 

@@ -1,11 +1,11 @@
-"""Numbers of a step on their way from the device to the host, so that no step waits for the one before."""
+"""Asynchronous device-to-host copy of a step's scalars, so that no step waits for the previous one."""
 
 import torch
 from torch import Tensor
 
 
 class Readback:
-    """A few values that are there at once on a CPU, and copied beside the computation on a GPU."""
+    """A few scalars: available at once on a CPU, copied asynchronously on a GPU."""
 
     def __init__(self, values: Tensor) -> None:
         """`values` (n,): may be overwritten by the device's later work."""
@@ -18,12 +18,12 @@ class Readback:
             self._event.record()
 
     @property
-    def is_late(self) -> bool:
-        """Whether reading waits for the device."""
+    def is_asynchronous(self) -> bool:
+        """True if `read` may wait for the device."""
         return self._event is not None
 
     def read(self) -> list[float]:
-        """The values; waits for the device where it has not got so far."""
+        """Returns the values, once the device has computed them."""
         if self._event is not None:
             self._event.synchronize()
         return [float(value) for value in self._host.tolist()]

@@ -1,16 +1,40 @@
-"""The whole schedule of a recipe as pure functions of the samples seen."""
+"""The schedule of a run: rates, batch and resolution of a step as pure functions of the samples seen before it.
+
+The way of a learning rate: `Recipe.peak_lr` -> `settings_at` -> `StepSettings.lr` -> `apply_settings` -> the optimizer.
+"""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 from megabatch.optim import schedule
 from megabatch.optim.batch_size import adjusted
 from megabatch.optim.schedule import sgd_share
 from megabatch.recipe import Recipe, value_at
-from megabatch.train.state import StepSettings
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Everything that one optimizer step depends on: a pure function of the samples seen before it."""
+
+    step: int
+    first: int  # stream position of the step's first sample
+    count: int  # samples of the global batch
+    epoch: float  # fractional, at the start of the step
+    resolution: int  # pixels
+    lr: float
+    momentum: float
+    weight_decay_factor: float = 1.0
+    sgd_share: float | None = None  # RMSprop warm-up only
+
+    @property
+    def next_sample(self) -> int:
+        """Stream position after this step."""
+        return self.first + self.count
 
 
 def peak_lr(recipe: Recipe) -> float:
-    """The peak rate at the recipe's (first) global batch."""
+    """Peak learning rate, scaled to the recipe's (first) global batch."""
     return schedule.scaled_peak_lr(
         recipe.peak_lr,
         scaling=recipe.lr_scaling,
@@ -20,9 +44,9 @@ def peak_lr(recipe: Recipe) -> float:
 
 
 def settings_at(recipe: Recipe, step: int, first: int, *, global_batch_size: int | None = None) -> StepSettings:
-    """What `step`, starting at stream position `first`, does: the whole schedule as one pure function.
+    """Settings of `step`, which starts at stream position `first`.
 
-    `global_batch_size` overrides the recipe's (batch grown by noise scale).
+    `global_batch_size` replaces the recipe's where the batch grows with the noise scale.
     """
     epoch = first / recipe.num_train_images
     base = int(value_at(recipe.batch_sizes, 0.0)) if recipe.batch_sizes else recipe.global_batch_size
@@ -69,7 +93,7 @@ def settings_at(recipe: Recipe, step: int, first: int, *, global_batch_size: int
 
 
 def total_samples(recipe: Recipe) -> int:
-    """Samples of the whole run; its last step takes what is left, so it may be smaller than a global batch."""
+    """Samples of the whole run; the last step takes the remainder, so it may be smaller than a global batch."""
     return math.ceil(recipe.total_epochs * recipe.num_train_images - 1e-6)
 
 
@@ -82,3 +106,26 @@ def count_steps(recipe: Recipe) -> int:
         first += int(value_at(recipe.batch_sizes, first / recipe.num_train_images))
         steps += 1
     return steps
+
+
+def apply_settings(groups: list[dict[str, Any]], settings: StepSettings) -> None:
+    """Writes a step's rates into every parameter group (`optimizer.param_groups`).
+
+    A rate that is a tensor is filled in place, so that a captured CUDA graph reads the new value.
+    """
+    for group in groups:
+        if "base_weight_decay" not in group:
+            group["base_weight_decay"] = float(group["weight_decay"])
+        _set(group, "lr", settings.lr)
+        _set(group, "weight_decay", group["base_weight_decay"] * settings.weight_decay_factor)
+        if "momentum" in group:
+            _set(group, "momentum", settings.momentum)
+        if "sgd_share" in group and settings.sgd_share is not None:
+            _set(group, "sgd_share", settings.sgd_share)
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if isinstance(group[name], int | float):
+        group[name] = value
+    else:
+        group[name].fill_(value)

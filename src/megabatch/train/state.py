@@ -1,4 +1,4 @@
-"""What a run holds while it trains, and what of it a checkpoint keeps."""
+"""State of a training run: what it holds in memory, and the part of it that a checkpoint keeps."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -10,37 +10,33 @@ from torch import nn
 
 from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
+from megabatch.data.loading.split import micro_batches
+from megabatch.recipe import Recipe
+from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.precision import Precision
+from megabatch.train.schedule import StepSettings, settings_at, total_samples
 from megabatch.train.weight_copies import WeightCopies
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """Everything that one optimizer step needs to know: a pure function of the samples seen so far."""
-
-    step: int
-    first: int  # stream position of the step's first sample
-    count: int  # samples of the global batch
-    epoch: float  # fractional, at the start of the step
-    resolution: int  # pixels
-    lr: float
-    momentum: float
-    weight_decay_factor: float = 1.0
-    sgd_share: float | None = None  # RMSprop warm-up only
-    augmented: bool = True
-
-    @property
-    def next_sample(self) -> int:
-        """Stream position after this step."""
-        return self.first + self.count
-
-
 class Loader(Protocol):
-    """The training data: batches of stream ranges, in the order asked for."""
+    """Training data: batches of stream ranges, in the order requested."""
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
         """One batch per request `(positions, resolution)`."""
+        ...
+
+
+class EvalData(Protocol):
+    """The evaluation set in index order."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all."""
+        ...
+
+    def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
+        """Samples [first, last) in batches of `batch_size`."""
         ...
 
 
@@ -50,7 +46,7 @@ class BatchPolicy(Protocol):
     global_batch_size: int
 
     def observe(self, local_sq_norm: float, local_count: float, global_sq_norm: float, global_count: float) -> int:
-        """Takes in one step's gradient norms; the global batch from the next step on."""
+        """Adds one step's gradient norms; returns the global batch size from the next step on."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,10 +92,10 @@ class WireScales(Protocol):
 
 @dataclass
 class TrainState:
-    """Mutable: the weights, the optimizer, and how far the run is. Position in the data is `samples_seen`.
+    """Mutable: weights, optimizer and progress. `samples_seen` is the position in the data.
 
-    What error feedback on the wire has kept is left out: it is another on every worker, and as large as the gradients,
-    and a checkpoint continues on any number of workers.
+    Error-feedback residuals of the gradient exchange are not part of it: they differ per rank and are as large as the
+    gradients, and a checkpoint resumes on any number of workers.
     """
 
     module: nn.Module
@@ -109,15 +105,14 @@ class TrainState:
     batch_policy: BatchPolicy | None = None
     step: int = 0
     samples_seen: int = 0
-    best_top1: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     wire_scales: WireScales | None = None
-    copies: WeightCopies = field(default_factory=WeightCopies)  # follow the weights, so no checkpoint keeps them
+    copies: WeightCopies = field(default_factory=WeightCopies)  # derived from the weights, so not checkpointed
     _saved_scales: dict[int, float] = field(default_factory=dict)
 
     def keep_wire_scales(self, scales: WireScales) -> None:
-        """Makes the exchange's scales part of the state, and goes on with those that a checkpoint held."""
+        """Makes the exchange's scales part of the state, and restores those of a loaded checkpoint."""
         self.wire_scales = scales
         scales.load_state_dict(self._saved_scales)
 
@@ -131,7 +126,6 @@ class TrainState:
             "batch_policy": self.batch_policy.state_dict() if self.batch_policy else None,
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "best_top1": self.best_top1,
             "skipped_steps": self.skipped_steps,
             "wire_scales": self.wire_scales.state_dict() if self.wire_scales else {},
         }
@@ -146,7 +140,7 @@ class TrainState:
         if self.batch_policy and state["batch_policy"]:
             self.batch_policy.load_state_dict(state["batch_policy"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.best_top1, self.skipped_steps = state["best_top1"], state["skipped_steps"]
+        self.skipped_steps = state["skipped_steps"]
         self._saved_scales = state.get("wire_scales", {})
 
 
@@ -161,38 +155,53 @@ class Evaluation:
 
     @property
     def top1(self) -> float:
-        """Share of samples whose likeliest class is right, in [0, 1]."""
+        """Share of samples whose most likely class is the label, in [0, 1]."""
         return self.correct1 / max(1, self.num_samples)
 
     @property
     def top5(self) -> float:
-        """Share of samples whose class is among the five likeliest, in [0, 1]."""
+        """Share of samples whose label is among the five most likely classes, in [0, 1]."""
         return self.correct5 / max(1, self.num_samples)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One training run, wired by build.py; the loop reads it and calls free functions."""
+    """One training run, wired by app/run.py; the loop and the step are free functions of it."""
 
+    recipe: Recipe
     world: World
     state: TrainState
-    model: nn.Module  # what is called: the module, or its DistributedDataParallel wrapper
+    model: nn.Module  # called in training: the module, compiled or wrapped in DistributedDataParallel or neither
     loader: Loader
-    settings_at: Callable[[int, int], StepSettings]  # of (step, samples seen)
-    micro_batches: Callable[[StepSettings], list[range]]  # this worker's stream ranges of a step
-    apply_settings: Callable[[StepSettings], None]  # rates into the optimizer's groups
-    finish_statistics: Callable[[], None]  # batch-norm running averages, once a step
-    discard_statistics: Callable[[], None]  # the same of a step that was skipped
-    evaluate: Callable[[], Evaluation]
-    save: Callable[[Evaluation | None], None]  # a checkpoint
-    log: Callable[[dict[str, Any]], None]
-    total_samples: int
-    num_train_images: int
-    label_smoothing: float
-    eval_every_epochs: float
-    eval_offset_epochs: float = 0.0
+    eval_data: EvalData
+    micro_batch_size: int
+    log: Callable[[dict[str, Any]], None]  # writes one event
+    stop_requested: Callable[[], bool]
+    checkpoints: CheckpointWriter | None = None  # on rank 0
     checkpoint_every_steps: int = 0
     max_steps: int | None = None
-    stop_requested: Callable[[], bool]
-    exchange_report: Callable[[], dict[str, Any]] | None = None
-    captured: CapturedStep | None = None  # of train/step.py's `captured_work`; None: every step is taken as written
+    exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
+    captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
+
+    def settings_at(self, step: int, first: int) -> StepSettings:
+        """Settings of `step`, which starts at stream position `first`."""
+        policy = self.state.batch_policy
+        return settings_at(self.recipe, step, first, global_batch_size=policy.global_batch_size if policy else None)
+
+    def micro_batches(self, settings: StepSettings) -> list[range]:
+        """Stream ranges of this worker's micro-batches of a step."""
+        ranges = micro_batches(
+            settings.first,
+            settings.count,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            micro_batch_size=self.micro_batch_size,
+            bn_span=self.recipe.bn_span,
+        )
+        # A worker without samples (only in the run's last, short batch) still takes part in the exchange.
+        return ranges or [range(settings.first, settings.first)]
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every sample of the run has been trained on."""
+        return self.state.samples_seen >= total_samples(self.recipe)

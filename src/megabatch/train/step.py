@@ -1,4 +1,4 @@
-"""One update of a run, from its settings to the moved weights: taken as it is written, or replayed from a graph."""
+"""One optimizer step of a run: set the rates, compute gradients, update; executed directly or replayed from a graph."""
 
 import math
 import time
@@ -11,76 +11,81 @@ from torch import Tensor
 from megabatch.comm.launch import sum_over_workers
 from megabatch.data.loading.batch import Batch
 from megabatch.errors import DivergedError
+from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_step
 from megabatch.train.diagnose import first_not_finite
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
 from megabatch.train.readback import Readback
-from megabatch.train.state import Run, StepSettings
+from megabatch.train.schedule import StepSettings, apply_settings
+from megabatch.train.state import Run
 
 MOST_CAPTURED = 8
-"""Micro-batches of a captured step at most: a graph needs the inputs of all of them at once."""
+"""Most micro-batches of a captured step: a graph holds the inputs of all of them at once."""
 MOST_SKIPPED = 25
-"""Steps in a row that may overflow: a dynamic scale has come down by 2^25 then, and a fixed one never will."""
+"""Most overflowing steps in a row: a dynamic scale has fallen by 2^25 by then, and a fixed one never falls."""
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was started; on a GPU it may still be under way."""
+    """A dispatched step; on a GPU it may still be executing."""
 
     settings: StepSettings
     started: float  # time.perf_counter
-    numbers: Readback  # loss sum over the global batch, workers that were asked to stop
-    images: Tensor  # of this worker's last micro-batch
+    scalars: Readback  # loss sum over the global batch, number of workers with a stop request
+    images: Tensor  # this worker's last micro-batch, to locate a non-finite value
 
     def loss(self) -> float:
         """The global mean loss."""
-        return self.numbers.read()[0] / self.settings.count
+        return self.scalars.read()[0] / self.settings.count
 
-    def stops(self) -> bool:
-        """Whether any worker was asked to stop; every worker gets the same answer."""
-        return self.numbers.read()[1] > 0
+    def stop_requested(self) -> bool:
+        """True if any worker received a stop request; equal on all workers."""
+        return self.scalars.read()[1] > 0
 
 
 def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
-    """One update. Where the loss is known before it (not on a GPU, which nobody waits for) it must be finite."""
+    """Runs one step; on a CPU the loss must be finite before the update (on a GPU it is read asynchronously)."""
     started = time.perf_counter()
     state = run.state
-    run.apply_settings(settings)
+    apply_settings(state.optimizer.param_groups, settings)
     state.copies.follow()
     latest = _Latest(batches)
     captured = _captures(run, settings)
     loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)
-    taken = PendingStep(settings, started, Readback(_over_workers(run, loss_sum)), latest.batch.images)
-    if not taken.numbers.is_late:
-        require_finite(run, taken)
+    pending = PendingStep(settings, started, Readback(_sum_over_workers(run, loss_sum)), latest.batch.images)
+    if not pending.scalars.is_asynchronous:
+        require_finite(run, pending)
     if (captured and state.precision.loss_scale is None) or _update(run):
         state.skipped_in_a_row = 0
         if state.average:
-            state.average.update(settings.count / run.num_train_images)
+            state.average.update(settings.count / run.recipe.num_train_images)
     else:
         _skip(run, settings)
     state.step += 1
     state.samples_seen = settings.next_sample
-    return taken
+    return pending
 
 
-def require_finite(run: Run, taken: PendingStep) -> None:
-    """DivergedError, with the step, the layer and what to change, if the step's loss is not finite."""
-    loss, settings = taken.loss(), taken.settings
+def require_finite(run: Run, step: PendingStep) -> None:
+    """Raises DivergedError, which names step, layer and remedy, if the step's loss is not finite."""
+    loss, settings = step.loss(), step.settings
     if math.isfinite(loss):
         return
-    where = first_not_finite(run.state.module, taken.images, run.state.precision)
+    where = first_not_finite(run.state.module, step.images, run.state.precision)
     fp16 = "; precision=bf16 has the range that fp16 lacks" if run.state.precision.name == "fp16" else ""
     raise DivergedError(
         f"the loss is {loss} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): {where} is "
-        "not finite" + (", looked at after the update" if taken.numbers.is_late else "") + "; a smaller peak_lr, half "
+        "not finite"
+        + (", examined after the update" if step.scalars.is_asynchronous else "")
+        + "; a smaller peak_lr, half "
         f"of it say, or more warmup_epochs may help{fp16}; earlier checkpoints are kept"
     )
 
 
 def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int) -> tuple[Tensor, list[Tensor]]:
-    """What a graph holds: gradients and, unless a loss scale decides over it, the update; loss sum and gradients.
+    """The part of a step that a CUDA graph holds: gradients and, without a loss scale, the update.
 
-    `tensors` are the micro-batches' one after another, all with the same parts.
+    A loss scale needs its overflow check on the host before the update. `tensors` are those of the micro-batches one
+    after another, all with the same parts. Returns loss sum and gradients.
     """
     size = len(tensors) // num_micro_batches
     batches = [_joined(tensors[first : first + size]) for first in range(0, len(tensors), size)]
@@ -91,7 +96,7 @@ def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int
 
 
 class _Latest:
-    """An iterator that keeps hold of what it gave last."""
+    """An iterator that remembers the batch it returned last."""
 
     batch: Batch
 
@@ -111,19 +116,19 @@ def _captures(run: Run, settings: StepSettings) -> bool:
 
 
 def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
-    """As `_gradients`, and the update with it unless there is a loss scale."""
+    """As `_gradients`; includes the update unless there is a loss scale."""
     assert run.captured is not None
-    taken = [next(batches) for _ in run.micro_batches(settings)]
-    tensors = [tensor for batch in taken for tensor in _parts(batch)]
-    loss_sum, gradients = run.captured(*tensors, count=settings.count, num_micro_batches=len(taken))
+    inputs = [next(batches) for _ in run.micro_batches(settings)]
+    tensors = [tensor for batch in inputs for tensor in _parts(batch)]
+    loss_sum, gradients = run.captured(*tensors, count=settings.count, num_micro_batches=len(inputs))
     for parameter, gradient in zip(_parameters(run), gradients, strict=True):
-        parameter.grad = gradient  # of this graph: another one's has its own
+        parameter.grad = gradient  # each graph has its own gradient tensors
     result: Tensor = loss_sum
     return result
 
 
 def _gradients(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
-    """Leaves the step's mean gradient in `.grad`; this worker's loss sum."""
+    """Leaves the step's mean gradient in `.grad`; returns this worker's loss sum."""
     state, num_micro_batches = run.state, len(run.micro_batches(settings))
     if state.batch_policy is None:
         return _accumulate(run, settings.count, batches, num_micro_batches)
@@ -143,25 +148,25 @@ def _accumulate(run: Run, count: int, batches: Iterator[Batch], num_micro_batche
 
 
 def _objective(run: Run, count: int) -> Objective:
-    return Objective(count, run.label_smoothing, run.state.precision, run.state.copies)
+    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies)
 
 
 def _update(run: Run) -> bool:
-    """Moves the weights and the running averages; False if a gradient overflowed, and nothing was moved."""
+    """Updates weights and batch-norm statistics; returns False, with nothing changed, if a gradient overflowed."""
     if not run.state.precision.unscale([p.grad for p in _parameters(run) if p.grad is not None]):
         return False
     run.state.optimizer.step()
     run.state.copies.written_by(run.state.optimizer)
-    run.finish_statistics()
+    finish_step(run.state.module, eval_stats=run.recipe.eval_stats)
     return True
 
 
 def _skip(run: Run, settings: StepSettings) -> None:
-    """Counts a step that was not taken. Its samples count as seen: the schedule is a function of samples alone."""
+    """Records a skipped step. Its samples count as seen: the schedule depends on samples only."""
     state = run.state
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    run.discard_statistics()
+    discard_step(state.module)
     if state.skipped_in_a_row >= MOST_SKIPPED and state.precision.loss_scale:
         raise DivergedError(
             f"{MOST_SKIPPED} steps in a row overflowed fp16, the last at step {settings.step} with loss scale "
@@ -170,8 +175,8 @@ def _skip(run: Run, settings: StepSettings) -> None:
         )
 
 
-def _over_workers(run: Run, loss_sum: Tensor) -> Tensor:
-    """(2,) float64: the loss summed over all workers, and how many of them were asked to stop."""
+def _sum_over_workers(run: Run, loss_sum: Tensor) -> Tensor:
+    """(2,) float64: loss sum over all workers, and the number of workers with a stop request."""
     return sum_over_workers(torch.stack([loss_sum, torch.full_like(loss_sum, float(run.stop_requested()))]), run.world)
 
 
