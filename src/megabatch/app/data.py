@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megabatch.comm.launch import World, available_cores
+from megabatch.comm.launch import World
+from megabatch.cores import usable_cores
 from megabatch.data.fetching import fetch
 from megabatch.data.jpeg.gpu import GpuDecoder, has_torchvision
 from megabatch.data.loading.eval_loader import EvalLoader
@@ -206,7 +207,7 @@ def build_eval_loader(recipe: Recipe, runtime: Runtime, source: Source, *, world
 
 
 def _decode_threads(runtime: Runtime, world: World) -> int:
-    return runtime.decode_threads or max(1, available_cores() // world.local_world_size)
+    return runtime.decode_threads or max(1, usable_cores() // world.local_world_size)
 
 
 def _check_decode(runtime: Runtime) -> None:

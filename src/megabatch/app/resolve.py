@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megabatch.comm.launch import World, available_cores
+from megabatch.comm.launch import World
+from megabatch.cores import usable_cores
 from megabatch.data.loading.split import check_split
 from megabatch.errors import SettingsError
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
@@ -62,7 +63,7 @@ def default_workers(recipe: Recipe, runtime: Runtime) -> int:
     """Default number of local workers: one per GPU, else one per core (max 8), at most one per batch-norm span."""
     gpus = torch.cuda.device_count() if runtime.device != "cpu" and torch.cuda.is_available() else 0
     smallest = min([recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)])
-    return max(1, min(gpus or min(available_cores(), 8), smallest // recipe.bn_span))
+    return max(1, min(gpus or min(usable_cores(), 8), smallest // recipe.bn_span))
 
 
 def choose_precision(runtime: Runtime, device: torch.device) -> Precision:

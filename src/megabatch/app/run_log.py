@@ -9,6 +9,7 @@ from typing import Any
 
 from megabatch.app.data import Data
 from megabatch.comm.launch import World
+from megabatch.files import write_text
 from megabatch.kernels import tuning
 from megabatch.observe.curve import Curve, against_curve, curve_text
 from megabatch.observe.environment import describe
@@ -118,4 +119,4 @@ def describe_run(
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    write_text(path, json.dumps(values, indent=1) + "\n")

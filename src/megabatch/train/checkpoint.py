@@ -1,17 +1,15 @@
-"""Checkpoints: one file of tensors and plain numbers, one small JSON beside it that makes it count.
+"""Checkpoints: one file of tensors and plain numbers, and a small JSON file beside it that completes it.
 
     checkpoints/step-00000123.pt      the training state, torch.save, loaded with weights_only
     checkpoints/step-00000123.json    step, epoch, top1, sha256 and size of the .pt, the recipe; written last
 
-Both are written under another name and renamed, the JSON last: a checkpoint without its JSON does not exist, and one
-whose checksum differs is named and skipped. Nothing of the data loader is kept: its position is a function of
-`samples_seen`, so a run goes on with any number of workers.
+Both are written atomically, the JSON last: a checkpoint without its JSON is ignored, and one whose checksum differs is
+reported and skipped. The data loader has no state of its own: its position is a function of `samples_seen`, so a run
+resumes on any number of workers.
 """
 
 import copy
-import hashlib
 import json
-import os
 import pickle  # only its error class: torch.load raises it for what is not plain tensors
 import threading
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 
 from megabatch.errors import CheckpointError
+from megabatch.files import replacing, sha256_of, write_text
 
 FORMAT = 1
 
@@ -40,10 +39,10 @@ class CheckpointInfo:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run in the background, keeps the newest `keep` and the one of best accuracy.
+    """Writes checkpoints of one run in the background; keeps the newest `keep` and the one of best accuracy.
 
-    `write` copies the state before it returns, so later updates cannot leak into the file; at most one write is under
-    way, and an error of it is raised by the next `write` or by `wait`.
+    `write` copies the state before it returns, so later updates cannot leak into the file. At most one write is in
+    progress; its error is raised by the next `write` or by `wait`.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], *, keep: int = 2) -> None:
@@ -61,7 +60,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the write under way, if any, is on disk; raises what it raised."""
+        """Waits until the write in progress, if any, is on disk; raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -80,30 +79,25 @@ class CheckpointWriter:
 def write_checkpoint(
     folder: Path, state: Mapping[str, Any], *, recipe: Mapping[str, Any], step: int, epoch: float, top1: float | None
 ) -> CheckpointInfo:
-    """Writes one checkpoint, atomically, and returns what its JSON says."""
+    """Writes one checkpoint atomically and returns the content of its JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    part = path.with_suffix(".pt.part")
-    torch.save(dict(state), part)
-    info = CheckpointInfo(path, step, epoch, top1, _sha256(part), part.stat().st_size, dict(recipe))
-    _sync(part)
-    os.replace(part, path)
+    with replacing(path, durable=True) as part:
+        torch.save(dict(state), part)
+        info = CheckpointInfo(path, step, epoch, top1, sha256_of(part), part.stat().st_size, dict(recipe))
     facts: dict[str, Any] = {"format": FORMAT, "step": step, "epoch": epoch, "top1": top1, "sha256": info.sha256}
     facts |= {"num_bytes": info.num_bytes, "recipe": info.recipe}
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(facts, indent=1))
-    _sync(part)
-    os.replace(part, path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=1), durable=True)
     return info
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is in a checkpoints folder."""
+    """Path of the checkpoint of `step` in a checkpoints folder."""
     return folder / f"step-{step:08d}.pt"
 
 
 def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None = None) -> list[CheckpointInfo]:
-    """Checkpoints whose JSON can be read, oldest first; the contents are not verified here."""
+    """Checkpoints with a readable JSON, oldest first; the contents are not verified here."""
     found = []
     for path in sorted(folder.glob("step-*.json")):
         try:
@@ -117,7 +111,7 @@ def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None =
 def newest_intact(
     folder: Path, *, on_damaged: Callable[[str], None] | None = None
 ) -> tuple[CheckpointInfo, dict[str, Any]] | None:
-    """The newest checkpoint whose checksum holds, with its state; None if there is none. Damaged ones are named."""
+    """The newest checkpoint whose checksum holds, with its state, or None; damaged ones go to `on_damaged`."""
     for info in reversed(list_checkpoints(folder, on_damaged=on_damaged)):
         try:
             return info, load_state(info)
@@ -128,10 +122,10 @@ def newest_intact(
 
 
 def open_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """The checkpoint at `path`: a `.pt` or its `.json`, or of a run folder the best (without accuracies the newest).
+    """Opens a checkpoint: a `.pt` or its `.json`, or the best of a run folder (the newest if none was evaluated).
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: it is missing or damaged.
     """
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -151,10 +145,10 @@ def open_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
 
 
 def load_state(info: CheckpointInfo) -> dict[str, Any]:
-    """The state behind `info`, on the CPU; CheckpointError if the file is missing or its bytes differ."""
+    """Loads the state of `info` on the CPU; raises CheckpointError if the file is missing or its bytes differ."""
     if not info.path.is_file():
         raise CheckpointError(f"checkpoint {info.path.name} is missing")
-    if info.path.stat().st_size != info.num_bytes or _sha256(info.path) != info.sha256:
+    if info.path.stat().st_size != info.num_bytes or sha256_of(info.path) != info.sha256:
         raise CheckpointError(f"checkpoint {info.path.name} is damaged: its checksum differs from the one written")
     try:
         state: dict[str, Any] = torch.load(info.path, map_location="cpu", weights_only=True)
@@ -172,12 +166,14 @@ def remove_old(folder: Path, *, keep: int) -> None:
         kept.add(max(measured, key=lambda info: (info.top1, info.step)).step)
     for info in infos:
         if info.step not in kept:
-            info.path.with_suffix(".json").unlink(missing_ok=True)  # first: what has no JSON does not count
+            info.path.with_suffix(".json").unlink(missing_ok=True)  # first: without its JSON a checkpoint is ignored
             info.path.unlink(missing_ok=True)
+    for leftover in folder.glob(".step-*.part"):  # of a process that was killed while writing
+        leftover.unlink(missing_ok=True)
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """A deep copy of nested dicts and lists with every tensor copied to CPU memory of its own."""
+    """Deep copy of nested dicts and lists, with every tensor copied to CPU memory."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -200,13 +196,3 @@ def _read_info(path: Path) -> CheckpointInfo:
         int(facts["num_bytes"]),
         dict(facts["recipe"]),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

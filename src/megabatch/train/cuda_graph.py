@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megabatch.data.jpeg.gpu import DEVICE_WAITS
+from megabatch.cores import DEVICE_WAITS
 from megabatch.errors import UserError
 
 T = TypeVar("T")

@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megabatch.cores import DEVICE_WAITS
 from megabatch.errors import SettingsError
 
 Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
 """JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if one of them is beyond it."""
-
-
-DEVICE_WAITS = threading.Lock()
-"""Held while a thread waits for the whole device, and while a CUDA graph is captured, which such a wait would break."""
 
 
 class Mark(Protocol):
