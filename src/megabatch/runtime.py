@@ -1,9 +1,13 @@
-"""`Runtime`: where a recipe runs. Nothing here may change the weights in exact arithmetic. No torch."""
+"""`Runtime`: where and how a recipe runs. Nothing here may change the weights in exact arithmetic. No torch.
 
-from dataclasses import dataclass
+`megabatch train` has one option per field, generated from this class (cli/options.py).
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
 Wire = Literal["fp32", "fp16", "bf16"]
@@ -12,39 +16,60 @@ Fusion = Literal["auto", "plain"]
 Switch = Literal["auto", "on", "off"]
 
 
+def _option(
+    default: Any, text: str, *, least: float | None = None, most: float | None = None, none: str | None = None
+) -> Any:
+    """A field with the help text of its option; `none` is the word that stands for None on the command line."""
+    return field(default=default, metadata={"help": text, "least": least, "most": most, "none": none})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where it runs: workers, micro-batch, precision, gradient exchange, threads and paths."""
+    """Where a recipe runs: data and output paths, workers, precision, gradient exchange, threads, caches."""
 
-    workers: int | None = None  # None: as many as the machine bears
-    micro_batch_size: int | None = None  # samples of one forward and backward on one worker; None: chosen
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "auto"
-    loss_scale: float | None = None  # fp16's, a power of two; None: follows the gradients
-    channels_last: bool = True
-    compile: bool = False  # by torch.compile; costs minutes at the start
-    capture: Switch = "auto"  # whole steps in a CUDA graph
-    fusion: Fusion = "auto"  # by kernels of ours, where they serve: batch norm, ReLU, residuals, convolutions
-    cudnn_benchmark: bool = True  # on a GPU, cuDNN's fastest algorithms by measuring; rounding differs from run to run
-    weight_copies: bool = True  # in bf16 and fp16 the optimizer writes 16-bit weights, so that no step casts them
-    keep_memory: bool = True  # a worker on a CPU keeps what it frees instead of handing it back at every step
-    threads_per_worker: int | None = None
+    data: Path | str | None = _option(
+        None, "Folder with train/ and val/, or URL of shards, instead of the recipe's data set."
+    )
+    output: Path | None = _option(None, "Run folder; default runs/RECIPE-TIME.")
+    resume: bool = _option(False, "Resume from the newest checkpoint in --output; the recipe must be the same.")
+    workers: int | None = _option(
+        None, "Local workers, or auto: one per GPU, else one per core, at most 8.", least=1, none="auto"
+    )
+    device: Device = _option("auto", "Device to train on.")
+    micro_batch_size: int | None = _option(
+        None, "Samples per forward and backward on one worker; default chosen for the device.", least=1
+    )
+    precision: Precision = _option("auto", "Precision of forward and backward; auto takes the fastest.")
+    loss_scale: float | None = _option(None, "Loss scale of fp16: dynamic, or a power of two.", least=1, none="dynamic")
+    channels_last: bool = _option(True, "Memory layout of images and weights: NHWC, or NCHW.")
+    compile: bool = _option(False, "Compile the model with torch.compile, which takes minutes at the start.")
+    capture: Switch = _option("auto", "Capture whole steps in a CUDA graph.")
+    fusion: Fusion = _option("auto", "auto: fused kernels where available; plain: torch's operations.")
+    cudnn_benchmark: bool = _option(
+        True, "On a GPU, benchmark cuDNN's algorithms; without it a resumed run is bitwise equal there."
+    )
+    weight_copies: bool = _option(True, "In bf16 and fp16 the optimizer writes 16-bit weights, so no step casts them.")
+    keep_memory: bool = _option(True, "On a CPU, keep freed memory for the next step.")
+    threads: int | None = _option(None, "CPU threads per worker; default: cores shared among workers.", least=1)
 
-    all_reduce: AllReduce = "auto"
-    wire: Wire = "fp32"
-    bucket_mib: float = 25.0
-    timeout_s: float = 300.0
+    all_reduce: AllReduce = _option("auto", "All-reduce algorithm of the gradient exchange.")
+    wire: Wire = _option("fp32", "Data type of gradients in the exchange.")
+    bucket_mib: float = _option(25.0, "MiB per bucket of gradients that are exchanged together.", least=0.001)
+    timeout_s: float = _option(300.0, "Seconds after which a collective times out.", least=1)
 
-    data: Path | str | None = None  # a folder with train/ and val/, or the URL of shards, instead of the recipe's data
-    cache: Path | None = None  # where fetched data sets and shards are kept; None: ~/.cache/megabatch
-    remote_cache_gib: float = 64.0  # local copies of remote shards, shared by all workers of a machine
-    max_bad_share: float | None = None  # unreadable samples that stop a run; None: 1 %, and any seen before the start
-    output: Path | None = None  # the run folder; None: runs/RECIPE-DATE
-    decode: Decode = "auto"  # what decodes JPEGs; auto: a GPU where few cores are left to a worker, else the cores
-    decoded_cache_gib: float = 0.0  # of each GPU's memory, for training images that it has decoded
-    decode_threads: int | None = None
-    prefetch_batches: int = 4
+    cache: Path | None = _option(None, "Folder of downloaded data sets and shards; default ~/.cache/megabatch.")
+    remote_cache_gib: float = _option(
+        64.0, "GiB of disk for copies of remote shards, shared by all workers of a machine.", least=0
+    )
+    max_bad_share: float | None = _option(
+        None, "Share of unreadable images above which a run stops; default 0.01.", least=0, most=1
+    )
+    decode: Decode = _option("auto", "JPEG decoder; auto: the GPU if a worker has few cores, else the cores.")
+    decoded_cache_gib: float = _option(0.0, "GiB of each GPU's memory that cache images it has decoded.", least=0)
+    decode_threads: int | None = _option(None, "Threads per worker that decode images; default one per core.", least=1)
+    prefetch_batches: int = _option(4, "Batches that the loader prefetches.", least=1)
 
-    checkpoint_every_steps: int = 0  # 0: at each evaluation
-    keep_checkpoints: int = 2
-    resume: bool = False
+    checkpoint_every_steps: int = _option(
+        0, "Updates between checkpoints, besides those at evaluations; 0 for none.", least=0
+    )
+    keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", least=1)

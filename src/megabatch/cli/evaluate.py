@@ -3,38 +3,26 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from megabatch.cli.options import CACHE_HELP, device_here, parse_data, parse_workers, require_choice
-from megabatch.runtime import Precision, Runtime
+from megabatch.cli.options import find_device, runtime_options
+from megabatch.runtime import Runtime
 
 
+@runtime_options("data", "workers", "precision", "device", "cache")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt, or a run folder (its best checkpoint).")],
-    data: Annotated[
-        str | None, typer.Option(help="Folder with train/ and val/, or URL of shards, instead of the recipe's data.")
-    ] = None,
-    workers: Annotated[str, typer.Option(help="Local workers, a number.")] = "1",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (its best checkpoint).")],
+    runtime: Runtime,
 ) -> None:
-    """Counts a checkpoint's right answers. Top-1 and top-5 over the whole evaluation set, every sample once."""
+    """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once."""
     from megabatch.comm import launch
     from megabatch.train.checkpoint import open_checkpoint
 
-    runtime = Runtime(
-        workers=parse_workers(workers),
-        device=require_choice("--device", device, ("auto", "cpu", "cuda")),
-        precision=cast(Precision, require_choice("--precision", precision, get_args(Precision))),
-        data=parse_data(data),
-        cache=cache,
-    )
     if not launch.started_by_launcher():
-        open_checkpoint(checkpoint)  # a mistake is said once, not by every worker
-        device_here(runtime.device)
+        open_checkpoint(checkpoint)  # an error is reported once, not by every worker
+        find_device(runtime.device)
         if (runtime.workers or 1) > 1:
             if code := launch.run_local_workers(runtime.workers or 1, sys.argv[1:]):
                 raise typer.Exit(code)

@@ -1,10 +1,18 @@
-"""What several verbs share: `KEY=VALUE` pairs and choices, refused with a value that works."""
+"""Options of several verbs: one per field of `Runtime`, `--set KEY=VALUE`, and choices."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
 
 from megabatch.errors import RecipeError, SettingsError
+from megabatch.runtime import Device, Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -12,11 +20,84 @@ if TYPE_CHECKING:
 Choice = TypeVar("Choice", bound=str)
 
 SET_HELP = "KEY=VALUE of the recipe, as peak_lr=2; repeatable. `megabatch recipes NAME` shows every key."
-CACHE_HELP = "Where fetched data sets and shards are kept; default ~/.cache/megabatch."
+CACHE_HELP = "Folder of downloaded data sets and shards; default ~/.cache/megabatch."
+HINTS = typing.get_type_hints(Runtime)
+
+
+def runtime_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces the parameter `runtime: Runtime` of a typer command by one option per field of `Runtime`.
+
+    With `names`, only by those fields; the others keep their defaults.
+    """
+    fields = [field for field in dataclasses.fields(Runtime) if not names or field.name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_options(**given: Any) -> None:
+            values = {field.name: _parse(field, given.pop(field.name)) for field in fields}
+            command(runtime=Runtime(**values), **given)
+
+        options = [_parameter(field) for field in fields]
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            parameters += options if parameter.name == "runtime" else [parameter]
+        by_keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        with_options.__signature__ = inspect.Signature(by_keyword)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
+
+
+def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """The field as a parameter that typer turns into an option."""
+    facts = field.metadata
+    text, default, kind = facts["help"], field.default, _plain_type(HINTS[field.name])
+    if choices := _choices(field.name):
+        text += f" One of {', '.join(choices)}."
+        kind = str
+    elif facts["none"]:
+        kind, default = str, facts["none"]  # a number or that word; `_parse` tells them apart
+    limits = {} if kind not in {int, float} else {"min": facts["least"], "max": facts["most"]}
+    kind = kind | None if default is None else kind
+    annotation = Annotated[kind, typer.Option(help=text, **limits)]  # type: ignore[valid-type]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type without None; a field that is a path or a URL is read as text."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return str if str in members else members[0]
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    return typing.get_args(HINTS[name]) if typing.get_origin(HINTS[name]) is Literal else ()
+
+
+def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
+    option = f"--{field.name.replace('_', '-')}"
+    if choices := _choices(field.name):
+        return require_choice(option, value, choices)
+    if none := field.metadata["none"]:
+        return None if value == none else _parse_number(option, value, field)
+    return parse_data(value) if field.name == "data" else value
+
+
+def _parse_number(option: str, text: str, field: dataclasses.Field[Any]) -> float:
+    """An int or float as the field's type wants; SettingsError otherwise."""
+    kind, least, none = _plain_type(HINTS[field.name]), field.metadata["least"], field.metadata["none"]
+    try:
+        number: float = kind(text)
+    except ValueError:
+        number = float("nan")
+    if not number >= least:
+        needed = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"{option} {text}: needed {needed} of at least {least:g}, or {none}; {option} {none} works")
+    return number
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """`["peak_lr=2", ...]` as a dict; RecipeError for what is no pair or given twice."""
+    """Returns `["peak_lr=2", ...]` as a dict; raises RecipeError for what is not a pair or is given twice."""
     settings: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -29,7 +110,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice:
-    """`given`, if it is one of `choices`; SettingsError naming them otherwise."""
+    """Returns `given` if it is one of `choices`; raises SettingsError, which lists them, otherwise."""
     for choice in choices:
         if choice == given:
             return choice
@@ -37,33 +118,14 @@ def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice
 
 
 def parse_data(text: str | None) -> Path | str | None:
-    """A path, or a URL as it is: as a path it would lose one of its slashes."""
+    """Returns a path, or a URL as text: a Path would merge its slashes."""
     return text if text is None or "://" in text else Path(text)
 
 
-def parse_workers(text: str) -> int | None:
-    """A number of workers, or None for `auto`; SettingsError otherwise."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise SettingsError(f"--workers {text}: needed a whole number of at least 1, or auto; --workers 2 works")
-    return int(text)
+def find_device(wanted: Device) -> "torch.device":
+    """Returns the device that one worker on this machine would use; raises SettingsError if it is missing.
 
-
-def parse_loss_scale(text: str) -> float | None:
-    """A number, or None for `dynamic`; SettingsError otherwise. Whether the number will do is for the run to say."""
-    if text == "dynamic":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise SettingsError(f"--loss-scale {text}: needed dynamic or a power of two; --loss-scale 1024 works") from None
-
-
-def device_here(wanted: str) -> "torch.device":
-    """What one worker on this machine would compute on; SettingsError where it is not there.
-
-    For the process that starts local workers: each of them would say so for itself.
+    Called before local workers start, so that the error is reported once.
     """
     from megabatch.comm.launch import join
 
