@@ -23,7 +23,7 @@ def tiny_recipe(**changes) -> Recipe:
         name="tiny",
         num_train_images=240,
         num_classes=4,
-        width=4,
+        width=8,
         flip=False,
         resolution=((0.0, 12.0),),
         eval_resolution=12,

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.comm.launch import World
+from megabatch.errors import SettingsError
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.groups import new_span_group
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import initialize
 from megabatch.nn.models import create_model
+from megabatch.nn.resnet import Norm
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
 from megabatch.optim.param_groups import param_groups
@@ -22,6 +24,41 @@ from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 from megabatch.train.precision import widen_logits
 from megabatch.train.schedule import peak_lr
+
+
+def make_model(recipe: Recipe, norm: Norm = nn.BatchNorm2d) -> nn.Module:
+    """The recipe's model with PyTorch's initialisation."""
+    return create_model(
+        recipe.model,
+        num_classes=recipe.num_classes,
+        in_channels=recipe.image_channels,
+        norm=norm,
+        zero_gamma=recipe.zero_gamma,
+        blur_pool=recipe.blur_pool,
+        width=recipe.width,
+        image_size=int(max(value for _, value in recipe.resolution)),
+    )
+
+
+def refuse_unsafe_convolutions(recipe: Recipe) -> None:
+    """Raises SettingsError if channels_last training on a CPU could corrupt memory.
+
+    PyTorch 2.13 with oneDNN, on a processor with AVX2 only, corrupts the heap in the float32 backward of a 1x1
+    convolution with stride 2 and 2 to 5 input channels in channels_last. Fewer than 8 channels are refused.
+    """
+    with torch.device("meta"):
+        model = make_model(recipe)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and _is_unsafe(layer):
+            raise SettingsError(
+                f"{recipe.model} with width={recipe.width}: PyTorch's backward of {name}, a 1x1 convolution of stride "
+                f"{layer.stride[0]} with {layer.in_channels} channels in channels_last, can corrupt memory on a CPU; "
+                "--no-channels-last or --set width=8 works"
+            )
+
+
+def _is_unsafe(layer: nn.Conv2d) -> bool:
+    return layer.kernel_size == (1, 1) and max(layer.stride) > 1 and 1 < layer.in_channels // layer.groups < 8
 
 
 def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_size: int) -> nn.Module:
@@ -35,16 +72,7 @@ def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_s
         process_group=new_span_group(group_size),
         group_size=group_size,
     )
-    model = create_model(
-        recipe.model,
-        num_classes=recipe.num_classes,
-        in_channels=recipe.image_channels,
-        norm=norm,
-        zero_gamma=recipe.zero_gamma,
-        blur_pool=recipe.blur_pool,
-        width=recipe.width,
-        image_size=int(max(value for _, value in recipe.resolution)),
-    )
+    model = make_model(recipe, norm)
     initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
     collect_statistics(model, True)
     set_fusion(model, runtime.fusion)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megabatch.app.model import refuse_unsafe_convolutions
 from megabatch.comm.launch import World
 from megabatch.cores import usable_cores
 from megabatch.data.loading.split import check_split
@@ -43,6 +44,8 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
     validate(recipe)
     choose_precision(runtime, device)
     choose_capture(recipe, runtime, World(world_size=world_size, device=device))
+    if device.type == "cpu" and runtime.channels_last:
+        refuse_unsafe_convolutions(recipe)
     micro_batch_size = choose_micro_batch(recipe, runtime, world_size=world_size, device=device)
     if recipe.max_global_batch_size and micro_batch_size != recipe.bn_span:
         raise SettingsError(
