@@ -1,4 +1,4 @@
-"""The facts of a recipe: overrides with checked types, contradictions refused with a value that works."""
+"""`Recipe`: typed overrides, validation with a working value in every message, JSON, batch sizes by epoch."""
 
 import dataclasses
 
@@ -6,7 +6,16 @@ import pytest
 
 from megabatch import recipes
 from megabatch.errors import RecipeError
-from megabatch.recipe import differing_fields, fields_as_json, from_json, override, validate, value_at
+from megabatch.recipe import (
+    COMMON_NAMES,
+    Recipe,
+    differing_fields,
+    fields_as_json,
+    from_json,
+    override,
+    validate,
+    value_at,
+)
 
 
 @pytest.fixture
@@ -37,7 +46,7 @@ def test_override_parses_each_type(recipe):
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "said"),
+    ("key", "text", "expected"),
     [
         ("peak_lr", "abc", "needed a number"),
         ("peak_lr", "nan", "needed a finite number"),
@@ -52,17 +61,71 @@ def test_override_parses_each_type(recipe):
         ("resolution", "5:28", "start at 0"),
     ],
 )
-def test_a_wrong_override_is_refused_with_what_was_needed(recipe, key, text, said):
-    with pytest.raises(RecipeError) as refusal:
+def test_an_invalid_override_says_what_was_needed(recipe, key, text, expected):
+    with pytest.raises(RecipeError) as raised:
         override(recipe, {key: text})
-    assert said in str(refusal.value)
+    assert expected in str(raised.value)
 
 
-def test_a_batch_that_does_not_divide_into_spans_is_refused_with_one_that_does(recipe):
-    with pytest.raises(RecipeError, match="global_batch_size=") as refusal:
-        override(recipe, {"global_batch_size": "1001"})
-    works = int(str(refusal.value).rsplit("global_batch_size=", 1)[1].split()[0])
-    assert override(recipe, {"global_batch_size": str(works)}).global_batch_size == works
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("lr", "peak_lr"),
+        ("batch", "global_batch_size"),
+        ("batch_size", "global_batch_size"),
+        ("epochs", "total_epochs"),
+        ("wd", "weight_decay"),
+        ("img_size", "resolution"),
+        ("image_size", "resolution"),
+        ("end_lrr", "end_lr"),
+    ],
+)
+def test_an_unknown_key_suggests_the_field_of_that_common_name_or_the_nearest(recipe, key, field):
+    with pytest.raises(RecipeError, match=rf"unknown recipe key '{key}'; did you mean {field}\?$"):
+        override(recipe, {key: "1"})
+
+
+def test_common_names_are_unknown_keys_and_stand_for_fields():
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(COMMON_NAMES.values()) <= fields
+    assert not set(COMMON_NAMES) & fields
+
+
+def test_an_unknown_key_without_a_near_name_points_to_the_list(recipe):
+    with pytest.raises(RecipeError, match="`megabatch recipes NAME` shows every key"):
+        override(recipe, {"zzz": "1"})
+
+
+def test_the_batch_follows_its_schedule(recipe):
+    grown = dataclasses.replace(recipe, batch_sizes=((0.0, 256.0), (3.0, 1024.0), (5.0, 512.0)))
+    assert [grown.batch_at(epoch) for epoch in (0.0, 2.99, 3.0, 5.5)] == [256, 256, 1024, 512]
+    assert (grown.smallest_batch, grown.largest_batch) == (256, 1024)
+
+
+def test_without_a_schedule_the_batch_is_the_global_batch(recipe):
+    fixed = dataclasses.replace(recipe, global_batch_size=384)
+    assert (fixed.batch_at(0.0), fixed.batch_at(7.5), fixed.smallest_batch, fixed.largest_batch) == (384,) * 4
+
+
+def test_a_batch_that_grows_with_the_noise_scale_can_reach_its_maximum(recipe):
+    growing = dataclasses.replace(recipe, global_batch_size=128, max_global_batch_size=2048)
+    assert (growing.batch_at(9.0), growing.smallest_batch, growing.largest_batch) == (128, 128, 2048)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("global_batch_size", "1001"),
+        ("max_global_batch_size", "3000"),
+        ("batch_sizes", "0:1024,2:1999"),
+        ("bn_span", "96"),
+    ],
+)
+def test_a_batch_that_is_not_a_multiple_of_the_span_is_rejected_with_one_that_is(recipe, key, text):
+    with pytest.raises(RecipeError, match="does not divide into batch-norm spans") as raised:
+        override(recipe, {key: text})
+    suggested, value = str(raised.value).rsplit("; ", 1)[1].removesuffix(" works").split("=")
+    override(recipe, {key: text} | {suggested: value})
 
 
 def test_fewer_epochs_keep_the_shape_of_the_schedule(recipe):
@@ -77,24 +140,24 @@ def test_json_round_trip_is_exact(recipe):
     assert from_json(fields_as_json(recipe)) == recipe
 
 
-def test_json_with_an_unknown_field_is_refused(recipe):
+def test_json_with_an_unknown_field_is_rejected(recipe):
     with pytest.raises(RecipeError, match="unknown fields: colour"):
         from_json(fields_as_json(recipe) | {"colour": 1})
 
 
-def test_json_with_a_missing_field_is_refused(recipe):
+def test_json_with_a_missing_field_is_rejected(recipe):
     values = fields_as_json(recipe)
     del values["peak_lr"]
     with pytest.raises(RecipeError, match="incomplete"):
         from_json(values)
 
 
-def test_only_fields_that_reach_the_weights_count_as_different(recipe):
+def test_differing_fields_leave_out_descriptive_fields(recipe):
     other = dataclasses.replace(recipe, name="other", target_top1=0.5, peak_lr=recipe.peak_lr * 2)
     assert set(differing_fields(recipe, other)) == {"peak_lr"}
 
 
-def test_value_at_takes_the_last_entry_that_has_begun():
+def test_value_at_uses_the_last_entry_that_has_started():
     steps = ((0.0, 1.0), (30.0, 0.1))
     assert [value_at(steps, epoch) for epoch in (0.0, 29.99, 30.0, 90.0)] == [1.0, 1.0, 0.1, 0.1]
 

@@ -1,43 +1,43 @@
-"""Every error raised on purpose. Each says what was given, what was needed and one value that works.
+"""Exceptions of megabatch. Messages say what was given, what was needed and one value that works.
 
 MegabatchError
-|-- UserError              the caller can fix it: the command line prints one line and exits with 2
-|   |-- RecipeError        a recipe field: unknown, of the wrong type, or in contradiction with another
-|   |-- SettingsError          a runtime option: workers, micro-batch, precision, all-reduce, paths
-|   |-- DataError          a data set: missing, empty, damaged, not of the layout that was asked for
-|   `-- CheckpointError    a checkpoint: missing, damaged, or of another recipe
-|-- FetchError             no source could serve a data set
+|-- UserError              invalid input: the command line prints one line to stderr and exits with code 2
+|   |-- RecipeError        a recipe field: unknown, of the wrong type, or contradicting another
+|   |-- SettingsError      a runtime option: workers, micro-batch, precision, all-reduce, paths
+|   |-- DataError          a data set: missing, empty, corrupt, or not in the requested layout
+|   `-- CheckpointError    a checkpoint: missing, corrupt, or of another recipe
+|-- FetchError             a download failed, or the cache is not writable
 |-- DivergedError          the loss is not finite
-`-- PeerError              another worker failed or did not answer in time
+`-- PeerError              another worker failed or timed out
 """
 
 
 class MegabatchError(Exception):
-    """Base of all errors that megabatch raises on purpose."""
+    """Base class of all exceptions that megabatch raises deliberately."""
 
 
 class UserError(MegabatchError, ValueError):
-    """A mistake in what the caller gave; nothing was written."""
+    """Invalid input from the caller; no file was written."""
 
 
 class RecipeError(UserError):
-    """A recipe field is unknown, of the wrong type, or contradicts another."""
+    """A recipe field is unknown, has the wrong type, or contradicts another field."""
 
 
 class SettingsError(UserError):
-    """A runtime option cannot work on this machine or with this recipe."""
+    """A runtime option is invalid on this machine or with this recipe."""
 
 
 class DataError(UserError):
-    """A data set is missing, empty, damaged or of an unknown layout."""
+    """A data set is missing, empty, corrupt or in an unknown layout."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or belongs to another recipe."""
+    """A checkpoint is missing, corrupt or belongs to another recipe."""
 
 
 class FetchError(MegabatchError):
-    """No source could serve a data set."""
+    """A download failed from every source, or the cache folder is not writable."""
 
 
 class DivergedError(MegabatchError):
@@ -45,4 +45,4 @@ class DivergedError(MegabatchError):
 
 
 class PeerError(MegabatchError):
-    """Another worker failed, or did not answer within the timeout."""
+    """Another worker failed or did not respond within the timeout."""

@@ -1,14 +1,12 @@
-"""`Recipe`: everything that may change the trained weights in exact arithmetic. Facts only, no torch.
+"""`Recipe`: every setting that can change the trained weights in exact arithmetic. Imports no torch.
 
-A recipe is written once for a global batch and runs on any number of workers: nothing in it names a machine.
-`override` applies `key=value` texts with their types checked; `validate` refuses contradictions.
+A recipe is written for a global batch and runs on any number of workers: no field depends on the machine.
+`override` applies `key=value` texts and checks their types; `validate` rejects contradictory values.
 """
 
 import dataclasses
 import itertools
 import json
-import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megabatch.errors import RecipeError
+from megabatch.recipe_text import as_text, parse
 
 Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
@@ -36,12 +35,31 @@ ByEpoch = tuple[tuple[float, float], ...]
 DESCRIPTIVE_FIELDS = frozenset(
     {"name", "eval_every_epochs", "eval_offset_epochs", "target_top1", "published_top1", "published_curve"}
 )
-"""Fields that say something about a run and cannot change its weights; a resumed run may differ in them."""
+"""Fields that cannot change the weights; a resumed run may differ in them."""
+
+COMMON_NAMES = {
+    "arch": "model",
+    "base_lr": "peak_lr",
+    "batch": "global_batch_size",
+    "batch_size": "global_batch_size",
+    "epochs": "total_epochs",
+    "image_size": "resolution",
+    "img_size": "resolution",
+    "learning_rate": "peak_lr",
+    "lr": "peak_lr",
+    "num_epochs": "total_epochs",
+    "wd": "weight_decay",
+}
+"""Names that other training scripts use, and the recipe field of the same meaning; suggested for an unknown key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained. Epochs are fractional; batch sizes are global; rates are for `lr_reference_batch_size`."""
+    """Model, data, batch, loss, optimizer and schedule of one training run.
+
+    Epochs are fractional passes over `num_train_images`; batch sizes count images over all workers; resolutions are in
+    pixels. `peak_lr` applies at `lr_reference_batch_size` images, or unscaled with `lr_scaling="none"`.
+    """
 
     name: str
 
@@ -52,17 +70,17 @@ class Recipe:
     blur_pool: bool = False  # antialiased downsampling (Zhang 2019)
     width: int = 16  # channels of the first stage; resnet8 only
 
-    # Data. The three counts describe the data set the recipe is written for; a folder given instead replaces them.
+    # Data. The three counts are those of the recipe's data set; another data folder replaces them.
     dataset: str
     num_train_images: int
     num_classes: int
     image_channels: int = 3
     pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    resolution: ByEpoch = ((0.0, 224.0),)  # training pixels by epoch
-    resolution_ramp: bool = False  # between two entries: True goes linearly in multiples of 32, False jumps
+    resolution: ByEpoch = ((0.0, 224.0),)  # side of a training image in pixels, by epoch
+    resolution_ramp: bool = False  # True: linear between entries, in multiples of 32; False: jumps
     eval_resolution: int = 224
-    eval_crop_ratio: float = 0.875  # centre crop / shorter side
+    eval_crop_ratio: float = 0.875  # side of the centre crop / shorter side of the image
     augmentation: Augmentation = "random_resized_crop"
     crop_padding: int = 4  # pad_crop only
     min_crop_area: float = 0.08
@@ -74,20 +92,20 @@ class Recipe:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     color_jitter: float = 0.0  # brightness and contrast are scaled by a factor in [1 - j, 1 + j]
-    augmentation_ends_epoch: float | None = None  # from here on only flips (Fujitsu, MLPerf v0.6)
-    shard_local: bool = False  # samples are shuffled within windows of a few shards, for storage that is far or slow
+    augmentation_ends_epoch: float | None = None  # only flips from this epoch on (Fujitsu, MLPerf v0.6)
+    shard_local: bool = False  # shuffle within windows of a few shards, for remote or slow storage
 
     # Batch
     global_batch_size: int
-    batch_sizes: ByEpoch = ()  # batch-size control: overrides `global_batch_size` from each epoch on
-    batch_size_rule: BatchSizeRule = "fixed"  # what follows a change of the batch: see optim/batch_size.py
-    max_global_batch_size: int = 0  # > 0: grow the batch up to here as the gradient noise scale grows
+    batch_sizes: ByEpoch = ()  # batch-size control: replaces `global_batch_size`
+    batch_size_rule: BatchSizeRule = "fixed"  # correction of lr and momentum, optim/batch_size.py
+    max_global_batch_size: int = 0  # > 0: grow the batch with the gradient noise scale, up to this size
     total_epochs: float
     bn_span: int  # samples per batch-norm statistic
     bn_eps: float = 1e-5
     stats_momentum: float = 0.1  # weight of the newest statistic in the running average (PyTorch's convention)
     eval_stats: EvalStats = "running_all_reduced"
-    precise_batches: int = 50  # global batches behind eval_stats=precise
+    precise_batches: int = 50  # global batches that eval_stats=precise averages over
 
     # Loss
     label_smoothing: float = 0.0
@@ -97,14 +115,14 @@ class Recipe:
     peak_lr: float
     momentum: float = 0.9
     nesterov: bool = False
-    momentum_form: MomentumForm = "outside"  # where the rate is: v=mv+u, w-=lr*v | v=mv+lr*u, w-=v | m*lr_t/lr_(t-1)
+    momentum_form: MomentumForm = "outside"  # place of lr: v=mv+u, w-=lr*v | v=mv+lr*u, w-=v | m*lr_t/lr_(t-1)
     weight_decay: float = 0.0
-    weight_decay_follows_lr: bool = False  # times lr / peak_lr, besides the lr in the update; see docs/decisions/0007
+    weight_decay_follows_lr: bool = False  # a second factor lr / peak_lr in the decay; see docs/decisions/0007
     decay_norm_and_bias: bool = False
     trust_coefficient: float = 0.001
     trust_denominator: TrustDenominator = "sum"  # |g| + wd |w|, |g + wd w|, or |g|
     trust_eps: float = 0.0
-    trust_clip: bool = False  # trust ratio / lr at most 1
+    trust_clip: bool = False  # min(trust ratio / lr, 1), as in LARC
     beta2: float = 0.999  # LAMB
     rmsprop_lr: float = 3e-4
     rmsprop_center_epoch: float = 10.0
@@ -112,7 +130,7 @@ class Recipe:
     ema_half_life_epochs: float = 0.0  # > 0: evaluate an average of the weights with this half-life
 
     # Schedule
-    lr_scaling: Scaling = "none"  # how `peak_lr` follows global_batch_size / lr_reference_batch_size
+    lr_scaling: Scaling = "none"  # peak_lr times (batch / lr_reference_batch_size) or its root
     lr_reference_batch_size: int = 256
     warmup: Warmup = "linear"
     warmup_epochs: float = 0.0
@@ -120,34 +138,51 @@ class Recipe:
     decay: Decay = "poly"
     poly_power: float = 2.0
     end_lr: float = 0.0
-    decay_epochs: float | None = None  # length of the decay after warm-up; None: to the end of training
-    decay_counts_warmup: bool = False  # poly and cosine measured from epoch 0 (Caffe) or from the warm-up's end (TF)
-    lr_factors: ByEpoch = ()  # decay=step: factors of the peak rate; decay=piecewise: rates joined by lines
+    decay_epochs: float | None = None  # length after warm-up; None: until training ends
+    decay_counts_warmup: bool = False  # poly, cosine: from epoch 0 (Caffe) or from the end of warm-up (TF)
+    lr_factors: ByEpoch = ()  # factors of the peak rate: decay=step jumps, decay=piecewise is linear between entries
 
     seed: int = 0
 
-    # What is known of it, and when to look
+    # Published results and evaluation times
     eval_every_epochs: float = 1.0
     eval_offset_epochs: float = 0.0
     target_top1: float | None = None
     published_top1: float | None = None
     published_curve: ByEpoch = ()  # (epoch, top1)
 
+    def batch_at(self, epoch: float) -> int:
+        """Scheduled global batch size at `epoch`, in images; growth with the noise scale is not included."""
+        return int(value_at(self.batch_sizes, epoch)) if self.batch_sizes else self.global_batch_size
+
+    @property
+    def smallest_batch(self) -> int:
+        """Smallest global batch size of the run, in images, apart from its last update."""
+        return min(self._scheduled_batches())
+
+    @property
+    def largest_batch(self) -> int:
+        """Largest global batch size that the run can reach, in images, `max_global_batch_size` included."""
+        return max(*self._scheduled_batches(), self.max_global_batch_size)
+
+    def _scheduled_batches(self) -> list[int]:
+        return [int(size) for _, size in self.batch_sizes] or [self.global_batch_size]
+
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
-    """A copy of `recipe` with `key=value` texts parsed to the fields' types, and validated.
+    """Returns a validated copy of `recipe` with `settings`, texts by field name, parsed to the fields' types.
+
+    A new `total_epochs` also scales warm-up, decay and all epoch schedules, unless `settings` holds them too.
 
     Raises:
-        RecipeError: unknown key (the nearest is named), a text that is not of the field's type, or values that
-            contradict one another.
+        RecipeError: an unknown key (the message suggests a field), a text that does not parse as the field's type, or
+            values that contradict each other.
     """
     hints = typing.get_type_hints(Recipe)
     changes: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in hints:
-            near = get_close_matches(key, hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "`megabatch recipes NAME` shows every key"
-            raise RecipeError(f"unknown recipe key '{key}'; {hint}")
+            raise RecipeError(f"unknown recipe key '{key}'; {_suggestion(key, list(hints))}")
         changes[key] = _parse(key, text, hints[key], getattr(recipe, key))
     if "total_epochs" in changes:
         changes = _fit_warmup(recipe, changes)
@@ -155,7 +190,11 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
 
 
 def validate(recipe: Recipe) -> Recipe:
-    """`recipe` itself, if its values fit together; RecipeError naming the first that does not, with one that does."""
+    """Returns `recipe` itself if its values are consistent.
+
+    Raises:
+        RecipeError: names the first invalid field and a value that works.
+    """
     for field in ("global_batch_size", "bn_span", "num_train_images", "num_classes", "image_channels", "width"):
         _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
     for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
@@ -201,16 +240,23 @@ def validate(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def _suggestion(key: str, fields: list[str]) -> str:
+    near = [COMMON_NAMES[key]] if key in COMMON_NAMES else get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`megabatch recipes NAME` shows every key"
+
+
 def _check_batches(recipe: Recipe) -> None:
-    batches = [recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)]
-    if recipe.max_global_batch_size:
-        batches.append(recipe.max_global_batch_size)
-    for batch in batches:
+    batches = [
+        ("global_batch_size=", recipe.global_batch_size),
+        ("max_global_batch_size=", recipe.max_global_batch_size),
+    ]
+    batches += [("batch_sizes=0:", int(size)) for _, size in recipe.batch_sizes]
+    for key, batch in batches:
         if batch % recipe.bn_span:
             good = max(recipe.bn_span, round(batch / recipe.bn_span) * recipe.bn_span)
             raise RecipeError(
-                f"global batch {batch} does not divide into batch-norm spans of bn_span={recipe.bn_span} samples; "
-                f"global_batch_size={good} works"
+                f"a global batch of {batch} images does not divide into batch-norm spans of bn_span={recipe.bn_span}; "
+                f"{key}{good} works"
             )
     if recipe.max_global_batch_size and recipe.batch_sizes:
         raise RecipeError(
@@ -220,16 +266,20 @@ def _check_batches(recipe: Recipe) -> None:
 
 
 def fields_as_json(recipe: Recipe) -> dict[str, Any]:
-    """Every field as JSON values (tuples become lists); `from_json` is the inverse."""
+    """Returns every field as a JSON value (tuples become lists); `from_json` is the inverse."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     return values
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `fields_as_json` described; RecipeError for unknown or missing fields."""
+    """Returns the recipe with these `fields_as_json`.
+
+    Raises:
+        RecipeError: an unknown field, a missing field or contradictory values.
+    """
     known = {f.name for f in dataclasses.fields(Recipe)}
     if unknown := sorted(set(values) - known):
-        raise RecipeError(f"recipe holds unknown fields: {', '.join(unknown)}")
+        raise RecipeError(f"recipe has unknown fields: {', '.join(unknown)}; remove them")
     try:
         return validate(Recipe(**{key: _tuples(value) for key, value in values.items()}))
     except TypeError as error:
@@ -237,12 +287,12 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a run folder's `recipe.json`."""
+    """Returns the recipe in `path`, the `recipe.json` of a run folder."""
     return from_json(json.loads(path.read_text()))
 
 
 def differing_fields(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Fields that can change the weights and are not equal, with both values."""
+    """Returns the fields that can change the weights and differ between the recipes, with both values."""
     return {
         f.name: (getattr(one, f.name), getattr(other, f.name))
         for f in dataclasses.fields(Recipe)
@@ -251,7 +301,7 @@ def differing_fields(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 def value_at(by_epoch: ByEpoch, epoch: float) -> float:
-    """The value of the last entry that starts at or before `epoch`."""
+    """Returns the value of the last entry that starts at or before `epoch`."""
     value = by_epoch[0][1]
     for start, entry in by_epoch:
         if start <= epoch:
@@ -260,10 +310,10 @@ def value_at(by_epoch: ByEpoch, epoch: float) -> float:
 
 
 def _fit_warmup(recipe: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
-    """Scales epochs of warm-up, decay and steps with `total_epochs`, unless the user sets them too.
+    """Adds scaled epochs of warm-up, decay and schedules to `changes`, which holds a new `total_epochs`.
 
-    A user who asks for a tenth of the epochs wants the same curve in a tenth of the time, not a run that ends in
-    warm-up.
+    With a tenth of the epochs the schedule keeps its shape; otherwise the run could end within warm-up. Fields already
+    in `changes` stay as they are.
     """
     ratio = changes["total_epochs"] / recipe.total_epochs
     if ratio <= 0:
@@ -282,85 +332,24 @@ def _check_by_epoch(recipe: Recipe, field: str) -> None:
     pairs: ByEpoch = getattr(recipe, field)
     epochs = [epoch for epoch, _ in pairs]
     ascending = all(a < b for a, b in itertools.pairwise(epochs))
-    starts = field == "published_curve" or not pairs or epochs[0] == 0
-    _require(ascending and starts, recipe, field, "ascending epochs that start at 0", "0:1,30:2")
+    starts_at_0 = field == "published_curve" or not pairs or epochs[0] == 0
+    _require(ascending and starts_at_0, recipe, field, "ascending epochs that start at 0", "0:1,30:2")
     positive = all(value >= (0 if field in {"lr_factors", "published_curve"} else 1) for _, value in pairs)
-    _require(positive, recipe, field, "values of at least 1 (rates: 0)", "0:1,30:2")
+    _require(positive, recipe, field, "values of at least 1 (rates and accuracies: 0)", "0:1,30:2")
 
 
 def _require(holds: bool, recipe: Recipe, field: str, needed: str, example: object) -> None:
     if not holds:
         given = getattr(recipe, field)
-        raise RecipeError(f"{field}={given} was given, needed: {needed}; for example {field}={example}")
+        raise RecipeError(f"{field}={as_text(given)} was given, needed: {needed}; {field}={example} works")
 
 
 def _parse(key: str, text: str, hint: Any, current: Any) -> Any:
-    """The value of `text` as type `hint`; RecipeError with the current value as one that works."""
+    """Returns `text` as a value of type `hint`; a RecipeError suggests the `current` value."""
     try:
-        return _parse_as(text.strip(), hint)
+        return parse(text.strip(), hint)
     except ValueError as error:
-        raise RecipeError(f"{key}={text}: {error}; {key}={_as_text(current)} works") from None
-
-
-def _parse_as(text: str, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if text not in args:
-            raise ValueError(f"needed one of {', '.join(args)}")
-        return text
-    if origin is types.UnionType:
-        return None if text.lower() in {"none", ""} else _parse_as(text, args[0])
-    if hint == ByEpoch:
-        return _parse_by_epoch(text)
-    if origin is tuple:
-        return tuple(_parse_as(part, float) for part in text.split(",") if part)
-    if hint is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in words:
-            raise ValueError("needed true or false")
-        return words[text.lower()]
-    if hint is int:
-        return _parse_int(text)
-    if hint is float:
-        return _parse_float(text)
-    return text
-
-
-def _parse_int(text: str) -> int:
-    try:
-        return int(text.replace("_", ""))
-    except ValueError:
-        raise ValueError("needed a whole number") from None
-
-
-def _parse_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise ValueError("needed a number") from None
-    if not math.isfinite(number):
-        raise ValueError("needed a finite number")
-    return number
-
-
-def _parse_by_epoch(text: str) -> ByEpoch:
-    if not text or text.lower() == "none":
-        return ()
-    parts = text.split(",")
-    if len(parts) == 1 and ":" not in text:
-        return ((0.0, _parse_float(text)),)
-    pairs = [part.partition(":") for part in parts]
-    if not all(colon for _, colon, _ in pairs):
-        raise ValueError("needed epoch:value pairs such as 0:160,13:192")
-    return tuple((_parse_float(epoch), _parse_float(value)) for epoch, _, value in pairs)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(":".join(f"{v:g}" for v in x) if isinstance(x, tuple) else f"{x:g}" for x in value) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        raise RecipeError(f"{key}={text}: {error}; {key}={as_text(current)} works") from None
 
 
 def _tuples(value: Any) -> Any:

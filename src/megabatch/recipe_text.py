@@ -1,0 +1,80 @@
+"""Values of recipe fields as text: `--set key=value` is parsed by the field's annotation and formatted back."""
+
+import math
+import types
+import typing
+from typing import Any, Literal
+
+
+def parse(text: str, hint: Any) -> Any:
+    """Returns `text` as a value of the annotation `hint`, that of a field of `Recipe`.
+
+    Raises:
+        ValueError: the text is not of that type; the message says what is needed.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if text not in args:
+            raise ValueError(f"needed one of {', '.join(args)}")
+        return text
+    if origin is types.UnionType:
+        return None if text.lower() in {"none", ""} else parse(text, args[0])
+    if origin is tuple:
+        return _parse_tuple(text, args[0])
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError("needed true or false")
+        return words[text.lower()]
+    if hint is int:
+        return _parse_int(text)
+    if hint is float:
+        return _parse_float(text)
+    return text
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text.replace("_", ""))
+    except ValueError:
+        raise ValueError("needed a whole number") from None
+
+
+def _parse_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError("needed a number") from None
+    if not math.isfinite(number):
+        raise ValueError("needed a finite number")
+    return number
+
+
+def _parse_tuple(text: str, item: Any) -> tuple[Any, ...]:
+    if typing.get_origin(item) is tuple:
+        return _parse_by_epoch(text)
+    return tuple(_parse_float(part) for part in text.split(",") if part)
+
+
+def _parse_by_epoch(text: str) -> tuple[tuple[float, float], ...]:
+    if not text or text.lower() == "none":
+        return ()
+    parts = text.split(",")
+    if len(parts) == 1 and ":" not in text:
+        return ((0.0, _parse_float(text)),)
+    pairs = [part.partition(":") for part in parts]
+    if not all(colon for _, colon, _ in pairs):
+        raise ValueError("needed epoch:value pairs such as 0:160,13:192")
+    return tuple((_parse_float(epoch), _parse_float(value)) for epoch, _, value in pairs)
+
+
+def as_text(value: object, *, max_items: int | None = None) -> str:
+    """Returns a field's value as `--set` takes it; a tuple longer than `max_items` is abbreviated."""
+    if isinstance(value, tuple):
+        items = [":".join(f"{v:g}" for v in x) if isinstance(x, tuple) else f"{x:g}" for x in value]
+        if max_items is not None and len(items) > max_items:
+            items = [*items[:3], "...", items[-1]]
+        return ",".join(items) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
