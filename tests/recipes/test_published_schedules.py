@@ -1,4 +1,4 @@
-"""The schedules that the recipes run are those that were published, at the epochs where a number is known."""
+"""The recipes' schedules have the published values at epochs for which a number is known."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_the_number_of_updates_is_the_published_one(name: str, steps: int) -> No
     assert count_steps(recipes.get(name)) == steps
 
 
-def test_growing_the_batch_saves_the_updates_it_should() -> None:
+def test_a_growing_batch_takes_fewer_updates() -> None:
     grown = count_steps(recipes.get("mikami2018_34k_68k"))
     assert grown == pytest.approx(30 * NUM_IMAGES / 34_816 + 60 * NUM_IMAGES / 69_632, abs=1)
 
@@ -54,47 +54,50 @@ def test_growing_the_batch_saves_the_updates_it_should() -> None:
 @pytest.mark.parametrize(
     ("epoch", "lr"), [(0, 6.4), (39.99, 6.4), (40, 0.96), (69.9, 0.96), (70, 0.128), (84.9, 0.128), (85, 0.0128)]
 )
-def test_akibas_slow_start_has_its_four_rates(epoch: float, lr: float) -> None:
+def test_slow_start_of_akiba_has_four_rates(epoch: float, lr: float) -> None:
     assert at("akiba2017_32k", epoch).lr == pytest.approx(lr)
 
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 0.00916), (5, 0.0677), (7.5, 0.184), (10, 0.5), (12.5, 1), (60, 1)])
-def test_akibas_warm_up_passes_from_rmsprop_to_sgd_around_epoch_ten(epoch: float, share: float) -> None:
+def test_warm_up_of_akiba_blends_from_rmsprop_to_sgd_around_epoch_ten(epoch: float, share: float) -> None:
     assert at("akiba2017_32k", epoch).sgd_share == pytest.approx(share, rel=5e-3)
 
 
 @pytest.mark.parametrize(
     ("epoch", "lr"), [(0, 0.1), (2.5, 1.65), (5, 3.2), (29.9, 3.2), (30, 0.32), (60, 0.032), (80, 0.0032)]
 )
-def test_goyals_rate_warms_up_and_falls_tenfold_three_times(epoch: float, lr: float) -> None:
+def test_rate_of_goyal_warms_up_and_falls_tenfold_three_times(epoch: float, lr: float) -> None:
     assert at("goyal2017_8k", epoch).lr == pytest.approx(lr, rel=1e-4)
 
 
 @pytest.mark.parametrize(("epoch", "lr"), [(0, 0.0), (18, 6.5), (36, 13.0), (88, 0.0325), (89.9, 0.0325)])
-def test_fujitsus_rate_peaks_at_epoch_36_and_ends_at_88(epoch: float, lr: float) -> None:
+def test_rate_of_yamazaki_peaks_at_epoch_36_and_ends_at_88(epoch: float, lr: float) -> None:
     assert at("yamazaki2019_81k", epoch).lr == pytest.approx(lr, rel=1e-5, abs=1e-5)
 
 
-def test_fujitsus_decay_has_power_2_2_over_780_steps_of_15_per_epoch() -> None:
+def test_decay_of_yamazaki_has_power_2_2_over_780_steps_at_15_per_epoch() -> None:
     halfway = 36 + 780 / 15 / 2
     assert at("yamazaki2019_81k", halfway).lr == pytest.approx((13.0 - 0.0325) * 0.5**2.2 + 0.0325, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "peak", "warmup"), [("ying2018_32k", 34, 12), ("ying2018_65k", 35, 34)])
-def test_yings_rate_decays_from_the_end_of_warm_up(name: str, peak: float, warmup: float) -> None:
+def test_rate_of_ying_decays_from_the_end_of_warm_up(name: str, peak: float, warmup: float) -> None:
     assert at(name, warmup / 2).lr == pytest.approx(peak / 2, rel=1e-5)
     assert at(name, warmup).lr == pytest.approx(peak, rel=1e-5)
     assert at(name, (warmup + 91) / 2).lr == pytest.approx(peak / 4, rel=1e-5)
 
 
-def test_caffes_decay_counts_warm_up() -> None:
+def test_decay_of_caffe_counts_from_the_first_step() -> None:
     assert at("you2017_alexnet_32k", 0).lr == 1.0
     assert at("you2017_alexnet_32k", 5).lr == pytest.approx(16.5, rel=1e-5)
     assert at("you2017_alexnet_32k", 50).lr == pytest.approx(32 * 0.25, rel=1e-5)
+    assert at("you2017_resnet50_32k", 14).lr == pytest.approx(
+        22.8, abs=0.05
+    )  # 32 (1 - 14 / 90)^2, as its docstring says
 
 
 @pytest.mark.parametrize(("epoch", "c"), [(5, 29), (15.5, 29), (29.9, 29), (30, 50), (60.5, 50), (80, 50)])
-def test_mikamis_rate_is_quadratic_with_a_higher_constant_after_the_batch_has_grown(epoch: float, c: float) -> None:
+def test_rate_of_mikami_is_quadratic_with_a_higher_factor_after_the_batch_grows(epoch: float, c: float) -> None:
     now = at("mikami2018_34k_68k", epoch)
     assert now.lr == pytest.approx(c * (1 - epoch / 90) ** 2, rel=2e-3)
     assert now.count == (34_816 if epoch < 30 else 69_632)
@@ -104,14 +107,14 @@ def test_mikamis_rate_is_quadratic_with_a_higher_constant_after_the_batch_has_gr
     ("epoch", "lr", "resolution"),
     [(0, 0.00017, 160), (1, 0.850085, 160), (2, 1.7, 160), (9, 0.85, 160), (11, 17 / 28, 160), (13, 5.1 / 14, 192)],
 )
-def test_ffcvs_triangle_and_ramp(epoch: float, lr: float, resolution: int) -> None:
+def test_ffcv_has_a_triangular_rate_and_a_resolution_ramp(epoch: float, lr: float, resolution: int) -> None:
     now = at("fast_16", epoch)
     assert now.lr == pytest.approx(lr, rel=1e-4)
     assert now.resolution == resolution
 
 
 @pytest.mark.parametrize("row", MLPERF, ids=lambda row: str(row[0]))
-def test_mlperfs_row_is_in_the_recipe(row: tuple[float, ...]) -> None:
+def test_an_mlperf_recipe_has_the_values_of_its_row(row: tuple[float, ...]) -> None:
     batch, lr, warmup, momentum, weight_decay, _, span, _, _ = row
     recipe = recipes.get(f"mlperf_{batch}")
     assert (recipe.global_batch_size, recipe.peak_lr, recipe.warmup_epochs) == (batch, lr, warmup)
@@ -121,17 +124,17 @@ def test_mlperfs_row_is_in_the_recipe(row: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("row", MLPERF, ids=lambda row: str(row[0]))
-def test_mlperfs_decay_steps_are_read_from_the_first_step_or_from_the_end_of_warm_up(row: tuple[float, ...]) -> None:
+def test_mlperf_decay_steps_count_from_the_first_step_or_the_end_of_warm_up(row: tuple[float, ...]) -> None:
     batch, _, warmup, _, _, decay_steps, _, _, slowest = row
     total = recipes.get(f"mlperf_{batch}").total_epochs
-    per_epoch = 21 if batch == 58_880 else NUM_IMAGES / batch  # that submitter left out the last, short batch
+    per_epoch = 21 if batch == 58_880 else NUM_IMAGES / batch  # that submitter drops the last, short batch
     readings = [epochs * per_epoch for epochs in (total, total - warmup)]
     assert any(math.isclose(decay_steps, reading, rel_tol=3e-3) for reading in readings)
     assert total >= slowest
 
 
 @pytest.mark.parametrize("row", MLPERF, ids=lambda row: str(row[0]))
-def test_mlperf_evaluates_at_the_mean_epoch_where_the_rate_is_nearly_gone(row: tuple[float, ...]) -> None:
+def test_mlperf_evaluates_at_the_mean_epoch_with_less_than_1_percent_of_the_rate(row: tuple[float, ...]) -> None:
     recipe = recipes.get(f"mlperf_{row[0]}")
     ((mean, top1),) = recipe.published_curve
     assert (round(mean) - recipe.eval_offset_epochs) % recipe.eval_every_epochs == 0

@@ -1,4 +1,4 @@
-"""Every recipe is complete, fits together, and says where its numbers are from."""
+"""Every recipe is valid and documents the source of its numbers."""
 
 import math
 import re
@@ -15,7 +15,7 @@ NAMES = recipes.names()
 IMAGENET = (1_281_167, 1000)
 
 
-def test_all_that_the_papers_and_mlperf_publish_is_here() -> None:
+def test_every_paper_and_every_mlperf_row_has_a_recipe() -> None:
     papers = {
         "you2017_alexnet_32k",
         "you2017_resnet50_32k",
@@ -33,7 +33,7 @@ def test_all_that_the_papers_and_mlperf_publish_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_valid_bears_its_name_and_survives_json(name: str) -> None:
+def test_a_recipe_is_valid_has_its_name_and_round_trips_through_json(name: str) -> None:
     recipe = recipes.get(name)
     assert recipe.name == name
     assert validate(recipe) is recipe
@@ -43,7 +43,8 @@ def test_a_recipe_is_valid_bears_its_name_and_survives_json(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_norm_spans_divide_every_batch_of_the_run(name: str) -> None:
     recipe = recipes.get(name)
-    for batch in (recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)):
+    epochs = [epoch for epoch, _ in recipe.batch_sizes] or [0.0]
+    for batch in (recipe.global_batch_size, *map(recipe.batch_at, epochs)):
         assert batch % recipe.bn_span == 0
 
 
@@ -55,26 +56,26 @@ def test_a_recipe_can_be_shortened_to_one_epoch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_docstring_says_command_result_and_the_source_of_every_number(name: str) -> None:
-    told = recipes.summary(name)
-    assert told.title
-    assert told.source
-    assert told.command.split()[:3] == ["megabatch", "train", name]
-    assert ("--data" in told.command) == (recipes.get(name).dataset in {"imagenet", "folder"})
-    assert told.published
-    assert told.measured == "not measured" or told.measured_top1 is not None
-    kinds = re.findall(r"^ {4}(\S[^:]*):", told.sources, flags=re.MULTILINE)
+def test_the_docstring_gives_command_results_and_sources(name: str) -> None:
+    summary = recipes.summary(name)
+    assert summary.title
+    assert summary.source
+    assert summary.command.split()[:3] == ["megabatch", "train", name]
+    assert ("--data" in summary.command) == (recipes.get(name).dataset in {"imagenet", "folder"})
+    assert summary.published
+    assert summary.measured == "not measured" or summary.measured_top1 is not None
+    kinds = re.findall(r"^ {4}(\S[^:]*):", summary.sources, flags=re.MULTILINE)
     assert kinds
     assert {kind.split(",")[0].split(" ")[0] for kind in kinds} <= {"read", "recalled", "derived", "chosen", "departs"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_published_accuracy_in_the_docstring_is_that_of_the_field(name: str) -> None:
-    recipe, told = recipes.get(name), recipes.summary(name)
+def test_docstring_and_field_have_the_same_published_accuracy(name: str) -> None:
+    recipe, summary = recipes.get(name), recipes.summary(name)
     if recipe.published_top1 is None:
-        assert told.published.startswith("nothing")
+        assert summary.published.startswith("nothing")
         return
-    found = re.search(r"top-1 (0\.\d+)", told.published)
+    found = re.search(r"top-1 (0\.\d+)", summary.published)
     assert found is not None
     assert float(found[1]) == recipe.published_top1
     if recipe.published_curve:
@@ -82,13 +83,13 @@ def test_the_published_accuracy_in_the_docstring_is_that_of_the_field(name: str)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if recipes.get(name).dataset == "imagenet"])
-def test_imagenet_is_counted_right(name: str) -> None:
+def test_imagenet_recipes_have_the_right_counts(name: str) -> None:
     recipe = recipes.get(name)
     assert (recipe.num_train_images, recipe.num_classes) == IMAGENET
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"\d+k", name)])
-def test_a_name_with_a_batch_in_it_tells_the_batch(name: str) -> None:
+def test_a_batch_size_in_the_name_is_the_recipes(name: str) -> None:
     recipe = recipes.get(name)
     batches = [int(size) for _, size in recipe.batch_sizes] or [recipe.global_batch_size]
     named = [int(number) for number in re.findall(r"_(\d+)k", name)]
@@ -99,7 +100,7 @@ def test_a_name_with_a_batch_in_it_tells_the_batch(name: str) -> None:
     assert f"{batches[0]:,}" in recipes.summary(name).title
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean akiba2017_32k"):
         recipes.get("akiba2018_32k")
     with pytest.raises(RecipeError, match="fashion_mnist works"):
@@ -108,23 +109,23 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         recipes.summary("Fashion")
 
 
-def test_what_is_measured_is_read_from_the_docstring() -> None:
-    told = recipes.Summary("", "", "", "", "top-1 0.9162 +- 0.0011 over 5 seeds, 160 s on 2 cores", "", "")
-    assert told.measured_top1 == 0.9162
+def test_measured_top1_is_parsed_from_the_docstring() -> None:
+    summary = recipes.Summary("", "", "", "", "top-1 0.9162 +- 0.0011 over 5 seeds, 160 s on 2 cores", "", "")
+    assert summary.measured_top1 == 0.9162
     assert recipes.Summary("", "", "", "", "not measured", "", "").measured_top1 is None
 
 
-def test_importing_and_reading_every_recipe_leaves_torch_out() -> None:
+def test_reading_every_recipe_does_not_import_torch() -> None:
     code = (
         "import sys; from megabatch import recipes\n"
         "for name in recipes.names(): recipes.get(name), recipes.summary(name)\n"
         "print('torch' in sys.modules)"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert answer.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "False"
 
 
-def test_crops_and_rates_are_within_reason() -> None:
+def test_rates_decay_and_crops_are_in_plausible_ranges() -> None:
     for name in NAMES:
         recipe = recipes.get(name)
         assert 0 < recipe.peak_lr <= 50

@@ -1,7 +1,8 @@
 """Recipes: functions without arguments that return a complete `Recipe`. Imports no torch.
 
-A recipe's docstring says what command runs it, what was published, what this project measured, and how certain each
-number is: *read* in a public source, *recalled* from memory of it, *derived* by arithmetic, or *chosen* here.
+A recipe's docstring gives the command that runs it, the published result, the result measured by this project, and the
+certainty of each number: *read* in a public source, *recalled* from memory of it, *derived* by arithmetic, or *chosen*
+by this project; *departs* lists deliberate differences from the source.
 """
 
 import inspect
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 
 from megabatch.errors import RecipeError
 from megabatch.recipe import Recipe, validate
+from megabatch.recipe_text import as_text
 from megabatch.recipes import (
     akiba2017,
     best_accuracy,
@@ -62,44 +64,48 @@ MAX_PAIRS = 12
 
 @dataclass(frozen=True)
 class Summary:
-    """What a recipe's docstring says of it."""
+    """The parts of a recipe's docstring."""
 
-    title: str  # what is trained
-    source: str  # the paper or project it follows
+    title: str  # model, data and batch size
+    source: str  # the paper or project that the recipe follows
     command: str
     published: str
     measured: str
-    notes: str  # what else there is to say
-    sources: str  # where each number is from
+    notes: str  # paragraphs between the results and the sources
+    sources: str  # source and certainty of each number
 
     @property
     def measured_top1(self) -> float | None:
-        """The first `top-1 0.xxx` in what was measured; None while it is not measured."""
+        """Measured top-1 in [0, 1], the first `top-1 0.xxx` of `measured`; None if not measured."""
         found = re.search(r"top-1 (0\.\d+)", self.measured)
         return float(found[1]) if found else None
 
 
 def names() -> tuple[str, ...]:
-    """Names of all recipes: small ones first, then papers by year, then MLPerf by batch."""
+    """Returns the names of all recipes: small and general ones, then papers by year, then MLPerf by batch size."""
     return tuple(RECIPES)
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`, validated.
+    """Returns the recipe called `name`, validated.
 
     Raises:
-        RecipeError: there is none of that name; the nearest is named.
+        RecipeError: no recipe has that name; the message suggests the nearest name.
     """
     return validate(_function(name)())
 
 
 def docstring(name: str) -> str:
-    """The recipe's docstring without its indentation."""
+    """Returns the recipe's docstring without indentation."""
     return inspect.getdoc(_function(name)) or ""
 
 
 def summary(name: str) -> Summary:
-    """The parts of a recipe's docstring; RecipeError for an unknown name."""
+    """Returns the parts of a recipe's docstring.
+
+    Raises:
+        RecipeError: no recipe has that name.
+    """
     text = docstring(name)
     title, _, source = text.partition("\n")[0].removesuffix(").").rpartition(" (")
     return Summary(
@@ -114,31 +120,24 @@ def summary(name: str) -> Summary:
 
 
 def value_text(value: object) -> str:
-    """A field's value as `--set` takes it; of more than `MAX_PAIRS` pairs only the first and the last."""
-    if isinstance(value, tuple):
-        parts = [":".join(f"{v:.6g}" for v in x) if isinstance(x, tuple) else f"{x:.6g}" for x in value]
-        if len(parts) > MAX_PAIRS:
-            parts = [*parts[:3], "...", parts[-1]]
-        return ",".join(parts) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    """Returns a field's value as `--set` takes it; of more than `MAX_PAIRS` pairs, the first three and the last."""
+    return as_text(value, max_items=MAX_PAIRS)
 
 
 def _function(name: str) -> Callable[[], Recipe]:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "`megabatch recipes` lists them all; fashion_mnist works"
+        hint = f"did you mean {near[0]}?" if near else "`megabatch recipes` lists all names; fashion_mnist works"
         raise RecipeError(f"unknown recipe '{name}'; {hint}")
     return RECIPES[name]
 
 
 def _between(text: str, label: str) -> str:
-    """The paragraphs after that of `label`, up to the sources."""
+    """Returns the paragraphs between that of `label` and the sources."""
     return text.partition(f"\n{label}: ")[2].partition("\n\n")[2].partition("Sources:\n")[0]
 
 
 def _line(text: str, label: str) -> str:
-    """What stands behind `label:`, with its continuation lines."""
+    """Returns the text after `label:`, with its continuation lines."""
     found = re.search(rf"^{label}: (.+(?:\n[ ]+\S.*)*)", text, flags=re.MULTILINE)
     return " ".join(found[1].split()) if found else ""

@@ -19,9 +19,9 @@ def akiba2017_32k() -> Recipe:
             eps 1e-8, RMSprop rate 3e-4.
         recalled, with confidence: 32 images per batch-norm statistic; weight decay 1e-4, zero-gamma and augmentation
             as Goyal et al. 2017.
-        derived: rate 12.8 at this batch, of which the slow start takes half; the transition is complete at epoch 12.5.
-        departs: the transition's middle branch as it is quoted in public overshoots to 1.5; here it is the continuous
-            1/2 + (epoch - 10) / 5. Evaluation is every epoch, as in the paper, whose time includes it.
+        derived: rate 12.8 at this batch, which the slow start halves; the transition ends at epoch 12.5.
+        departs: the middle branch of the transition, as public notes quote it, overshoots to 1.5; here it is the
+            continuous 1/2 + (epoch - 10) / 5. Evaluation runs every epoch, as in the paper, whose time includes it.
     """
     return Recipe(
         name="akiba2017_32k",

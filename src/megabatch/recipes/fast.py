@@ -1,4 +1,4 @@
-"""The best accuracy per hour: few epochs, small pictures first, antialiased downsampling (after FFCV's recipes)."""
+"""High accuracy per hour: few epochs, small images first, antialiased downsampling (after FFCV's recipes)."""
 
 from megabatch.recipe import Recipe
 
@@ -11,12 +11,12 @@ def fast_16() -> Recipe:
     Measured: not measured
 
     Sources:
-        read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate 1.7 reached
-            in straight line from 0.00017 at epoch 2 and falling in straight line to 0, momentum 0.9, weight decay 1e-4
+        read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate rising
+            linearly from 0.00017 to 1.7 at epoch 2 and falling linearly to 0, momentum 0.9, weight decay 1e-4
             but not on batch norm, label smoothing 0.1, 160 pixels until epoch 11, a ramp to 192 at epoch 13,
             evaluation at 256, blur-pool, batch norm over one GPU's 512 images, accuracy and time.
-        departs: evaluation looks at one view, not two, which is worth a few tenths of a point less; biases are left
-            out of weight decay too; resolution moves within an epoch rather than at its start.
+        departs: evaluation uses one view, not two, which costs a few tenths of a point; biases are not decayed
+            either; resolution changes within an epoch, not only at its start.
     """
     return _fast("fast_16", epochs=16, ramp=(11.0, 13.0), published_top1=0.738)
 

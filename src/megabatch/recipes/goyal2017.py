@@ -16,8 +16,8 @@ def goyal2017_8k() -> Recipe:
             each block's last batch norm, area and aspect augmentation, the error above.
         recalled, with confidence: no weight decay on batch norm.
         derived: peak rate 3.2 at batch 8,192.
-        departs: biases are left out of weight decay together with batch norm; momentum has the rate outside its buffer,
-            the form for which the paper needs no correction when the rate jumps.
+        departs: weight decay excludes biases as well as batch norm; momentum keeps the rate outside the buffer, the
+            form that needs no correction when the rate changes (section 3).
     """
     return Recipe(
         name="goyal2017_8k",

@@ -16,14 +16,14 @@ def mikami2018_34k_68k() -> Recipe:
         read: batch from 34K to 68K, growing by a schedule fixed beforehand; five epochs of warm-up; LARS; time and
             accuracy (abstract and public tables).
         read in the authors' framework: momentum with the rate inside the buffer; trust ratio 1 for zero weights.
-        recalled, with confidence: trust coefficient 0.01 and eps 1e-6 (the framework's own default is 0.001).
+        recalled: trust coefficient 0.01 and eps 1e-6 (the framework's defaults, read in its code, are 0.001 and 1e-6).
         recalled, weakly: the switch at epoch 30; the rate c (1 - epoch / 90)^2 with c = 29 before epoch 30 and 50
             after it. Treat these as a hint.
         derived: 34,816 = 2,176 x 16 and 69,632 = 2,176 x 32.
-        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9 throughout,
+        chosen, because the paper's value is absent or unconfirmed: weight decay 5e-5, momentum 0.9 throughout,
             initialisation, augmentation.
-        departs: batch norm covers 32 images all the time. On the paper's 2,176 GPUs it covered 16 before epoch 30.
-            After the jump of the rate the momentum buffer is corrected (`inside_corrected`).
+        departs: batch norm covers 32 images throughout; on the paper's 2,176 GPUs it covered 16 before epoch 30. The
+            momentum buffer is corrected when the rate changes (`inside_corrected`).
     """
     return Recipe(
         name="mikami2018_34k_68k",
@@ -58,12 +58,11 @@ def mikami2018_54k() -> Recipe:
 
     Sources:
         read: batch, 16 images per GPU, label smoothing, time and accuracy (abstract and public tables).
-        recalled, with confidence: trust coefficient 0.01, eps 1e-6.
-        recalled: label smoothing 0.1.
+        recalled: trust coefficient 0.01, eps 1e-6, label smoothing 0.1.
         recalled, weakly: five epochs of warm-up, then a quadratic fall over 90 epochs, as in the first version.
-        derived from weak memory: peak rate 41.4, on the line through 29 at 34,816 and 50 at 69,632.
-        chosen, the paper being silent or not confirmed: weight decay 5e-5, momentum 0.9,
-            initialisation, augmentation.
+        derived from weakly recalled rates: peak rate 41.4, on the line through 29 at 34,816 and 50 at 69,632.
+        chosen, because the paper's value is absent or unconfirmed: weight decay 5e-5, momentum 0.9, initialisation,
+            augmentation.
     """
     return Recipe(
         name="mikami2018_54k",
@@ -90,7 +89,7 @@ def mikami2018_54k() -> Recipe:
 
 
 def _quadratic_then_higher(*, switch_epoch: int, raised: float) -> ByEpoch:
-    """(1 - epoch / 90)^2, times `raised` from `switch_epoch` on, as lines from epoch to epoch."""
+    """Returns (1 - epoch / 90)^2, times `raised` from `switch_epoch` on, as pairs to interpolate linearly."""
     quadratic = [(float(epoch), (1 - epoch / EPOCHS) ** 2) for epoch in range(EPOCHS + 1)]
     before = [point for point in quadratic if point[0] < switch_epoch]
     last_moment = (switch_epoch - 1e-6, (1 - switch_epoch / EPOCHS) ** 2)

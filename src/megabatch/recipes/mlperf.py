@@ -1,15 +1,15 @@
-"""What is common to the rows of MLPerf Training's reference-convergence table for ResNet-50 with LARS.
+"""Common settings of the rows of MLPerf Training's reference-convergence table for ResNet-50 with LARS.
 
-The table (mlcommons/logging, training_4.0.0, rcps_resnet.json) gives for each batch the rate, warm-up, momentum, weight
-decay, decay steps and batch-norm span, and the epochs at which each of 10 to 28 runs first reached top-1 0.759. All
-rows share the rest: trust coefficient 0.001, eps 0, quadratic decay to 1e-4, label smoothing 0.1, neither LARS nor
-weight decay on batch norm and biases, evaluation every 4 epochs. Every row is here, from batch 1,632 to 67,840: those
-of each submitter in a file of their own.
+The table (mlcommons/logging, training_4.0.0, rcps_resnet.json) gives for each batch size the rate, warm-up, momentum,
+weight decay, decay steps and batch-norm span, and the epochs at which each of 10 to 28 runs first reached top-1 0.759.
+All rows share the rest: trust coefficient 0.001, eps 0, quadratic decay to 1e-4, label smoothing 0.1, no LARS scaling
+of batch norm and biases, evaluation every 4 epochs. Here no row decays batch norm or biases; NVIDIA's kernel does decay
+the bias of the fully connected layer. Every row from batch 1,632 to 67,840 is a recipe, in one module per submitter.
 
-The table's decay steps mean different things in different rows: some count from the end of warm-up, some from the
-first step. Each recipe says which reading it takes. In every case that reading puts the end of the decay at or after
-the slowest listed run and the mean at 94 to 97 % of it; the other would end it before the target was ever reached, or
-leave the rate far too high there.
+The table's decay steps count from the end of warm-up in some rows and from the first step in others. Each recipe states
+its interpretation. In every row the chosen one puts the end of the decay at or after the slowest listed run, with the
+mean at 94 to 97 % of it; the other would end the decay before any run reached the target, or leave the rate far too
+high at that point.
 """
 
 from megabatch.recipe import Initialization, MomentumForm, Recipe
@@ -30,7 +30,7 @@ def row(
     momentum_form: MomentumForm,
     min_crop_area: float = 0.08,
 ) -> Recipe:
-    """A row of the table with what all rows share; evaluated so that `mean_epochs`, rounded, is among the epochs."""
+    """Returns the recipe of one row; its evaluation epochs include `mean_epochs`, rounded."""
     return Recipe(
         name=f"mlperf_{batch}",
         model="resnet50",

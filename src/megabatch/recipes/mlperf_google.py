@@ -1,7 +1,7 @@
-"""Google's rows of MLPerf's table (see `mlperf.py`), with what they share in its public code.
+"""Google's rows of MLPerf's table (see `mlperf.py`), with the common settings of its public code.
 
-Momentum with the rate inside the buffer; weights from a truncated normal distribution; the last batch norm of a block
-starts at 0.
+Momentum has the rate inside the buffer; weights come from a truncated normal distribution; gamma of the last batch norm
+of a block starts at 0.
 """
 
 import functools
@@ -21,8 +21,8 @@ def mlperf_4096() -> Recipe:
 
     Sources:
         read: all numbers of the row; momentum form, initialisation and zero-gamma in Google's public code.
-        derived: 13,137 decay steps, counted from the first step, are 42 epochs, warm-up included. The least certain
-            row: counted after warm-up it would end at 47, with 3 % of the peak rate left at epoch 40.
+        derived: 13,137 decay steps, counted from the first step, are 42 epochs, warm-up included. This is the least
+            certain row: counted after warm-up, the decay would end at epoch 47, with 3 % of the peak rate at epoch 40.
     """
     return _row(
         batch=4_096,
@@ -69,7 +69,7 @@ def mlperf_32768() -> Recipe:
     Sources:
         read: all numbers of the row; momentum form, initialisation and zero-gamma in Google's public code.
         derived: 2,267 decay steps, counted from the first step, are 58 epochs, warm-up included. The same rate and
-            warm-up are published elsewhere for 58 epochs, converging in 56.
+            warm-up are published elsewhere with 58 epochs and convergence in 56.
     """
     return _row(
         batch=32_768,

@@ -1,4 +1,4 @@
-"""A user's own photographs, one folder per class."""
+"""ResNet-50 for a folder of photographs, one subfolder per class."""
 
 from megabatch.recipe import Recipe
 
@@ -7,20 +7,20 @@ def photos() -> Recipe:
     """ResNet-50 on your own photographs at batch 64 (this project).
 
     Command: megabatch train photos --data PATH
-    Published: nothing; the accuracy is that of your images
+    Published: nothing; the accuracy depends on your images
     Measured: not measured
 
-    PATH holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`. The net starts from random weights, so expect to need some
-    thousands of images per class; the batch is small because a small set needs many updates. For a set of a hundred
-    thousand images or more take `mlperf_4096` or `fast_32` instead.
+    PATH holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`. The weights are initialised at random, so plan for thousands
+    of images per class; the batch is small because training on a small data set needs many updates. For a hundred
+    thousand images or more, use `mlperf_4096` or `fast_32`.
 
     Sources:
         read: rate 0.1 per 256 images, Nesterov momentum 0.9, weight decay 1e-4, five epochs of warm-up, zero-gamma
             (Goyal et al. 2017, arXiv:1706.02677).
         derived: peak rate 0.025 at batch 64.
         chosen: batch, spans of 32, cosine decay, label smoothing 0.1, training at 128 pixels and then, for the last
-            fifth, at 160; evaluation at 160. Training pixels are what a CPU has time for; `--set resolution=224` and
-            `--set eval_resolution=224` are worth it on a GPU.
+            fifth, at 160; evaluation at 160. These resolutions suit the speed of a CPU; on a GPU, prefer
+            `--set resolution=224` and `--set eval_resolution=224`.
     """
     return Recipe(
         name="photos",

@@ -11,14 +11,17 @@ def ying2018_32k() -> Recipe:
     Measured: not measured
 
     Sources:
-        read: batch, time and accuracy (abstract); rate 34, warm-up of 12 epochs, quadratic decay to the end, momentum
-            0.9, weight decay 1e-4, label smoothing 0.1, trust coefficient 0.001, eps 0, batch norm and biases left
-            out of LARS and of decay, zero-gamma, truncated-normal initialisation, crops of 8 to 100 % of the area,
-            batch norm momentum 0.9 (TensorFlow's, 0.1 here), 3,558 steps (the authors' public code of December 2018).
-        read in the team's MLPerf v0.6 logs, standing in for the paper: batch norm over 128 images, eight cores of 16.
+        read: batch, time and accuracy (abstract); rate 34, warm-up of 12 epochs, quadratic decay over the steps that
+            follow, momentum 0.9, weight decay 1e-4, label smoothing 0.1, trust coefficient 0.001, eps 0, no LARS
+            scaling of batch norm and biases, no decay of batch norm, zero-gamma, truncated-normal initialisation,
+            crops of 8 to 100 % of the area, batch norm momentum 0.9 (TensorFlow's convention, 0.1 here), 3,558 steps
+            (the authors' public code of December 2018).
+        read in the team's MLPerf v0.6 logs, in place of the paper: batch norm over 128 images, eight cores of 16.
         derived: 91 epochs = 3,558 x 32,768 / 1,281,167; momentum with the rate outside the buffer, as in the
-            TensorFlow optimizer that this code called.
-        chosen: the decay ends at 0; the team's later code ends it at 0.0001.
+            TensorFlow optimizer that this code calls.
+        departs: the rate decays to 0; the code of December 2018 leaves TensorFlow's default of 0.0001. No bias is
+            decayed; that code decays the bias of the fully connected layer. With decay b, the trust ratio divides by
+            |g| + b |w|; that code adds the decay to the loss and divides by |g + b w| + b |w|.
     """
     return Recipe(
         name="ying2018_32k",
@@ -51,8 +54,9 @@ def ying2018_65k() -> Recipe:
     Sources:
         read: time and accuracy (a public talk on the paper); rate 35 and warm-up of 34 epochs (the authors' public
             code of December 2018); all else as `ying2018_32k`.
-        read in the team's later MLPerf runs, standing in for the paper: batch norm over 128 images.
+        read in the team's later MLPerf runs, in place of the paper: batch norm over 128 images.
         chosen: 91 epochs, as at 32,768; the number for this batch was not found.
+        departs: as `ying2018_32k`, in the end of the decay, the decayed bias and the trust ratio.
     """
     return Recipe(
         name="ying2018_65k",

@@ -12,13 +12,15 @@ def you2017_alexnet_32k() -> Recipe:
 
     Sources:
         read: time (abstract); rate 32 rising from 1 over 400 of 4,000 steps, quadratic decay over all 4,000 (warm-up
-            not taken off), momentum 0.9, weight decay 5e-4, trust coefficient 0.001, batch norm momentum 0.9 (Caffe's,
-            0.1 here) and eps 1e-4 (the partners' public Caffe solvers at this batch).
-        recalled, with confidence: the accuracy; weight decay.
-        derived: 4,000 steps are 102 epochs of this batch and were called 100; batch norm covered 512 images, one of
-            64 nodes' share.
-        chosen: crops of 60 to 77 % of the area without change of aspect stand for a random 227 out of 256 pixels;
-            weights only are decayed, which later work found better.
+            included), momentum 0.9, weight decay 5e-4, trust coefficient 0.001, batch norm momentum 0.9 (Caffe's
+            convention, 0.1 here) and eps 1e-4 (the partners' public Caffe solvers at this batch).
+        recalled, with confidence: the accuracy.
+        derived: 4,000 steps are 102 epochs of this batch, reported as 100; batch norm covers 512 images, the share of
+            one worker in the partners' solver for 64 nodes.
+        chosen: crops of 60 to 77 % of the area without change of aspect replace a random crop of 227 out of 256 pixels;
+            only weights are decayed, which later work found better.
+        departs: batch norm over 512 images, while one of the 1,024 nodes of the published 11 minutes has 32; training
+            at 224 pixels, while AlexNet takes 227.
     """
     return Recipe(
         name="you2017_alexnet_32k",
@@ -60,10 +62,14 @@ def you2017_resnet50_32k() -> Recipe:
         read: times and accuracies (abstracts), LARS with linear scaling, warm-up and quadratic decay, momentum 0.9,
             trust coefficient 0.001, momentum with the rate inside the buffer (the LARS paper's algorithm).
         recalled, with confidence: weight decay 1e-4.
-        read elsewhere: the paper's rate and warm-up at this batch were not found. 32 and 14 epochs are those with
-            which the same group's PyTorch code reaches 0.7675 in 90 epochs.
-        derived: 16 images per batch-norm statistic, one of 2,048 workers' share.
-        chosen: zero-gamma off, as in the Caffe nets of that time; decay measured from the first step, as Caffe does.
+        read elsewhere, because the paper's rate and warm-up at this batch were not found: rate 32 and 14 epochs of
+            warm-up, with which the PyTorch code of NUS-HPC, the first author's group, reports 0.7675 in 90 epochs.
+        derived: 16 images per batch-norm statistic, the share of one of 2,048 workers.
+        chosen: zero-gamma off, as in Caffe models of that time; no label smoothing; decay measured from the first step,
+            as in Caffe, so that the rate falls from 32 to 22.8 when warm-up ends at epoch 14.
+        departs: the 0.7675 belongs to another schedule and loss. The NUS-HPC code decays from the end of warm-up,
+            smooths labels by 0.1 with s / (K - 1) on each wrong class, and clamps the trust ratio to [0, 50] and the
+            gradient norm to at most 10.
     """
     return Recipe(
         name="you2017_resnet50_32k",
