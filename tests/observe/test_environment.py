@@ -1,4 +1,4 @@
-"""What a run ran on, fit to be published."""
+"""The description of the environment, safe to publish."""
 
 import json
 import platform
@@ -16,21 +16,21 @@ from megabatch.observe.environment import describe, git_commit, usable_cores
 def test_versions_and_hardware_are_described() -> None:
     found = describe()
     assert found["python"] == platform.python_version()
-    assert torch.__version__.startswith(found["torch"])  # a build for CUDA adds which, and its package may not say so
+    assert torch.__version__.startswith(found["torch"])  # a CUDA build adds a suffix that the package version may lack
     assert found["megabatch"] == megabatch.__version__
     assert found["cores"] == usable_cores() >= 1
     assert len(found["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert json.loads(json.dumps(found)) == found
 
 
-def test_no_path_and_no_host_is_told() -> None:
+def test_the_description_has_no_path_and_no_host_name() -> None:
     text = json.dumps(describe())
     assert str(Path(__file__).parents[2]) not in text
     assert str(Path.home()) + "/" not in text
     assert socket.gethostname() not in text
 
 
-def test_the_commit_is_none_outside_a_checkout_and_inside_another_projects(tmp_path: Path) -> None:
+def test_the_commit_is_none_outside_a_checkout_and_inside_that_of_another_project(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     assert git_commit(tmp_path) is None
@@ -52,5 +52,5 @@ def test_the_commit_is_marked_when_files_differ(tmp_path: Path) -> None:
 
 def test_describing_does_not_import_torch() -> None:
     code = "import sys; from megabatch.observe.environment import describe; describe(); print('torch' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert answer.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "False"

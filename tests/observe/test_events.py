@@ -1,4 +1,4 @@
-"""The event file: whole lines, readable after any death of its writer."""
+"""The event log: complete lines, readable after its writer was killed at any moment."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megabatch.errors import UserError
 from megabatch.observe.events import EventLog, read_events
 
 
-def test_events_come_back_in_order_with_their_fields(tmp_path: Path) -> None:
+def test_events_are_read_in_order_with_their_fields(tmp_path: Path) -> None:
     with EventLog(tmp_path / "run" / "events.jsonl") as log:
         log.write("run_start", recipe="fashion_mnist", workers=2)
         log.write("step", step=1, loss=2.25)
@@ -36,7 +36,7 @@ def test_an_event_can_be_read_before_the_log_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), torch.tensor(math.inf)])
-def test_what_is_not_finite_is_written_as_null(tmp_path: Path, value: object) -> None:
+def test_non_finite_numbers_are_written_as_null(tmp_path: Path, value: object) -> None:
     with EventLog(tmp_path / "events.jsonl") as log:
         log.write("step", loss=value, nested={"losses": [value, 1.0]})
     text = (tmp_path / "events.jsonl").read_text()
@@ -52,12 +52,12 @@ def test_numpy_torch_and_paths_are_written_as_plain_values(tmp_path: Path) -> No
     assert {key: event[key] for key in "abcde"} == {"a": 3, "b": 0.5, "c": "a/b", "d": [1, 2], "e": [1.0, None]}
 
 
-def test_a_resumed_run_appends_and_loses_only_the_torn_line(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_and_loses_only_the_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         log.write("step", step=1)
         log.write("step", step=2)
-    path.write_bytes(path.read_bytes()[:-9])  # the writer died within the second line
+    path.write_bytes(path.read_bytes()[:-9])  # the writer was killed within the second line
     assert [event["step"] for event in read_events(path)] == [1]
     with EventLog(path) as log:
         log.write("step", step=2)
@@ -65,7 +65,7 @@ def test_a_resumed_run_appends_and_loses_only_the_torn_line(tmp_path: Path) -> N
     assert path.read_text().count("\n") == 2
 
 
-def test_every_cut_of_the_file_leaves_all_whole_lines_readable(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_keeps_all_complete_lines_readable(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         for step in range(3):
@@ -75,23 +75,23 @@ def test_every_cut_of_the_file_leaves_all_whole_lines_readable(tmp_path: Path) -
         path.write_bytes(content[:length])
         whole = content[:length].count(b"\n")
         read = [event["step"] for event in read_events(path)]
-        assert read in (list(range(whole)), list(range(whole + 1)))  # a line that only lacks its newline is whole
+        assert read in (list(range(whole)), list(range(whole + 1)))  # a line that lacks only its newline is complete
 
 
-def test_a_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path: Path) -> None:
+def test_a_corrupt_line_in_the_middle_is_rejected_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "step"}\n{"event": \n{"event": "step"}\n')
     with pytest.raises(UserError, match="line 2"):
         read_events(path)
 
 
-def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="folder of a run"):
+def test_a_missing_file_raises_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give a run folder"):
         read_events(tmp_path / "events.jsonl")
 
 
 @given(st.dictionaries(st.text(min_size=1), st.none() | st.booleans() | st.integers() | st.text() | st.floats()))
-def test_whatever_is_written_comes_back_except_what_is_not_finite(fields: dict[str, object]) -> None:
+def test_fields_round_trip_except_non_finite_numbers(fields: dict[str, object]) -> None:
     fields = {key: value for key, value in fields.items() if key not in {"event", "time_s", "self"}}
     with tempfile.TemporaryDirectory() as folder:
         with EventLog(Path(folder) / "events.jsonl") as log:

@@ -1,4 +1,4 @@
-"""Curves: thinned without bias, gaps kept as gaps."""
+"""Curves: unbiased thinning, smoothing, and gaps for missing values."""
 
 import math
 import re
@@ -18,7 +18,7 @@ def test_a_long_run_is_thinned_to_the_means_of_neighbours() -> None:
 
 
 @pytest.mark.parametrize("count", [1, MAX_POINTS, MAX_POINTS + 1, 2 * MAX_POINTS - 1, 12_345])
-def test_thinning_weighs_every_point_once(count: int) -> None:
+def test_thinning_gives_every_point_the_same_weight(count: int) -> None:
     y = np.random.default_rng(0).random(count)
     edges = np.linspace(0, count, MAX_POINTS + 1).astype(int) if count > MAX_POINTS else np.arange(count + 1)
     _, thin = _thinned(np.arange(count, dtype=float), y)
@@ -34,18 +34,18 @@ def test_a_constant_stays_constant_when_smoothed() -> None:
     assert _running_mean(np.full(100, 7.0), 9) == pytest.approx(np.full(100, 7.0))
 
 
-def test_nothing_finite_draws_nothing() -> None:
+def test_without_finite_points_no_chart_is_drawn() -> None:
     assert chart([Line([0.0, 1.0], [math.nan, math.nan], 0)], name="x") is None
     assert chart([], name="x") is None
 
 
 def test_a_gap_in_the_data_is_a_gap_in_the_line() -> None:
-    def moves(y: list[float]) -> int:
+    def num_strokes(y: list[float]) -> int:
         svg = chart([Line([0.0, 1.0, 2.0, 3.0, 4.0], y, 0)], name="x")
         assert svg is not None
         path = re.search(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', svg)
         assert path is not None
         return path[1].count("M ")
 
-    assert moves([1, 2, 3, 4, 5]) == 1
-    assert moves([1, 2, math.nan, 4, 5]) == 2
+    assert num_strokes([1, 2, 3, 4, 5]) == 1
+    assert num_strokes([1, 2, math.nan, 4, 5]) == 2

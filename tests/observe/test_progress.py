@@ -1,4 +1,4 @@
-"""What a person sees, on a terminal and in a log file."""
+"""The progress display, on a terminal and in a log file."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from megabatch.observe.progress import Progress, duration
 
 
 class Clock:
-    """Time that moves when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -19,13 +19,13 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that reports to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_log_file_gets_a_line_at_most_every_ten_seconds() -> None:
+def test_a_log_file_gets_at_most_one_line_per_ten_seconds() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(100, 10, stream=stream, clock=clock) as progress:
         for step in range(1, 101):
@@ -37,7 +37,7 @@ def test_a_log_file_gets_a_line_at_most_every_ten_seconds() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_every_evaluation_has_its_line_whatever_the_time() -> None:
+def test_every_evaluation_is_printed() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(10, 2, stream=stream, clock=clock) as progress:
         progress.evaluation(1.0, 0.8123, 0.99, "on the published curve (0.810 at epoch 1)")
@@ -48,17 +48,17 @@ def test_every_evaluation_has_its_line_whatever_the_time() -> None:
     ]
 
 
-def test_time_left_follows_epochs_not_updates() -> None:
+def test_time_left_is_estimated_from_epochs() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(1000, 10, stream=stream, clock=clock) as progress:
-        progress.step(1, 1.0, 2.3, 100)  # the first update is left out of the pace
+        progress.step(1, 1.0, 2.3, 100)  # the estimate excludes the first update
         clock.now_s += 30
         progress.step(2, 4.0, 2.3, 100)  # three epochs in 30 s: six more take 60 s
     assert "left" not in stream.getvalue().splitlines()[0]
     assert stream.getvalue().splitlines()[1].endswith("1 min 00 s left")
 
 
-def test_the_last_accuracy_stays_in_sight() -> None:
+def test_steps_show_the_last_accuracy() -> None:
     stream, clock = io.StringIO(), Clock()
     with Progress(10, 2, stream=stream, clock=clock) as progress:
         progress.evaluation(1.0, 0.8123)
@@ -66,19 +66,19 @@ def test_the_last_accuracy_stays_in_sight() -> None:
     assert "1,234 images/s  loss 0.500  top1 0.8123" in stream.getvalue()
 
 
-def test_quiet_leaves_only_notes_and_other_workers_say_nothing() -> None:
-    said = {}
-    for name, how in {"quiet": {"quiet": True}, "worker": {"enabled": False}}.items():
+def test_quiet_prints_only_notes_and_disabled_prints_nothing() -> None:
+    output = {}
+    for name, options in {"quiet": {"quiet": True}, "worker": {"enabled": False}}.items():
         stream = io.StringIO()
-        with Progress(10, 2, stream=stream, **how) as progress:
+        with Progress(10, 2, stream=stream, **options) as progress:
             progress.step(1, 0.1, 2.3, 100)
             progress.evaluation(1.0, 0.8)
             progress.note("warning: [bold]")
-        said[name] = stream.getvalue()
-    assert said == {"quiet": "warning: [bold]\n", "worker": ""}
+        output[name] = stream.getvalue()
+    assert output == {"quiet": "warning: [bold]\n", "worker": ""}
 
 
-def test_on_a_terminal_of_80_columns_everything_fits_and_evaluations_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_of_80_columns_fits_all_values_and_keeps_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -96,7 +96,7 @@ def test_on_a_terminal_of_80_columns_everything_fits_and_evaluations_stay(monkey
     assert text.count("evaluation") == 1
 
 
-def test_a_number_of_steps_that_grows_is_shown() -> None:
+def test_a_new_number_of_total_steps_is_shown() -> None:
     stream = io.StringIO()
     with Progress(100, 10, stream=stream) as progress:
         progress.step(1, 0.1, 2.0, 10, total_steps=70)
@@ -107,5 +107,5 @@ def test_a_number_of_steps_that_grows_is_shown() -> None:
     ("seconds", "text"),
     [(-1, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
 )
-def test_durations_are_written_for_people(seconds: float, text: str) -> None:
+def test_durations_have_readable_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text

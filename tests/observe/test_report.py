@@ -1,4 +1,4 @@
-"""The page about runs: whole, self-contained, robust, and safe to open whatever a run is called."""
+"""The report page: complete, self-contained, robust to unfinished runs, and safe with hostile names."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ LOADING = {"src", "href", "xlink:href", "data", "action", "poster", "srcset", "f
 
 
 class Page(HTMLParser):
-    """Collects a page's text by element, its attributes, and elements that are closed wrongly."""
+    """Parses a page: text by element, attributes, and elements closed in the wrong order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
         return [text for tag, text in self.text if tag == "b"]
 
 
-def test_a_finished_run_shows_every_curve_its_recipe_and_where_it_ran(tmp_path: Path) -> None:
+def test_a_finished_run_shows_curves_recipe_and_environment(tmp_path: Path) -> None:
     end = {"event": "run_end", "top1": 0.9151, "images_per_s": 4321.0, "train_s": 100}
     events = [*map(step_event, range(1, 31)), evaluation_event(30, 0.9151), end]
     run = make_run(tmp_path / "run", events, start={"cpu": "A processor", "torch": "2.13.0"})
@@ -62,14 +62,16 @@ def test_a_finished_run_shows_every_curve_its_recipe_and_where_it_ran(tmp_path: 
     assert written == tmp_path / "new" / "report.html"
     assert page.wrong == []
     assert page.open == []
-    assert {"Top-1 accuracy", "Training loss", "Learning rate", "Global batch", "Throughput"} <= set(page.headings())
-    assert "Momentum" not in page.headings()  # it never moved
+    assert {"Top-1 accuracy", "Training loss", "Learning rate", "Global batch size", "Throughput"} <= set(
+        page.headings()
+    )
+    assert "Momentum" not in page.headings()  # it is constant
     shown = [text for _, text in page.text]
     for text in ("91.51 %", "4,321", "1 min 40 s", "A processor", "peak_lr", "trust_coefficient"):
         assert text in shown
 
 
-def test_the_page_loads_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
     page = Page(write_report([run], tmp_path / "report.html"))
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page.source)
@@ -78,7 +80,7 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
     assert all(value.startswith("#") for _, value in loading)
 
 
-def test_marks_that_a_drawing_refers_to_are_on_the_page_once(tmp_path: Path) -> None:
+def test_ids_are_unique_and_every_reference_resolves(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
     page = Page(write_report([run], tmp_path / "report.html"))
     ids = [value for _, name, value in page.attributes if name == "id"]
@@ -89,7 +91,7 @@ def test_marks_that_a_drawing_refers_to_are_on_the_page_once(tmp_path: Path) -> 
     assert used <= set(ids)
 
 
-def test_colours_come_from_the_page_so_that_dark_works(tmp_path: Path) -> None:
+def test_chart_colours_are_css_variables_of_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [*map(step_event, range(1, 31)), evaluation_event(30, 0.9)])
     page = Page(write_report([run], tmp_path / "report.html"))
     drawings = "".join(re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL))
@@ -99,7 +101,7 @@ def test_colours_come_from_the_page_so_that_dark_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{1}{$"])
-def test_names_and_warnings_are_shown_as_text_only(tmp_path: Path, hostile: str) -> None:
+def test_hostile_names_and_warnings_are_escaped(tmp_path: Path, hostile: str) -> None:
     recipe = dataclasses.replace(recipes.get("fashion_mnist"), name=hostile, dataset=hostile)
     spans = [{"ph": "X", "ts": 0, "dur": 5, "cat": hostile, "name": hostile}]
     events = [step_event(1), step_event(2), {"event": "warning", "text": hostile}]
@@ -124,7 +126,7 @@ def test_names_and_warnings_are_shown_as_text_only(tmp_path: Path, hostile: str)
         [step_event(1), {"event": "run_end", "top1": None, "images_per_s": None, "train_s": None}],
     ],
 )
-def test_a_run_that_got_nowhere_still_has_a_page(tmp_path: Path, events: list[dict[str, object]]) -> None:
+def test_a_run_with_few_or_empty_events_has_a_page(tmp_path: Path, events: list[dict[str, object]]) -> None:
     run = make_run(tmp_path / "run", events)
     page = Page(write_report([run], tmp_path / "report.html"))
     assert page.wrong == []
@@ -132,20 +134,20 @@ def test_a_run_that_got_nowhere_still_has_a_page(tmp_path: Path, events: list[di
     assert "nan" not in page.source.lower().replace("nanum", "")
 
 
-def test_a_folder_without_a_recipe_still_has_a_page(tmp_path: Path) -> None:
+def test_a_folder_without_a_recipe_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [step_event(1), step_event(2)])
     (run / "recipe.json").unlink()
     page = Page(write_report([run], tmp_path / "report.html"))
     assert "Recipe" not in [text for tag, text in page.text if tag == "h2"]
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run"):
+def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contains no run"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
-def test_runs_side_by_side_are_told_apart_and_their_differences_marked(tmp_path: Path) -> None:
+def test_several_runs_have_distinct_labels_and_marked_differences(tmp_path: Path) -> None:
     second = dataclasses.replace(recipes.get("fashion_mnist"), peak_lr=3.0)
     events = [*map(step_event, range(1, 11)), evaluation_event(10, 0.9)]
     runs = [make_run(tmp_path / "a", events), make_run(tmp_path / "b", events, recipe=second)]
@@ -156,13 +158,13 @@ def test_runs_side_by_side_are_told_apart_and_their_differences_marked(tmp_path:
     assert page.source.count("var(--series-1)") > page.source.count("var(--series-2)")
 
 
-def test_a_folder_that_bears_the_recipes_name_is_label_enough(tmp_path: Path) -> None:
+def test_a_folder_name_that_contains_the_recipe_name_is_the_label(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"fashion_mnist-{index}", [step_event(1)]) for index in (1, 2)]
     assert [run.label for run in load_runs(folders)] == ["fashion_mnist-1", "fashion_mnist-2"]
     assert load_runs(folders[:1])[0].label == "fashion_mnist"
 
 
-def test_the_published_curve_is_drawn_beside_the_runs_own(tmp_path: Path) -> None:
+def test_the_published_curve_is_drawn_with_the_runs_curve(tmp_path: Path) -> None:
     events = [step_event(860, epoch=86.0), evaluation_event(860, 0.74, epoch=86.0)]
     run = make_run(tmp_path / "run", events, recipe=recipes.get("yamazaki2019_81k"))
     page = Page(write_report([run], tmp_path / "report.html"))
@@ -173,7 +175,7 @@ def test_the_published_curve_is_drawn_beside_the_runs_own(tmp_path: Path) -> Non
     assert "stroke-dasharray" in accuracy[0]
 
 
-def test_a_trace_is_drawn_with_a_lane_for_each_thread_of_its_last_update(tmp_path: Path) -> None:
+def test_a_trace_shows_the_last_update_with_a_lane_per_thread(tmp_path: Path) -> None:
     spans = [
         {"ph": "X", "ts": 0, "dur": 9000, "tid": 9, "name": "an earlier update", "args": {"step": 1}},
         {"ph": "X", "ts": 70_000, "dur": 9000, "tid": 0, "name": "bucket 0", "args": {"step": 2}},
@@ -185,11 +187,11 @@ def test_a_trace_is_drawn_with_a_lane_for_each_thread_of_its_last_update(tmp_pat
     page = Page(write_report([run], tmp_path / "report.html"))
     drawn = {text for tag, text in page.text if tag == "text"}
     assert {"bucket 0", "bucket 1", "milliseconds"} <= drawn
-    assert not {"an earlier update", "70"} & drawn  # time counts from the update's first span
+    assert not {"an earlier update", "70"} & drawn  # time starts at the first span of the update
     assert {"bucket", "all_gather"} <= {text for tag, text in page.text if tag == "li"}
 
 
-def test_without_a_trace_the_exchange_of_the_middle_update_is_drawn(tmp_path: Path) -> None:
+def test_without_a_trace_the_timeline_shows_the_exchange_of_the_middle_update(tmp_path: Path) -> None:
     def buckets(done_ms: float) -> list[dict[str, float]]:
         return [{"index": 3, "numel": 8, "ready_ms": 0.0, "sent_ms": 2.0, "done_ms": done_ms}]
 
@@ -200,7 +202,7 @@ def test_without_a_trace_the_exchange_of_the_middle_update_is_drawn(tmp_path: Pa
     assert {"waiting", "exchange"} <= {text for tag, text in page.text if tag == "li"}
 
 
-def test_the_last_update_of_a_run_does_not_look_like_a_change_of_the_batch(tmp_path: Path) -> None:
+def test_the_smaller_last_update_is_not_drawn_as_a_change_of_the_batch(tmp_path: Path) -> None:
     events = [step_event(1), step_event(2), step_event(3, global_batch_size=7)]
     page = Page(write_report([make_run(tmp_path / "run", events)], tmp_path / "report.html"))
     drawing = re.search(r'aria-label="global_batch_size".*?</svg>', page.source, flags=re.DOTALL)
@@ -210,7 +212,7 @@ def test_the_last_update_of_a_run_does_not_look_like_a_change_of_the_batch(tmp_p
     assert len({point.split()[-1] for point in re.findall(r"[ML] [\d.]+ [\d.]+", line[1])}) == 1
 
 
-def test_evaluations_are_listed_with_their_place_on_the_published_curve(tmp_path: Path) -> None:
+def test_evaluations_are_listed_with_a_comparison_to_the_published_curve(tmp_path: Path) -> None:
     events = [evaluation_event(10, 0.70, epoch=70.0), evaluation_event(20, 0.60, epoch=82.0)]
     run = make_run(tmp_path / "run", events, recipe=recipes.get("yamazaki2019_81k"))
     page = Page(write_report([run], tmp_path / "report.html"))
@@ -220,7 +222,7 @@ def test_evaluations_are_listed_with_their_place_on_the_published_curve(tmp_path
     assert "below the published curve (0.749 at epoch 82)" in cells
 
 
-def test_a_resumed_run_is_drawn_along_the_path_it_went_last(tmp_path: Path) -> None:
+def test_steps_that_a_resumed_run_repeated_are_drawn_once(tmp_path: Path) -> None:
     first = [step_event(step, global_batch_size=1000 + step) for step in range(1, 8)]
     again = [step_event(step, global_batch_size=2000) for step in range(5, 11)]
     (run,) = load_runs([make_run(tmp_path / "run", [*first, *again])])

@@ -11,7 +11,7 @@ from megabatch.recipe import Recipe, fields_as_json
 
 
 def step_event(step: int, **fields: Any) -> dict[str, Any]:
-    """A step's event as training writes it."""
+    """Returns a step event as training writes it."""
     return {
         "event": "step",
         "step": step,
@@ -25,7 +25,7 @@ def step_event(step: int, **fields: Any) -> dict[str, Any]:
 
 
 def evaluation_event(step: int, top1: float | None, **fields: Any) -> dict[str, Any]:
-    """An evaluation's event as training writes it."""
+    """Returns an evaluation event as training writes it."""
     return {"event": "evaluation", "step": step, "epoch": step / 10, "top1": top1, "top5": 0.9, "loss": 0.5} | fields
 
 
@@ -37,7 +37,7 @@ def make_run(
     start: dict[str, Any] | None = None,
     timeline: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """A run folder with these events; without a recipe, that of Fashion-MNIST."""
+    """Creates a run folder with these events; the default recipe is fashion_mnist."""
     folder.mkdir(parents=True)
     chosen = recipe or recipes.get("fashion_mnist")
     (folder / "recipe.json").write_text(json.dumps(fields_as_json(chosen)))

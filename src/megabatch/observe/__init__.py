@@ -1,1 +1,1 @@
-""""""
+"""Observing runs: event log, progress display, run folders and HTML reports."""

@@ -1,4 +1,4 @@
-"""Is a run on the published curve? Compares an evaluation with accuracies that others published by epoch."""
+"""Compares an evaluation with a published curve of top-1 by epoch: on, above or below it."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ Curve = Sequence[tuple[float, float]]
 """Pairs `(epoch, top1)` with ascending epochs."""
 
 TOLERANCE = 0.005
-"""Half a point: wider than the spread of a finished run's top-1 over seeds, narrower than a wrong recipe's loss."""
+"""Half a percentage point: more than the spread over seeds, less than the accuracy lost by a wrong recipe."""
 
 
 def published_at(published_curve: Curve, epoch: float) -> float | None:
-    """The published top-1 at `epoch`, linear between the published points and level after the last.
+    """Returns the published top-1 at `epoch`: linear between the points, constant after the last.
 
-    None before the first point, where nothing is known.
+    Returns None before the first point.
     """
     if not published_curve or epoch < published_curve[0][0]:
         return None
@@ -26,11 +26,11 @@ def published_at(published_curve: Curve, epoch: float) -> float | None:
 
 
 def against_curve(published_curve: Curve, epoch: float, top1: float, tolerance: float = TOLERANCE) -> Verdict | None:
-    """Whether `top1` in [0, 1] at `epoch` is on (within `tolerance`), above or below the curve.
+    """Returns "on" (within `tolerance`), "above" or "below" for `top1` in [0, 1] at `epoch`.
 
-    A recipe of which only the epochs to a target are published has a curve of that one point. Before its first
-    point a curve can only be beaten: who has reached its accuracy already is above it, and for all others the
-    answer is None, as it is without a curve.
+    A recipe with a published number of epochs to a target has a curve of that one point. Before the first published
+    point only "above" can be reported: when `top1` has already reached the accuracy of that point. Otherwise, and for
+    an empty curve, the result is None.
     """
     if not published_curve:
         return None
@@ -42,9 +42,9 @@ def against_curve(published_curve: Curve, epoch: float, top1: float, tolerance: 
     return "above" if top1 > published else "below"
 
 
-def curve_text(published_curve: Curve, epoch: float, top1: float, tolerance: float = TOLERANCE) -> str:
-    """A remark for the line of an evaluation, such as `below the published curve (0.547 at epoch 50)`; may be empty."""
-    verdict = against_curve(published_curve, epoch, top1, tolerance)
+def curve_text(published_curve: Curve, epoch: float, top1: float) -> str:
+    """Returns a remark on an evaluation, such as `below the published curve (0.547 at epoch 50)`, or an empty text."""
+    verdict = against_curve(published_curve, epoch, top1)
     if verdict is None:
         return ""
     published = published_at(published_curve, epoch)

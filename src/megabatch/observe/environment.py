@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware and commit, without names of users or paths of the machine."""
+"""Describes the environment of a run: versions, hardware and commit, without user names or paths."""
 
 import importlib.metadata
 import os
@@ -13,9 +13,9 @@ PACKAGES = ("megabatch", "torch", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Versions, commit, processor, cores, GPU names and platform, as JSON values.
+    """Returns versions, commit, processor, cores, GPU names and platform, as JSON values.
 
-    Holds no user name, host name or path, so that it may be published with the run.
+    The result has no user name, host name or path, so it can be published with the run.
     """
     return {
         "python": platform.python_version(),
@@ -29,17 +29,17 @@ def describe() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of megabatch's source at `folder`, marked `-dirty` where files differ; None outside its checkout."""
+    """Returns the commit of the megabatch checkout at `folder`, with `-dirty` if files differ; None elsewhere."""
     root = _git(folder, "rev-parse", "--show-toplevel")
     if root is None or not (Path(root) / "src" / "megabatch").is_dir():
-        return None  # installed somewhere inside another project's checkout: that commit would mislead
+        return None  # installed inside another project's checkout, whose commit says nothing about megabatch
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and changed else commit
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Returns the processor's name as the operating system reports it."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     except OSError:
@@ -48,15 +48,15 @@ def cpu_model() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which can be fewer than the machine has."""
+    """Returns the number of cores in this process's affinity mask, which can be smaller than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def gpu_names() -> list[str]:
-    """Names of the GPUs that torch sees; empty without torch or without a GPU."""
-    torch = sys.modules.get("torch")  # not imported for this alone: it takes seconds
+    """Returns the names of the GPUs that torch sees; empty if torch is not imported or there is no GPU."""
+    torch = sys.modules.get("torch")  # importing torch only for this would take seconds
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -70,11 +70,11 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """The output of a git command in `folder`; None without git, outside a checkout, or on any failure."""
+    """Returns the output of a git command in `folder`; None if it fails, outside a checkout, or without git."""
     try:
-        answer = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return result.stdout.strip()

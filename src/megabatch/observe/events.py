@@ -1,12 +1,12 @@
-"""A run's log: one JSON object per line, readable at any moment, also while the run writes it.
+"""Event log of a run: one JSON object per line, readable while the run writes it.
 
-Each line holds `event` (its kind), `time_s` (seconds since 1970) and the fields of that kind:
+Each line has `event` (its kind), `time_s` (seconds since 1970) and the fields of that kind:
 
-    run_start    what runs where: recipe name, workers, versions, hardware
+    run_start    recipe (its name), workers, versions, hardware
     step         step, epoch, loss (global mean), lr, momentum, global_batch_size, images_per_s
     evaluation   step, epoch, top1, top5, loss, num_samples, seconds
     checkpoint   step, path
-    bad_samples  step, num_bad_samples (different ones), num_replaced_samples: so far, over all workers; only if any
+    bad_samples  step, num_bad_samples (distinct), num_replaced_samples: totals over all workers; only if not 0
     warning      text
     run_end      top1, images_per_s, train_s, num_replaced_samples
 """
@@ -26,23 +26,23 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends events to `path`, each flushed as one whole line, so that a killed run loses at most its last line.
+    """Appends events to `path` and flushes each line, so a killed run loses at most its last event.
 
-    A file that is there already is continued (a resumed run), less a line that was torn when its writer died.
+    An existing file is continued (a resumed run); an incomplete last line is removed first.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
+        _drop_incomplete_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; numbers that JSON cannot hold (NaN, infinities) become null."""
+        """Append one event; NaN and infinities, which JSON cannot represent, become null."""
         line = {"event": event, "time_s": round(time.time(), 3)} | fields
         self._file.write(json.dumps(_as_json(line), allow_nan=False, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
-        """Close the file; further events raise ValueError."""
+        """Close the file; later writes raise ValueError."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -55,19 +55,19 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Every event in `path`, in the order of writing, less a last line that is torn.
+    """Returns the events in `path`, in order, without an incomplete last line.
 
     Raises:
-        UserError: there is no such file, or a line other than the last is no JSON object.
+        UserError: the file cannot be read, or a line other than the last is not an event.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a run folder") from error
     events = [_parse(line) for line in lines]
     for number, (line, event) in enumerate(zip(lines[:-1], events[:-1], strict=True), start=1):
         if event is None and line.strip():
-            raise UserError(f"{path}, line {number}, is no event; remove that line to read the others")
+            raise UserError(f"{path}, line {number}, is not an event; remove that line to read the others")
     return [event for event in events if event is not None]
 
 
@@ -79,8 +79,8 @@ def _parse(line: bytes) -> Event | None:
     return value if isinstance(value, dict) and "event" in value else None
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut what follows the last newline: the next event must start on a line of its own."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Truncate the file after its last newline, so that the next event starts a new line."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -89,7 +89,7 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """`value` in types that JSON knows: paths as text, arrays and tensors of one element as numbers."""
+    """Returns `value` in JSON types: paths as text, arrays as lists, 0-d arrays and tensors as numbers."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):

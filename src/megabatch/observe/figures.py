@@ -1,4 +1,4 @@
-"""Curves as SVG that takes its colours from the page, so that one drawing serves light and dark."""
+"""Curves as SVG. Colours are CSS variables of the page, so one drawing suits light and dark themes."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ SERIES = tuple(f"#0202{index:02x}" for index in range(NUM_COLORS))
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
     color: f"var(--series-{index})" for index, color in enumerate(SERIES)
 }
-"""Colours that are drawn and the page's variables that take their place."""
+"""Placeholder colours that matplotlib draws, and the CSS variables that replace them in the SVG."""
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve; `color` counts runs. Dashed lines are what others published."""
+    """One run's curve; `color` is the index of the run. Dashed lines are published curves."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -71,12 +71,13 @@ def chart(
     from_zero: bool = False,
     level: float | None = None,
 ) -> str | None:
-    """SVG of the curves against the epoch; None if no line holds a finite point.
+    """Returns an SVG of the curves against the epoch; None if no line has a finite point.
 
     Args:
-        name: a word that no other chart on the page has.
-        percent: y in [0, 1] is shown as a percentage.
-        level: a value to mark with a thin line across.
+        name: an id, unique on the page.
+        percent: show y in [0, 1] as a percentage.
+        from_zero: start the y axis at 0.
+        level: y of a thin horizontal line, for example a target.
     """
     if not any(_finite(line).any() for line in lines):
         return None
@@ -91,10 +92,11 @@ def chart(
 
 
 def timeline_chart(spans: Sequence[tuple[str, str, float, float]], *, name: str) -> str | None:
-    """SVG of one update: what ran when. None if there is nothing to show.
+    """Returns an SVG of the timeline of one update; None without spans.
 
     Args:
-        spans: lane, kind of work, start and length in milliseconds. A lane is a row, a kind a colour.
+        spans: lane, kind of work, start and length in milliseconds. Each lane is a row, each kind a colour.
+        name: an id, unique on the page.
     """
     if not spans:
         return None
@@ -113,14 +115,14 @@ def timeline_chart(spans: Sequence[tuple[str, str, float, float]], *, name: str)
 
 
 def span_kinds(spans: Sequence[tuple[str, str, float, float]]) -> list[str]:
-    """Kinds of work in the order of their colours."""
+    """Returns the kinds of work in the order of their colours."""
     return list(dict.fromkeys(kind for _, kind, _, _ in spans))
 
 
 @contextmanager
 def _axes(name: str, *, width: float = 6.0, height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
-    """An empty drawing in the page's style. `name` makes the ids of its marks differ from other drawings'."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says so when it first lists the fonts
+    """Yields an empty figure in the page's style. `name` salts the SVG ids, which are unique on the page."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # logs a message when it builds its font cache
     settings: Any = STYLE | {"svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -131,18 +133,18 @@ def _draw(axes: Axes, line: Line) -> None:
     color = SERIES[line.color % NUM_COLORS]
     finite = _finite(line)
     x, y = _thinned(np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float))
-    few = np.count_nonzero(finite) <= 40 and not line.steps
-    how: dict[str, Any] = {"color": color, "linewidth": 1.7}
+    with_markers = np.count_nonzero(finite) <= 40 and not line.steps
+    options: dict[str, Any] = {"color": color, "linewidth": 1.7}
     if line.dashed:
-        how |= {"color": MUTED, "linestyle": (0, (4, 2)), "linewidth": 1.4}
-    if few:
-        how |= {"marker": "o", "markersize": 3.2 if not line.dashed else 2.4}
+        options |= {"color": MUTED, "linestyle": (0, (4, 2)), "linewidth": 1.4}
+    if with_markers:
+        options |= {"marker": "o", "markersize": 3.2 if not line.dashed else 2.4}
     if line.steps:
-        how["drawstyle"] = "steps-post"
+        options["drawstyle"] = "steps-post"
     if line.smooth and len(y) > 60:
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
         y = _running_mean(y, window=max(3, len(y) // 30))
-    axes.plot(x, y, **how)
+    axes.plot(x, y, **options)
 
 
 def _frame(axes: Axes, *, percent: bool, from_zero: bool) -> None:
@@ -154,7 +156,7 @@ def _frame(axes: Axes, *, percent: bool, from_zero: bool) -> None:
 
 
 def _plain(value: float, _: int | None = None) -> str:
-    """Ticks as people write them: 20,000 and 0.05."""
+    """Formats a tick, for example 20,000 or 0.05."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
@@ -168,7 +170,7 @@ def _finite(line: Line) -> NDArray[np.bool_]:
 
 
 def _thinned(x: Values, y: Values) -> tuple[Values, Values]:
-    """At most `MAX_POINTS` points, each the mean of its neighbours: a page must not grow with the run."""
+    """Returns at most `MAX_POINTS` points, each the mean of its neighbours, to bound the size of the page."""
     if len(x) <= MAX_POINTS:
         return x, y
     edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)[:-1]
@@ -177,7 +179,7 @@ def _thinned(x: Values, y: Values) -> tuple[Values, Values]:
 
 
 def _running_mean(y: Values, window: int) -> Values:
-    """Mean over the `window` nearest points, over fewer at the ends, leaving out what is not finite."""
+    """Returns the mean over the `window` nearest points, fewer at the ends; non-finite values are ignored."""
     finite = np.isfinite(y)
     kernel = np.ones(window)
     total = np.convolve(np.where(finite, y, 0.0), kernel, mode="same")
@@ -186,7 +188,7 @@ def _running_mean(y: Values, window: int) -> Values:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The drawing as an element for an HTML page: no header, no ids that clash, no colours of its own."""
+    """Returns the figure as an SVG element for an HTML page: no XML header, no clashing ids, colours as variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -201,5 +203,5 @@ def _svg(figure: Figure, name: str) -> str:
 
 
 def _font_size(size: str | None) -> str:
-    """The family is the page's; what is left of a `font` is its size."""
+    """Returns the CSS that replaces a `font` property: its size only, so that the page sets the font family."""
     return f"font-size: {size}" if size else ""

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a few plain lines elsewhere."""
+"""Progress display of a run: a live bar on a terminal, plain lines elsewhere."""
 
 import math
 import sys
@@ -19,9 +19,9 @@ PLAIN_LINE_EVERY_S = 10.0
 class Progress:
     """Shows a run: epoch, step, images/s, loss, top-1 and time left.
 
-    On a terminal it is a live bar with a line of figures, and each evaluation stays above it. Elsewhere (a pipe, a
-    log file) it is one plain line at most every ten seconds, and one for each evaluation. `enabled=False` shows
-    nothing, for all workers but the first; `quiet` leaves only `note`.
+    On a terminal it is a live bar with a line of values, below the lines of past evaluations. Elsewhere (a pipe, a log
+    file) it prints at most one line per ten seconds and one per evaluation. `enabled=False` prints nothing, for
+    every worker but rank 0; `quiet` prints only `note`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Progress:
     def step(
         self, step: int, epoch: float, loss: float, images_per_s: float, *, total_steps: int | None = None
     ) -> None:
-        """Tell that `step` updates are done, `epoch` passes over the data behind them."""
+        """Show that `step` updates are complete, after `epoch` passes over the data."""
         self.total_steps = total_steps or self.total_steps
         self._pace.reached(epoch)
         if self._quiet:
@@ -62,7 +62,7 @@ class Progress:
             self._line(f"{status}  {left}".rstrip())
 
     def evaluation(self, epoch: float, top1: float, top5: float | None = None, remark: str = "") -> None:
-        """Tell the exact accuracy, in [0, 1], at `epoch`; `remark` stands behind it."""
+        """Show the accuracies, in [0, 1], of the evaluation at `epoch`, followed by `remark`."""
         self._top1 = top1
         if self._quiet:
             return
@@ -72,12 +72,12 @@ class Progress:
         self._line("evaluation  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
-        """Show one line above the bar."""
+        """Print one line, above the bar on a terminal."""
         if self._enabled:
             self._line(text)
 
     def close(self) -> None:
-        """End the live part; its last state stays on the screen."""
+        """Stop the live display; its last state stays on the screen."""
         if self._live is not None:
             self._live.stop()
 
@@ -110,7 +110,7 @@ class Progress:
 
 
 class _Pace:
-    """Time left, from epochs rather than steps: with a growing batch later steps hold more work."""
+    """Estimates the time left from epochs, not steps: with a growing batch later steps take longer."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -119,7 +119,7 @@ class _Pace:
 
     def reached(self, epoch: float) -> None:
         self._epoch = epoch
-        if self._start is None:  # the first step is left out: it compiles, allocates and waits for data
+        if self._start is None:  # excludes the first step, which compiles, allocates and waits for data
             self._start = (self._clock(), epoch)
 
     def left_s(self, total_epochs: float) -> float | None:
@@ -131,7 +131,7 @@ class _Pace:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `48 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Formats a duration: `48 s`, `3 min 05 s`, `2 h 07 min`."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole} s"
@@ -141,7 +141,7 @@ def duration(seconds: float) -> str:
 
 
 def _screen(share: float, left: str, status: str) -> Group:
-    """The bar across the terminal with what is left, and below it the figures: fits 80 columns."""
+    """Returns the bar with the time left and, below it, the status line; fits 80 columns."""
     top = Table.grid(expand=True, padding=(0, 2, 0, 0))
     top.add_column(ratio=1)
     top.add_column(no_wrap=True)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs: curves, recipe, environment. Opens without a network."""
+"""Writes a self-contained HTML page about one or several runs: curves, recipes, environments."""
 
 import dataclasses
 import math
@@ -23,32 +23,32 @@ EVALUATION_COLUMNS = {"epoch": ".4g", "step": ",", "top1": ".4f", "top5": ".4f",
 
 @dataclass(frozen=True)
 class Figure:
-    """A curve with its heading."""
+    """A chart with its heading."""
 
     title: str
     note: str
     svg: Markup
     wide: bool = False
-    kinds: tuple[tuple[int, str], ...] = ()  # colour and meaning, where they are not runs
+    kinds: tuple[tuple[int, str], ...] = ()  # colour index and label, for a chart with its own legend
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: one cell per run."""
+    """A row of a table: one cell per run."""
 
     name: str
     cells: tuple[str, ...]
-    shown: bool = True  # not at the field's default, or the runs do not agree
-    differs: bool = False  # the runs do not agree
+    shown: bool = True  # False if every run has the field's default
+    differs: bool = False  # True if the runs have different values
 
 
 def write_report(run_folders: Sequence[Path], output: Path) -> Path:
-    """Writes the page about the runs in `run_folders` to `output`, whose path it returns.
+    """Writes the page about the runs in `run_folders` to `output` and returns `output`.
 
-    A run that is under way, ended early, or was never evaluated is shown as far as it got.
+    Runs may be in progress, interrupted or without an evaluation.
 
     Raises:
-        UserError: a folder holds no run, or its event file is damaged.
+        UserError: a folder contains no run, or its event file is corrupt.
     """
     runs = load_runs(run_folders)
     template = _environment().get_template("report.html")
@@ -80,14 +80,14 @@ def _environment() -> jinja2.Environment:
 
 
 def _headline(run: RunRecord, index: int) -> dict[str, Any]:
-    """What stands at the top of the page for a run."""
+    """Returns the values of a run's card at the top of the page."""
     last = run.steps[-1] if run.steps else {}
     facts = [
         ("images/s", f"{run.images_per_s:,.0f}" if run.images_per_s else "–"),
         ("epochs", _format(last.get("epoch"), ".4g")),
         ("updates", _format(last.get("step"), ",")),
-        ("training time", duration(run.end["train_s"]) if run.end and run.end.get("train_s") else "not ended"),
-        ("global batch", _batch(run)),
+        ("training time", duration(run.end["train_s"]) if run.end and run.end.get("train_s") else "not finished"),
+        ("global batch size", _batch(run)),
         ("workers", str(run.environment.get("workers", "–"))),
     ]
     return {
@@ -110,7 +110,7 @@ def _batch(run: RunRecord) -> str:
 
 
 def _remark(run: RunRecord) -> str:
-    """How the last evaluation stands to what was published."""
+    """Returns a comparison of the last evaluation with the published accuracy; may be empty."""
     if run.recipe is None or run.top1 is None:
         return ""
     epoch = run.evaluation_column("epoch")[-1]
@@ -121,27 +121,31 @@ def _remark(run: RunRecord) -> str:
 
 
 def _figures(runs: list[RunRecord]) -> list[Figure]:
-    """Every curve that has something to show."""
+    """Returns every chart that has data, followed by one timeline per run."""
     candidates = [
-        ("Top-1 accuracy", "share of evaluation images whose likeliest class is right", _accuracy(runs)),
-        ("Training loss", "mean over the global batch, faint: every update", _curve(runs, "loss", smooth=True)),
-        ("Learning rate", "of each update", _curve(runs, "lr", from_zero=True)),
-        ("Momentum", "of each update", _curve(runs, "momentum", only_if_moving=True)),
-        ("Global batch", "images per update", _batches(runs)),
-        ("Resolution", "pixels of a training image", _curve(runs, "resolution", steps=True, only_if_moving=True)),
-        ("Throughput", "images/s, all workers together", _curve(runs, "images_per_s", smooth=True, from_zero=True)),
+        ("Top-1 accuracy", "share of evaluation images whose most likely class is correct", _accuracy(runs)),
+        ("Training loss", "mean over the global batch; thin line: every update", _curve(runs, "loss", smooth=True)),
+        ("Learning rate", "per update", _curve(runs, "lr", from_zero=True)),
+        ("Momentum", "per update", _curve(runs, "momentum", only_if_changing=True)),
+        ("Global batch size", "images per update", _batches(runs)),
+        (
+            "Resolution",
+            "side of a training image in pixels",
+            _curve(runs, "resolution", steps=True, only_if_changing=True),
+        ),
+        ("Throughput", "images/s, all workers combined", _curve(runs, "images_per_s", smooth=True, from_zero=True)),
         (
             "Exposed communication",
-            "ms per update that computing does not hide",
+            "ms per update that do not overlap with computation",
             _curve(runs, "exposed_ms", smooth=True, from_zero=True),
         ),
     ]
-    drawn = [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (drawn here)
+    drawn = [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (our own SVG)
     return drawn + [figure for index, run in enumerate(runs) if (figure := _timeline(run, index))]
 
 
 def _timeline(run: RunRecord, index: int) -> Figure | None:
-    """What ran when within one update, with a legend of its own."""
+    """Returns the timeline of one update, with its own legend; None without spans."""
     spans = [dataclasses.astuple(span) for span in run.timeline]
     svg = timeline_chart(spans, name=f"timeline-{index}")
     if svg is None:
@@ -157,20 +161,20 @@ def _curve(
     smooth: bool = False,
     steps: bool = False,
     from_zero: bool = False,
-    only_if_moving: bool = False,
+    only_if_changing: bool = False,
 ) -> str | None:
     lines = [
         Line(run.column("epoch"), run.column(field), index, steps=steps, smooth=smooth)
         for index, run in enumerate(runs)
     ]
-    moving = any(len({value for value in line.y if math.isfinite(value)}) > 1 for line in lines)
-    if only_if_moving and not moving:
+    changing = any(len({value for value in line.y if math.isfinite(value)}) > 1 for line in lines)
+    if only_if_changing and not changing:
         return None
     return chart(lines, name=field, from_zero=from_zero)
 
 
 def _batches(runs: list[RunRecord]) -> str | None:
-    """The global batch, less the run's last update, which takes what is left of the data."""
+    """Draws the global batch size; the last update, which trains on the remaining data, repeats the value before it."""
     lines = []
     for index, run in enumerate(runs):
         x, y = run.column("epoch"), run.column("global_batch_size")
@@ -180,7 +184,7 @@ def _batches(runs: list[RunRecord]) -> str | None:
 
 
 def _accuracy(runs: list[RunRecord]) -> str | None:
-    """Each run's evaluations, with the published curves behind them and the target across."""
+    """Draws each run's evaluations over the published curves, with the target as a horizontal line."""
     curves = {run.recipe.published_curve for run in runs if run.recipe and len(run.recipe.published_curve) > 1}
     lines = [
         Line([epoch for epoch, _ in curve], [top1 for _, top1 in curve], 0, dashed=True) for curve in sorted(curves)
@@ -195,7 +199,7 @@ def _accuracy(runs: list[RunRecord]) -> str | None:
 
 
 def _evaluation_rows(run: RunRecord) -> list[tuple[str, tuple[str, ...]]]:
-    """The run's label and what each evaluation found."""
+    """Returns a row per evaluation: the run's label and the cells."""
     curve = run.recipe.published_curve if run.recipe else ()
     rows = []
     for event, top1, epoch in zip(
@@ -234,7 +238,7 @@ def _environment_rows(runs: list[RunRecord]) -> list[Row]:
 
 
 def _text(value: Any) -> str:
-    """A value as people write it."""
+    """Formats a value for a table."""
     if value is None or value in ((), []):
         return "–"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A run folder read back: its events as columns, its recipe, what it ran on."""
+"""Reads a run folder: events as columns, recipe, environment and timeline."""
 
 import dataclasses
 import json
@@ -13,12 +13,13 @@ from megabatch.errors import UserError
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
-ENVIRONMENT_ONLY = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
+NOT_ENVIRONMENT = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
+"""Fields of `run_start` that do not describe the environment."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time within one update: which row of the drawing, what, when."""
+    """One operation within an update; spans of a lane share a row of the timeline."""
 
     lane: str
     name: str
@@ -28,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its folder tells it; `label` tells it from others on the same page."""
+    """The contents of a run folder; `label` is unique among the runs of a page."""
 
     label: str
     steps: list[Event]
@@ -40,27 +41,27 @@ class RunRecord:
     timeline: list[Span]
 
     def column(self, field: str) -> list[float]:
-        """`field` of every step; NaN where a step has no number."""
+        """Returns `field` of every step; NaN where it is not a number."""
         return [_number(event.get(field)) for event in self.steps]
 
     def evaluation_column(self, field: str) -> list[float]:
-        """`field` of every evaluation; NaN where there is no number."""
+        """Returns `field` of every evaluation; NaN where it is not a number."""
         return [_number(event.get(field)) for event in self.evaluations]
 
     @property
     def top1(self) -> float | None:
-        """The last evaluation's top-1."""
+        """Top-1 of the last evaluation, in [0, 1]; None without one."""
         values = [value for value in self.evaluation_column("top1") if math.isfinite(value)]
         return values[-1] if values else None
 
     @property
     def best_top1(self) -> float | None:
-        """The highest top-1 of all evaluations."""
+        """Highest top-1 of all evaluations, in [0, 1]; None without one."""
         return max((value for value in self.evaluation_column("top1") if math.isfinite(value)), default=None)
 
     @property
     def images_per_s(self) -> float | None:
-        """Of the whole run where it ended, else the median of its steps."""
+        """Throughput of the whole run if it has ended, else the median over its steps; None without steps."""
         if self.end and self.end.get("images_per_s"):
             return float(self.end["images_per_s"])
         values = sorted(value for value in self.column("images_per_s") if math.isfinite(value))
@@ -68,10 +69,10 @@ class RunRecord:
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Every run, with labels that differ: the recipe's name, and the folder's where that is not enough.
+    """Returns the runs in `folders`. Labels are recipe names, with the folder's name where those are not unique.
 
     Raises:
-        UserError: a folder holds no run.
+        UserError: a folder contains no run.
     """
     runs = [_load(folder) for folder in folders]
     labels = [run.label for run in runs]
@@ -89,16 +90,16 @@ def _longer_label(run: RunRecord, folder: Path) -> str:
 def _load(folder: Path) -> RunRecord:
     path = folder / "events.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder} holds no run (no events.jsonl); give the folder that `megabatch train` named")
+        raise UserError(f"{folder} contains no run (no events.jsonl); give the folder that `megabatch train` printed")
     events = read_events(path)
     start = _last(events, "run_start") or {}
     recipe = read(folder / "recipe.json") if (folder / "recipe.json").is_file() else None
-    steps = _last_path(events, "step")
+    steps = _without_repeated_steps(events, "step")
     return RunRecord(
         label=recipe.name if recipe else str(start.get("recipe") or folder.resolve().name),
         steps=steps,
-        evaluations=_last_path(events, "evaluation"),
-        environment=_flat({key: value for key, value in start.items() if key not in ENVIRONMENT_ONLY}),
+        evaluations=_without_repeated_steps(events, "evaluation"),
+        environment=_flat({key: value for key, value in start.items() if key not in NOT_ENVIRONMENT}),
         warnings=[str(event.get("text", "")) for event in events if event["event"] == "warning"],
         end=_last(events, "run_end"),
         recipe=recipe,
@@ -106,8 +107,8 @@ def _load(folder: Path) -> RunRecord:
     )
 
 
-def _last_path(events: list[Event], kind: str) -> list[Event]:
-    """Events of one kind, less those of steps that a resumed run did again."""
+def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
+    """Returns the events of one kind; steps that a resumed run repeated keep only the later event."""
     kept: list[Event] = []
     for event in events:
         if event["event"] != kind:
@@ -123,10 +124,10 @@ def _last(events: list[Event], kind: str) -> Event | None:
 
 
 def _spans_of_buckets(steps: list[Event]) -> list[Span]:
-    """The gradient exchange of the update in the middle of the run: early ones compile and allocate."""
-    told = [event["buckets"] for event in steps if event.get("buckets")]
+    """Returns the gradient exchange of the middle update; early updates are not typical: they compile and allocate."""
+    updates = [event["buckets"] for event in steps if event.get("buckets")]
     spans = []
-    for bucket in told[len(told) // 2] if told else []:
+    for bucket in updates[len(updates) // 2] if updates else []:
         lane, ready, sent, done = (
             f"bucket {bucket['index']}",
             bucket["ready_ms"],
@@ -138,13 +139,13 @@ def _spans_of_buckets(steps: list[Event]) -> list[Span]:
 
 
 def _read_trace(path: Path) -> list[Span]:
-    """The last update in a trace of Chrome's format (its complete events, `ph` X); empty where there is no file."""
+    """Returns the last update in a Chrome trace (its complete events, `ph` X); empty if there is no file."""
     if not path.is_file():
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is no trace ({error}); remove it to make the report without it") from None
+        raise UserError(f"{path} is not a JSON trace ({error}); remove it to write the report without it") from None
     listed = content.get("traceEvents", []) if isinstance(content, dict) else content
     events = [event for event in listed if isinstance(event, dict) and event.get("ph") == "X" and "ts" in event]
     events = [event for event in events if _step_of(event) == _step_of(events[-1])]
@@ -159,7 +160,7 @@ def _step_of(event: dict[str, Any]) -> Any:
 
 
 def _kind(event: dict[str, Any]) -> str:
-    """The event's name without its number: all buckets are of one kind."""
+    """Returns the event's name without its number, so that all buckets have one kind."""
     return re.sub(r"[ _]\d+$", "", str(event.get("name", "")))
 
 

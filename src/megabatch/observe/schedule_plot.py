@@ -1,4 +1,4 @@
-"""A recipe's schedule drawn: what moves, one panel each, against the epoch."""
+"""Plots a recipe's schedule against the epoch: one panel per value that changes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,9 @@ SUFFIXES = {".svg", ".png"}
 
 
 def plot_schedule(rows: Sequence[Mapping[str, float]], path: Path, *, title: str) -> Path:
-    """Draws the columns of `rows` (each with an `epoch`) that move, and the learning rate in any case, to `path`.
+    """Plots the columns of `rows` that change, and always the learning rate, to `path`, and returns `path`.
+
+    Each row has an `epoch`.
 
     Raises:
         UserError: `path` ends in neither .svg nor .png.
@@ -44,6 +46,10 @@ def plot_schedule(rows: Sequence[Mapping[str, float]], path: Path, *, title: str
 
 
 def require_drawable(path: Path) -> None:
-    """UserError if `path` ends in neither .svg nor .png."""
+    """Checks the suffix of `path`.
+
+    Raises:
+        UserError: `path` ends in neither .svg nor .png.
+    """
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: needed a file that ends in .svg or .png; schedule.svg works")
+        raise UserError(f"{path} was given, needed a file name that ends in .svg or .png; schedule.svg works")
