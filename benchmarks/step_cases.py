@@ -42,7 +42,7 @@ def ours(model: str, **runtime: Any) -> Iterator[tuple[Step, nn.Module]]:
         join(device="cpu") as world,
         synthetic_step(recipe, Runtime(**runtime), world=world, global_batch_size=values["batch"]) as step,
     ):
-        yield step.take, step.run.state.module
+        yield step.run_step, step.run.state.module
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`megabatch bench step` as a person meets it, and how it ranks what it measured."""
+"""`megabatch bench step`: measured variants, their options and the ranking."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megabatch import recipes
-from megabatch.cli.bench_step import Measured, Way, table, ways_to_measure
+from megabatch.cli.bench_step import Measured, Variant, table, variants_to_measure
 from megabatch.runtime import Runtime
 
 QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
@@ -20,20 +20,20 @@ def bench(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
 
 
-def test_every_way_is_measured_and_the_fastest_ones_options_are_named(tmp_path):
+def test_every_variant_is_measured_and_the_options_of_the_fastest_are_printed(tmp_path):
     done = bench("fashion_mnist", *QUICK, "--output", tmp_path / "step.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["images"] == 16
     assert "torch" in str(written["environment"])
-    names = [way["way"] for way in written["ways"]]
-    cuts = ["bf16 in micro-batches of 8", "bf16 in micro-batches of 4"]
-    assert names == ["fp32", "bf16", "bf16 in torch's own kernels", *cuts]
-    assert [way["micro_batch_size"] for way in written["ways"]][3:] == [8, 4]
-    for way in written["ways"]:
-        assert len(way["seconds"]) >= 3
-        assert way["way"] in done.stdout
-        assert f"warming up: {way['way']}" in done.stderr
+    names = [variant["variant"] for variant in written["variants"]]
+    micro_batches = ["bf16 in micro-batches of 8", "bf16 in micro-batches of 4"]
+    assert names == ["fp32", "bf16", "bf16 with torch kernels", *micro_batches]
+    assert [variant["micro_batch_size"] for variant in written["variants"]][3:] == [8, 4]
+    for variant in written["variants"]:
+        assert len(variant["seconds"]) >= 3
+        assert variant["variant"] in done.stdout
+        assert f"warming up: {variant['variant']}" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("fastest: ")
     assert "megabatch train fashion_mnist --precision" in done.stdout.splitlines()[-1]
 
@@ -41,35 +41,36 @@ def test_every_way_is_measured_and_the_fastest_ones_options_are_named(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["no_such"], ["fashion_mnist", "--device", "tpu"], ["fashion_mnist", "--device", "cuda"]]
 )
-def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments):
+def test_invalid_input_prints_one_line_and_exits_with_code_2(arguments):
     done = bench(*arguments)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_options_named_are_those_that_make_the_site():
+def test_the_printed_options_select_the_runtime_settings():
     recipe = recipes.get("fashion_mnist")
-    for way in ways_to_measure(recipe, 512, device="cuda", compiled=True):
+    for variant in variants_to_measure(recipe, 512, device="cuda", compiled=True):
         runtime = Runtime()
         words = dict(
-            pair.split(" ", 1) if " " in pair else (pair, True) for pair in way.options.removeprefix("--").split(" --")
+            pair.split(" ", 1) if " " in pair else (pair, True)
+            for pair in variant.options.removeprefix("--").split(" --")
         )
         for key in ("precision", "capture", "fusion"):
-            assert str(getattr(way.runtime, key)) == words.get(key, getattr(runtime, key))
-        assert way.runtime.compile is bool(words.get("compile", False))
-        assert str(way.runtime.micro_batch_size or "") == words.get("micro-batch-size", "")
+            assert str(getattr(variant.runtime, key)) == words.get(key, getattr(runtime, key))
+        assert variant.runtime.compile is bool(words.get("compile", False))
+        assert str(variant.runtime.micro_batch_size or "") == words.get("micro-batch-size", "")
 
 
 def test_micro_batches_hold_whole_spans():
     recipe = recipes.get("fashion_mnist")
-    sizes = [w.runtime.micro_batch_size for w in ways_to_measure(recipe, 1024, device="cpu", compiled=False)]
+    sizes = [w.runtime.micro_batch_size for w in variants_to_measure(recipe, 1024, device="cpu", compiled=False)]
     assert [size for size in sizes if size] == [512, 256, 128]
 
 
-def test_what_does_not_work_comes_last_with_its_reason():
-    good = Measured(Way("slow", Runtime(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
-    better = Measured(Way("quick", Runtime(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
-    broken = Measured(Way("compiled", Runtime(), "--compile"), error="no compiler")
+def test_a_variant_that_fails_comes_last_with_its_error():
+    good = Measured(Variant("slow", Runtime(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
+    better = Measured(Variant("quick", Runtime(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
+    broken = Measured(Variant("compiled", Runtime(), "--compile"), error="no compiler")
     lines = table([broken, good, better], 16, "photos").splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["quick", "slow", "compiled"]
     assert "no compiler" in lines[3]

@@ -1,4 +1,4 @@
-"""`megabatch evaluate` on a checkpoint: what it sets up before it counts."""
+"""`megabatch evaluate` on a checkpoint."""
 
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 from typer.testing import CliRunner
@@ -6,11 +6,11 @@ from typer.testing import CliRunner
 from megabatch.cli.main import app
 
 
-def test_evaluation_keeps_freed_memory_as_training_does(tmp_path, monkeypatch):
-    recipe, asked_for_workers = tiny_recipe(), []
+def test_evaluation_configures_the_allocator_as_training_does(tmp_path, monkeypatch):
+    recipe, num_workers = tiny_recipe(), []
     trained = run_tiny(tmp_path, recipe)
-    monkeypatch.setattr("megabatch.app.resolve.keep_freed_memory", asked_for_workers.append)
+    monkeypatch.setattr("megabatch.app.resolve.keep_freed_memory", num_workers.append)
     monkeypatch.setattr("megabatch.app.data.open_data", lambda *_: tiny_data(recipe))
-    counted = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
-    assert asked_for_workers == [1]
-    assert f"({trained['correct']} of 100)" in counted.output
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
+    assert num_workers == [1]
+    assert f"({trained['correct']} of 100)" in result.output

@@ -1,4 +1,4 @@
-"""What `--help` says: every verb in a whole sentence, every number with its unit or its default."""
+"""`--help`: commands are described by whole sentences, options have a help text with the unit."""
 
 import re
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ GROUPS = [(path, command) for path, command in VERBS if hasattr(command, "comman
 
 
 @pytest.mark.parametrize("path", [(), *(path for path, _ in GROUPS)], ids=" ".join)
-def test_the_list_of_verbs_cuts_no_sentence(path):
+def test_the_list_of_commands_truncates_no_sentence(path):
     shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).output
     listed = re.findall(r"^  (\w+)  +(\S.*)$", shown.partition("Commands:")[2], flags=re.MULTILINE)
     assert {name for name, _ in listed} == {found[-1] for found, _ in VERBS if found[:-1] == path}
-    assert all(told.endswith(".") and not told.endswith("...") for _, told in listed)
+    assert all(text.endswith(".") and not text.endswith("...") for _, text in listed)
 
 
 @pytest.mark.parametrize(
     ("path", "command"), VERBS, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
 )
-def test_every_option_says_what_it_is_and_a_time_or_a_size_its_unit(path, command):
+def test_every_option_has_a_help_text_with_the_unit_of_times_and_sizes(path, command):
     for parameter in command.params:
         assert parameter.help or parameter.hidden, (path, parameter.name)
         for ending, unit in (("_s", "Seconds"), ("_gib", "GiB"), ("_mib", "MiB")):

@@ -90,7 +90,7 @@ def test_graphs_of_a_step_that_was_measured_leave_their_memory_to_the_next_thoug
     with StandInGpu(), without_collection():
         with synthetic_step(recipe, runtime, world=ON_GPU, global_batch_size=48) as step:
             for _ in range(5):
-                step.take()
+                step.run_step()
             assert step.run.captured.num_graphs == 1
             graphs = weakref.ref(step.run.captured)
         assert graphs() is None

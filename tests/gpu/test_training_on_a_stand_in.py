@@ -212,7 +212,7 @@ def test_fused_bottlenecks_launch_what_a_gpu_takes(monkeypatch, precision, captu
             for _ in range(5 if capture == "on" else 2):
                 launched.clear()
                 gpu.waited.clear()
-                step.take()
+                step.run_step()
             assert step.run.captured is None or step.run.captured.num_graphs == 1
         assert bool(launched) is (capture == "off")
         assert {what for _, what in gpu.waited} <= {"an event", "a value"}

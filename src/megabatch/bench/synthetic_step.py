@@ -1,4 +1,4 @@
-"""A run's own training step on made-up images: what is measured where only the step's speed matters."""
+"""The training step of a run on random images, for measurements of its speed."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from megabatch.app.run import open_run
 from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.recipe import Recipe, value_at
+from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 from megabatch.train.state import Run
 from megabatch.train.step import PendingStep, start_step
@@ -21,28 +21,28 @@ from megabatch.train.step import PendingStep, start_step
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticStep:
-    """One run's step, ready to be taken again and again; loss and weights are those of a real one."""
+    """A training step that can be repeated; `run_step` computes loss and update as `megabatch train` does."""
 
     run: Run
     micro_batch_size: int
-    take: Callable[[], None]
+    run_step: Callable[[], None]
 
 
 class SameBatches:
-    """A loader that has one batch ready for each size that is asked for."""
+    """A loader that creates one random batch per size and returns it for every request of that size."""
 
     def __init__(self, recipe: Recipe, device: torch.device, *, channels_last: bool) -> None:
         self._recipe, self._device = recipe, device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._made: dict[tuple[int, int], Batch] = {}
+        self._batches: dict[tuple[int, int], Batch] = {}
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
-        """One batch per request `(positions, resolution)`."""
+        """Yields one batch per request `(positions, resolution)`."""
         for positions, resolution in requests:
             size = (len(positions), resolution)
-            if size not in self._made:
-                self._made[size] = self._make(*size)
-            yield self._made[size]
+            if size not in self._batches:
+                self._batches[size] = self._make(*size)
+            yield self._batches[size]
 
     def _make(self, count: int, resolution: int) -> Batch:
         generator = torch.Generator().manual_seed(count)
@@ -56,10 +56,10 @@ class SameBatches:
 def synthetic_step(
     recipe: Recipe, runtime: Runtime, *, world: World, global_batch_size: int
 ) -> Iterator[SyntheticStep]:
-    """The step that `megabatch train` takes with `recipe` at `runtime`, on `global_batch_size` random images.
+    """Yields the step of `megabatch train` with `recipe` and `runtime`, on `global_batch_size` random images.
 
-    Wired by `open_run`, with all of its own choices; input, evaluation and checkpoints are left out. The images
-    have the recipe's largest resolution, and the rate is so small that nothing diverges.
+    `open_run` builds it and makes the same choices as for training; input, evaluation and checkpoints are left out. The
+    images have the recipe's largest resolution, and the learning rate is small enough not to diverge.
     """
     pixels = max(value for _, value in recipe.resolution)
     fixed = dataclasses.replace(
@@ -98,20 +98,22 @@ def synthetic_step(
     ):
         run.loader = SameBatches(fixed, world.device, channels_last=runtime.channels_last)
         largest = max(len(positions) for positions in run.micro_batches(run.settings_at(0, 0)))
-        yield SyntheticStep(run, largest, lambda: _take(run))
+        yield SyntheticStep(run, largest, lambda: _run_step(run))
 
 
-def _take(run: Run) -> None:
+def _run_step(run: Run) -> None:
     settings = run.settings_at(run.state.step, run.state.samples_seen)
     batches = run.loader.batches((positions, settings.resolution) for positions in run.micro_batches(settings))
-    taken: PendingStep = start_step(run, settings, batches)
+    pending: PendingStep = start_step(run, settings, batches)
     if run.world.device.type == "cuda":
-        taken.loss()
+        pending.loss()  # waits for the GPU
 
 
-def usual_batch(recipe: Recipe, wanted: int | None, *, images_at_224: int) -> int:
-    """How many images a measured step takes: `wanted` in whole spans, or about as many as a moment's work is."""
+def measured_batch_size(recipe: Recipe, wanted: int | None, *, images_at_224: int) -> int:
+    """Returns the number of images of a measured step, a multiple of `bn_span`.
+
+    It is `wanted`, or the work of about `images_at_224` images of 224 pixels, at most the recipe's last batch.
+    """
     pixels = max(value for _, value in recipe.resolution)
-    largest = int(value_at(recipe.batch_sizes, recipe.total_epochs)) if recipe.batch_sizes else recipe.global_batch_size
-    usual = min(largest, max(recipe.bn_span, int(images_at_224 * (224 / pixels) ** 2)))
-    return max(1, (wanted or usual) // recipe.bn_span) * recipe.bn_span
+    default = min(recipe.batch_at(recipe.total_epochs), max(recipe.bn_span, int(images_at_224 * (224 / pixels) ** 2)))
+    return max(1, (wanted or default) // recipe.bn_span) * recipe.bn_span

@@ -1,4 +1,4 @@
-"""`megabatch bench step`: how fast the training step is on this machine, each way it can be taken."""
+"""`megabatch bench step`: times a recipe's training step with each set of runtime options on this machine."""
 
 import contextlib
 import json
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to take the step: what a runtime says, and the options of `megabatch train` that say it."""
+class Variant:
+    """A set of runtime options, with the options of `megabatch train` that select it."""
 
     name: str
     runtime: Runtime
@@ -33,151 +33,160 @@ class Way:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each step; `error` where a way does not work here."""
+    """Seconds of each step of a variant, or the `error` with which it failed."""
 
-    way: Way
+    variant: Variant
     micro_batch_size: int = 0
     seconds: tuple[float, ...] = ()
     error: str | None = None
 
     @property
     def median_s(self) -> float:
-        """Median step."""
+        """Median seconds of a step; infinite if the variant failed."""
         return statistics.median(self.seconds) if self.seconds else float("inf")
 
 
 def bench_step(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")] = "fashion_mnist",
     batch: Annotated[
-        int | None, typer.Option(help="Images of a step; default as many as take a moment.", min=1)
+        int | None, typer.Option(help="Images per step; default: a batch that runs in a few seconds.", min=1)
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Seconds of measurement, when everything is warm.", min=0.1)] = 30.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of measurement, after warm-up.", min=0.1)] = 30.0,
     compile_model: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too: a minute or more for each.")
+        bool,
+        typer.Option(
+            "--compile/--no-compile", help="Also measure torch.compile; compiling takes a minute or more per variant."
+        ),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the numbers there, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the measurements to.")] = None,
 ) -> None:
-    """Times a recipe's training step. On random images: precisions, micro-batches and, if asked for, torch.compile."""
-    from megabatch.bench.synthetic_step import usual_batch
+    """Times a recipe's training step. On random images: precisions, micro-batches and optionally torch.compile."""
+    from megabatch.bench.synthetic_step import measured_batch_size
     from megabatch.comm.launch import join
 
     chosen = override(recipes.get(recipe), parse_settings(settings or []))
     with join(device=require_choice("--device", device, ("auto", "cpu", "cuda"))) as world:
-        images = usual_batch(chosen, batch, images_at_224=256 if world.device.type == "cuda" else 32)
-        ways = ways_to_measure(chosen, images, device=world.device.type, compiled=compile_model)
+        images = measured_batch_size(chosen, batch, images_at_224=256 if world.device.type == "cuda" else 32)
+        variants = variants_to_measure(chosen, images, device=world.device.type, compiled=compile_model)
         typer.echo(f"{chosen.name}: {chosen.model}, a step of {images} images, on {world.device.type}")
-        measured = measure(chosen, images, ways, world, seconds=seconds)
+        measured = measure(chosen, images, variants, world, seconds=seconds)
     typer.echo(table(measured, images, chosen.name))
     if output is not None:
         output.write_text(json.dumps(as_json(measured, chosen, images), indent=1) + "\n")
 
 
-def ways_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool) -> list[Way]:
-    """Every precision as it comes; then, in 16 bit, captured or not, fused or not, in micro-batches, and compiled."""
+def variants_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool) -> list[Variant]:
+    """Returns each precision with default options; in 16 bit also without graph capture, unfused and in micro-batches.
+
+    With `compiled`, each precision is measured with torch.compile too.
+    """
     precisions = ["fp32", "bf16", "fp16"] if device == "cuda" else ["fp32", "bf16"]
-    ways = [_way(f"{name}", precision=name) for name in precisions]
+    variants = [_variant(f"{name}", precision=name) for name in precisions]
     if device == "cuda":
-        ways += [_way(f"{name} without a graph", precision=name, capture="off") for name in precisions[1:]]
-    ways += [_way(f"{name} in torch's own kernels", precision=name, fusion="plain") for name in precisions[1:]]
+        variants += [_variant(f"{name} without graph", precision=name, capture="off") for name in precisions[1:]]
+    variants += [_variant(f"{name} with torch kernels", precision=name, fusion="plain") for name in precisions[1:]]
     size = images // 2
     while size >= recipe.bn_span and size >= images // 8:
         if size % recipe.bn_span == 0:
-            ways.append(_way(f"bf16 in micro-batches of {size}", precision="bf16", micro_batch_size=size))
+            variants.append(_variant(f"bf16 in micro-batches of {size}", precision="bf16", micro_batch_size=size))
         size //= 2
     if compiled:
-        ways += [_way(f"{name} compiled", precision=name, compile=True) for name in precisions]
-    return ways
+        variants += [_variant(f"{name} compiled", precision=name, compile=True) for name in precisions]
+    return variants
 
 
-def measure(recipe: Recipe, images: int, ways: Sequence[Way], world: "World", *, seconds: float) -> list[Measured]:
-    """Median step of each way. On a CPU all are ready together and take turns, so that a slow moment meets them all.
+def measure(
+    recipe: Recipe, images: int, variants: Sequence[Variant], world: "World", *, seconds: float
+) -> list[Measured]:
+    """Returns the measured seconds of each variant.
 
-    On a GPU, whose memory is for one, they come one after another.
+    On a CPU the variants alternate step by step, so that a disturbance affects all of them. On a GPU they run one after
+    another, because each may need all of the memory.
     """
-    groups = [list(ways)] if world.device.type == "cpu" else [[way] for way in ways]
-    share = seconds / len(ways)
+    groups = [list(variants)] if world.device.type == "cpu" else [[variant] for variant in variants]
+    share = seconds / len(variants)
     return [row for group in groups for row in _measure_group(recipe, images, group, world, share * len(group))]
 
 
 def table(measured: Sequence[Measured], images: int, recipe: str) -> str:
-    """Ways by speed, the fastest first, then the command that selects it."""
+    """Returns a table of the variants, fastest first, followed by the command for the fastest."""
     ranked = sorted(measured, key=lambda row: row.median_s)
-    lines = [f"{'way':34} {'images/s':>10} {'median ms':>10}  {'quartiles':>19} {'micro-batch':>11}"]
+    lines = [f"{'variant':34} {'images/s':>10} {'median ms':>10}  {'quartiles':>19} {'micro-batch':>11}"]
     for row in ranked:
         if not row.seconds:
-            lines.append(f"{row.way.name:34} does not work here: {row.error}"[:160])
+            lines.append(f"{row.variant.name:34} failed: {row.error}"[:160])
             continue
         first, third = _quartiles(row.seconds)
         spread = f"{1e3 * first:.1f} .. {1e3 * third:.1f}"
         lines.append(
-            f"{row.way.name:34} {images / row.median_s:10,.0f} {1e3 * row.median_s:10.1f}  {spread:>19} "
+            f"{row.variant.name:34} {images / row.median_s:10,.0f} {1e3 * row.median_s:10.1f}  {spread:>19} "
             f"{row.micro_batch_size:>11}"
         )
     if ranked[0].seconds:
-        lines.append(f"fastest: {ranked[0].way.name}; megabatch train {recipe} {ranked[0].way.options}")
+        lines.append(f"fastest: {ranked[0].variant.name}; megabatch train {recipe} {ranked[0].variant.options}")
     return "\n".join(lines)
 
 
 def as_json(measured: Sequence[Measured], recipe: Recipe, images: int) -> dict[str, Any]:
-    """Everything measured, with the machine and the versions."""
+    """Returns all measurements with a description of the machine and the versions."""
     from megabatch.observe.environment import describe
 
     rows = [
-        {"way": row.way.name, "options": row.way.options, "micro_batch_size": row.micro_batch_size, "error": row.error}
-        | {"seconds": list(row.seconds)}
+        {"variant": row.variant.name, "options": row.variant.options, "micro_batch_size": row.micro_batch_size}
+        | {"error": row.error, "seconds": list(row.seconds)}
         for row in measured
     ]
-    return {"recipe": recipe.name, "model": recipe.model, "images": images, "ways": rows, "environment": describe()}
+    return {"recipe": recipe.name, "model": recipe.model, "images": images, "variants": rows, "environment": describe()}
 
 
-def _way(name: str, **changes: Any) -> Way:
-    words = {"compile": "--compile"}
-    options = [words.get(key) or f"--{key.replace('_', '-')} {value}" for key, value in changes.items()]
-    return Way(name, Runtime(**changes), " ".join(options))
+def _variant(name: str, **changes: Any) -> Variant:
+    flags = {"compile": "--compile"}
+    options = [flags.get(key) or f"--{key.replace('_', '-')} {value}" for key, value in changes.items()]
+    return Variant(name, Runtime(**changes), " ".join(options))
 
 
 def _measure_group(
-    recipe: Recipe, images: int, ways: Sequence[Way], world: "World", seconds: float
+    recipe: Recipe, images: int, variants: Sequence[Variant], world: "World", seconds: float
 ) -> Iterator[Measured]:
     with contextlib.ExitStack() as stack:
         ready: dict[str, SyntheticStep] = {}
         errors: dict[str, str] = {}
-        for way in ways:
-            typer.echo(f"warming up: {way.name}", err=True)
+        for variant in variants:
+            typer.echo(f"warming up: {variant.name}", err=True)
             try:
-                ready[way.name] = stack.enter_context(_warm_step(recipe, images, way, world))
-            except (RuntimeError, SettingsError) as error:  # of a compiler that is not there, or of memory
-                errors[way.name] = " ".join(str(error).split())[:300]
-        taken = _rounds(ready, seconds)
-    for way in ways:
-        if way.name in ready:
-            yield Measured(way, ready[way.name].micro_batch_size, tuple(taken[way.name]))
+                ready[variant.name] = stack.enter_context(_warm_step(recipe, images, variant, world))
+            except (RuntimeError, SettingsError) as error:  # no compiler, or out of memory
+                errors[variant.name] = " ".join(str(error).split())[:300]
+        seconds_by_name = _alternate(ready, seconds)
+    for variant in variants:
+        if variant.name in ready:
+            yield Measured(variant, ready[variant.name].micro_batch_size, tuple(seconds_by_name[variant.name]))
         else:
-            yield Measured(way, error=errors[way.name])
+            yield Measured(variant, error=errors[variant.name])
 
 
 @contextlib.contextmanager
-def _warm_step(recipe: Recipe, images: int, way: Way, world: "World") -> "Iterator[SyntheticStep]":
+def _warm_step(recipe: Recipe, images: int, variant: Variant, world: "World") -> "Iterator[SyntheticStep]":
     from megabatch.bench.synthetic_step import synthetic_step
 
-    with synthetic_step(recipe, way.runtime, world=world, global_batch_size=images) as step:
+    with synthetic_step(recipe, variant.runtime, world=world, global_batch_size=images) as step:
         for _ in range(2 if world.device.type == "cpu" else 5):  # compiled at the second, captured at the fourth
-            step.take()
+            step.run_step()
         yield step
 
 
-def _rounds(ready: "dict[str, SyntheticStep]", seconds: float) -> dict[str, list[float]]:
-    """Each step once a round, until the time is up; three rounds at least."""
-    taken: dict[str, list[float]] = {name: [] for name in ready}
+def _alternate(steps: "dict[str, SyntheticStep]", seconds: float) -> dict[str, list[float]]:
+    """Runs the steps in turn for `seconds`, at least three times each; returns the seconds of every run by name."""
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds
-    while ready and (time.perf_counter() < end or len(next(iter(taken.values()))) < 3):
-        for name, step in ready.items():
+    while steps and (time.perf_counter() < end or len(next(iter(seconds_by_name.values()))) < 3):
+        for name, step in steps.items():
             started = time.perf_counter()
-            step.take()
-            taken[name].append(time.perf_counter() - started)
-    return taken
+            step.run_step()
+            seconds_by_name[name].append(time.perf_counter() - started)
+    return seconds_by_name
 
 
 def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:

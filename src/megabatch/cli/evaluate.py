@@ -1,4 +1,4 @@
-"""`megabatch evaluate CHECKPOINT`: exact top-1 and top-5, whatever the number of workers."""
+"""`megabatch evaluate CHECKPOINT`: exact top-1 and top-5 with any number of workers."""
 
 import contextlib
 import sys
@@ -11,9 +11,9 @@ from megabatch.cli.options import find_device, runtime_options
 from megabatch.runtime import Runtime
 
 
-@runtime_options("data", "workers", "precision", "device", "cache")
+@runtime_options("data", "precision", "device", "cache", workers="Local workers; auto: one.")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (its best checkpoint).")],
+    checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (uses its best checkpoint).")],
     runtime: Runtime,
 ) -> None:
     """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once."""
@@ -21,7 +21,7 @@ def evaluate(
     from megabatch.train.checkpoint import open_checkpoint
 
     if not launch.started_by_launcher():
-        open_checkpoint(checkpoint)  # an error is reported once, not by every worker
+        open_checkpoint(checkpoint)  # fail here, once, rather than in every worker
         find_device(runtime.device)
         if (runtime.workers or 1) > 1:
             if code := launch.run_local_workers(runtime.workers or 1, sys.argv[1:]):
@@ -39,7 +39,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import eval_block_size
-    from megabatch.train.evaluate import evaluate as count
+    from megabatch.train.evaluate import evaluate as evaluate_model
 
     with join(device=runtime.device) as world, contextlib.ExitStack() as stack:
         choose_memory(runtime, world)
@@ -49,11 +49,11 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
         found = fit_to_data(recipe, data).num_classes
         if found != recipe.num_classes:
             raise DataError(
-                f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was of"
+                f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was trained on"
             )
         loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
         stack.callback(loader.close)
-        result = count(
+        result = evaluate_model(
             load_for_evaluation(recipe, runtime, state, world=world),
             loader,
             world=world,

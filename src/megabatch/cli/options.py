@@ -24,12 +24,13 @@ CACHE_HELP = "Folder of downloaded data sets and shards; default ~/.cache/megaba
 HINTS = typing.get_type_hints(Runtime)
 
 
-def runtime_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def runtime_options(*names: str, **texts: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces the parameter `runtime: Runtime` of a typer command by one option per field of `Runtime`.
 
-    With `names`, only by those fields; the others keep their defaults.
+    With `names`, only by those fields; the others keep their defaults. `texts` are fields with a help text of their own.
     """
-    fields = [field for field in dataclasses.fields(Runtime) if not names or field.name in names]
+    chosen = {*names, *texts}
+    fields = [field for field in dataclasses.fields(Runtime) if not chosen or field.name in chosen]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -37,7 +38,7 @@ def runtime_options(*names: str) -> Callable[[Callable[..., None]], Callable[...
             values = {field.name: _parse(field, given.pop(field.name)) for field in fields}
             command(runtime=Runtime(**values), **given)
 
-        options = [_parameter(field) for field in fields]
+        options = [_parameter(field, texts.get(field.name, field.metadata["help"])) for field in fields]
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command).parameters.values():
             parameters += options if parameter.name == "runtime" else [parameter]
@@ -49,10 +50,10 @@ def runtime_options(*names: str) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+def _parameter(field: dataclasses.Field[Any], text: str) -> inspect.Parameter:
     """The field as a parameter that typer turns into an option."""
     facts = field.metadata
-    text, default, kind = facts["help"], field.default, _plain_type(HINTS[field.name])
+    default, kind = field.default, _plain_type(HINTS[field.name])
     if choices := _choices(field.name):
         text += f" One of {', '.join(choices)}."
         kind = str

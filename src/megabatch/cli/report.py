@@ -1,4 +1,4 @@
-"""`megabatch report RUN...`: one self-contained HTML page with the curves of one or several runs."""
+"""`megabatch report RUN...`: writes one self-contained HTML page about one or several runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,10 +7,12 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, as `megabatch train` named them.")],
-    output: Annotated[Path | None, typer.Option(help="The page; default report.html in the first run folder.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that `megabatch train` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: report.html in the first run folder.")
+    ] = None,
 ) -> None:
-    """Draws runs' curves on one HTML page. It stands alone; says where it is."""
+    """Writes one HTML page with the curves of the runs. The page is self-contained; the command prints its path."""
     from megabatch.observe.report import write_report
 
     typer.echo(str(write_report(runs, output or runs[0] / "report.html")))
