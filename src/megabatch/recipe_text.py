@@ -17,7 +17,7 @@ def parse(text: str, hint: Any) -> Any:
         if text not in args:
             raise ValueError(f"needed one of {', '.join(args)}")
         return text
-    if origin is types.UnionType:
+    if origin is types.UnionType:  # `float | None`, the only kind of union in a recipe
         return None if text.lower() in {"none", ""} else parse(text, args[0])
     if origin is tuple:
         return _parse_tuple(text, args[0])
@@ -60,7 +60,7 @@ def _parse_by_epoch(text: str) -> tuple[tuple[float, float], ...]:
     if not text or text.lower() == "none":
         return ()
     parts = text.split(",")
-    if len(parts) == 1 and ":" not in text:
+    if len(parts) == 1 and ":" not in text:  # one value for all epochs
         return ((0.0, _parse_float(text)),)
     pairs = [part.partition(":") for part in parts]
     if not all(colon for _, colon, _ in pairs):

@@ -65,6 +65,7 @@ def read_events(path: Path) -> list[Event]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a run folder") from error
     events = [_parse(line) for line in lines]
+    # The last element follows the last newline: empty, or an event whose writer was interrupted.
     for number, (line, event) in enumerate(zip(lines[:-1], events[:-1], strict=True), start=1):
         if event is None and line.strip():
             raise UserError(f"{path}, line {number}, is not an event; remove that line to read the others")

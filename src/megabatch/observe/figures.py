@@ -142,7 +142,7 @@ def _draw(axes: Axes, line: Line) -> None:
     if line.steps:
         options["drawstyle"] = "steps-post"
     if line.smooth and len(y) > 60:
-        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
+        axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)  # the raw values, faint behind their mean
         y = _running_mean(y, window=max(3, len(y) // 30))
     axes.plot(x, y, **options)
 
@@ -193,8 +193,10 @@ def _svg(figure: Figure, name: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    # A <style> element would apply to the whole page, so matplotlib's is removed with the metadata.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text)
+    # Group ids such as axes_1 repeat in every chart and would clash on the page.
     text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href", "href")
     text = re.sub(r"font: ([\d.]+px) [^;\"]*|font-family: [^;\"]*;? ?", lambda found: _font_size(found[1]), text)
     for color, variable in VARIABLES.items():

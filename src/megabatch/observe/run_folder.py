@@ -113,6 +113,7 @@ def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
     for event in events:
         if event["event"] != kind:
             continue
+        # a resumed run starts at its checkpoint, before the last logged step
         while kept and kept[-1].get("step", 0) >= event.get("step", 0):
             kept.pop()
         kept.append(event)
@@ -149,7 +150,7 @@ def _read_trace(path: Path) -> list[Span]:
     listed = content.get("traceEvents", []) if isinstance(content, dict) else content
     events = [event for event in listed if isinstance(event, dict) and event.get("ph") == "X" and "ts" in event]
     events = [event for event in events if _step_of(event) == _step_of(events[-1])]
-    lanes: dict[Any, str] = {}
+    lanes: dict[Any, str] = {}  # a thread is named after its first event
     for event in events:
         lanes.setdefault(_thread(event), str(event.get("name", "")))
     return [Span(lanes[_thread(event)], _kind(event), event["ts"] / 1e3, event.get("dur", 0) / 1e3) for event in events]
