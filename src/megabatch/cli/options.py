@@ -27,7 +27,7 @@ HINTS = typing.get_type_hints(Runtime)
 def runtime_options(*names: str, **texts: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces the parameter `runtime: Runtime` of a typer command by one option per field of `Runtime`.
 
-    With `names`, only by those fields; the others keep their defaults. `texts` are fields with a help text of their own.
+    With `names`, only by those fields; the others keep their defaults. `texts`: fields with other help texts.
     """
     chosen = {*names, *texts}
     fields = [field for field in dataclasses.fields(Runtime) if not chosen or field.name in chosen]
