@@ -92,7 +92,7 @@ def test_the_backward_of_a_wide_layer_is_not_cast():
     widen_logits(layer)
     precision = Precision("bf16", CPU)
     x = torch.randn(16, 8)
-    with precision.kept_casts():
+    with precision.cached_casts():
         with precision.autocast():
             y = layer(x)
         y.square().sum().backward()

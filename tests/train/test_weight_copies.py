@@ -278,7 +278,7 @@ def test_weights_changed_from_outside_are_seen_and_copies_stay_where_they_are():
     copies = WeightCopies(model)
     addresses = [tensor.data_ptr() for tensor in copies.tensors.values()]
     model.load_state_dict(other.state_dict())
-    copies.follow()
+    copies.refresh()
     for weight, copy in copies.tensors.items():
         assert torch.equal(copy, weight.detach().bfloat16())
     assert addresses == [tensor.data_ptr() for tensor in copies.tensors.values()]
@@ -296,7 +296,7 @@ def test_copies_that_an_optimizer_wrote_are_not_written_again():
     for weight, copy in copies.tensors.items():
         assert torch.equal(copy, weight.detach().bfloat16())
         copy.fill_(7.0)
-    copies.follow()
+    copies.refresh()
     assert all(bool((copy == 7.0).all()) for copy in copies.tensors.values())
 
 
@@ -307,7 +307,7 @@ def test_an_optimizer_that_knows_nothing_of_copies_trains_the_same():
         copies = WeightCopies(model) if kept else WeightCopies()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for _ in range(3):
-            copies.follow()
+            copies.refresh()
             gradients(model, copies, micro_batches=2)
             optimizer.step()
             copies.written_by(optimizer)
@@ -350,7 +350,7 @@ def test_replays_of_a_recorded_step_read_and_write_the_copies_and_see_weights_ch
             with torch.autocast("cpu", torch.bfloat16), copies.read():
                 loss = functional.cross_entropy(model(batch.images), batch.labels)
             loss.backward()
-            copies.hand_over(widen=widen)
+            copies.return_gradients(widen=widen)
             optimizer.step()
             copies.written_by(optimizer)
 
@@ -361,7 +361,7 @@ def test_replays_of_a_recorded_step_read_and_write_the_copies_and_see_weights_ch
             lr.fill_(0.1 / (1 + number))
             if number == 2:
                 model.load_state_dict(other.state_dict())
-            copies.follow()
+            copies.refresh()
             tape.replay() if recorded else step()
         results.append(list(model.state_dict().values()))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

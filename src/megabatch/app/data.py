@@ -111,10 +111,7 @@ def check_room(recipe: Recipe, runtime: Runtime, data: Data, *, world: World) ->
     """
     if not isinstance(data.train, RemoteShards):
         return
-    largest = max(
-        recipe.global_batch_size, recipe.max_global_batch_size, *(int(size) for _, size in recipe.batch_sizes)
-    )
-    here = largest * world.local_world_size // world.world_size
+    here = recipe.largest_batch * world.local_world_size // world.world_size
     num_shards = shards_at_once(here, num_workers=world.local_world_size, shard_sizes=data.train.shard_sizes)
     needed_locally = data.train.bytes_at_once(num_shards)
     needed = needed_locally if recipe.shard_local else data.train.bytes_at_once(None)

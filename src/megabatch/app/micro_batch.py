@@ -1,4 +1,4 @@
-"""How many samples go through one forward and backward: what suits the device, tried against the memory there is."""
+"""Choice of the micro-batch size for the device, by a trial against the available memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,26 +16,25 @@ from megabatch.train.host_memory import available_bytes
 from megabatch.train.precision import Precision
 
 MARGIN = 0.1
-"""Share of the memory that a trial must leave: an evaluation, a loader's copies, and fragments come on top."""
-
+"""Fraction of memory that a trial leaves free for evaluation, loader buffers and fragmentation."""
 
 CACHED_BYTES = 64 << 20
-"""Activations of a micro-batch on a CPU, beyond which more samples a call won nothing: resnet8 on Fashion-MNIST took
-9,300, 10,400, 10,900, 10,800 images/s on one core with 13, 25, 50 and 101 MiB of them; larger nets gained nothing."""
+"""Activation size of a micro-batch on a CPU beyond which larger micro-batches are no faster: resnet8 on Fashion-MNIST
+ran at 9,300, 10,400, 10,900, 10,800 images/s on one core with 13, 25, 50 and 101 MiB; larger nets gained nothing."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A size, and why it was chosen."""
+    """A micro-batch size and the reason for it."""
 
     size: int
     reason: str
 
 
 def largest_that_fits(try_size: Callable[[int], bool], *, unit: int, limit: int) -> int:
-    """The largest of unit, 2 unit, 4 unit, ... and `limit` (a multiple of `unit`) that fits; 0 if not even `unit`.
+    """Returns the largest of unit, 2 unit, 4 unit, ... and `limit` (a multiple of `unit`) that fits; 0 if none does.
 
-    Sizes are tried from below and no further than the first that does not fit, so memory overflows once at most.
+    Sizes are tried in ascending order up to the first that does not fit, so memory overflows at most once.
     """
     fits, size = 0, unit
     while size <= limit and try_size(size):
@@ -49,52 +48,51 @@ def largest_that_fits(try_size: Callable[[int], bool], *, unit: int, limit: int)
 def fit_micro_batch(
     recipe: Recipe, runtime: Runtime, wished: int, module: nn.Module, precision: Precision, *, world: World
 ) -> MicroBatch:
-    """The runtime's own word, or as many whole batch-norm spans as the memory holds; the same on all workers.
+    """The runtime's micro-batch size, or as many batch-norm spans as fit in memory; the same on all workers.
 
-    On a GPU forward and backward are tried with ever larger micro-batches, up to the worker's share of a global
-    batch. On a CPU `wished` (what suits its caches) is doubled while a small net's activations stay under
-    `CACHED_BYTES`, where compiled kernels take several spans in one call, and made smaller where memory is short. Where
-    the micro-batch is part of the arithmetic (growth by noise scale) it stays what it is.
+    On a GPU forward and backward are tried with growing micro-batches, up to the worker's share of a global batch. On a
+    CPU `wished` (sized for the caches) is doubled while the activations of a small net stay under `CACHED_BYTES`, if
+    compiled kernels process several spans per call, and reduced if memory is short. Under growth by noise scale the
+    micro-batch is part of the arithmetic and does not change.
     """
     if runtime.micro_batch_size is not None:
-        return MicroBatch(wished, "as asked for")
+        return MicroBatch(wished, "as given")
     if recipe.max_global_batch_size:
         return MicroBatch(wished, "one span, on which the noise scale is measured")
-    smallest = min([recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)])
-    share = max(1, smallest // world.world_size // recipe.bn_span) * recipe.bn_span
+    share = max(1, recipe.smallest_batch // world.world_size // recipe.bn_span) * recipe.bn_span
     pixels = int(max(value for _, value in recipe.resolution))
     sample = torch.zeros(1, recipe.image_channels, pixels, pixels, device=world.device)
     if world.device.type == "cuda":
         found = largest_that_fits(_trial_on_gpu(module, precision, sample), unit=recipe.bn_span, limit=share)
-        reason = f"by trial, {100 * MARGIN:g} % of the memory left"
+        reason = f"found by trial, {100 * MARGIN:g} % of memory left free"
     else:
         per_sample = activation_bytes(module, precision, sample)
         if runtime.fusion == "auto" and not runtime.compile and cpu_batch_norm.is_available():
             wished = _grown(wished, share, per_sample)
         found = largest_that_fits(_estimate(per_sample, world), unit=recipe.bn_span, limit=wished)
-        reason = "suits the caches" if found == wished else "by the memory there is"
+        reason = "suits the caches" if found == wished else "limited by memory"
     agreed = min(all_gather_objects(found, world))
-    return MicroBatch(agreed or recipe.bn_span, reason if agreed else "one span, though memory is short")
+    return MicroBatch(agreed or recipe.bn_span, reason if agreed else "one span, which memory may be too small for")
 
 
 def _trial_on_gpu(module: nn.Module, precision: Precision, sample: Tensor) -> Callable[[int], bool]:
     def fits(size: int) -> bool:
         device = sample.device
-        torch.cuda.empty_cache()  # what earlier work in this process has left is no part of the peak
+        torch.cuda.empty_cache()  # cached blocks of earlier work do not count towards the peak
         torch.cuda.reset_peak_memory_stats(device)
         overflowed = False
         try:
-            with torch.random.fork_rng(devices=[device]):  # dropout must draw as if nothing had been tried
+            with torch.random.fork_rng(devices=[device]):  # the trial must not advance dropout's generator
                 _forward_and_backward(module, precision, sample, size)
         except torch.OutOfMemoryError:
             overflowed = True
         module.zero_grad(set_to_none=True)
         discard_step(module)
         peak = torch.cuda.max_memory_reserved(device)
-        torch.cuda.empty_cache()  # blocks that were cut for one size fit another badly
+        torch.cuda.empty_cache()  # blocks cached for one size fit another badly
         free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)
-        return not overflowed and peak + others <= (1 - MARGIN) * total
+        other_processes = total - free - torch.cuda.memory_reserved(device)
+        return not overflowed and peak + other_processes <= (1 - MARGIN) * total
 
     return fits
 
@@ -108,14 +106,14 @@ def _forward_and_backward(module: nn.Module, precision: Precision, sample: Tenso
 
 
 def _grown(size: int, share: int, per_sample: float) -> int:
-    """`size` doubled as often as a small net can use."""
+    """`size`, doubled while the activations of a micro-batch stay under `CACHED_BYTES`."""
     while 2 * size <= share and 2 * size * per_sample <= CACHED_BYTES:
         size *= 2
     return size
 
 
 def _estimate(per_sample: float, world: World) -> Callable[[int], bool]:
-    """Whether this worker's part of the host's memory holds the activations of so many samples."""
+    """Returns a function that is True if this worker's share of host memory holds the activations of `size` samples."""
     available = available_bytes()
     if available is None:
         return lambda _: True
@@ -124,10 +122,10 @@ def _estimate(per_sample: float, world: World) -> Callable[[int], bool]:
 
 
 def activation_bytes(module: nn.Module, precision: Precision, sample: Tensor) -> float:
-    """Bytes that forward and backward of one more sample take, about: 1.5 times all layers' outputs.
+    """Approximate memory per sample of forward and backward: 1.5 times the outputs of all layers, in bytes.
 
-    Backward needs most of them, and its own gradients come and go beside them. ResNet-50 at 224 px on a CPU, MiB:
-    64 by this rule in bf16 and 58 measured, 128 and 108 in fp32.
+    Backward reads most of them, and allocates gradients besides. ResNet-50 at 224 px on a CPU: 64 MiB by this rule in
+    bf16 and 58 MiB measured, 128 and 108 MiB in fp32.
     """
     sizes: list[int] = []
     hooks = [

@@ -65,8 +65,7 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
 def default_workers(recipe: Recipe, runtime: Runtime) -> int:
     """Default number of local workers: one per GPU, else one per core (max 8), at most one per batch-norm span."""
     gpus = torch.cuda.device_count() if runtime.device != "cpu" and torch.cuda.is_available() else 0
-    smallest = min([recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)])
-    return max(1, min(gpus or min(usable_cores(), 8), smallest // recipe.bn_span))
+    return max(1, min(gpus or min(usable_cores(), 8), recipe.smallest_batch // recipe.bn_span))
 
 
 def choose_precision(runtime: Runtime, device: torch.device) -> Precision:
@@ -109,7 +108,7 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
     if runtime.capture == "on" and obstacle:
         raise SettingsError(f"capture=on: a step cannot be one CUDA graph, as {obstacle}; capture=auto works")
     if runtime.capture == "off" or obstacle:
-        return Capture(False, f"steps not captured ({obstacle or 'as asked for'})")
+        return Capture(False, f"steps not captured ({obstacle or 'capture=off'})")
     return Capture(True, "steps captured in a CUDA graph")
 
 

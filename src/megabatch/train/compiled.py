@@ -1,4 +1,4 @@
-"""torch.compile around a model, without its surprises: no key changes, and no minutes for a shape that comes once."""
+"""torch.compile around a model: state-dict keys stay, and a shape that occurs once is not compiled."""
 
 from collections import Counter
 from typing import Any
@@ -10,11 +10,11 @@ from megabatch.errors import SettingsError
 
 
 class CompiledModel(nn.Module):
-    """Calls `module` compiled, shape by shape, from a shape's second training forward on; otherwise as it is.
+    """Calls `module` compiled from the second training forward of each input shape on, and uncompiled otherwise.
 
-    So a run's last short batch and evaluation, which are few, cost no compilation. Compilation is for fixed shapes:
-    oneDNN's and cuDNN's convolutions want to know theirs. Wrap this in DistributedDataParallel as any module. Keep
-    the original for checkpoints: this wrapper's keys begin with `module.`.
+    Evaluation and a run's last short batch therefore cost no compilation. Shapes are static, because oneDNN's and
+    cuDNN's convolutions need them. The wrapper works inside DistributedDataParallel. Save the original module in
+    checkpoints: this wrapper's keys begin with `module.`.
 
     Raises:
         SettingsError: compilation failed, usually for lack of a C++ compiler; raised in the second forward of a
@@ -25,7 +25,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.module = module
         self._calls: Counter[torch.Size] = Counter()
-        # As a list: a compiled module is a module, and its parameters would be there twice.
+        # In a list, because nn.Module would register the compiled module's parameters a second time.
         self._compiled = [torch.compile(module, dynamic=False, **options)]
 
     def forward(self, images: Tensor) -> Any:
@@ -38,6 +38,6 @@ class CompiledModel(nn.Module):
             from torch._dynamo.exc import TorchDynamoException
 
             if not isinstance(error, TorchDynamoException):
-                raise  # of the model, not of its compilation
+                raise  # an error of the model, not of compilation
             reason = str(error).strip().splitlines()[0]
             raise SettingsError(f"torch.compile failed: {reason}; compile=False works") from error

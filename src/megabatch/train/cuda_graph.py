@@ -1,12 +1,12 @@
-"""A step as one CUDA graph: what the device does is recorded once and started as a whole ever after.
+"""A training step as one CUDA graph: recorded once, then replayed with a single launch.
 
     step = CapturedStep(train_step)                 # train_step(images, labels) -> loss
     for images, labels in batches:
         loss = step(images, labels)
 
-A launch from Python takes some 5 us and ResNet-50 makes 1,500 of them a step: below a batch of 128 that, and not the
-GPU, is what a step takes. What a graph replays is the device's work alone, with the addresses it was recorded with:
-rates must be tensors, nothing may be read back inside, and Python's own side effects happen at the recording only.
+A kernel launch from Python takes about 5 us and a ResNet-50 step has 1,500 of them, so below a batch of 128 launches,
+not the GPU, determine the step time. A replay repeats the device work only, on the recorded addresses: rates must be
+tensors, the function must not read values back to the host, and Python side effects happen during recording only.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ Replay = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """What records work of a device, for replay."""
+    """Records device work for replay."""
 
     def run(self, work: Callable[[], T]) -> T:
-        """Does `work` as it would be done while it is recorded, and records nothing."""
+        """Runs `work` under the conditions of a recording, without recording it."""
         ...
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        """What `work` returns, and a function that does its device part, into the same tensors each time.
+        """Returns the result of `work` and a function that replays its device work into the same tensors.
 
-        Recording itself leaves every tensor's values as they were: a replay comes first.
+        Recording does not execute the work, so the result holds values only after the first replay.
         """
         ...
 
 
 class CudaRecorder:
-    """CUDA graphs with one memory pool, recorded on one stream of their own.
+    """CUDA graphs that share one memory pool, recorded on a separate stream.
 
-    Graphs of one pool may use the same memory, so only the latest replay's results hold. A pool ends with the last of
-    its graphs: torch refuses it to later ones. Other threads (loaders) go on using the device meanwhile.
+    Graphs of a pool may share memory, so only the results of the latest replay are valid. A pool is gone once its last
+    graph is deleted; torch then refuses it to new graphs. Other threads (loaders) keep using the device meanwhile.
     """
 
     def __init__(self) -> None:
@@ -77,14 +77,14 @@ class CudaRecorder:
 
 
 def _end_recording(pool: Any) -> None:
-    """After a capture that failed: torch 2.11 would believe it under way for ever, and free no batch of a loader."""
-    with contextlib.suppress(RuntimeError):  # it had been ended
+    """Ends a failed capture: otherwise torch 2.11 treats it as active for ever and frees no memory of a loader."""
+    with contextlib.suppress(RuntimeError):  # already ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 @dataclass
 class _Signature:
-    """What is known of calls of one kind."""
+    """State of calls with one signature: shapes, dtypes and layouts of the inputs, and the constants."""
 
     calls: int = 0
     inputs: list[Tensor] = field(default_factory=list)
@@ -92,26 +92,29 @@ class _Signature:
     replay: Replay | None = None
 
     def forget(self) -> None:
-        """Gives the graph and its memory up."""
+        """Releases the graph and its memory."""
         self.inputs, self.result, self.replay = [], None, None
 
 
 class CapturedStep:
-    """Calls `function` as it is at first, and from then on replays what it did on the device.
+    """Calls `function` a few times, then replays its device work as a CUDA graph.
 
-    Calls of one kind have inputs of the same shapes, types and layouts, and the same constants. The first `warmup`
-    calls of a kind are ordinary ones (libraries choose their algorithms, optimizers make their state), the next
-    is recorded; so a batch or resolution that changes is recorded anew, and one that comes once, such as a run's last
-    short batch, never is. Inputs are copied to tensors of the graph's own before a replay. A graph keeps the memory of
-    a whole step, and an ordinary call needs as much: before one all graphs are given up, and recorded again later.
+    Calls with equal shapes, dtypes, layouts and constants share a graph. The first `warmup` calls of a signature run
+    uncaptured (libraries choose algorithms, optimizers create their state), the next call is recorded. So a new batch
+    size or resolution is recorded anew, and one that occurs once, such as a run's last short batch, is never recorded.
+    Inputs are copied into the graph's own tensors before each replay. A graph holds the memory of a whole step and an
+    uncaptured call needs as much again: all graphs are released before one, and recorded again later.
 
     Args:
-        function: of tensors, and of hashable keyword constants, which are recorded as they are. It must not read
-            values back to the host. What it returns is returned by each call, tensors and all; a tensor in it is
-            overwritten by the next call.
-        max_graphs: kept at a time; the one not used for longest goes first.
-        recorder: None for `CudaRecorder`.
-        on_failure: told of an error while recording, after which all calls are ordinary ones; None: it is raised.
+        function: called with tensors and hashable keyword constants. It must not read values back to the host. Each
+            call returns the recorded result; its tensors are overwritten by the next call.
+        warmup: uncaptured calls per signature.
+        max_graphs: number of graphs kept; the least recently used is released first.
+        recorder: records and replays; None: `CudaRecorder`.
+        on_failure: receives an error raised while recording, after which all calls run uncaptured; None: it is raised.
+
+    Raises:
+        RuntimeError, UserError: recording failed and `on_failure` is None.
     """
 
     def __init__(
@@ -133,11 +136,11 @@ class CapturedStep:
 
     @property
     def num_graphs(self) -> int:
-        """Recorded kinds of calls that are kept."""
+        """Number of graphs held at present."""
         return sum(known.replay is not None for known in self._known.values())
 
     def __call__(self, *inputs: Tensor, **constants: Hashable) -> Any:
-        key = (tuple(map(_kind, inputs)), tuple(sorted(constants.items())))
+        key = (tuple(map(_layout, inputs)), tuple(sorted(constants.items())))
         known = self._known.setdefault(key, _Signature())
         self._known.move_to_end(key)
         known.calls += 1
@@ -169,8 +172,8 @@ class CapturedStep:
         return not self._failed
 
     def _fill(self, known: _Signature, inputs: tuple[Tensor, ...]) -> None:
-        for own, given in zip(known.inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
+        for recorded, given in zip(known.inputs, inputs, strict=True):
+            recorded.copy_(given, non_blocking=True)
 
     def _forget_oldest(self) -> None:
         recorded = [key for key, known in self._known.items() if known.replay is not None]
@@ -178,5 +181,5 @@ class CapturedStep:
             del self._known[key]
 
 
-def _kind(tensor: Tensor) -> Hashable:
+def _layout(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.dtype, tensor.stride(), tensor.device

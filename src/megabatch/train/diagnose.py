@@ -1,4 +1,4 @@
-"""Where a computation stopped being finite: what a person needs to know of a run that diverged."""
+"""Locates the first non-finite value of a diverged run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from megabatch.train.precision import Precision
 
 
 def first_not_finite(module: nn.Module, images: Tensor, precision: Precision) -> str:
-    """What was the first to hold a value that is not finite, in words: the images, a layer's weights, or its output.
+    """Describes the first tensor with a non-finite value: the images, or a layer's parameter or output.
 
-    Runs the forward of `images` once more and looks at every layer in the order of the computation; a layer's name is
-    its name in the module. Where all is finite, a gradient is named, and if they are finite too, the loss.
+    Repeats the forward of `images` and checks every layer in order of execution; layers have their names in the module.
+    If all of them are finite, a gradient is named, and if those are finite too, the loss.
     """
     if not _finite(images):
         return "the input images"
@@ -26,7 +26,7 @@ def first_not_finite(module: nn.Module, images: Tensor, precision: Precision) ->
 
 @contextmanager
 def _watching(module: nn.Module, found: list[str]) -> Iterator[None]:
-    """Within the block a forward adds to `found` what is not finite, in the order of the computation."""
+    """Within the block a forward appends descriptions of non-finite tensors to `found`, in order of execution."""
     hooks = []
     for name, layer in module.named_modules():
         if not list(layer.children()):
@@ -39,7 +39,7 @@ def _watching(module: nn.Module, found: list[str]) -> Iterator[None]:
 
 
 def _watcher(name: str, found: list[str]) -> Any:
-    def look(layer: nn.Module, _: Any, output: Tensor) -> None:
+    def check(layer: nn.Module, _: Any, output: Tensor) -> None:
         if found:
             return
         for parameter_name, parameter in layer.named_parameters(recurse=False):
@@ -49,7 +49,7 @@ def _watcher(name: str, found: list[str]) -> Any:
         if not _finite(output):
             found.append(f"the output of {name}")
 
-    return look
+    return check
 
 
 def _first_gradient(module: nn.Module) -> str:

@@ -82,7 +82,8 @@ def eval_block_size(recipe: Recipe) -> int:
 def _recompute_statistics(run: Run) -> None:
     """Batch-norm statistics of the present weights over the last `precise_batches` global batches."""
     state, recipe = run.state, run.recipe
-    first = max(0, state.samples_seen - recipe.precise_batches * recipe.global_batch_size)
+    num_samples = recipe.precise_batches * recipe.batch_at(state.samples_seen / recipe.num_train_images)
+    first = max(0, state.samples_seen - num_samples)
     settings = dataclasses.replace(run.settings_at(state.step, first), count=state.samples_seen - first)
     begin_precise(state.module)
     for batch in run.loader.batches((positions, settings.resolution) for positions in run.micro_batches(settings)):

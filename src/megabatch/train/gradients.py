@@ -1,7 +1,7 @@
-"""One optimizer step: forward and backward over micro-batches, one exchange of gradients, one update.
+"""Gradient accumulation: forward and backward over micro-batches, with one gradient exchange per step.
 
-The loss of a micro-batch is the sum over its samples divided by the true global count, so the gradient that the
-optimizer sees is the mean over the global batch however the batch was cut among workers and micro-batches.
+The loss of a micro-batch is the sum over its samples divided by the global sample count, so the optimizer receives the
+mean gradient over the global batch, however the batch is divided among workers and micro-batches.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from megabatch.train.weight_copies import WeightCopies
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: the mean cross entropy over `global_count` samples, computed in `precision`.
+    """Loss of a step: mean cross entropy over `global_count` samples, computed in `precision`.
 
-    Forward reads `copies` instead of the weights that they are of.
+    Forward reads the 16-bit `copies` in place of their weights.
     """
 
     global_count: int
@@ -34,7 +34,7 @@ class Objective:
 
 
 class NoiseSample(NamedTuple):
-    """What the noise-scale estimator needs of one step (McCandlish et al. 2018, arXiv:1812.06162, appendix A)."""
+    """Gradient norms of a step for the noise-scale estimator (McCandlish et al. 2018, arXiv:1812.06162, app. A)."""
 
     mean_local_sq_norm: float  # mean over micro-batches of |g_b|^2
     local_count: float  # b
@@ -52,14 +52,14 @@ def accumulate_gradients(
 ) -> Tensor:
     """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
 
-    Returns this worker's loss sum (0-d, float64, on the batches' device); reads nothing back from there.
-    DistributedDataParallel averages over workers, hence the factor `world_size`; it exchanges during the last
-    micro-batch's backward alone.
+    Returns this worker's loss sum (0-d, float64, on the batches' device) without synchronising with the device.
+    DistributedDataParallel averages over workers, hence the factor `world_size`. Gradients are exchanged during the
+    backward of the last micro-batch only.
     """
     losses = []
-    linked = world_size > 1  # the exchange waits for the weights' own gradients
+    linked = world_size > 1  # the exchange is triggered by the gradients of the weights themselves
     widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
-    with objective.precision.kept_casts():
+    with objective.precision.cached_casts():
         for number in range(num_micro_batches):
             batch = next(batches)
             exchanges = number == num_micro_batches - 1
@@ -67,7 +67,7 @@ def accumulate_gradients(
                 with objective.copies.read(linked=linked):
                     loss = forward_loss(model, batch, objective)
                 torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
-            objective.copies.hand_over(widen=widen)
+            objective.copies.return_gradients(widen=widen)
             losses.append(loss.detach())
     return torch.stack(losses).double().sum()
 
@@ -80,10 +80,10 @@ def accumulate_and_measure(
     *,
     world: World,
 ) -> tuple[Tensor, NoiseSample]:
-    """As `accumulate_gradients`, and measures each micro-batch's own gradient; exchanges without overlap.
+    """As `accumulate_gradients`, and measures the gradient norm of each micro-batch; exchanges without overlap.
 
-    The micro-batch is the estimator's small batch; it is a recipe value (one batch-norm span), so that the measured
-    noise scale does not depend on the number of workers. Norms are of gradients without the loss scale.
+    The micro-batch is the estimator's small batch. It is one batch-norm span, a recipe value, so the measured noise
+    scale does not depend on the number of workers. Norms exclude the loss scale.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
@@ -95,7 +95,7 @@ def accumulate_and_measure(
             with objective.copies.read():
                 loss = forward_loss(model, batch, objective)
             torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
-        objective.copies.hand_over(widen=True)
+        objective.copies.return_gradients(widen=True)
         gradients = [_gradient(p) for p in parameters]
         torch._foreach_add_(total, gradients)
         share = objective.global_count / max(1, batch.count) / scale
@@ -113,7 +113,7 @@ def accumulate_and_measure(
 
 
 def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
-    """Sum over the micro-batch of the cross entropy, in fp32 (or in the logits' type where that is wider)."""
+    """Cross entropy summed over the micro-batch, in fp32 or the dtype of the logits if that is wider."""
     with objective.precision.autocast():
         logits = model(batch.images)
     return cross_entropy_sum(

@@ -1,7 +1,7 @@
-"""Memory of the host: how much there is, and how to stop giving it back to the system at every step.
+"""Host memory: the available amount, and a setting that keeps freed memory in the process.
 
 A training step on a CPU allocates and frees gigabytes. glibc returns every large block to the system when it is freed,
-and the system hands the next one out page by page, zeroed: a fifth of ResNet-50's step is then spent in page faults.
+and the next allocation faults its pages in one by one, zeroed: page faults take a fifth of ResNet-50's step.
 """
 
 import ctypes
@@ -19,18 +19,18 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory(num_workers: int = 1) -> str | None:
-    """Lets this process keep what it frees, in huge pages where the system grants them; what was done, in words.
+    """Keeps freed memory in this process, in huge pages if the system grants them; returns a description or None.
 
-    For this process and until its end: freed blocks go back to the allocator's own pool, large ones too, and address
-    space for half of the memory that is there (shared among `num_workers` processes) is marked for huge pages of
-    2 MiB. Nothing is taken before it is used; what was once used stays with the process. Call it before the first
-    large tensor. None where the C library is not glibc: nothing was done then.
+    In effect until the process ends: freed blocks, large ones too, return to the allocator's pool, and address space
+    for half of the available memory (divided by `num_workers`) is marked for huge pages of 2 MiB. Memory is committed
+    only when it is first used, and then stays with the process. Call it before the first large tensor. Returns None,
+    with nothing changed, if the C library is not glibc.
     """
     library = _glibc()
     if library is None:
         return None
-    library.mallopt(_M_MMAP_MAX, 0)  # or large blocks come from mmap, and go back to it
-    library.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    library.mallopt(_M_MMAP_MAX, 0)  # large blocks would come from mmap and be unmapped when freed
+    library.mallopt(_M_TRIM_THRESHOLD, -1)  # never trim the heap
     library.mallopt(_M_TOP_PAD, _GROWTH)
     available = available_bytes()
     room = min(_MOST_RESERVED, (available or 0) // 2 // max(1, num_workers))
@@ -40,10 +40,7 @@ def keep_freed_memory(num_workers: int = 1) -> str | None:
 
 
 def available_bytes() -> int | None:
-    """Bytes that this process and its like may still use: the machine's, or less under a control group's limit.
-
-    None where the system does not tell.
-    """
+    """Bytes that can still be allocated on this machine, or under a control group's limit; None if unknown."""
     known = [limit for limit in (_of_machine(), *_of_control_groups()) if limit is not None]
     return min(known, default=None)
 
@@ -56,15 +53,15 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _mark_for_huge_pages(library: ctypes.CDLL, num_bytes: int) -> bool:
-    """Takes a block from the heap's end, marks its pages, and frees it: the heap keeps it, with the mark."""
+    """Allocates a block at the end of the heap, marks its pages and frees it; the heap keeps it, with the mark."""
     library.malloc.restype = ctypes.c_void_p
     library.malloc.argtypes = [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    strict = _text(_PROC / "sys/vm/overcommit_memory").strip() == "2"  # address space counts as memory there
+    strict = _text(_PROC / "sys/vm/overcommit_memory").strip() == "2"  # there reserved address space counts as memory
     block = library.malloc(num_bytes) if num_bytes > 2 * _HUGE_PAGE and not strict else None
     if not block:
-        return False  # no memory to speak of, or the user's limit on address space is lower
+        return False  # too little memory, or a lower limit on address space
     first = -(-block // _HUGE_PAGE) * _HUGE_PAGE
     length = (block + num_bytes - first) // _HUGE_PAGE * _HUGE_PAGE
     marked = library.madvise(first, length, _MADV_HUGEPAGE) == 0
@@ -81,7 +78,7 @@ def _of_machine() -> int | None:
 
 
 def _of_control_groups() -> Iterator[int]:
-    """What each limit above this process leaves, in version 2 and in version 1 of the interface."""
+    """Bytes left under each control-group limit that applies to this process, in versions 2 and 1 of cgroups."""
     for line in _text(_PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:

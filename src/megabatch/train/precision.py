@@ -1,9 +1,8 @@
-"""Number formats of forward and backward: fp32, or bf16 / fp16 under autocast with fp32 master weights.
+"""Precision of forward and backward: fp32, or bf16 / fp16 under autocast with fp32 master weights.
 
-Weights, gradients as the optimizer sees them, batch-norm statistics, logits and loss are fp32 in all of them.
-fp16 needs a loss scale: gradients are multiplied by it in backward and divided again, in fp32, before the optimizer
-(and before any trust ratio) sees them; a step whose gradients overflowed is skipped on every worker alike, because
-the exchanged gradients are the same everywhere.
+Weights, the optimizer's gradients, batch-norm statistics, logits and loss are fp32 in all of them. fp16 needs a loss
+scale: backward multiplies gradients by it, and they are divided by it, in fp32, before the optimizer (and any trust
+ratio) reads them. A step whose gradients overflow is skipped on all workers, because the exchanged gradients are equal.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +18,10 @@ STEPS_TO_GROW = 2000
 
 
 class LossScale:
-    """A power of two for gradients in fp16: fixed, or halved at an overflow and doubled after 2,000 steps without.
+    """Loss scale for fp16, a power of two: fixed, or halved at an overflow and doubled after 2,000 steps without one.
 
-    `factor` is a 0-d tensor that keeps its place in memory, so that a captured graph goes on reading it. `unscale`
-    waits for the device once a step, to learn whether the step may be taken.
+    `factor` is a 0-d tensor with a fixed address, so that a captured graph reads the current value. `unscale`
+    synchronises with the device once a step, to decide whether the step is skipped.
     """
 
     def __init__(self, device: torch.device, value: float, *, dynamic: bool) -> None:
@@ -32,7 +31,7 @@ class LossScale:
         self.good_steps = 0
 
     def unscale(self, gradients: list[Tensor]) -> bool:
-        """Divides `gradients` in place; whether all were finite. Grows or shrinks a dynamic scale for the next step."""
+        """Divides `gradients` in place and adapts a dynamic scale; returns True if all gradients were finite."""
         found_inf = torch.zeros((), device=self.factor.device)
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self.factor.reciprocal())
         finite = not bool(found_inf)
@@ -57,7 +56,7 @@ class LossScale:
         return {"scale": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; a fixed scale stays what it is."""
+        """Inverse of `state_dict`; a fixed scale is unchanged."""
         if self.dynamic:
             self._set(float(state["scale"]))
             self.good_steps = int(state.get("good_steps", 0))
@@ -66,8 +65,8 @@ class LossScale:
 class Precision:
     """Autocast and loss scale for one device; `name` is "fp32", "bf16" or "fp16".
 
-    `loss_scale` is fp16's: a power of two that stays, or None for one that adapts (from `init_scale` on). It is None
-    in the other formats, whose range is fp32's.
+    `loss_scale` applies to fp16: a fixed power of two, or None for a dynamic scale that starts at `init_scale`. The
+    other formats have the range of fp32 and need none.
     """
 
     def __init__(
@@ -81,16 +80,16 @@ class Precision:
             self.loss_scale = LossScale(device, loss_scale or init_scale, dynamic=loss_scale is None)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of every forward."""
+        """Context manager for every forward."""
         if self.name == "fp32":
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.dtype)
 
-    def kept_casts(self) -> AbstractContextManager[Any]:
-        """Around all forwards and backwards of a step: weights are cast once a step, not once a micro-batch.
+    def cached_casts(self) -> AbstractContextManager[Any]:
+        """Context manager for all micro-batches of a step: weights are cast once per step, not once per micro-batch.
 
-        Autocast forgets its casts where its outermost context ends; this is an outermost one that casts nothing, for
-        operations of a backward must not be cast again.
+        Autocast drops its cached casts when the outermost context ends. This outermost context is disabled, because
+        backward operations must not be cast again.
         """
         if self.name == "fp32":
             return nullcontext()
@@ -101,9 +100,9 @@ class Precision:
         return loss if self.loss_scale is None else loss * self.loss_scale.factor
 
     def unscale(self, gradients: list[Tensor]) -> bool:
-        """Divides gradients by the loss scale, in place, once they were exchanged; False if the step must be skipped.
+        """Divides exchanged gradients by the loss scale, in place; returns False if the step must be skipped.
 
-        Only fp16 skips: in the other formats a gradient overflows where the run has diverged, and the loss tells.
+        Only fp16 skips: in the other formats an overflow means that the run diverged, which the loss shows.
         """
         return self.loss_scale is None or self.loss_scale.unscale(gradients)
 
@@ -112,13 +111,13 @@ class Precision:
         return {} if self.loss_scale is None else self.loss_scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; a state of another precision is left aside."""
+        """Inverse of `state_dict`; ignores the state of another precision."""
         if state and self.loss_scale is not None:
             self.loss_scale.load_state_dict(state)
 
 
 class WideLinear(nn.Linear):
-    """`nn.Linear` that computes in its weight's own type under autocast."""
+    """`nn.Linear` that computes in the dtype of its weight under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
@@ -126,10 +125,10 @@ class WideLinear(nn.Linear):
 
 
 def widen_logits(module: nn.Module) -> None:
-    """Makes the last linear layer of `module` compute in fp32 under autocast, in place; no parameter or key changes.
+    """Makes the last linear layer of `module` compute in fp32 under autocast, in place; parameters and keys are kept.
 
-    In bf16 a logit of 16 is off by up to 0.06 and two classes tie where they should not; the layer's share of the
-    arithmetic is below one in a thousand.
+    In bf16 a logit of 16 has an error of up to 0.06, so that distinct classes can tie. The layer takes less than a
+    thousandth of the arithmetic.
     """
     linear = [layer for layer in module.modules() if type(layer) is nn.Linear]
     if linear:
@@ -137,9 +136,9 @@ def widen_logits(module: nn.Module) -> None:
 
 
 def fastest_precision(device: torch.device) -> str:
-    """bf16 where the processor multiplies it in hardware, else fp32.
+    """Fastest precision of a device: bf16 with hardware support, else fp16 on a GPU and fp32 on a CPU.
 
-    The weights stay fp32 either way. On CPU this asks oneDNN's own test (AVX-512 BF16 or AMX, Arm's BF16).
+    Weights stay fp32 in all of them. On a CPU the support is oneDNN's (AVX-512 BF16 or AMX, or Arm's BF16).
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

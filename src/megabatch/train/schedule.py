@@ -10,7 +10,7 @@ from typing import Any
 from megabatch.optim import schedule
 from megabatch.optim.batch_size import adjusted
 from megabatch.optim.schedule import sgd_share
-from megabatch.recipe import Recipe, value_at
+from megabatch.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def peak_lr(recipe: Recipe) -> float:
     return schedule.scaled_peak_lr(
         recipe.peak_lr,
         scaling=recipe.lr_scaling,
-        global_batch_size=int(value_at(recipe.batch_sizes, 0.0)) if recipe.batch_sizes else recipe.global_batch_size,
+        global_batch_size=recipe.batch_at(0.0),
         reference_batch_size=recipe.lr_reference_batch_size,
     )
 
@@ -49,9 +49,7 @@ def settings_at(recipe: Recipe, step: int, first: int, *, global_batch_size: int
     `global_batch_size` replaces the recipe's where the batch grows with the noise scale.
     """
     epoch = first / recipe.num_train_images
-    base = int(value_at(recipe.batch_sizes, 0.0)) if recipe.batch_sizes else recipe.global_batch_size
-    planned = int(value_at(recipe.batch_sizes, epoch)) if recipe.batch_sizes else recipe.global_batch_size
-    batch = global_batch_size or planned
+    batch = global_batch_size or recipe.batch_at(epoch)
     peak = peak_lr(recipe)
     lr = schedule.learning_rate(
         epoch,
@@ -72,7 +70,7 @@ def settings_at(recipe: Recipe, step: int, first: int, *, global_batch_size: int
         lr,
         recipe.momentum,
         batch=batch,
-        base_batch=base,
+        base_batch=recipe.batch_at(0.0),
         rule=recipe.batch_size_rule,
         num_train_images=recipe.num_train_images,
     )
@@ -103,7 +101,7 @@ def count_steps(recipe: Recipe) -> int:
         return -(-total_samples(recipe) // recipe.global_batch_size)
     steps = first = 0
     while first < total_samples(recipe):
-        first += int(value_at(recipe.batch_sizes, first / recipe.num_train_images))
+        first += recipe.batch_at(first / recipe.num_train_images)
         steps += 1
     return steps
 

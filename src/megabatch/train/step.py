@@ -47,7 +47,7 @@ def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Pe
     started = time.perf_counter()
     state = run.state
     apply_settings(state.optimizer.param_groups, settings)
-    state.copies.follow()
+    state.copies.refresh()
     latest = _Latest(batches)
     captured = _captures(run, settings)
     loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)

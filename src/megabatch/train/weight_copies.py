@@ -1,19 +1,19 @@
-"""16-bit copies of weights, which live from step to step: a forward that reads them casts no weight.
+"""Persistent 16-bit copies of weights, written by the optimizer, so that no forward casts a weight.
 
     copies = WeightCopies(model, torch.bfloat16)
-    optimizer = SGD(model.parameters(), lr=0.1, copies=copies.tensors)   # writes them as it moves the weights
+    optimizer = SGD(model.parameters(), lr=0.1, copies=copies.tensors)   # updates the copies with the weights
     for images, labels in batches:
-        copies.follow()
+        copies.refresh()
         with torch.autocast("cuda", torch.bfloat16), copies.read():
             loss = loss_of(model(images), labels)
         loss.backward()
-        copies.hand_over(widen=False)
+        copies.return_gradients(widen=False)
         optimizer.step()
         copies.written_by(optimizer)
         optimizer.zero_grad()
 
-Autocast casts every weight of a convolution or linear layer anew in each step, and its gradient back: two launches for
-each of them, and 12 bytes a parameter to and from memory. The values are the same, so the results are, bit for bit.
+Autocast casts every weight of a convolution or linear layer in each step, and its gradient back: two launches per
+weight and 12 bytes of memory traffic per parameter. The copies hold the same values, so results are equal bit for bit.
 """
 
 import sys
@@ -30,22 +30,22 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class _Copy(NamedTuple):
-    """A weight and its copy, as two tensors that share their memory: one for each way back from a gradient."""
+    """A weight and its copy, as two tensors on the same memory that differ in where their gradient goes."""
 
     weight: nn.Parameter
-    leaf: Tensor  # keeps its gradient, in 16 bit
-    cast: Tensor  # its gradient goes on to the weight, in the weight's type, as that of autocast's cast does
+    leaf: Tensor  # accumulates its own 16-bit gradient
+    cast: Tensor  # passes its gradient on to the weight in fp32, as autocast's cast does
 
 
 class WeightCopies:
-    """Copies in `dtype` of what the convolutions and linear layers of `module` learn; without a module, of nothing.
+    """Copies in `dtype` of the parameters of the convolutions and linear layers of `module`; empty without a module.
 
-    A `WideLinear` is left out, as are parameters that are not fp32 or have no gradient. Copies lie in memory as their
-    weights do and stay where they are, as a CUDA graph needs it. They hold what the weights held at the last `follow`
-    or step of an optimizer that writes them. Module tree and state dict do not change.
+    `WideLinear` layers and parameters that are not fp32 or need no gradient are excluded. Copies have the memory layout
+    of their weights and fixed addresses, as CUDA graphs require. They hold the values of the last `refresh`, or of the
+    last step of an optimizer that writes them. Module tree and state dict do not change.
 
     Attributes:
-        tensors: each copy by its parameter, as the optimizers of `megabatch.optim` take them.
+        tensors: copies by parameter, the argument `copies` of the optimizers in `megabatch.optim`.
     """
 
     def __init__(self, module: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -61,11 +61,11 @@ class WeightCopies:
         self.tensors: dict[Tensor, Tensor] = {copy.weight: copy.leaf.detach() for copy in self._copies}
         self._counted = self._counts()
 
-    def follow(self) -> None:
-        """Rewrites the copies if a weight has changed since they were written, by a checkpoint or a swap, say.
+    def refresh(self) -> None:
+        """Rewrites the copies if a weight changed since they were written, e.g. by a checkpoint or a swapped average.
 
-        torch counts what changes a tensor, except through `.data` and kernels of others. To be called before a step's
-        first forward, and outside of a CUDA graph, which asks nothing.
+        Changes are detected by torch's version counters, which miss writes through `.data` and custom kernels. Call it
+        before the first forward of a step, outside of a CUDA graph.
         """
         if self._counts() != self._counted:
             with torch.no_grad():
@@ -73,17 +73,17 @@ class WeightCopies:
             self._counted = self._counts()
 
     def written_by(self, optimizer: torch.optim.Optimizer) -> None:
-        """Spares the next `follow` what a step of `optimizer` has done, if these are among its `copies`."""
+        """Marks the copies as current after a step of `optimizer`, if it writes all of them."""
         written = getattr(optimizer, "copies", {})
         if all(written.get(weight) is tensor for weight, tensor in self.tensors.items()):
             self._counted = self._counts()
 
     @contextmanager
     def read(self, *, linked: bool = False) -> Iterator[None]:
-        """Within the block, which is for a forward, the layers' weights are the copies.
+        """Within the block, which contains a forward, the layers' parameters are the copies.
 
-        What backward leaves at the copies is for `hand_over`. With `linked` each gradient goes on to its weight at
-        once, in fp32, where DistributedDataParallel waits for it.
+        Backward leaves gradients at the copies; `return_gradients` moves them to the weights. With `linked` each
+        gradient passes to its weight during backward, in fp32, where DistributedDataParallel expects it.
         """
         for parameters, name, copy in self._places:
             parameters[name] = copy.cast if linked else copy.leaf
@@ -94,10 +94,10 @@ class WeightCopies:
                 parameters[name] = copy.weight
 
     @torch.no_grad()
-    def hand_over(self, *, widen: bool) -> None:
-        """Moves the gradients of a backward to the weights: as they are, or in fp32, added to what is there."""
+    def return_gradients(self, *, widen: bool) -> None:
+        """Moves gradients from the copies to `weight.grad`, in 16 bit or (`widen`) in fp32; adds to existing ones."""
         found = [copy for copy in self._copies if copy.leaf.grad is not None]
-        gradients = [_taken(copy.leaf) for copy in found]
+        gradients = [_pop_gradient(copy.leaf) for copy in found]
         if widen and found:
             wide = [torch.empty_like(copy.weight) for copy in found]
             torch._foreach_copy_(wide, gradients)
@@ -116,21 +116,21 @@ def _copied(weight: nn.Parameter, dtype: torch.dtype) -> _Copy:
     with torch.enable_grad():
         cast = weight.to(dtype)
     assert cast.grad_fn is not None
-    # Backward takes nodes in the order of these numbers, the highest first. As the cast is older than any forward it
-    # would come last, and no gradient could be exchanged before the whole backward is through.
+    # Backward executes nodes in descending order of sequence number. The cast is older than any forward, so it would
+    # run last, and no gradient could be exchanged before the whole backward is done.
     cast.grad_fn._set_sequence_nr(sys.maxsize)  # type: ignore[attr-defined]
-    weight.grad_dtype = None  # may be 16 bit, and fp32 at another step
+    weight.grad_dtype = None  # allows 16-bit gradients, and fp32 ones in other steps
     return _Copy(weight, cast.detach().requires_grad_(), cast)
 
 
-def _taken(leaf: Tensor) -> Tensor:
+def _pop_gradient(leaf: Tensor) -> Tensor:
     gradient, leaf.grad = leaf.grad, None
     assert gradient is not None
     return gradient
 
 
 def _accumulate(weights: list[nn.Parameter], gradients: list[Tensor]) -> None:
-    """As a backward does."""
+    """Adds gradients to `weight.grad`, as backward does."""
     sums, terms = [], []
     for weight, gradient in zip(weights, gradients, strict=True):
         if weight.grad is None:
