@@ -91,8 +91,8 @@ def whole_loader(source: EncodedSource, size: int) -> Pass:
         source,
         seed=0,
         augmentation="random_resized_crop",
-        pixel_mean=(123.7, 116.3, 103.5),
-        pixel_std=(58.4, 57.1, 57.4),
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
         channels_last=True,
         decode_threads=WORKERS,
     )

@@ -78,8 +78,8 @@ def work(folder: Path, rank: int, batches: int, batch: int, prefetch: int) -> di
         source,
         seed=0,
         augmentation="random_resized_crop",
-        pixel_mean=(123.7, 116.3, 103.5),
-        pixel_std=(58.4, 57.1, 57.4),
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
         decode_threads=1,
         prefetch_batches=prefetch,
     )

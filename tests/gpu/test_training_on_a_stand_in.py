@@ -268,7 +268,7 @@ def test_a_batch_is_not_used_before_it_is_ready():
         batch = Staging(CUDA, num_buffers=1).run(lambda: Batch(*torch.ones(2, 3, device=CUDA).unbind(), 3))
         with pytest.raises(RefusedError, match="may not have written"):
             batch.images.sum()
-        batch.take().images.sum()
+        batch.wait_on_current_stream().images.sum()
 
 
 def test_a_file_that_is_refused_while_a_graph_is_captured_does_not_break_the_capture():

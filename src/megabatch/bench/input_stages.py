@@ -22,7 +22,7 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
 
-_MEAN, _STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)  # any will do: they cost the same
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
 _MIN_ROUNDS = 3
 
 READ, DECODE_CROP, AUGMENT, COPY = "read", "decode at the crop", "augment", "copy"

@@ -93,7 +93,7 @@ def test_batches_are_those_of_the_cpu_with_the_same_samples_replaced(mixed, augm
         replaced += one.num_replaced
     assert replaced >= 4
     assert gpu.num_replaced == cpu.num_replaced == replaced
-    assert gpu.num_bad == cpu.num_bad == 3
+    assert len(gpu.bad_samples) == len(cpu.bad_samples) == 3
 
 
 def test_evaluation_is_that_of_the_cpu(mixed):

@@ -18,7 +18,7 @@ from megabatch.data.loading.order import micro_batches, stream_samples
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.data.sources.folder import FolderSource
-from megabatch.errors import DataError
+from megabatch.errors import DataError, UserError
 
 PHOTOS = FolderSource(TEST_PHOTOS / "train")
 GREY = {"pixel_mean": (0.3,), "pixel_std": (0.25,), "image_channels": 1}
@@ -201,9 +201,9 @@ def test_leaving_the_loop_early_stops_the_work_and_the_loader_goes_on():
 
 
 def test_channels_that_do_not_fit_are_refused_with_those_that_do():
-    with pytest.raises(DataError, match="the images have 1 channels, the recipe 3; image_channels=1 works"):
+    with pytest.raises(DataError, match="image_channels=3 was given, the images have 1 channels; image_channels=1"):
         TrainLoader(arrays(), seed=0, **COLOR)
-    with pytest.raises(DataError, match="one value for each of the 1 channels"):
+    with pytest.raises(UserError, match="one value for each of the 1 channels"):
         TrainLoader(arrays(), seed=0, pixel_mean=(0.5, 0.5), pixel_std=(1.0,), image_channels=1)
 
 

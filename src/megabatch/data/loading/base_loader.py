@@ -1,4 +1,4 @@
-"""What the training and the evaluation loader share: threads, the way to the device, pixels by index."""
+"""Shared base of the training and the evaluation loader: threads, transfer to the device, pixels by index."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +12,7 @@ from torch import Tensor
 from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import GpuReader, ReadSamples
+from megabatch.data.loading.arguments import check_arguments, check_pixel_statistics
 from megabatch.data.loading.batch import Batch, Staging
 from megabatch.data.loading.prefetch import in_order, serial_threads, usable_cores
 from megabatch.data.loading.read_ahead import ReadAhead
@@ -27,17 +28,17 @@ Request = TypeVar("Request")
 
 
 class HostImages(NamedTuple):
-    """What reading leaves in host memory: a quarter of what the batch takes once it is normalised in float32."""
+    """Decoded images in host memory, a quarter of the size of the normalised float32 batch."""
 
     pixels: Tensor  # [n, channels, resolution, resolution] uint8, channels last; pinned with a GPU
-    replaced: Replaced  # [n]
+    replaced: Replaced  # [n]; True where another sample replaces an unreadable one
 
 
 class BaseLoader:
-    """Pixels of a source by index, normalised on the device, made ahead by threads. Use its two children.
+    """Base of `TrainLoader` and `EvalLoader`: images by index, normalised on the device, prefetched by threads.
 
-    Batches are made in two steps: files are read and decoded `prefetch_batches` ahead, as uint8 on the host; they
-    become normalised images on the device when they are asked for, on a GPU one batch before.
+    A batch is made in two stages. Threads read and decode files to uint8 in host memory, `prefetch_batches` ahead.
+    Normalisation to `dtype` on the device happens when the batch is requested; on a GPU, one batch earlier.
     """
 
     def __init__(
@@ -56,22 +57,30 @@ class BaseLoader:
         on_bad_sample: OnBadSample | None,
         gpu_decoder: GpuDecoder | None,
     ) -> None:
+        check_arguments(
+            image_channels=image_channels,
+            dtype=dtype,
+            decode_threads=decode_threads,
+            prefetch_batches=prefetch_batches,
+            max_bad_share=max_bad_share,
+        )
+        _check_channels(source, image_channels)
+        check_pixel_statistics(pixel_mean, pixel_std, image_channels)
         self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
         self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
         self._dtype = dtype
         self._channels_last = channels_last
-        self._prefetch = max(1, prefetch_batches)
-        # A GPU copies and normalises beside a step; on a CPU batches finished early would only take memory.
+        self._prefetch = int(prefetch_batches)
+        # A GPU copies and normalises while the training step runs; on a CPU a batch finished early only costs memory.
         self._finished_ahead = 2 if torch.device(device).type == "cuda" else 1
-        # Bytes read ahead, handed on and being finished; images being finished and those in the hands of the caller.
+        # Buffers: prefetched + queued + being normalised (as bytes), being normalised + held by the caller (as images).
         self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 4)
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
         self._finish_threads = serial_threads(self._finished_ahead, "megabatch-finish")
         self._decode_threads = ThreadPoolExecutor(
             decode_threads or usable_cores(), thread_name_prefix="megabatch-decode"
         )
-        self._check_channels()
-        self._ahead = ReadAhead(source)
+        self._read_ahead = ReadAhead(source)
         self._num_replaced = 0
         self._bad: BadSamples | None = None
         self._gpu_reader: GpuReader | None = None
@@ -86,45 +95,31 @@ class BaseLoader:
                 )
 
     @property
-    def num_bad(self) -> int:
-        """Different samples that could not be read so far."""
-        return len(self.bad_samples)
-
-    @property
     def bad_samples(self) -> dict[int, str]:
-        """Index and reason of each sample that could not be read so far, here or where `learn_bad_samples` was told."""
-        return self._bad.so_far() if self._bad is not None else {}
+        """Reason by index of each unreadable sample found so far, by this loader or passed to `learn_bad_samples`."""
+        return self._bad.reasons() if self._bad is not None else {}
 
     def learn_bad_samples(self, reasons: Mapping[int, str]) -> None:
-        """Take in what other workers' loaders over the same source could not read.
+        """Adds the unreadable samples that other workers' loaders over the same source found.
 
-        Those samples count as met: `on_bad_sample` is called for each that is new, and never for it again.
+        `on_bad_sample` is called once for each sample that is new to this loader, and not when the loader meets it.
 
         Raises:
-            DataError: with them, bad samples exceed `max_bad_share`.
+            DataError: the bad samples now exceed `max_bad_share`.
         """
         if self._bad is not None:
-            self._bad.learn(reasons)
+            self._bad.merge(reasons)
 
     @property
     def num_replaced(self) -> int:
-        """How often so far a batch that was handed out held another sample in place of one that could not be read."""
+        """Number of replacements so far: samples in delivered batches that stand in for unreadable ones."""
         return self._num_replaced
 
     def close(self) -> None:
-        """Stop the threads; batches not yet handed out are dropped. The source stays open."""
+        """Stops the threads and drops prefetched batches. The source stays open."""
         self._finish_threads.shutdown(cancel_futures=True)
         self._batch_threads.shutdown(cancel_futures=True)
         self._decode_threads.shutdown(cancel_futures=True)
-
-    def _check_channels(self) -> None:
-        if isinstance(self.source, ArraySource) and self.source.images.shape[1] != self._channels:
-            have = self.source.images.shape[1]
-            raise DataError(
-                f"the images have {have} channels, the recipe {self._channels}; image_channels={have} works"
-            )
-        if not len(self._mean) == len(self._std) == self._channels:
-            raise DataError(f"pixel_mean and pixel_std need one value for each of the {self._channels} channels")
 
     def _labels(self, indices: Int64) -> Tensor:
         if isinstance(self.source, ArraySource):
@@ -139,13 +134,13 @@ class BaseLoader:
         return HostImages(pixels.permute(0, 3, 1, 2), replaced)
 
     def _crop(self, samples: ReadSamples, flips: NDArray[np.bool_] | None = None) -> Tensor:
-        """Crops of what a GPU decodes, mirrored where `flips`, normalised."""
+        """Crops of images that the GPU decodes, mirrored where `flips`, normalised."""
         assert self._gpu_reader is not None
         images = self._gpu_reader.crop(samples, flips, mean=self._mean, std=self._std, dtype=self._dtype)
         return images if self._channels_last else images.contiguous()
 
     def _crop_raw(self, samples: ReadSamples) -> Tensor:
-        """Crops of what a GPU decodes, float32 in [0, 255]."""
+        """Crops of images that the GPU decodes, float32 in [0, 255]."""
         assert self._gpu_reader is not None
         mean, std = (0.0,) * self._channels, (1 / 255,) * self._channels
         return self._gpu_reader.crop(samples, None, mean=mean, std=std, dtype=torch.float32)
@@ -154,19 +149,30 @@ class BaseLoader:
         out = self._staging.device_images(images.shape, self._dtype, channels_last=self._channels_last)
         return augment.normalize(images, self._mean, self._std, out)
 
-    def _hand_out(self, batch: Batch) -> Batch:
+    def _deliver(self, batch: Batch) -> Batch:
         self._num_replaced += batch.num_replaced
-        return batch.take()
+        return batch.wait_on_current_stream()
 
-    def _in_background(
+    def _prefetched(
         self, read: Callable[[Request], Callable[[], Batch]], requests: Iterable[Request]
     ) -> Iterator[Batch]:
-        """`read` does the host's part of a request and returns what does the device's."""
+        """Yields batches in order; `read` does a request's work on the host and returns the work on the device."""
         ready = in_order(read, requests, executor=self._batch_threads, depth=self._prefetch)
         batches = in_order(self._staging.run, ready, executor=self._finish_threads, depth=self._finished_ahead)
         try:
             for batch in batches:
-                yield self._hand_out(batch)
+                yield self._deliver(batch)
         finally:
             batches.close()
             ready.close()
+
+
+def _check_channels(source: Source, image_channels: int) -> None:
+    if not isinstance(source, ArraySource):
+        if image_channels not in {1, 3}:
+            raise DataError(f"image_channels={image_channels} was given; files decode to 1 (grey) or 3 (RGB) channels")
+    elif source.images.shape[1] != image_channels:
+        have = source.images.shape[1]
+        raise DataError(
+            f"image_channels={image_channels} was given, the images have {have} channels; image_channels={have} works"
+        )

@@ -1,4 +1,4 @@
-"""What loaders hand to training and evaluation, and how it gets to the device."""
+"""The batch that loaders yield, and its transfer to the device."""
 
 import threading
 from collections.abc import Callable
@@ -18,14 +18,14 @@ class Batch:
 
     images: Tensor  # [n, channels, resolution, resolution], normalised
     labels: Tensor  # [n] int64
-    count: int
+    count: int  # n
     mixed_labels: Tensor | None = None  # [n] int64: the partner's label, with mixup or cutmix
     mix_weight: Tensor | None = None  # [n] float32: the weight of `labels`; the partner's is 1 - mix_weight
     num_replaced: int = 0  # samples that could not be read and were replaced
-    ready: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None = None  # recorded on the loader's stream after the batch's last kernel
 
-    def take(self) -> "Batch":
-        """This batch, once the current stream has been told to wait for it; does nothing on a CPU."""
+    def wait_on_current_stream(self) -> "Batch":
+        """Makes the current stream wait until the batch is ready, then returns it; does nothing on a CPU."""
         if self.ready is not None:
             stream = torch.cuda.current_stream(self.images.device)
             stream.wait_event(self.ready)
@@ -37,7 +37,7 @@ class Batch:
 
 
 class Staging:
-    """Host buffers and a stream of its own, so that copies and augmentation run beside the training step."""
+    """Host buffers and a separate CUDA stream, so that copies and augmentation overlap with the training step."""
 
     def __init__(self, device: torch.device, *, num_buffers: int) -> None:
         self.device = device
@@ -47,14 +47,14 @@ class Staging:
         self._stream: torch.cuda.Stream | None = None
 
     def host_images(self, count: int, size: int, channels: int) -> Tensor:
-        """An empty [n, size, size, channels] uint8 batch in host memory that is used again; pinned with a GPU."""
+        """Uninitialised [n, size, size, channels] uint8 batch in reusable host memory; pinned if there is a GPU."""
         shape = (count, size, size, channels)
         if self._is_cuda:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         return self._buffers.empty(shape, torch.uint8)
 
     def device_images(self, shape: torch.Size, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
-        """An empty [n, channels, height, width] batch on the device."""
+        """Uninitialised [n, channels, height, width] batch on the device."""
         count, channels, height, width = shape
         layout = (count, height, width, channels) if channels_last else tuple(shape)
         if self._is_cuda:
@@ -64,20 +64,21 @@ class Staging:
         return images.permute(0, 3, 1, 2) if channels_last else images
 
     def to_device(self, values: Tensor | NDArray[np.generic]) -> Tensor:
+        """Copies to the device; asynchronous from pinned memory to a GPU."""
         tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
         return tensor.to(self.device, non_blocking=tensor.is_pinned() if self._is_cuda else False)
 
     def run(self, work: Callable[[], Batch]) -> Batch:
-        """`work()` on the loader's own stream; the batch says when it is ready."""
+        """Runs `work()` on the loader's stream and records the batch's `ready` event; on a CPU, just runs it."""
         if not self._is_cuda:
             return work()
-        with torch.cuda.stream(self._own_stream()):
+        with torch.cuda.stream(self._side_stream()):
             batch = work()
             batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             batch.ready.record()
         return batch
 
-    def _own_stream(self) -> torch.cuda.Stream:
+    def _side_stream(self) -> torch.cuda.Stream:
         with self._lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

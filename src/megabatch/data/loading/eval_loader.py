@@ -10,6 +10,7 @@ from megabatch.data.augment import crops
 from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import ReadSamples
+from megabatch.data.loading.arguments import check_arguments, check_range
 from megabatch.data.loading.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.reader import OnBadSample
@@ -19,8 +20,27 @@ from megabatch.data.sources.arrays import ArraySource
 class EvalLoader(BaseLoader):
     """Batches for evaluation: samples in index order, central crops, no augmentation.
 
-    Files, and arrays that are not of size `resolution`, give "resize the shorter side to resolution / crop_ratio, cut
-    the centre"; arrays of that size are taken whole. Other arguments are those of `TrainLoader`.
+        _, source = open_folder("my_photos")
+        loader = EvalLoader(source, resolution=224, pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
+        count = sum(batch.count for batch in loader.batches(0, loader.num_samples, 64))
+
+    `load` returns and `batches` yields a `Batch`, on `device`: `images` [n, image_channels, resolution, resolution] in
+    `dtype`, each pixel (x / 255 - pixel_mean) / pixel_std, and `labels` [n] int64.
+
+    Args:
+        source: images and labels, as in `TrainLoader`.
+        resolution: height and width of the images, in pixels, 1 or more.
+        crop_ratio: in (0, 1]. The shorter side is resized to resolution / crop_ratio, then the centre is cropped. This
+            holds for files, and for arrays of another size than `resolution`; arrays of that size are used whole.
+        pixel_mean, pixel_std: mean and standard deviation of each channel, [image_channels] values, of pixels divided
+            by 255: means in [0, 1], standard deviations in (0, 1]. Not in units of bytes.
+        image_channels, device, dtype, channels_last, decode_threads, prefetch_batches, max_bad_share, on_bad_sample,
+            gpu_decoder: as in `TrainLoader`.
+
+    Raises:
+        UserError: an argument is out of its range.
+        DataError: the images have other channels, or, while loading, more than `max_bad_share` unreadable samples or a
+            class without a readable sample.
     """
 
     def __init__(
@@ -41,6 +61,7 @@ class EvalLoader(BaseLoader):
         on_bad_sample: OnBadSample | None = None,
         gpu_decoder: GpuDecoder | None = None,
     ) -> None:
+        check_arguments(resolution=resolution, crop_ratio=crop_ratio)
         super().__init__(
             source,
             pixel_mean=pixel_mean,
@@ -59,25 +80,33 @@ class EvalLoader(BaseLoader):
 
     @property
     def num_samples(self) -> int:
+        """Number of samples of the source."""
         return len(self.source)
 
     def load(self, indices: range) -> Batch:
-        """The samples at consecutive indices."""
-        return self._hand_out(self._staging.run(self._read(indices)))
+        """Returns the samples at consecutive indices, from 0 to `num_samples` - 1; UserError for another range."""
+        return self._deliver(self._staging.run(self._read(indices)))
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
-        """Samples `first` .. `last - 1` in batches of `batch_size`, the last one shorter, made ahead."""
+        """Yields samples `first` .. `last - 1` in batches of `batch_size`, prefetched; the last batch may be shorter.
+
+        Raises:
+            UserError: `batch_size` below 1, or indices outside 0 .. `num_samples` - 1.
+            DataError: see the class; raised where the batch would have been yielded.
+        """
+        check_arguments(batch_size=batch_size)
         starts = range(first, last, batch_size)
-        return self._in_background(self._read, (range(start, min(start + batch_size, last)) for start in starts))
+        return self._prefetched(self._read, (range(start, min(start + batch_size, last)) for start in starts))
 
     def _read(self, indices: range) -> Callable[[], Batch]:
-        """Reads and decodes; what is left to do on the device."""
-        wanted = np.asarray(indices, dtype=np.int64)
+        """Reads and decodes on the host; returns the function that finishes the batch on the device."""
+        check_range("indices", indices, end=len(self.source))
+        samples = np.asarray(indices, dtype=np.int64)
         if isinstance(self.source, ArraySource):
-            return partial(self._from_arrays, self.source, wanted)
-        if self._ahead.listens:
-            self._ahead.say_from(indices.start)
-        return partial(self._from_files, self._decode(wanted, self._resolution, self._boxes), wanted)
+            return partial(self._from_arrays, self.source, samples)
+        if self._read_ahead.is_supported:
+            self._read_ahead.announce_from(indices.start)
+        return partial(self._from_files, self._decode(samples, self._resolution, self._boxes), samples)
 
     def _from_files(self, decoded: HostImages | ReadSamples, indices: Int64) -> Batch:
         if isinstance(decoded, HostImages):

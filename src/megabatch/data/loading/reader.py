@@ -34,12 +34,12 @@ class BadSamples:
         self._reasons: dict[int, str] = {}
         self._lock = threading.Lock()
 
-    def so_far(self) -> dict[int, str]:
+    def reasons(self) -> dict[int, str]:
         """The reason by index of each sample that is known to be bad."""
         with self._lock:
             return dict(self._reasons)
 
-    def learn(self, reasons: Mapping[int, str]) -> None:
+    def merge(self, reasons: Mapping[int, str]) -> None:
         """Note what others found, as if it had been met here; raises what `report` does."""
         for index in sorted(reasons):
             self.report(index, reasons[index])

@@ -1,9 +1,10 @@
-"""Augmented training batches by stream position. `EvalLoader` and `Batch` are exported from here too.
+"""Augmented training batches by stream position. Re-exports `EvalLoader` and `Batch`.
 
-A loader keeps no position. `load` is a function of the positions asked for, so what a worker gets does not depend on
-which worker it is, on what it loaded before, or on where a run was stopped and continued.
+A loader is stateless: `load` is a function of the requested positions. A batch therefore does not depend on the
+worker's rank, on earlier batches, or on where a run was stopped and resumed.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -15,6 +16,7 @@ from megabatch.data.augment import ops as augment
 from megabatch.data.augment.policy import AugmentationKind, Policy, Samples
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import ReadSamples
+from megabatch.data.loading.arguments import check_arguments, check_range
 from megabatch.data.loading.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
@@ -27,29 +29,58 @@ __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
 
 class TrainLoader(BaseLoader):
-    """Augmented training batches by stream position.
+    """Augmented training batches by stream position; position p is place p % n of epoch p // n, for n samples.
+
+        source, _ = open_folder("my_photos")
+        loader = TrainLoader(source, seed=0, pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
+        batch = loader.load(range(0, 64), resolution=224)  # or loader.batches([(range(0, 64), 224), ...])
+
+    `load` returns and `batches` yields a `Batch`, on `device`: `images` [n, image_channels, resolution, resolution] in
+    `dtype`, each pixel (x / 255 - pixel_mean) / pixel_std; `labels` [n] int64; with mixup or cutmix also `mixed_labels`
+    [n] int64 and `mix_weight` [n] float32 in [0, 1]: the weight of `labels`, where 1 - mix_weight is the partner's.
 
     Args:
-        source: arrays, which move to `device`, or files, which are decoded by `decode_threads` threads (None: one
-            per core). Files are decoded at the requested resolution; arrays are resized to it, if it is not theirs.
-        seed: of sample order and augmentation.
-        augmentation: "random_resized_crop"; "pad_crop": a random shift by up to `crop_padding` pixels, reflecting
-            at the edges; or "none": arrays whole, files their central square of `center_crop_ratio`.
-        cutout_size: side of the square set to the mean, in pixels; 0 is none.
-        mixup_alpha, cutmix_alpha: of Beta(alpha, alpha); 0 is none. The partner of stream position p is position
-            p XOR 1, augmented as it is itself, so it does not depend on the micro-batch; it is loaded as well
-            where it falls outside. With both alphas a fair coin per sample decides.
-        color_jitter: brightness and contrast are scaled by factors in [1 - j, 1 + j].
-        augmentation_ends_epoch: from this (fractional) epoch on only flips are left; crops are central.
-        shuffle, shard_local: order of samples, see `order.stream_samples`.
-        prefetch_batches: batches made ahead by `batches`.
-        max_bad_share: unreadable samples, as a share of the data set, beyond which loading raises.
-        on_bad_sample: called once per unreadable sample with its name and the reason, from any thread.
-        gpu_decoder: decodes JPEGs on `device`, instead of threads. Crops are the same, pixels not to the bit: another
-            decoder, whole images, and no rounding to 8 bits between resizing and normalising.
+        source: images and labels. An `ArraySource` is moved to `device`, and its images are resized to the requested
+            resolution if theirs differs. Files are decoded at the requested resolution by threads on the host.
+        seed: whole number; determines sample order and augmentation.
+        augmentation: "random_resized_crop" (Szegedy et al. 2014, arXiv:1409.4842, section 6); "pad_crop", a random
+            shift by up to `crop_padding` pixels, reflected at the edges; or "none", which uses whole arrays, and of
+            files the central square of `center_crop_ratio`.
+        crop_padding: largest shift of "pad_crop" in each direction, in pixels: 0 or more, less than the image's size.
+        min_crop_area, max_crop_area: bounds of a random crop's area, as shares of the image's area in (0, 1].
+        min_crop_aspect, max_crop_aspect: bounds of a random crop's width / height, above 0.
+        center_crop_ratio: side of the central square over the image's shorter side, in (0, 1].
+        flip: mirrors each sample left to right with probability 1/2.
+        cutout_size: side of the square that is set to the mean, in pixels; 0 disables cutout (DeVries and Taylor 2017,
+            arXiv:1708.04552).
+        mixup_alpha, cutmix_alpha: parameter of Beta(alpha, alpha), 0 or more; 0 disables mixup (Zhang et al. 2017,
+            arXiv:1710.09412) or cutmix (Yun et al. 2019, arXiv:1905.04899). The partner of stream position p is
+            position p XOR 1 with its own augmentation, so the result does not depend on the micro-batch; a partner
+            outside the requested range is loaded as well. If both are above 0, each sample uses either with
+            probability 1/2.
+        color_jitter: j in [0, 1); brightness and contrast are scaled by factors drawn from [1 - j, 1 + j].
+        augmentation_ends_epoch: fractional epoch, 0 or more, from which only flips remain and crops are central; None
+            for never.
+        shuffle: False reads samples in index order.
+        shard_local: shuffles within windows of a few shards, see `order.stream_samples`; needs a source in shards.
+        pixel_mean, pixel_std: mean and standard deviation of each channel, [image_channels] values, of pixels divided
+            by 255: means in [0, 1], standard deviations in (0, 1]. Not in units of bytes.
+        image_channels: channels of the images: 1 (grey) or 3 (RGB) for files, those of the arrays otherwise.
+        device: device of the batches.
+        dtype: floating-point dtype of the images.
+        channels_last: memory format of the images: `torch.channels_last` instead of contiguous.
+        decode_threads: host threads that read and decode files, 1 or more; None for one per available core.
+        prefetch_batches: batches that `batches` reads and decodes ahead, 1 or more.
+        max_bad_share: share of the data set, in [0, 1], that may be unreadable; more raises DataError while loading.
+        on_bad_sample: callback (name, reason), called once per unreadable sample, from any thread.
+        gpu_decoder: decodes JPEGs on `device` instead of the host's threads. Crops are equal, pixels are not bit for
+            bit: the decoder is another, it decodes whole images, and does not round to 8 bits between resizing and
+            normalising.
 
     Raises:
-        DataError: channels that do not fit, padding as large as the image.
+        UserError: an argument is out of its range.
+        DataError: the images have other channels, `shard_local` without shards, or, while loading, `crop_padding` as
+            large as the image, more than `max_bad_share` unreadable samples, or a class without a readable sample.
     """
 
     def __init__(
@@ -84,6 +115,23 @@ class TrainLoader(BaseLoader):
         on_bad_sample: OnBadSample | None = None,
         gpu_decoder: GpuDecoder | None = None,
     ) -> None:
+        self._policy = Policy(
+            seed=seed,
+            augmentation=augmentation,
+            crop_padding=crop_padding,
+            min_crop_area=min_crop_area,
+            max_crop_area=max_crop_area,
+            min_crop_aspect=min_crop_aspect,
+            max_crop_aspect=max_crop_aspect,
+            center_crop_ratio=center_crop_ratio,
+            flip=flip,
+            cutout_size=cutout_size,
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            color_jitter=color_jitter,
+        )
+        check_arguments(**dataclasses.asdict(self._policy), augmentation_ends_epoch=augmentation_ends_epoch)
+        self._shard_sizes = shard_sizes(source) if shard_local else None
         super().__init__(
             source,
             pixel_mean=pixel_mean,
@@ -100,79 +148,79 @@ class TrainLoader(BaseLoader):
         )
         self._seed, self._shuffle = seed, shuffle
         self._ends_epoch = augmentation_ends_epoch
-        self._shard_sizes = shard_sizes(source) if shard_local else None
-        self._policy = Policy(
-            seed=seed,
-            augmentation=augmentation,
-            crop_padding=crop_padding,
-            min_crop_area=min_crop_area,
-            max_crop_area=max_crop_area,
-            min_crop_aspect=min_crop_aspect,
-            max_crop_aspect=max_crop_aspect,
-            center_crop_ratio=center_crop_ratio,
-            flip=flip,
-            cutout_size=cutout_size,
-            mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
-            color_jitter=color_jitter,
-        )
 
     def load(self, positions: range, *, resolution: int) -> Batch:
-        """The batch at consecutive stream positions; a function of its arguments alone. Callable from any thread."""
-        return self._hand_out(self._staging.run(self._read((positions, resolution))))
+        """Returns the batch at consecutive stream positions; a pure function, callable from any thread.
+
+        Args:
+            positions: consecutive positions, 0 or more; an empty range gives an empty batch.
+            resolution: height and width of the images, in pixels, 1 or more.
+
+        Raises:
+            UserError: another range or resolution.
+            DataError: see the class.
+        """
+        return self._deliver(self._staging.run(self._read((positions, resolution))))
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
-        """The batch of each request (positions, resolution), in order, made ahead in background threads.
+        """Yields the batch of each request (positions, resolution), in order, prefetched by background threads.
 
-        Requests are drawn from the iterable up to `prefetch_batches` + 2 ahead. Close the iterator (or leave its loop
-        by an exception) to cancel what was asked for ahead.
+        Requests are taken from the iterable up to `prefetch_batches` + 2 ahead. Closing the iterator, or leaving its
+        loop by an exception, cancels the requests that are still in flight. Raises what `load` raises, where the
+        batch would have been yielded.
         """
-        return self._in_background(self._read, requests)
+        return self._prefetched(self._read, requests)
 
     def _read(self, request: tuple[range, int]) -> Callable[[], Batch]:
-        """Reads and decodes; what is left to do on the device."""
+        """Reads and decodes on the host; returns the function that finishes the batch on the device."""
         positions, resolution = request
+        check_range("positions", positions)
+        check_arguments(resolution=resolution)
         loaded = with_partners(positions) if self._policy.mixes else positions
         samples = self._samples(loaded)
-        if self._shard_sizes is not None and self._ahead.listens:
-            self._ahead.say(shards_ahead(positions.start, shard_sizes=self._shard_sizes, seed=self._seed))
-        asked = slice(positions.start - loaded.start, positions.stop - loaded.start)
+        if self._shard_sizes is not None and self._read_ahead.is_supported:
+            self._read_ahead.announce(shards_ahead(positions.start, shard_sizes=self._shard_sizes, seed=self._seed))
+        requested = slice(positions.start - loaded.start, positions.stop - loaded.start)
         if isinstance(self.source, ArraySource):
-            return partial(self._from_arrays, self.source, samples, resolution, asked)
+            return partial(self._from_arrays, self.source, samples, resolution, requested)
         images = self._decode(samples.indices, resolution, partial(self._boxes, samples))
-        return partial(self._from_files, images, samples, asked)
+        return partial(self._from_files, images, samples, requested)
 
-    def _from_arrays(self, source: ArraySource, samples: Samples, resolution: int, asked: slice) -> Batch:
+    def _from_arrays(self, source: ArraySource, samples: Samples, resolution: int, requested: slice) -> Batch:
         images = source.images.index_select(0, self._staging.to_device(samples.indices))
         if self._policy.augmentation == "random_resized_crop":
             heights, widths = (np.full(len(images), side) for side in images.shape[2:])
             boxes = self._policy.boxes(samples, heights, widths)
             images = augment.crop_and_resize(images, self._staging.to_device(boxes), resolution)
-            return self._augmented(self._policy.move_and_flip(images, samples), samples, asked)
-        return self._augmented(augment.resize(self._policy.move_and_flip(images, samples), resolution), samples, asked)
+            return self._augmented(self._policy.move_and_flip(images, samples), samples, requested)
+        return self._augmented(
+            augment.resize(self._policy.move_and_flip(images, samples), resolution), samples, requested
+        )
 
-    def _from_files(self, decoded: HostImages | ReadSamples, samples: Samples, asked: slice) -> Batch:
+    def _from_files(self, decoded: HostImages | ReadSamples, samples: Samples, requested: slice) -> Batch:
         if isinstance(decoded, HostImages):
             images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
         elif self._policy.only_flips:
             images = self._crop(decoded, self._policy.flips(samples))
-            return self._mixed(images, samples, asked, num_replaced=int(decoded.replaced[asked].sum()))
+            return self._mixed(images, samples, requested, num_replaced=int(decoded.replaced[requested].sum()))
         else:
             images = self._policy.move_and_flip(self._crop_raw(decoded), samples)
-        return self._augmented(images, samples, asked, num_replaced=int(decoded.replaced[asked].sum()))
+        return self._augmented(images, samples, requested, num_replaced=int(decoded.replaced[requested].sum()))
 
-    def _augmented(self, images: Tensor, samples: Samples, asked: slice, num_replaced: int = 0) -> Batch:
-        """The batch of cropped and flipped images in [0, 255]."""
-        return self._mixed(self._normalize(self._policy.recolor(images, samples)), samples, asked, num_replaced)
+    def _augmented(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int = 0) -> Batch:
+        """Returns the batch made of cropped and flipped images in [0, 255]."""
+        return self._mixed(self._normalize(self._policy.recolor(images, samples)), samples, requested, num_replaced)
 
-    def _mixed(self, images: Tensor, samples: Samples, asked: slice, num_replaced: int) -> Batch:
-        """The batch of normalised images."""
+    def _mixed(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int) -> Batch:
+        """Returns the batch made of normalised images: cutout, then mixup or cutmix with the partners."""
         images = self._policy.cut_out(images, samples)
-        labels, count = self._labels(samples.indices), asked.stop - asked.start
+        labels, count = self._labels(samples.indices), requested.stop - requested.start
         if not self._policy.mixes:
             return Batch(images, labels, count, num_replaced=num_replaced)
         mixed, weight = self._policy.mix(images, swap_pairs(images), samples)
-        return Batch(mixed[asked], labels[asked], count, swap_pairs(labels)[asked], weight[asked], num_replaced)
+        return Batch(
+            mixed[requested], labels[requested], count, swap_pairs(labels)[requested], weight[requested], num_replaced
+        )
 
     def _samples(self, positions: range) -> Samples:
         epochs, indices = stream_samples(
@@ -192,19 +240,19 @@ class TrainLoader(BaseLoader):
 
 
 def with_partners(positions: range) -> range:
-    """`positions`, begun and ended so that p and p XOR 1 are both inside for each p."""
+    """Returns `positions`, extended at both ends so that it contains p XOR 1 for each p."""
     if not positions:
         return positions
     return range(positions.start & ~1, ((positions.stop - 1) | 1) + 1)
 
 
 def swap_pairs(values: Tensor) -> Tensor:
-    """Rows 2k and 2k + 1 exchanged; the number of rows is even."""
+    """Returns `values` with rows 2k and 2k + 1 exchanged; the number of rows must be even."""
     return values.view(-1, 2, *values.shape[1:]).flip(1).view_as(values) if len(values) else values
 
 
 def shard_sizes(source: Source) -> Sequence[int]:
-    """Shard sizes of a source that is kept in shards; DataError if it is not."""
+    """Returns the number of samples in each shard; DataError if the source is not in shards."""
     sizes = None if isinstance(source, ArraySource) else source.shard_sizes
     if sizes is None:
         raise DataError("shard_local order needs a data set in shards (`megabatch data pack`); shard_local=False works")
