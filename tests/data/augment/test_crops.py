@@ -46,16 +46,16 @@ def test_area_is_uniform_and_aspect_log_uniform_where_every_draw_fits():
     assert abs(np.corrcoef(area, log_aspect)[0, 1]) < 5 / math.sqrt(50_000)
 
 
-def test_places_of_a_crop_are_uniform_over_all_that_fit():
+def test_the_position_of_a_crop_is_uniform_over_all_that_fit():
     top, left, rows, columns = boxes_of(64, 64, 50_000).T
     for start, size in ((top, rows), (left, columns)):
-        # Each of the (64 - size + 1) places is equally likely: the mid-place fraction is uniform in [0, 1].
+        # Each of the (64 - size + 1) positions is equally likely, so their midpoints are uniform in [0, 1].
         fractions = (start + 0.5) / (64 - size + 1)
         assert fractions.mean() == pytest.approx(0.5, abs=5 * 0.29 / math.sqrt(50_000))
 
 
 def reference_box(height: int, width: int, draws: list[tuple[float, float]], place: tuple[float, float]) -> list[int]:
-    """Ten attempts, then the central crop, one image at a time in plain arithmetic."""
+    """Ten attempts, then the central crop; one image, in scalar arithmetic."""
     for area_draw, aspect_draw in draws:
         area = (0.08 + 0.92 * area_draw) * height * width
         aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect_draw)
@@ -88,7 +88,7 @@ def test_boxes_equal_ten_attempts_then_the_central_crop_computed_one_by_one(heig
 
 
 @pytest.mark.parametrize(("height", "width"), [(500, 3), (3, 500), (400, 20)])
-def test_images_too_long_for_any_draw_give_the_central_box_of_the_nearest_aspect(height, width):
+def test_if_no_draw_fits_the_box_is_central_with_the_nearest_allowed_aspect(height, width):
     top, left, rows, columns = boxes_of(height, width, 20, min_area=0.9).T
     aspect = 0.75 if height > width else 4 / 3
     expected = (min(height, round(width / aspect)), min(width, round(height * aspect)))
@@ -114,9 +114,9 @@ def test_the_center_box_is_224_of_256_of_the_shorter_side():
     assert boxes.tolist() == [[16, 38, 224, 224], [144, 16, 224, 224], [6, 6, 88, 88]]
 
 
-def test_shifts_cover_every_offset_equally():
+def test_random_shifts_cover_every_offset_equally():
     samples = np.arange(81_000)
-    rows, columns = crops.shifts(4, seed=0, epochs=np.zeros_like(samples), samples=samples)
+    rows, columns = crops.random_shifts(4, seed=0, epochs=np.zeros_like(samples), samples=samples)
     counts = np.bincount((rows + 4) * 9 + columns + 4, minlength=81)
     assert counts.size == 81
     assert ((counts - 1000) ** 2 / 1000).sum() < 80 + 5 * math.sqrt(160)

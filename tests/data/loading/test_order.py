@@ -23,7 +23,7 @@ def test_every_epoch_is_a_permutation_of_the_samples(num_samples, seed, epoch):
 
 @settings(deadline=None)
 @given(num_samples=st.integers(2, 10**6), seed=SEED, data=st.data())
-def test_a_position_is_the_same_asked_alone_or_with_others_of_other_epochs(num_samples, seed, data):
+def test_a_position_s_sample_does_not_depend_on_the_other_positions_of_the_call(num_samples, seed, data):
     pairs = data.draw(
         st.lists(st.tuples(st.integers(0, num_samples - 1), st.integers(0, 1000)), min_size=1, max_size=9)
     )
@@ -47,7 +47,7 @@ def test_all_orders_of_a_few_samples_are_equally_likely(num_samples):
 
 
 @pytest.mark.parametrize("num_samples", [1000, 60_000, 1_281_167])
-def test_where_a_sample_lands_is_uniform_and_independent_of_its_neighbours(num_samples):
+def test_the_sample_at_a_place_is_uniform_and_independent_of_its_neighbours(num_samples):
     places = np.arange(num_samples)[:60_000]
     here = permute(places, num_samples=num_samples, seed=5, epoch=1)
     cell = here * 8 // num_samples
@@ -71,7 +71,7 @@ def test_seeds_and_epochs_give_different_orders():
     assert len(orders) == 100
 
 
-def test_a_trillion_samples_cost_no_memory():
+def test_memory_does_not_grow_with_the_number_of_samples():
     tracemalloc.start()
     _, samples = stream_samples(5 * 10**11, 1024, num_samples=2**40 - 87, seed=3)
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -87,20 +87,20 @@ def test_positions_outside_the_epoch_are_refused():
         permute(np.array([3, 10]), num_samples=10, seed=0, epoch=0)
 
 
-def shard_sizes_of_some_kind() -> st.SearchStrategy[list[int]]:
+def shard_size_lists() -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    sizes=shard_sizes_of_some_kind(),
+    sizes=shard_size_lists(),
     in_shards=st.booleans(),
     shuffle=st.booleans(),
     seed=SEED,
     batch=st.integers(1, 40),
     window=st.integers(1, 5),
 )
-def test_any_cutting_of_the_stream_gives_each_sample_once_an_epoch(sizes, in_shards, shuffle, seed, batch, window):
+def test_any_split_of_the_stream_gives_each_sample_once_per_epoch(sizes, in_shards, shuffle, seed, batch, window):
     num_samples, num_epochs = sum(sizes), 3
     seen: list[tuple[int, int]] = []
     for first in range(0, num_epochs * num_samples, batch):
@@ -119,7 +119,7 @@ def test_any_cutting_of_the_stream_gives_each_sample_once_an_epoch(sizes, in_sha
     assert sorted(seen) == [(epoch, sample) for epoch in range(num_epochs) for sample in range(num_samples)]
 
 
-def test_shard_local_order_has_at_most_a_window_of_shards_open():
+def test_shard_local_order_reads_at_most_one_window_of_shards_at_a_time():
     sizes = [10, 7, 0, 13, 9, 11, 8, 12, 10, 6]
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     _, samples = stream_samples(0, sum(sizes), num_samples=sum(sizes), seed=4, shard_sizes=sizes, shard_window=3)
@@ -130,10 +130,10 @@ def test_shard_local_order_has_at_most_a_window_of_shards_open():
         last[int(shard)] = place
     open_shards = [sum(first[s] <= place <= last[s] for s in first) for place in range(len(visits))]
     assert max(open_shards) <= 3
-    assert len({*visits[:10].tolist()}) > 1  # and within the window it is a shuffle, not shard after shard
+    assert len({*visits[:10].tolist()}) > 1  # the window is shuffled, not read shard after shard
 
 
-def test_as_many_samples_in_a_row_as_the_smallest_window_holds_lie_in_two_windows():
+def test_as_many_consecutive_samples_as_the_smallest_window_holds_lie_in_two_windows():
     sizes = [5, 2, 7, 3, 4, 9, 2, 6, 8, 1, 5, 5]
     smallest = 1 + 2 + 2 + 3
     assert shards_at_once(smallest, num_workers=3, shard_sizes=sizes) == 2 * SHARD_WINDOW
@@ -163,8 +163,8 @@ def test_an_empty_range_has_no_samples():
     assert len(epochs) == len(samples) == 0
 
 
-def test_shard_sizes_that_do_not_add_up_are_refused():
-    with pytest.raises(DataError, match="add up to 9 samples, the data set holds 10"):
+def test_shard_sizes_with_another_sum_are_refused():
+    with pytest.raises(DataError, match="sum to 9 samples, the data set holds 10"):
         stream_samples(0, 5, num_samples=10, seed=0, shard_sizes=[4, 5])
 
 

@@ -1,1 +1,1 @@
-"""Augmentation seeded per sample."""
+"""Augmentation with random numbers seeded per sample."""

@@ -1,4 +1,4 @@
-"""Where to cut: crop boxes (top, left, height, width) in whole pixels, drawn per (seed, epoch, sample)."""
+"""Crop boxes (top, left, height, width) in whole pixels, drawn per (seed, epoch, sample)."""
 
 import math
 
@@ -26,10 +26,15 @@ def random_resized_crop_boxes(
 ) -> Int64:
     """One box [n, 4] per image, of random area and aspect ratio (Szegedy et al. 2014, arXiv:1409.4842, section 6).
 
-    Area is a uniform share of the image, aspect ratio (width / height) log-uniform; of up to ten draws the first
-    that fits inside the image is taken, at a uniform place (the limit that Ying et al. 2018, arXiv:1811.06992, keep
-    on the host). If none fits: the largest central box whose aspect ratio is within bounds. These are torchvision's
-    semantics, with random numbers that belong to the sample.
+    The area is a uniform share of the image's, in [min_area, max_area]; the aspect ratio (width / height) is
+    log-uniform in [min_aspect, max_aspect]. The first of at most ten draws that fits inside the image is used, at a
+    uniform position (the limit of ten is that of Ying et al. 2018, arXiv:1811.06992). If no draw fits, the box is the
+    largest central one whose aspect ratio is within bounds. Semantics are torchvision's, but the random numbers are a
+    function of (seed, epoch, sample).
+
+    Args:
+        heights, widths: size of each image in pixels, [n].
+        epochs, samples: coordinates of each image's random numbers, [n].
     """
     crop_heights, crop_widths = _first_fit(
         heights, widths, seed, epochs, samples, (min_area, max_area), (min_aspect, max_aspect)
@@ -51,11 +56,12 @@ def _first_fit(
     areas: tuple[float, float],
     aspects: tuple[float, float],
 ) -> tuple[Int64, Int64]:
-    """Height and width of the first draw that fits; 0 where none of the ten does. Most images need one draw."""
+    """Height and width of the first draw that fits; 0 if none of the ten fits. Most images need one draw."""
     chosen_heights, chosen_widths = np.zeros_like(heights), np.zeros_like(widths)
     pending = np.arange(len(heights))
     for attempt in range(MAX_ATTEMPTS):
         epoch, sample, height, width = epochs[pending], samples[pending], heights[pending], widths[pending]
+        # Only images without a fitting draw so far are drawn again.
         area = _between(*areas, uniform(seed, epoch, sample, Stream.CROP_AREA + attempt)) * height * width
         log_aspects = (math.log(aspects[0]), math.log(aspects[1]))
         aspect = np.exp(_between(*log_aspects, uniform(seed, epoch, sample, Stream.CROP_ASPECT + attempt)))
@@ -70,19 +76,20 @@ def _first_fit(
 
 
 def _central_boxes(heights: Int64, widths: Int64, min_aspect: float, max_aspect: float) -> Int64:
+    """Largest central boxes with an aspect ratio in [min_aspect, max_aspect]."""
     crop_widths = np.minimum(widths, np.maximum(1, np.rint(heights * max_aspect))).astype(np.int64)
     crop_heights = np.minimum(heights, np.maximum(1, np.rint(widths / min_aspect))).astype(np.int64)
     return np.stack([(heights - crop_heights) // 2, (widths - crop_widths) // 2, crop_heights, crop_widths], axis=1)
 
 
 def center_boxes(heights: Int64, widths: Int64, *, crop_ratio: float) -> Int64:
-    """The central square of `crop_ratio` times the shorter side: evaluation's "resize to 256, cut 224" as one box."""
+    """Central squares [n, 4], of `crop_ratio` times the shorter side: "resize to 256, crop 224" as one box."""
     sides = np.maximum(1, np.rint(np.minimum(heights, widths) * crop_ratio)).astype(np.int64)
     return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
 
 
-def shifts(padding: int, *, seed: int, epochs: Int64, samples: Int64) -> tuple[Int64, Int64]:
-    """Rows and columns in -padding..padding by which pad-and-crop moves each image, uniform."""
+def random_shifts(padding: int, *, seed: int, epochs: Int64, samples: Int64) -> tuple[Int64, Int64]:
+    """Vertical and horizontal shift of each image in pad-and-crop, [n] each, uniform in -padding .. padding pixels."""
     span = 2 * padding + 1
     rows = np.floor(uniform(seed, epochs, samples, Stream.CROP_TOP) * span).astype(np.int64) - padding
     columns = np.floor(uniform(seed, epochs, samples, Stream.CROP_LEFT) * span).astype(np.int64) - padding
@@ -90,10 +97,11 @@ def shifts(padding: int, *, seed: int, epochs: Int64, samples: Int64) -> tuple[I
 
 
 def square_boxes(sides: Float64, size: int, tops: Float64, lefts: Float64) -> Int64:
-    """Squares [n, 4] = (top, left, bottom, right) about uniform centres, clipped to a `size` x `size` image.
+    """Squares [n, 4] = (top, left, bottom, right) around random centres, clipped to a `size` x `size` image.
 
-    The centre is a pixel drawn by `tops` and `lefts` in [0, 1): so squares at the border are cut, as in cutout
-    (DeVries and Taylor 2017, arXiv:1708.04552) and cutmix (Yun et al. 2019, arXiv:1905.04899).
+    The centre is pixel (tops * size, lefts * size), for `tops` and `lefts` in [0, 1). Squares at the border are
+    therefore clipped, as in cutout (DeVries and Taylor 2017, arXiv:1708.04552) and cutmix (Yun et al. 2019,
+    arXiv:1905.04899). `sides` are in pixels, [n], and are rounded.
     """
     sides = np.rint(sides).astype(np.int64)
     first_rows = np.floor(tops * size).astype(np.int64) - sides // 2

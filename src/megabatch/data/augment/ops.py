@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device. Every function takes what was drawn; none draws anything."""
+"""Augmentation of whole batches on their device. Deterministic: callers pass in all random numbers."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
 
 
 def shift_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
-    """Each image moved by its own (rows, columns), then mirrored where `flip`: pad-and-crop as one gather.
+    """Shifts each image by its own (rows, columns), then mirrors it where `flip`: pad-and-crop as one gather.
 
-    Moving by (dy, dx) with reflection at the edges is "pad by reflection, then crop", without the padded copy:
-    output (y, x) is input (y + dy, x + dx). Shapes: images [n, C, H, W], the others [n]; shifts are less than H, W.
+    A shift by (dy, dx) with reflection at the edges equals "pad by reflection, then crop" without the padded copy:
+    output (y, x) is input (y + dy, x + dx). Shapes: images [n, C, H, W], the others [n]; |dy| < H and |dx| < W.
     """
     count, channels, height, width = images.shape
     source_rows = _reflect(torch.arange(height, device=images.device) + rows[:, None], height)
@@ -26,23 +26,24 @@ def shift_and_flip(images: Tensor, rows: Tensor, columns: Tensor, flip: Tensor) 
 
 
 def flip_some(images: Tensor, which: Sequence[int] | Tensor) -> Tensor:
-    """Mirror the images whose indices are in `which` left to right, in place; returns `images`."""
+    """Mirrors the images at the indices `which` left to right, in place; returns `images`."""
     rows = images.permute(0, 2, 3, 1)
     if images.is_cuda or not rows.is_contiguous():
         images[which] = images[which].flip(3)
         return images
-    for i in which:  # torch mirrors one image of interleaved channels ten times faster than an indexed batch of them
+    for i in which:  # in channels-last memory torch flips single images ten times faster than an indexed batch
         rows[i] = rows[i].flip(1)
     return images
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Each image's box (top, left, height, width) at `size` x `size`, antialiased bilinear, as float32 in [0, 255].
+    """Crops each image to its box and resizes it to `size` x `size`, antialiased bilinear; float32 in [0, 255].
 
         out = R(rows) @ image @ R(columns)^T,   R[i, j] = triangle(|j + 1/2 - centre_i| / max(1, scale)) / row sum
 
-    For small images that are in memory whole: two batched matrix products, cost size * H * (W + size) per channel.
-    Equal to Pillow's BILINEAR on the cropped image, but without its rounding to 8 bits.
+    `images` are [n, C, H, W], `boxes` [n, 4] = (top, left, height, width). Meant for small images: two batched matrix
+    products, which cost size * H * (W + size) multiplications per channel. Equal to Pillow's BILINEAR on the cropped
+    image, but without its rounding to 8 bits.
     """
     rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size)
     columns = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size)
@@ -50,14 +51,14 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Whole images at `size` x `size`, antialiased bilinear, float32; unchanged if they have that size already."""
+    """Resizes whole images to `size` x `size`, antialiased bilinear, float32; unchanged if they have that size."""
     if images.shape[2:] == (size, size):
         return images
     return functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
 
 
 def jitter(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
-    """Float images in [0, 255] times `brightness`, then about their mean grey by `contrast`, both [n]; clamped."""
+    """Scales float images in [0, 255] by `brightness`, then around their mean grey by `contrast`, both [n]; clamps."""
     brighter = (images * brightness.view(-1, 1, 1, 1)).clamp_(0, 255)
     grey = _mean_grey(brighter)
     factor = contrast.view(-1, 1, 1, 1)
@@ -65,17 +66,16 @@ def jitter(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor) -> Tensor:
-    """(x / 255 - mean) / std per channel, written to `out`, in its dtype and memory format; returns `out`.
+    """Writes (x / 255 - mean) / std per channel to `out`, in its dtype and memory format; returns `out`.
 
-    `mean` and `std` are those of pixels in [0, 1]. On a CPU it goes piece by piece, each of which stays in the
-    processor's cache through all three operations.
+    `mean` and `std` are of pixels in [0, 1]. On a CPU, pieces stay in the cache through all three operations.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
     channels_last = out.permute(0, 2, 3, 1).is_contiguous() and out.shape[1] > 1
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if channels_last:
-        # Lines of width * channels: broadcasting over an innermost dimension of 3 would be five times slower.
+        # Rows of width * channels values: broadcasting over an innermost dimension of 3 would be five times slower.
         source, target = (t.permute(0, 2, 3, 1).flatten(2) for t in (images, out))
         scale, shift = (values.repeat(out.shape[3]) for values in (scale, shift))
     else:
@@ -92,28 +92,31 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], out: 
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
-    """Zero in each image's box [n, 4] = (top, left, bottom, right), in place; after `normalize` zero is the mean."""
+    """Sets each image to zero inside its box [n, 4] = (top, left, bottom, right), in place; zero is the mean."""
     return images.masked_fill_(_inside(boxes, images), 0)
 
 
 def mix(images: Tensor, partners: Tensor, weights: Tensor) -> Tensor:
-    """weight * image + (1 - weight) * partner (mixup, Zhang et al. 2017, arXiv:1710.09412); `weights` [n]."""
+    """Returns weight * image + (1 - weight) * partner (mixup, Zhang et al. 2017, arXiv:1710.09412); `weights` [n]."""
     return torch.lerp(partners, images, weights.to(images.dtype).view(-1, 1, 1, 1))
 
 
 def paste(images: Tensor, partners: Tensor, boxes: Tensor) -> Tensor:
-    """The partner's pixels in each box (top, left, bottom, right), else the image's (cutmix, arXiv:1905.04899)."""
+    """Returns the partner's pixels inside each box [n, 4] = (top, left, bottom, right), the image's elsewhere.
+
+    This is cutmix (Yun et al. 2019, arXiv:1905.04899).
+    """
     return torch.where(_inside(boxes, images), partners, images)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices outside 0..size-1 mirrored at the edge pixel, which is not repeated: -1 is 1, size is size - 2."""
+    """Reflects indices outside 0..size-1 at the edge pixel, without repeating it: -1 is 1, size is size - 2."""
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index)
 
 
 def _resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
-    """[n, out_size, in_size]: what each input line contributes to each output line; rows add up to 1."""
+    """[n, out_size, in_size]: weight of each input line in each output line; rows sum to 1."""
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
     scale = length / out_size
     lines = torch.arange(in_size, device=start.device, dtype=torch.float64) + 0.5

@@ -1,4 +1,4 @@
-"""What a recipe's augmentation does to each sample: draws by (seed, epoch, sample), applied to whole batches."""
+"""A recipe's augmentation: random numbers per (seed, epoch, sample), operations on whole batches."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -18,11 +18,11 @@ AugmentationKind = Literal["none", "pad_crop", "random_resized_crop"]
 
 
 class Samples(NamedTuple):
-    """The samples at consecutive stream positions; all arrays [n]."""
+    """Samples at consecutive stream positions; all arrays are [n]."""
 
     epochs: Int64
     indices: Int64
-    augmented: NDArray[np.bool_]  # False once augmentation has ended: only flips are left
+    augmented: NDArray[np.bool_]  # False after augmentation ended: only flips remain
 
     def part(self, chunk: slice | Int64) -> "Samples":
         return Samples(self.epochs[chunk], self.indices[chunk], self.augmented[chunk])
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Crop, flip, colour, cutout, mixup and cutmix of training images. See `TrainLoader` for the meaning of each."""
+    """Crop, flip, colour, cutout, mixup and cutmix of training images; `TrainLoader` documents each field."""
 
     seed: int
     augmentation: AugmentationKind = "none"
@@ -48,17 +48,17 @@ class Policy:
 
     @property
     def mixes(self) -> bool:
-        """Whether a sample's batch entry also needs its partner."""
+        """True if samples are mixed with partners, by mixup or cutmix."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @property
     def only_flips(self) -> bool:
-        """Whether a crop is only mirrored: not moved, and its colours left alone, before it is normalised."""
+        """True if a crop is only mirrored before normalisation: neither shifted nor recoloured."""
         moves = self.augmentation == "pad_crop" and self.crop_padding > 0
         return not moves and not self.color_jitter
 
     def boxes(self, samples: Samples, heights: Int64, widths: Int64) -> Int64:
-        """What to cut out of each image, (top, left, height, width): drawn, or the centre without augmentation."""
+        """Crop box of each image, [n, 4] = (top, left, height, width): random, or central without augmentation."""
         center = crops.center_boxes(heights, widths, crop_ratio=self.center_crop_ratio)
         if self.augmentation != "random_resized_crop":
             return center
@@ -76,25 +76,32 @@ class Policy:
         return np.where(samples.augmented[:, None], drawn, center)
 
     def flips(self, samples: Samples) -> NDArray[np.bool_]:
+        """[n]: True for images to mirror."""
         if not self.flip:
             return np.zeros(len(samples.indices), dtype=np.bool_)
         return np.asarray(self._uniform(samples, Stream.FLIP) < 0.5)
 
     def move_and_flip(self, images: Tensor, samples: Samples) -> Tensor:
-        """Pad-and-crop where it is asked for, and flips; any dtype."""
+        """Applies pad-and-crop, if it is the chosen augmentation, and flips; any dtype, may work in place.
+
+        Raises:
+            DataError: `crop_padding` is as large as the image.
+        """
         if self.augmentation != "pad_crop" or not self.crop_padding:
             return augment.flip_some(images, np.flatnonzero(self.flips(samples)).tolist())
         if self.crop_padding >= min(images.shape[2:]):
             raise DataError(
                 f"crop_padding={self.crop_padding} must be less than the image's size {min(images.shape[2:])}; 4 works"
             )
-        rows, columns = crops.shifts(self.crop_padding, seed=self.seed, epochs=samples.epochs, samples=samples.indices)
+        rows, columns = crops.random_shifts(
+            self.crop_padding, seed=self.seed, epochs=samples.epochs, samples=samples.indices
+        )
         rows, columns = rows * samples.augmented, columns * samples.augmented
         moves = (_to(values, images) for values in (rows, columns, self.flips(samples)))
         return augment.shift_and_flip(images, *moves)
 
     def recolor(self, images: Tensor, samples: Samples) -> Tensor:
-        """Brightness and contrast of pixels in [0, 255]."""
+        """Scales brightness and contrast of pixels in [0, 255] by `color_jitter`."""
         if not self.color_jitter:
             return images
         factors = []
@@ -104,7 +111,7 @@ class Policy:
         return augment.jitter(images.float(), *factors)
 
     def cut_out(self, images: Tensor, samples: Samples) -> Tensor:
-        """A square of each normalised image set to zero, in place."""
+        """Sets a square of each normalised image to zero, the mean, in place."""
         if not self.cutout_size:
             return images
         sides = np.where(samples.augmented, float(self.cutout_size), 0.0)
@@ -112,14 +119,15 @@ class Policy:
         return augment.erase(images, _to(crops.square_boxes(sides, images.shape[2], tops, lefts), images))
 
     def mix(self, images: Tensor, partners: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Images mixed with their partners by mixup or cutmix, and the weight [n] of each image's own label.
+        """Returns images mixed with their partners by mixup or cutmix, and the weight [n] of each image's own label.
 
-        With both, a fair coin per sample decides which. Cutmix's weight is the share of pixels that are the image's
-        own after the box is clipped at the border.
+        If both are enabled, each sample uses either with probability 1/2. With cutmix the weight is the share of the
+        image's own pixels after the box is clipped at the border.
         """
         use_cutmix = self._uses_cutmix(samples)
         mixup_weights = np.where(use_cutmix, 1.0, self._weights(samples, self.mixup_alpha))
         size = images.shape[2]
+        # A square of side s = size * sqrt(1 - weight) covers the share 1 - weight; side 0 pastes nothing.
         sides = np.where(use_cutmix, size * np.sqrt(1 - self._weights(samples, self.cutmix_alpha)), 0.0)
         tops, lefts = self._uniform(samples, Stream.MIX_TOP), self._uniform(samples, Stream.MIX_LEFT)
         boxes = crops.square_boxes(sides, size, tops, lefts)

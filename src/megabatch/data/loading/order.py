@@ -1,7 +1,7 @@
-"""Which sample stands at each position of the endless stream, and which positions each rank processes.
+"""The sample at each position of the infinite training stream, and the positions that each rank processes.
 
-Position p of the stream belongs to epoch p // n and is place p % n of that epoch's permutation. The permutation is
-computed, not stored: any worker asks for any position of any epoch, and a billion samples cost no memory.
+Position p of the stream belongs to epoch p // n and is place p % n of that epoch's permutation of n samples. The
+permutation is computed, not stored: any worker can evaluate any position of any epoch, in constant memory.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from megabatch.data.augment.hashing import GOLDEN, Integers, Stream, UInt64, as_words, mix, words
+from megabatch.data.augment.hashing import GOLDEN, Integers, Stream, UInt64, as_words, mix_bits, random_words
 from megabatch.data.loading.split import check_split, micro_batches
 from megabatch.errors import DataError
 
@@ -26,19 +26,27 @@ __all__ = [
 
 Int64 = NDArray[np.int64]
 
-SHARD_WINDOW = 4  # shards among whose samples the shard-local order mixes
+SHARD_WINDOW = 4  # number of shards that the shard-local order shuffles together
 _ROUNDS = 10
-_ROUNDS_OF_SMALL_DOMAINS = 24  # halves of a few bits mix slowly; with 24 rounds all orders of 5 samples are as likely
+_ROUNDS_OF_SMALL_DOMAINS = 24  # halves of a few bits mix slowly; 24 rounds make all orders of 5 samples equally likely
 
 
 def permute(
     positions: NDArray[np.integer], *, num_samples: int, seed: int, epoch: Integers, stream: int = Stream.ORDER
 ) -> Int64:
-    """The sample at each position of an epoch: a permutation of 0..num_samples-1 for every (seed, epoch).
+    """Sample at each position of an epoch, [n] int64: a permutation of 0..num_samples-1 for every (seed, epoch).
 
-    A Feistel network with two halves of nearly equal width permutes the next power of two; results beyond
-    `num_samples` are permuted again until they fall inside ("cycle walking", Black and Rogaway 2002), fewer than
-    two passes on average. `epoch` is one number or one per position. Constant memory, no state.
+    A Feistel network with two halves of nearly equal width permutes the next power of two. Results of `num_samples`
+    or more are permuted again until they are below it ("cycle walking", Black and Rogaway 2002), which takes fewer
+    than two passes on average. Stateless, in constant memory.
+
+    Args:
+        positions: places in the epoch, [n], each in 0..num_samples-1.
+        epoch: one number, or one per position.
+        stream: purpose of the permutation, so that different orders with one seed are independent.
+
+    Raises:
+        ValueError: a position outside the epoch.
     """
     positions = np.asarray(positions)
     if positions.size and not (positions.min() >= 0 and positions.max() < num_samples):
@@ -46,7 +54,7 @@ def permute(
     if num_samples < 2:
         return positions.astype(np.int64)
     bits = max(2, (num_samples - 1).bit_length())
-    key = words(seed, epoch, num_samples, stream)
+    key = random_words(seed, epoch, num_samples, stream)
     values = _feistel(as_words(positions), key, bits)
     outside = np.flatnonzero(values >= num_samples)
     while outside.size:
@@ -57,22 +65,22 @@ def permute(
 
 
 def _feistel(values: UInt64, key: UInt64, bits: int) -> UInt64:
-    """A bijection of 0..2^bits-1: each half is in turn XORed with a keyed hash of the other, so widths may differ."""
+    """Bijection of 0..2^bits-1: XORs each half in turn with a keyed hash of the other; the widths may differ by 1."""
     low_bits = np.uint64(bits // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits - bits // 2)) - np.uint64(1)
     low, high = values & low_mask, values >> low_bits
     for round_key in _round_keys(key, _ROUNDS_OF_SMALL_DOMAINS if bits <= 10 else _ROUNDS):
-        low, high = high, low ^ (mix(round_key + high) & low_mask)
+        low, high = high, low ^ (mix_bits(round_key + high) & low_mask)
         low_mask, high_mask = high_mask, low_mask
-    # An even number of rounds: the halves are back in their places.
+    # The number of rounds is even, so `low` and `high` again have their original widths.
     joined: UInt64 = (high << low_bits) | low
     return joined
 
 
 def _round_keys(key: UInt64, num_rounds: int) -> list[UInt64]:
     with np.errstate(over="ignore"):
-        return [mix(key + as_words(r + 1) * GOLDEN) for r in range(num_rounds)]
+        return [mix_bits(key + as_words(r + 1) * GOLDEN) for r in range(num_rounds)]
 
 
 def stream_samples(
@@ -85,14 +93,15 @@ def stream_samples(
     shard_sizes: Sequence[int] | None = None,
     shard_window: int = SHARD_WINDOW,
 ) -> tuple[Int64, Int64]:
-    """Epoch and sample index of the stream positions `first` .. `first + count - 1`, which may straddle epochs.
+    """Epochs and sample indices, [count] int64 each, of the stream positions `first` .. `first + count - 1`.
 
-    With `shard_sizes` (samples per shard, in index order) the shuffle is shard-local, for storage on which only
-    long reads are fast: shards come in a permuted order, and samples are permuted within each window of
-    `shard_window` consecutive shards of that order. Each sample still comes exactly once an epoch.
+    The positions may span several epochs. With `shard_sizes` (samples per shard, in index order) the shuffle is
+    shard-local, for storage on which only sequential reads are fast: shards come in a permuted order, and samples are
+    permuted within each window of `shard_window` consecutive shards of that order. In either order, each sample comes
+    exactly once per epoch.
 
     Raises:
-        DataError: no samples, or shard sizes that do not add up to `num_samples`.
+        DataError: no samples, or shard sizes whose sum is not `num_samples`.
     """
     if num_samples < 1:
         raise DataError("the data set holds no samples; at least 1 is needed")
@@ -103,15 +112,16 @@ def stream_samples(
     if shard_sizes is not None:
         order = _shard_local(places, epochs, tuple(shard_sizes), seed=seed, window=shard_window, total=num_samples)
         return epochs, order
+    # One key for all positions is faster than one per position; most batches lie in one epoch.
     epoch: Integers = epochs if epochs[0] != epochs[-1] else int(epochs[0])
     return epochs, permute(places, num_samples=num_samples, seed=seed, epoch=epoch)
 
 
 def shards_ahead(first: int, *, shard_sizes: Sequence[int], seed: int, num_windows: int = 2) -> list[int]:
-    """The shards that the shard-local order reads from stream position `first` on, in that order.
+    """Returns the shards that the shard-local order reads from stream position `first` on, in reading order.
 
-    Those of the position's window and of the windows after it, `num_windows` in all, into the next epoch if need be;
-    shards without samples are left out.
+    They belong to `num_windows` windows: that of the position and those after it, continuing into the next epoch at
+    the end of one. Empty shards are left out.
     """
     sizes, shards = tuple(shard_sizes), list[int]()
     epoch, place = divmod(first, sum(sizes))
@@ -124,11 +134,11 @@ def shards_ahead(first: int, *, shard_sizes: Sequence[int], seed: int, num_windo
 
 
 def shards_at_once(num_samples: int, *, num_workers: int, shard_sizes: Sequence[int]) -> int:
-    """Shards that the shard-local order reads at about the same time, each worker its part of `num_samples` in a row.
+    """Number of shards that a cache must hold for `num_workers` that share `num_samples` consecutive samples.
 
-    The window that is read and the next one, which is fetched meanwhile: one pair for all workers while the samples
-    fit a window, the smallest there may be. Otherwise each worker may read another window: with one pair for all they
-    would delete each other's shards, and fetch them again.
+    Two windows are in use at a time: the one that is read, and the next one, which is prefetched. If the samples fit
+    the smallest possible window, one pair of windows serves all workers. Otherwise each worker may read a different
+    window, and workers that shared one pair would evict each other's shards and fetch them again.
     """
     smallest = sum(sorted(shard_sizes)[:SHARD_WINDOW])
     return 2 * SHARD_WINDOW * (1 if num_samples <= smallest else num_workers)
@@ -138,7 +148,7 @@ def _shard_local(
     places: Int64, epochs: Int64, shard_sizes: tuple[int, ...], *, seed: int, window: int, total: int
 ) -> Int64:
     if sum(shard_sizes) != total:
-        raise DataError(f"shard sizes add up to {sum(shard_sizes)} samples, the data set holds {total}")
+        raise DataError(f"shard sizes sum to {sum(shard_sizes)} samples, the data set holds {total}")
     samples = np.empty_like(places)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
@@ -147,7 +157,7 @@ def _shard_local(
 
 
 class _ShardEpoch:
-    """One epoch's order of shards: where each shard starts in the epoch, and in the data set."""
+    """Order of the shards in one epoch: where each shard starts in the epoch, and in the data set."""
 
     def __init__(self, shard_sizes: tuple[int, ...], seed: int, epoch: int, window: int) -> None:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
@@ -161,9 +171,11 @@ class _ShardEpoch:
     @staticmethod
     @lru_cache(maxsize=4)
     def of(shard_sizes: tuple[int, ...], seed: int, epoch: int, window: int) -> "_ShardEpoch":
+        """Cached constructor: consecutive batches need the same one or two epochs."""
         return _ShardEpoch(shard_sizes, seed, epoch, window)
 
     def samples(self, places: Int64) -> Int64:
+        """Sample index at each place of the epoch."""
         windows = self._slot(places) // self._window
         shuffled = np.empty_like(places)
         for window in np.unique(windows):
@@ -174,21 +186,21 @@ class _ShardEpoch:
         return samples
 
     def window_at(self, place: int) -> tuple[list[int], int]:
-        """The shards of the window around a place, and the place after its last."""
+        """Shards of the window that contains a place, and the place after the window's last."""
         start = int(self._slot(np.asarray(place))) // self._window * self._window
         shards = self._shards[start : start + self._window]
         return shards.tolist(), int(self._place_start[start + len(shards)])
 
     def _slot(self, places: Int64) -> Int64:
-        """Which shard of the epoch's order a place falls into; empty shards hold no place."""
+        """Position, in the epoch's order of shards, of the shard that contains each place; skips empty shards."""
         slots: Int64 = np.searchsorted(self._place_start, places, side="right") - 1
         return slots
 
     def _within_window(self, places: Int64, window: int) -> Int64:
         start = self._place_start[window * self._window]
         end = self._place_start[min((window + 1) * self._window, len(self._place_start) - 1)]
-        # The window's number is part of the seed: windows of equal size are not permuted alike.
-        seed = int(words(self._seed, self._epoch, window, Stream.WINDOW_ORDER))
+        # The window's number is part of the seed, so windows of equal size get different permutations.
+        seed = int(random_words(self._seed, self._epoch, window, Stream.WINDOW_ORDER))
         offsets = permute(
             places - start, num_samples=int(end - start), seed=seed, epoch=self._epoch, stream=Stream.WINDOW_ORDER
         )
