@@ -225,7 +225,7 @@ def test_rotation_is_repaired_only_on_request(folder):
 
 
 def test_what_cannot_be_repaired_is_said(folder):
-    with pytest.raises(DataError, match=r"'empty' cannot be repaired; what can: .*CMYK"):
+    with pytest.raises(DataError, match=r"'empty' cannot be repaired; kinds that can: .*CMYK"):
         repair(check(folder), kinds={"empty"})
 
 

@@ -14,10 +14,10 @@ from megabatch.data.sources.folder import FolderSource
 
 PHOTOS = FolderSource(TEST_PHOTOS / "train")
 
-LARGE = (3, 1 << 20)  # bytes: more than the least that is pooled
+LARGE = (3, 1 << 20)  # bytes: above the pool's minimum
 
 
-def test_a_buffer_is_used_again_once_nothing_refers_to_it():
+def test_a_buffer_is_reused_once_nothing_refers_to_it():
     pool = BufferPool(4)
     first = pool.empty(LARGE, torch.uint8)
     address = first.data_ptr()
@@ -47,7 +47,7 @@ def test_a_tensor_saved_for_backward_keeps_its_buffer_in_use():
     assert float(weight.grad) == 2.0 * (1 << 20)
 
 
-def test_a_buffer_serves_a_smaller_request_but_not_one_of_less_than_half():
+def test_a_buffer_is_reused_for_a_smaller_request_but_not_for_less_than_half():
     pool = BufferPool(4)
     address = pool.empty((10 << 20,), torch.uint8).data_ptr()
     smaller = pool.empty((2, 3 << 20), torch.uint8)
@@ -56,7 +56,7 @@ def test_a_buffer_serves_a_smaller_request_but_not_one_of_less_than_half():
     assert pool.empty((3 << 20,), torch.uint8).data_ptr() != address
 
 
-def test_no_more_than_the_capacity_is_kept():
+def test_the_pool_keeps_at_most_its_capacity():
     pool = BufferPool(2)
     tensors = [pool.empty(LARGE, torch.uint8) for _ in range(5)]
     tensors.clear()
@@ -66,7 +66,7 @@ def test_no_more_than_the_capacity_is_kept():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3, 1 << 20)])
-def test_shape_dtype_and_alignment_are_as_asked_and_memory_is_writable(shape, dtype):
+def test_tensors_have_the_requested_shape_and_dtype_are_aligned_and_writable(shape, dtype):
     tensor = BufferPool(2).empty(shape, dtype)
     assert tensor.shape == shape
     assert tensor.dtype == dtype
@@ -93,18 +93,18 @@ def test_threads_never_share_a_buffer():
     assert wrong == []
 
 
-def test_a_loader_reads_ahead_in_bytes_and_finishes_few_batches_in_float(monkeypatch):
-    """What is ready for a model takes four times the room of what was decoded, so only decoded batches pile up."""
-    taken = []
+def test_a_loader_prefetches_bytes_and_normalises_few_batches_early(monkeypatch):
+    """A float32 batch takes four times the memory of a decoded one, so only decoded batches are prefetched."""
+    allocated = []
     real = mmap.mmap
-    monkeypatch.setattr(buffers.mmap, "mmap", lambda *arguments: taken.append(arguments[1]) or real(*arguments))
+    monkeypatch.setattr(buffers.mmap, "mmap", lambda *arguments: allocated.append(arguments[1]) or real(*arguments))
     prefetch, batch, size = 6, 64, 128
     loader = TrainLoader(PHOTOS, seed=0, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3, prefetch_batches=prefetch)
     for number, _ in enumerate(loader.batches((range(p, p + batch), size) for p in range(0, 14 * batch, batch))):
         if number == 3:
-            time.sleep(0.3)  # let them pile up
+            time.sleep(0.3)  # let the prefetched batches accumulate
     loader.close()
     decoded = batch * size * size * 3
-    assert sum(decoded <= num_bytes < 2 * decoded for num_bytes in taken) <= prefetch + 2
-    assert sum(num_bytes >= 4 * decoded for num_bytes in taken) <= 2
-    assert len(taken) > 4
+    assert sum(decoded <= num_bytes < 2 * decoded for num_bytes in allocated) <= prefetch + 2
+    assert sum(num_bytes >= 4 * decoded for num_bytes in allocated) <= 2
+    assert len(allocated) > 4

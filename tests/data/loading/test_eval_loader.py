@@ -26,7 +26,7 @@ def test_batches_cover_the_range_once_in_index_order(batch_size):
     assert all(batch.count == batch_size for batch in batches[:-1])
 
 
-def test_arrays_of_the_resolution_are_taken_whole():
+def test_arrays_of_the_resolution_are_used_whole():
     source = color_arrays(8)
     batch = EvalLoader(source, resolution=8, crop_ratio=0.5, **PLAIN).load(range(11))
     torch.testing.assert_close(batch.images, source.images.float(), rtol=1e-6, atol=1e-4)
@@ -38,7 +38,7 @@ def test_arrays_of_another_size_are_cropped_at_the_centre_and_resized():
     torch.testing.assert_close(batch.images, source.images[:, :, 4:12, 4:12].float(), rtol=1e-6, atol=1e-4)
 
 
-def test_photographs_are_resized_by_the_shorter_side_and_cut_at_the_centre():
+def test_photographs_are_resized_by_the_shorter_side_and_cropped_at_the_centre():
     batch = EvalLoader(PHOTOS, resolution=224, crop_ratio=0.875, **PLAIN).load(range(len(PHOTOS)))
     for i in range(len(PHOTOS)):
         image = Image.open(PHOTOS.name(i)).convert("RGB")

@@ -1,4 +1,4 @@
-"""Every sample once an epoch: on any number of workers, in any order, and after a stop and a start on others."""
+"""Each sample is read exactly once per epoch: on any number of workers, in any order, and after a resume."""
 
 from collections import Counter
 from pathlib import Path
@@ -20,7 +20,7 @@ SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda size
 
 
 def steps_of(first: int, total: int, batch: int) -> list[tuple[int, int]]:
-    """First position and count of each step from `first` on; the last one may be short."""
+    """First position and count of each step from `first` on; the last step may be short."""
     return [(start, min(batch, total - start)) for start in range(first, total, batch)]
 
 
@@ -33,14 +33,14 @@ def steps_of(first: int, total: int, batch: int) -> list[tuple[int, int]]:
     span=st.integers(1, 4),
     spans=st.integers(1, 6),
     micro=st.integers(1, 3),
-    stopped=st.floats(0, 1),
+    stop_share=st.floats(0, 1),
 )
-def test_a_stop_at_any_step_and_other_workers_lose_and_repeat_no_sample(
-    sizes, shard_local, seed, workers, span, spans, micro, stopped
+def test_resuming_at_any_step_on_another_number_of_workers_loses_and_repeats_no_sample(
+    sizes, shard_local, seed, workers, span, spans, micro, stop_share
 ):
     num_samples, epochs = sum(sizes), 3
     steps = steps_of(0, epochs * num_samples, span * spans)
-    stop = int(stopped * len(steps))  # this many steps before the checkpoint
+    stop = int(stop_share * len(steps))  # this many steps before the checkpoint
     seen: Counter[tuple[int, int]] = Counter()
     for world_size, part in zip(workers, (steps[:stop], steps[stop:]), strict=True):
         for first, count in part:
@@ -49,21 +49,21 @@ def test_a_stop_at_any_step_and_other_workers_lose_and_repeat_no_sample(
                     first, count, rank=rank, world_size=world_size, micro_batch_size=micro * span, bn_span=span
                 )
                 for positions in cut:
-                    drawn = stream_samples(
+                    samples = stream_samples(
                         positions.start,
                         len(positions),
                         num_samples=num_samples,
                         seed=seed,
                         shard_sizes=sizes if shard_local else None,
                     )
-                    seen.update(zip(*(values.tolist() for values in drawn), strict=True))
+                    seen.update(zip(*(values.tolist() for values in samples), strict=True))
     assert seen == Counter({(epoch, sample): 1 for epoch in range(epochs) for sample in range(num_samples)})
 
 
 @settings(max_examples=150, deadline=None)
 @given(sizes=SHARDS, seed=st.integers(0, 2**32), at=st.floats(0, 1))
-def test_the_shards_announced_are_those_of_this_window_and_the_next(sizes, seed, at):
-    """Around the position all reads are of announced shards, for as many samples as these hold: two whole windows."""
+def test_the_announced_shards_are_those_of_this_window_and_the_next(sizes, seed, at):
+    """All reads around the position are from announced shards, for as many samples as the two windows hold."""
     num_samples = sum(sizes)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     first = int(at * 2 * num_samples)
@@ -87,7 +87,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Counting(ShardSource):
-    """Shards that note which samples are read."""
+    """Shards that record which samples are read."""
 
     reads: list[int]
 
@@ -98,7 +98,7 @@ class Counting(ShardSource):
 
 @pytest.mark.parametrize("shard_local", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (5, 2), (4, 5)])
-def test_loaders_read_each_photograph_in_the_shards_once_an_epoch(packed, before, after, shard_local):
+def test_loaders_read_each_photograph_of_the_shards_once_per_epoch(packed, before, after, shard_local):
     source = Counting(sorted(packed.glob("train-*.tar")))
     assert len(source.shard_sizes) > 8
     source.reads, labels, steps = [], [], steps_of(0, 2 * len(source), 10)
@@ -118,38 +118,38 @@ def test_loaders_read_each_photograph_in_the_shards_once_an_epoch(packed, before
     assert Counter(labels) == Counter([*source.labels.tolist(), *source.labels.tolist()])
 
 
-class Announced(Counting):
-    """Shards that are told of what comes."""
+class Announcing(Counting):
+    """Shards that record the announced shards."""
 
-    told: list[list[int]]
+    announced: list[list[int]]
 
     def will_read(self, indices) -> None:
-        self.told.append([self.shard_of(index) for index in indices])
+        self.announced.append([self.shard_of(index) for index in indices])
 
 
 def test_the_training_loader_announces_a_window_and_the_next_before_it_reads_them(packed):
-    source = Announced(sorted(packed.glob("train-*.tar")))
-    source.reads, source.told = [], []
+    source = Announcing(sorted(packed.glob("train-*.tar")))
+    source.reads, source.announced = [], []
     loader = TrainLoader(source, seed=1, shard_local=True, decode_threads=1, prefetch_batches=1, **COLOR)
     known: set[int] = set()
     for first in range(0, 3 * len(source), 2):
         loader.load(range(first, first + 2), resolution=8)
-        known |= set(source.told[-1])
+        known |= set(source.announced[-1])
         assert {source.shard_of(index) for index in source.reads} <= known
-    assert all(one != other for one, other in zip(source.told, source.told[1:], strict=False))
+    assert all(one != other for one, other in zip(source.announced, source.announced[1:], strict=False))
     windows_an_epoch = -(-len(source.shard_sizes) // 4)
-    assert len(source.told) <= 3 * windows_an_epoch + 1
+    assert len(source.announced) <= 3 * windows_an_epoch + 1
     in_any_order = TrainLoader(source, seed=1, **COLOR)
-    source.told = []
+    source.announced = []
     in_any_order.load(range(4), resolution=8)
-    assert source.told == []
+    assert source.announced == []
 
 
 def test_the_evaluation_loader_announces_the_shard_it_reads_and_the_next(packed):
-    source = Announced(sorted(packed.glob("train-*.tar")))
-    source.reads, source.told = [], []
+    source = Announcing(sorted(packed.glob("train-*.tar")))
+    source.reads, source.announced = [], []
     loader = EvalLoader(source, resolution=8, decode_threads=1, prefetch_batches=1, **COLOR)
     assert sum(batch.count for batch in loader.batches(0, len(source), 1)) == len(source)
     loader.close()
     last = len(source.shard_sizes) - 1
-    assert source.told == [[shard, shard + 1] for shard in range(last)] + [[last]]
+    assert source.announced == [[shard, shard + 1] for shard in range(last)] + [[last]]

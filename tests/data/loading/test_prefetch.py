@@ -26,7 +26,7 @@ def test_results_come_in_the_order_of_requests_however_long_each_takes(threads):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_requests_are_taken_at_most_depth_ahead_of_the_result_handed_out(threads, depth):
+def test_requests_are_taken_at_most_depth_ahead_of_the_last_result(threads, depth):
     taken = []
 
     def requests() -> Iterator[int]:
@@ -34,12 +34,12 @@ def test_requests_are_taken_at_most_depth_ahead_of_the_result_handed_out(threads
             taken.append(number)
             yield number
 
-    for handed_out, result in enumerate(in_order(lambda n: n, requests(), executor=threads, depth=depth)):
-        assert result == handed_out
-        assert len(taken) == min(12, handed_out + depth)
+    for number, result in enumerate(in_order(lambda n: n, requests(), executor=threads, depth=depth)):
+        assert result == number
+        assert len(taken) == min(12, number + depth)
 
 
-def test_an_exception_comes_where_its_result_would_have_and_ends_the_iteration(threads):
+def test_an_exception_is_raised_in_place_of_its_result_and_ends_the_iteration(threads):
     def work(number: int) -> int:
         if number == 3:
             raise RuntimeError("broken at 3")
@@ -53,7 +53,7 @@ def test_an_exception_comes_where_its_result_would_have_and_ends_the_iteration(t
         next(results)
 
 
-def test_closing_cancels_what_has_not_started_and_waits_for_what_has():
+def test_closing_cancels_queued_requests_and_waits_for_running_ones():
     started, finished, release = [], [], threading.Event()
 
     def work(number: int) -> int:
@@ -79,8 +79,8 @@ def test_no_requests_give_no_results(threads):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to count threads")
-def test_torch_works_alone_in_serial_threads_and_as_before_in_others():
-    """In each of many operations it would wait for threads of its own, for which busy cores have no time."""
+def test_torch_starts_no_threads_in_serial_threads_and_as_many_as_before_in_others():
+    """torch's own threads would compete with decoding threads for the cores, in every operation."""
 
     def new_threads_of_an_operation() -> int:
         before = set(os.listdir("/proc/self/task"))

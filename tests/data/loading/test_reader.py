@@ -18,7 +18,7 @@ HATS = [4, 5, 6, 7]  # indices of the class of which two files are damaged
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> FolderSource:
-    """The photographs with the second hat cut in the middle and the third empty."""
+    """The photographs, with the second hat truncated in the middle and the third empty."""
     shutil.copytree(TEST_PHOTOS / "train", tmp_path / "train")
     source = FolderSource(tmp_path / "train")
     second = Path(source.name(5))
@@ -39,14 +39,14 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_class(damaged):
     assert len({images[i].numpy().tobytes() for i in others}) == 22
 
 
-def test_the_search_for_a_replacement_goes_round_to_the_first_of_the_class(damaged):
+def test_the_search_for_a_replacement_wraps_around_to_the_first_of_the_class(damaged):
     Path(damaged.name(7)).write_bytes(b"")
     images = in_index_order(damaged).load(range(24), resolution=32).images
     for bad in (5, 6, 7):
         assert torch.equal(images[bad], images[4])
 
 
-def test_replacements_do_not_depend_on_threads_batches_or_what_was_loaded_before(damaged):
+def test_replacements_do_not_depend_on_threads_batches_or_earlier_loads(damaged):
     def load_all(batch_size: int, threads: int) -> list[Batch]:
         loader = TrainLoader(
             damaged,
@@ -67,8 +67,8 @@ def test_replacements_do_not_depend_on_threads_batches_or_what_was_loaded_before
     assert 4 <= runs[0][0].num_replaced <= 6  # two bad samples, once in each of 2.5 epochs
 
 
-def test_a_worker_that_met_the_damage_and_one_that_did_not_give_the_same_batch(damaged, monkeypatch):
-    """A file damaged in the middle is whole for a crop above the damage, whatever another crop of it has shown."""
+def test_a_loader_that_met_the_damage_and_one_that_did_not_give_the_same_batch(damaged, monkeypatch):
+    """A crop above the damage decodes, whether or not another crop of the same file failed before."""
     real = reader.decode_crop
 
     def damaged_below(data: bytes, *, box, **options):
@@ -85,66 +85,68 @@ def test_a_worker_that_met_the_damage_and_one_that_did_not_give_the_same_batch(d
         fresh = TrainLoader(damaged, **options).load(positions, resolution=32)
         assert torch.equal(batch.images, fresh.images)
         replaced.append(batch.num_replaced)
-    assert set(replaced) == {2, 3}  # always the two that are cut or empty; the third as its crop falls
+    assert set(replaced) == {2, 3}  # always the truncated and the empty file; the third depending on its crop
     assert experienced.num_replaced == sum(replaced)
 
 
-def test_each_bad_sample_is_named_once_with_the_reason(damaged):
-    told = []
-    loader = in_index_order(damaged, on_bad_sample=lambda name, reason: told.append((Path(name).name, reason)))
+def test_each_bad_sample_is_reported_once_with_the_reason(damaged):
+    reported = []
+    loader = in_index_order(damaged, on_bad_sample=lambda name, reason: reported.append((Path(name).name, reason)))
     for _ in range(3):
         loader.load(range(24), resolution=32)
-    assert [name for name, _ in sorted(told)] == ["007.jpg", "008.jpg"]
-    assert "empty" in dict(told)["008.jpg"]
+    assert [name for name, _ in sorted(reported)] == ["007.jpg", "008.jpg"]
+    assert "empty" in dict(reported)["008.jpg"]
     assert {index: Path(damaged.name(index)).name for index in loader.bad_samples} == {5: "007.jpg", 6: "008.jpg"}
 
 
-def test_what_another_worker_found_is_named_once_too_and_counts_towards_the_share(damaged):
-    told = []
-    first = in_index_order(damaged, on_bad_sample=lambda name, _: told.append(Path(name).name), max_bad_share=2 / 24)
+def test_bad_samples_of_another_worker_are_reported_once_and_count_towards_the_share(damaged):
+    reported = []
+    first = in_index_order(
+        damaged, on_bad_sample=lambda name, _: reported.append(Path(name).name), max_bad_share=2 / 24
+    )
     other = in_index_order(damaged)
     first.load(range(6), resolution=32)
     other.load(range(24), resolution=32)
     for _ in range(2):
         first.learn_bad_samples(other.bad_samples)
     first.load(range(24), resolution=32)
-    assert told == ["007.jpg", "008.jpg"]
+    assert reported == ["007.jpg", "008.jpg"]
     assert first.bad_samples == other.bad_samples
     with pytest.raises(DataError, match=r"3 of 24 samples cannot be read, more than max_bad_share=0\.0833"):
         first.learn_bad_samples({20: "cut off"})
 
 
-def test_more_bad_samples_than_their_share_stop_the_run(damaged):
+def test_more_bad_samples_than_max_bad_share_raise(damaged):
     in_index_order(damaged, max_bad_share=2 / 24).load(range(24), resolution=32)
     loader = in_index_order(damaged, max_bad_share=0.05)
     with pytest.raises(DataError, match=r"2 of 24 samples cannot be read, more than max_bad_share=0\.05"):
         list(loader.batches((range(p, p + 4), 32) for p in range(0, 24, 4)))
 
 
-def test_a_class_without_a_readable_sample_stops_the_run(damaged):
+def test_a_class_without_a_readable_sample_raises(damaged):
     for index in HATS:
         Path(damaged.name(index)).write_bytes(b"")
     with pytest.raises(DataError, match="no sample of class 'hat' can be read"):
         in_index_order(damaged).load(range(24), resolution=32)
 
 
-def test_a_file_that_vanished_is_a_bad_sample(damaged):
+def test_a_deleted_file_is_a_bad_sample(damaged):
     Path(damaged.name(0)).unlink()
     loader = in_index_order(damaged)
     assert loader.load(range(2), resolution=32).num_replaced == 1
 
 
-def test_evaluation_replaces_and_counts_too(damaged):
+def test_the_evaluation_loader_replaces_and_counts_bad_samples(damaged):
     loader = EvalLoader(damaged, resolution=32, max_bad_share=0.5, **COLOR)
     batches = list(loader.batches(0, 24, 7))
     assert sum(batch.count for batch in batches) == 24
     assert sum(batch.num_replaced for batch in batches) == 2
 
 
-def test_an_error_that_is_no_bad_sample_is_not_swallowed(damaged, monkeypatch):
+def test_other_errors_propagate(damaged, monkeypatch):
     def broken(index: int) -> bytes:
-        raise RuntimeError("a fault of the program")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(damaged, "read", broken)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
+    with pytest.raises(RuntimeError, match="a bug"):
         in_index_order(damaged).load(range(4), resolution=32)

@@ -10,7 +10,7 @@ from megabatch.errors import SettingsError
 
 @st.composite
 def splits(draw: st.DrawFn) -> dict[str, int]:
-    """A global batch with a span, a micro-batch and a number of workers that fit together; short last spans too."""
+    """Global batches with a valid span, micro-batch and number of workers; the last span may be short."""
     bn_span = draw(st.integers(1, 24))
     if draw(st.booleans()):
         micro_batch_size, groups = bn_span * draw(st.integers(1, 4)), draw(st.integers(1, 9))
@@ -40,7 +40,7 @@ def test_the_ranks_together_process_each_position_once(split):
 
 @settings(max_examples=300, deadline=None)
 @given(split=splits())
-def test_no_micro_batch_is_larger_than_allowed_and_each_rank_goes_forward(split):
+def test_no_micro_batch_is_larger_than_allowed_and_each_rank_s_positions_ascend(split):
     for ranges in all_ranks(split):
         assert all(len(positions) <= split["micro_batch_size"] for positions in ranges)
         flat = [p for positions in ranges for p in positions]
@@ -49,17 +49,17 @@ def test_no_micro_batch_is_larger_than_allowed_and_each_rank_goes_forward(split)
 
 @settings(max_examples=300, deadline=None)
 @given(split=splits())
-def test_a_span_lies_within_one_micro_batch_or_within_one_group_at_the_same_turn(split):
+def test_a_span_lies_in_one_micro_batch_or_in_the_same_micro_batch_of_one_group(split):
     places: dict[int, set[tuple[int, int]]] = {}
     for rank, ranges in enumerate(all_ranks(split)):
-        for turn, positions in enumerate(ranges):
+        for index, positions in enumerate(ranges):
             for p in positions:
-                places.setdefault((p - split["first"]) // split["bn_span"], set()).add((rank, turn))
+                places.setdefault((p - split["first"]) // split["bn_span"], set()).add((rank, index))
     group_size = max(1, split["bn_span"] // split["micro_batch_size"])
     for where in places.values():
         groups = {rank // group_size for rank, _ in where}
-        turns = {turn for _, turn in where}
-        assert len(groups) == len(turns) == 1
+        indices = {index for _, index in where}
+        assert len(groups) == len(indices) == 1
         if group_size == 1:
             assert len(where) == 1
 
@@ -74,8 +74,8 @@ def test_work_is_balanced(split):
         members = ranks[group * group_size : (group + 1) * group_size]
         assert len({len(ranges) for ranges in members}) == 1
         spans_of_group[group] = -(-sum(len(r) for ranges in members for r in ranges) // split["bn_span"])
-        for turn in zip(*members, strict=True):
-            assert max(map(len, turn)) - min(map(len, turn)) <= 1
+        for index in zip(*members, strict=True):
+            assert max(map(len, index)) - min(map(len, index)) <= 1
     assert max(spans_of_group.values()) - min(spans_of_group.values()) <= 1
 
 
@@ -96,12 +96,12 @@ def test_two_ranks_share_each_span_of_twice_the_micro_batch():
     assert ranges[3] == [range(10, 12), range(14, 16)]
 
 
-def test_a_last_span_of_one_sample_leaves_the_other_members_of_the_group_an_empty_turn():
+def test_a_last_span_of_one_sample_gives_the_other_ranks_of_the_group_an_empty_range():
     ranges = [micro_batches(0, 5, rank=rank, world_size=2, micro_batch_size=2, bn_span=4) for rank in range(2)]
     assert [[len(r) for r in rank] for rank in ranges] == [[2, 1], [2, 0]]
 
 
-def test_ranks_beyond_the_spans_of_the_last_batch_have_nothing_to_do():
+def test_ranks_without_a_span_in_the_last_batch_get_an_empty_list():
     ranges = [micro_batches(0, 3, rank=rank, world_size=3, micro_batch_size=2, bn_span=2) for rank in range(3)]
     assert ranges == [[range(2)], [range(2, 3)], []]
 
@@ -109,20 +109,20 @@ def test_ranks_beyond_the_spans_of_the_last_batch_have_nothing_to_do():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"micro_batch_size": 12, "bn_span": 8, "world_size": 1}, "12 is no multiple of bn_span=8; 8 works"),
+        ({"micro_batch_size": 12, "bn_span": 8, "world_size": 1}, "12 is not a multiple of bn_span=8; 8 works"),
         ({"micro_batch_size": 6, "bn_span": 8, "world_size": 1}, "6 does not divide bn_span=8; 4 does"),
         ({"micro_batch_size": 0, "bn_span": 8, "world_size": 1}, "must be at least 1; 8 works"),
         ({"micro_batch_size": 2, "bn_span": 8, "world_size": 6}, "groups of 4 workers.*micro_batch_size=8 works"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_one_that_does(sizes, message):
+def test_sizes_that_do_not_divide_are_refused_with_a_size_that_works(sizes, message):
     with pytest.raises(SettingsError, match=message):
         micro_batches(0, 32, rank=0, **sizes)
 
 
 @settings(deadline=None)
 @given(split=splits())
-def test_a_full_batch_is_refused_exactly_when_some_rank_would_have_no_work(split):
+def test_a_full_batch_is_refused_exactly_if_some_rank_has_no_work(split):
     idle = any(not ranges for ranges in all_ranks(split))
     arguments = {k: split[k] for k in ("world_size", "micro_batch_size", "bn_span")}
     if not idle:

@@ -48,7 +48,7 @@ def joined(batches: list[Batch]) -> Batch:
 @pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
 @settings(max_examples=25, deadline=None)
 @given(first=st.integers(0, 200), cuts=st.lists(st.integers(1, 15), min_size=1, max_size=5))
-def test_any_cutting_into_micro_batches_gives_the_same_samples_bit_for_bit(augmentation, first, cuts):
+def test_any_split_into_micro_batches_gives_the_same_samples_bit_for_bit(augmentation, first, cuts):
     loader = TrainLoader(arrays(), seed=3, augmentation=augmentation, crop_padding=2, **GREY, **EVERYTHING)
     starts = np.cumsum([first, *cuts]).tolist()
     whole = loader.load(range(first, starts[-1]), resolution=10)
@@ -57,7 +57,7 @@ def test_any_cutting_into_micro_batches_gives_the_same_samples_bit_for_bit(augme
     loader.close()
 
 
-def test_a_pad_and_crop_batch_is_that_of_plain_loops():
+def test_a_pad_and_crop_batch_equals_plain_loops():
     source, seed = arrays(), 5
     loader = TrainLoader(source, seed=seed, augmentation="pad_crop", crop_padding=2, **GREY)
     batch = loader.load(range(20, 30), resolution=10)
@@ -96,7 +96,7 @@ def test_a_mixed_image_is_the_weighted_sum_of_both_augmented_images():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_together_see_each_sample_once_an_epoch(world_size):
+def test_all_ranks_together_load_each_sample_once_per_epoch(world_size):
     loader = TrainLoader(arrays(), seed=0, **GREY)
     seen: Counter[int] = Counter()
     for first in range(0, 46, 12):
@@ -108,7 +108,7 @@ def test_ranks_together_see_each_sample_once_an_epoch(world_size):
     assert seen == Counter(dict.fromkeys(range(23), 2))
 
 
-def test_arrays_are_resized_to_the_step_s_resolution():
+def test_arrays_are_resized_to_the_requested_resolution():
     loader = TrainLoader(arrays(), seed=0, augmentation="pad_crop", **GREY)
     native, larger = loader.load(range(4), resolution=10).images, loader.load(range(4), resolution=15).images
     expected = functional.interpolate(native, (15, 15), mode="bilinear", antialias=True)
@@ -135,7 +135,7 @@ def test_augmentation_ends_at_a_fraction_of_an_epoch():
     assert same(ending.load(after, resolution=10), without.load(after, resolution=10))
 
 
-def test_dtype_and_memory_format_are_as_asked():
+def test_images_have_the_requested_dtype_and_memory_format():
     loader = TrainLoader(PHOTOS, seed=0, dtype=torch.bfloat16, channels_last=True, **COLOR)
     images = loader.load(range(3), resolution=24).images
     assert images.dtype == torch.bfloat16
@@ -163,7 +163,7 @@ def test_photographs_are_decoded_at_the_drawn_crop_then_mirrored_and_normalised(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
-def test_threads_prefetch_and_cutting_do_not_change_photographs(augmentation):
+def test_threads_prefetching_and_batch_size_do_not_change_photographs(augmentation):
     options = {"seed": 2, "augmentation": augmentation, **COLOR, **EVERYTHING}
     one = TrainLoader(PHOTOS, decode_threads=1, prefetch_batches=1, **options)
     many = TrainLoader(PHOTOS, decode_threads=5, prefetch_batches=3, **options)
@@ -183,24 +183,24 @@ def test_load_may_be_called_from_many_threads_at_once():
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_leaving_the_loop_early_stops_the_work_and_the_loader_goes_on():
+def test_leaving_the_loop_early_cancels_prefetching_and_the_loader_stays_usable():
     loader = TrainLoader(PHOTOS, seed=2, **COLOR)
-    asked = []
+    requested = []
 
     def requests():
         for first in range(0, 10_000, 4):
-            asked.append(first)
+            requested.append(first)
             yield range(first, first + 4), 16
 
     for number, _ in enumerate(loader.batches(requests())):
         if number == 2:
             break
-    assert len(asked) <= 3 + 4 + 2
+    assert len(requested) <= 3 + 4 + 2
     assert loader.load(range(4), resolution=16).count == 4
     loader.close()
 
 
-def test_channels_that_do_not_fit_are_refused_with_those_that_do():
+def test_a_wrong_number_of_channels_is_refused_with_the_right_one():
     with pytest.raises(DataError, match="image_channels=3 was given, the images have 1 channels; image_channels=1"):
         TrainLoader(arrays(), seed=0, **COLOR)
     with pytest.raises(UserError, match="one value for each of the 1 channels"):
@@ -213,7 +213,7 @@ def test_shard_local_order_needs_shards():
 
 
 class Sharded:
-    """Photographs as if they lay in shards of given sizes."""
+    """The photographs, as if stored in shards of given sizes."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.shard_sizes, self.labels, self.class_names = sizes, PHOTOS.labels, PHOTOS.class_names

@@ -1,1 +1,1 @@
-"""Loaders, and the exact order in which they read samples."""
+"""Data loaders, and the deterministic order in which they read samples."""

@@ -1,4 +1,4 @@
-"""Host memory for batches that is used again and again."""
+"""Pool of reusable host memory for batches."""
 
 import contextlib
 import math
@@ -11,36 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2 << 20  # a huge page; smaller tensors are left to the ordinary allocator
+_BLOCK_BYTES = 2 << 20  # a huge page; torch's allocator serves smaller tensors
 
 
 class BufferPool:
-    """Empty tensors over memory that comes back to the pool when the last tensor that uses it is gone.
+    """Allocates tensors whose memory returns to the pool when the last tensor that uses it is freed.
 
-    The C library returns large blocks to the system when they are freed, and the system hands each page out zeroed:
-    writing to fresh memory costs five times as much as writing to memory that was used before, more than decoding a
-    small crop. Views and tensors saved for backward keep a buffer in use, so nothing is overwritten too early.
+    The C library returns large freed blocks to the operating system, which zeroes each page before it hands it out
+    again. Writing to fresh memory therefore takes five times as long as writing to reused memory, longer than decoding
+    a small crop. Views, and tensors saved for backward, keep their buffer in use, so it is never overwritten early.
     """
 
     def __init__(self, capacity: int) -> None:
-        """Keep at most `capacity` unused buffers."""
-        # A deque's own operations are atomic: a lock could be asked for again by a buffer that the garbage collector
-        # gives back while it is held.
+        """Creates an empty pool, which keeps at most `capacity` unused buffers."""
+        # A deque needs no lock, as its operations are atomic. A lock could deadlock: the garbage collector may return
+        # a buffer in the thread that holds it.
         self._free: deque[mmap.mmap] = deque(maxlen=capacity)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised contiguous tensor, in pooled memory if it has 2 MiB or more."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes < _BLOCK_BYTES:
             return torch.empty(tuple(shape), dtype=dtype)
-        block = self._take(num_bytes)
+        block = self._acquire(num_bytes)
+        # The tensor keeps the array alive; the finalizer returns the block when the array is freed.
         lease = np.frombuffer(block, np.uint8, count=num_bytes)
         weakref.finalize(lease, self._free.append, block).atexit = False
         return torch.from_numpy(lease).view(dtype).view(tuple(shape))
 
-    def _take(self, num_bytes: int) -> mmap.mmap:
+    def _acquire(self, num_bytes: int) -> mmap.mmap:
+        """Returns an unused block of a fitting size, or a new one."""
         for _ in range(len(self._free)):
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                block = self._free.pop()  # the latest is the likeliest to be in a cache
+            with contextlib.suppress(IndexError):  # another thread emptied the pool
+                block = self._free.pop()  # the most recently used block is the most likely to be in a cache
                 if num_bytes <= len(block) <= 2 * num_bytes + _BLOCK_BYTES:
                     return block
                 self._free.appendleft(block)

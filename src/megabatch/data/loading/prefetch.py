@@ -1,4 +1,4 @@
-"""Work done ahead in background threads, handed over in order."""
+"""Prefetching by background threads, with results in order."""
 
 import os
 import threading
@@ -14,19 +14,20 @@ Result = TypeVar("Result")
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may run on."""
+    """Number of CPU cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def serial_threads(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads in which torch does its work on the CPU alone.
+    """Executor of `count` threads in which torch runs each CPU operation on the calling thread only.
 
-    Elsewhere it shares out every operation on more than 32,768 elements to threads of its own and waits for the
-    slowest; beside threads that decode, which hold the cores, a loader took three times as long and more. How many
-    threads torch uses is kept for each thread that calls it, and once more for all that have not called it yet.
+    By default torch splits every operation on more than 32,768 elements among its own threads and waits for the
+    slowest. While decoding threads occupy the cores, this made a loader take more than three times as long. torch
+    keeps its number of threads per calling thread, and a default for threads that have not called it yet.
     """
+    # The barrier makes every thread run its initializer now; setting the number again restores torch's default.
     before = torch.get_num_threads()
     executor = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_use_one_torch_thread)
     started = threading.Barrier(count)
@@ -36,18 +37,18 @@ def serial_threads(count: int, name: str) -> ThreadPoolExecutor:
 
 
 def _use_one_torch_thread() -> None:
-    torch.get_num_threads()  # takes on the number kept for all, which would else come back with the first operation
+    torch.get_num_threads()  # initialises this thread's number, which the first operation would otherwise reset
     torch.set_num_threads(1)
 
 
 def in_order(
     work: Callable[[Request], Result], requests: Iterable[Request], *, executor: Executor, depth: int
 ) -> Generator[Result, None, None]:
-    """`work(request)` for each request, in their order, with up to `depth` of them running or waiting for collection.
+    """Yields `work(request)` for each request, in order, with up to `depth` requests in flight.
 
-    Requests are taken from the iterable in the caller's thread, at most `depth` ahead of the result handed out. An
-    exception of `work` is raised where its result would have come. Closing the iterator cancels what has not started
-    and waits for what has.
+    Requests are taken from the iterable in the caller's thread, at most `depth` ahead of the last yielded result. An
+    exception in `work` is raised where its result would have been yielded. Closing the iterator cancels requests that
+    have not started and waits for those that have.
     """
     waiting: deque[Future[Result]] = deque()
     try:
@@ -58,10 +59,11 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
     finally:
-        _abandon(waiting)
+        _cancel(waiting)
 
 
-def _abandon(waiting: deque[Future[Result]]) -> None:
+def _cancel(waiting: deque[Future[Result]]) -> None:
+    """Cancels the futures, then waits for those that already run; their results and exceptions are dropped."""
     for future in waiting:
         future.cancel()
     for future in waiting:

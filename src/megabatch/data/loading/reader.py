@@ -1,4 +1,4 @@
-"""Images of an encoded source, decoded by a pool of threads into one uint8 batch, bad files replaced."""
+"""Decodes an encoded source's images into uint8 batches in a thread pool; replaces unreadable files."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +16,18 @@ Int64 = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 OnBadSample = Callable[[str, str], None]
 DrawBoxes = Callable[[slice | Int64, Int64, Int64], Int64]
-"""(which of the wanted samples, their heights, their widths) -> boxes [n, 4]"""
+"""(rows of the batch, heights [n], widths [n]) -> boxes [n, 4] = (top, left, height, width)"""
 
-CHUNK = 32  # samples per task: enough that handing out tasks costs nothing, few enough to keep all threads busy
+CHUNK = 32  # samples per task: enough to hide the overhead of a task, few enough to keep all threads busy
 
 
 class BadSamples:
-    """The samples that could not be read, each named once; stops the run when they are too large a share.
+    """Records unreadable samples, reports each once, and raises when their share is too large.
 
-    A bad sample is replaced by the next readable one of its class: in index order, starting after it and going
-    round. What was found bad before plays no part: another crop of a file that is damaged in the middle may be whole,
-    and a worker that has not met the damage yet must do as one that has. So every run and every worker replaces alike.
+    A bad sample is replaced by the next readable one of its class, in index order, starting after it and wrapping
+    around. Samples already known to be bad are tried again: another crop of a file that is damaged in the middle may
+    decode, and a worker that has not met the damage must act as one that has. Replacements are therefore the same in
+    every run and on every worker.
     """
 
     def __init__(self, source: EncodedSource, *, max_share: float, on_bad_sample: OnBadSample | None) -> None:
@@ -35,20 +36,20 @@ class BadSamples:
         self._lock = threading.Lock()
 
     def reasons(self) -> dict[int, str]:
-        """The reason by index of each sample that is known to be bad."""
+        """Reason by index of each sample that is known to be bad."""
         with self._lock:
             return dict(self._reasons)
 
     def merge(self, reasons: Mapping[int, str]) -> None:
-        """Note what others found, as if it had been met here; raises what `report` does."""
+        """Adds bad samples that other workers found; raises what `report` raises."""
         for index in sorted(reasons):
             self.report(index, reasons[index])
 
     def report(self, index: int, reason: str) -> None:
-        """Note a bad sample.
+        """Records a bad sample; calls `on_bad_sample` if it is new. Thread-safe.
 
         Raises:
-            DataError: bad samples exceed the share that was set.
+            DataError: bad samples exceed `max_share` of the data set.
         """
         with self._lock:
             if index in self._reasons:
@@ -65,7 +66,7 @@ class BadSamples:
             )
 
     def substitutes(self, index: int) -> Iterator[int]:
-        """Samples that may stand in for `index`, in order of preference."""
+        """Yields the samples that may replace `index`, in order of preference."""
         same_class = np.flatnonzero(self._source.labels == self._source.labels[index])
         start = int(np.searchsorted(same_class, index)) + 1
         return (int(i) for i in np.roll(same_class, -start)[:-1])
@@ -84,7 +85,11 @@ class BatchReader:
         self._source, self.channels, self._executor, self._bad = source, channels, executor, bad_samples
 
     def read(self, indices: Int64, size: int, draw_boxes: DrawBoxes, out: Pixels) -> NDArray[np.bool_]:
-        """Fill `out` with the samples at `indices`; returns which of them were replaced, [n]."""
+        """Fills `out` with crops of the samples at `indices`; returns a mask of replaced samples, [n].
+
+        Raises:
+            DataError: too many bad samples, or a class without a readable one.
+        """
         replaced = np.zeros(len(indices), dtype=np.bool_)
 
         def fill(chunk: slice) -> None:
@@ -97,6 +102,7 @@ class BatchReader:
         self, indices: Int64, size: int, draw_boxes: Callable[[Int64, Int64], Int64], out: Pixels
     ) -> list[bool]:
         opened = [self._open(int(index)) for index in indices]
+        # An unreadable file has size 1 x 1 here: its box is drawn again for the sample that replaces it.
         heights = np.array([image.height if image else 1 for image in opened])
         widths = np.array([image.width if image else 1 for image in opened])
         boxes = draw_boxes(heights, widths)
@@ -135,7 +141,7 @@ class BatchReader:
         size: int,
         out: Pixels,
     ) -> None:
-        """The next good sample of the class, cropped by the random numbers of the sample it stands in for."""
+        """Decodes the next readable sample of the class, cropped with the random numbers of the replaced sample."""
         for substitute in self._bad.substitutes(index):
             image = self._open(substitute)
             if image is None:
@@ -151,7 +157,7 @@ class BatchReader:
 
 
 def in_chunks(work: Callable[[slice], None], count: int, executor: Executor) -> None:
-    """`work` on neighbouring chunks of `count` samples, each a task of its own; the first error ends all."""
+    """Runs `work` on consecutive chunks of `count` samples, one task each; the first error cancels the rest."""
     tasks = [executor.submit(work, slice(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)]
     try:
         for task in tasks:

@@ -1,4 +1,4 @@
-"""Put right or set aside what `check` found in a folder of images. Nothing is ever deleted."""
+"""Repairs or moves away the files that `check` reports in a folder of images. Never deletes a file."""
 
 import io
 import os
@@ -21,23 +21,24 @@ _FINE_JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was done: (problem, where the file is now), and what remains."""
+    """Repaired or moved problems with the file's new path, and the problems that remain."""
 
     done: list[tuple[Problem, Path]] = field(default_factory=list)
     remaining: list[Problem] = field(default_factory=list)
 
     @property
     def bad(self) -> list[Problem]:
-        """What training still refuses or replaces."""
+        """Remaining problems that make training refuse or replace a file."""
         return [problem for problem in self.remaining if problem.is_bad]
 
 
 def _to_rgb(data: bytes) -> bytes:
-    """As training sees it: the first frame, 8 bits, RGB; JPEG stays JPEG, everything else becomes PNG."""
+    """Re-encodes the image as training decodes it: first frame, 8 bits, RGB; JPEG stays JPEG, others become PNG."""
     return _encoded(Image.fromarray(decode(data)), is_jpeg=sniff(data) == "jpeg")
 
 
 def _upright(data: bytes) -> bytes:
+    """Applies the EXIF orientation to the pixels."""
     with Image.open(io.BytesIO(data)) as image:
         return _encoded(ImageOps.exif_transpose(image).convert("RGB"), is_jpeg=image.format == "JPEG")
 
@@ -58,43 +59,43 @@ REPAIRS: dict[str, Callable[[bytes], bytes]] = {
     "wrong ending": lambda data: data,
     "rotated": _upright,
 }
-DEFAULT_REPAIRS = frozenset(REPAIRS) - {"rotated"}  # to turn images is a choice: their labels were made unturned
+DEFAULT_REPAIRS = frozenset(REPAIRS) - {"rotated"}  # optional: the labels may have been made without it
 
 
 def repair(
     report: CheckReport, *, into: Path | str | None = None, kinds: Collection[str] = DEFAULT_REPAIRS
 ) -> RepairReport:
-    """Write files anew without the problems of these kinds, under an ending that fits.
+    """Rewrites files that have problems of these kinds, with a file name ending that matches the format.
 
-    In place, the file as it was stays beside the new one as `NAME.orig`, which training passes over. With `into`, the
-    new files go there, under the same folders, and the data set is not touched.
+    Without `into`, files are repaired in place, and the original is kept beside the new file as `NAME.orig`, which
+    training ignores. With `into`, new files are written there, in the same subfolders, and the data set is unchanged.
 
     Raises:
-        DataError: the data set is not a folder of images, or a kind that cannot be repaired.
+        DataError: the data set is not a folder of images, or a kind cannot be repaired.
     """
     unknown = sorted(set(kinds) - set(REPAIRS))
     if unknown:
-        raise DataError(f"'{unknown[0]}' cannot be repaired; what can: {', '.join(sorted(REPAIRS))}")
+        raise DataError(f"'{unknown[0]}' cannot be repaired; kinds that can: {', '.join(sorted(REPAIRS))}")
     root = _folder(report)
     target = root if into is None else Path(into).expanduser()
-    hopeless = {problem.name for problem in report.bad if problem.kind not in REPAIRS}
+    unrepairable = {problem.name for problem in report.bad if problem.kind not in REPAIRS}
     wanted: dict[str, list[Problem]] = {}
     for problem in report.problems:
-        if problem.kind in kinds and problem.name not in hopeless:
+        if problem.kind in kinds and problem.name not in unrepairable:
             wanted.setdefault(problem.name, []).append(problem)
     done: list[tuple[Problem, Path]] = []
     for name, found in wanted.items():
         path = _rewrite(root, name, found, target)
         done += [(problem, path) for problem in found]
-    return RepairReport(done, _without(report, done))
+    return RepairReport(done, _remaining(report, done))
 
 
 def exclude(
     report: CheckReport, *, into: Path | str | None = None, kinds: Collection[str] | None = None
 ) -> RepairReport:
-    """Move what has problems of these kinds out of the data set: by default every bad file, and empty classes.
+    """Moves files with problems of these kinds out of the data set; by default bad files and empty classes.
 
-    They go to `into`, by default a folder beside the data set called `NAME.excluded`, under the same folders.
+    They are moved to `into`, in the same subfolders; the default is a folder `NAME.excluded` beside the data set.
 
     Raises:
         DataError: the data set is not a folder of images.
@@ -103,56 +104,58 @@ def exclude(
     target = Path(into).expanduser() if into is not None else root.with_name(root.name + ".excluded")
     moved: dict[str, Path] = {}
     for problem in report.problems:
-        if not _to_be_excluded(problem, kinds) or not os.path.lexists(root / problem.name):
+        if not _should_exclude(problem, kinds) or not os.path.lexists(root / problem.name):
             continue
-        moved[problem.name] = _free(target / problem.name)
+        moved[problem.name] = _unused_path(target / problem.name)
         moved[problem.name].parent.mkdir(parents=True, exist_ok=True)
         shutil.move(root / problem.name, moved[problem.name])
     done = [(problem, moved[problem.name]) for problem in report.problems if problem.name in moved]
-    return RepairReport(done, _without(report, done))
+    return RepairReport(done, _remaining(report, done))
 
 
-def _to_be_excluded(problem: Problem, kinds: Collection[str] | None) -> bool:
+def _should_exclude(problem: Problem, kinds: Collection[str] | None) -> bool:
     if kinds is not None:
         return problem.kind in kinds
-    return problem.is_bad and problem.kind != "class in one part"  # its images are good: for a person to decide
+    return (
+        problem.is_bad and problem.kind != "class in one part"
+    )  # the images are good: moving them needs an explicit request
 
 
 def _folder(report: CheckReport) -> Path:
     if not report.is_folder:
         raise DataError(
             f"{report.path} is not a folder of plain image files; pack its images again from their source, "
-            "or leave bad ones out with `megabatch data pack --skip-bad`"
+            "or skip bad ones with `megabatch data pack --skip-bad`"
         )
     return report.path
 
 
 def _rewrite(root: Path, name: str, problems: list[Problem], target: Path) -> Path:
-    """The new file of one name. It is whole before the old one moves."""
+    """Writes the repaired file and returns its path. The new file is complete before the old one is renamed."""
     data = (root / name).read_bytes()
-    for kind, change in REPAIRS.items():  # in their order: the bytes first, the colours after
+    for kind, change in REPAIRS.items():  # in the table's order: byte repairs first, re-encoding after
         if any(problem.kind == kind for problem in problems):
             data = change(data)
-    path = target / _name_that_fits(name, data)
+    path = target / _matching_name(name, data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _free(path.with_name(f".{path.name}.part"))
+    unfinished = _unused_path(path.with_name(f".{path.name}.part"))
     unfinished.write_bytes(data)
     if target == root:
-        (root / name).rename(_free(root / (name + KEPT_ENDING)))
-    path = _free(path)
+        (root / name).rename(_unused_path(root / (name + KEPT_ENDING)))
+    path = _unused_path(path)
     unfinished.rename(path)
     return path
 
 
-def _name_that_fits(name: str, data: bytes) -> str:
+def _matching_name(name: str, data: bytes) -> str:
     kind = sniff(data)
     if kind is None or Path(name).suffix.lower().removeprefix(".") in ENDINGS[kind]:
         return name
     return str(Path(name).with_suffix(f".{preferred_ending(data)}"))
 
 
-def _free(path: Path) -> Path:
-    """The path, or the next one like it under which there is nothing yet."""
+def _unused_path(path: Path) -> Path:
+    """Returns the path itself if it does not exist, else the first free one of the form `NAME-2`, `NAME-3`, ..."""
     candidate, number = path, 1
     while os.path.lexists(candidate):
         number += 1
@@ -160,6 +163,6 @@ def _free(path: Path) -> Path:
     return candidate
 
 
-def _without(report: CheckReport, done: list[tuple[Problem, Path]]) -> list[Problem]:
+def _remaining(report: CheckReport, done: list[tuple[Problem, Path]]) -> list[Problem]:
     gone = {problem for problem, _ in done}
     return [problem for problem in report.problems if problem not in gone]

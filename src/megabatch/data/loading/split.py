@@ -1,4 +1,4 @@
-"""How one step's positions are divided among ranks and micro-batches: pure arithmetic, the same on every rank."""
+"""Division of a step's positions among ranks and micro-batches: pure arithmetic, equal on every rank."""
 
 from megabatch.errors import SettingsError
 
@@ -6,22 +6,22 @@ from megabatch.errors import SettingsError
 def micro_batches(
     first: int, count: int, *, rank: int, world_size: int, micro_batch_size: int, bn_span: int
 ) -> list[range]:
-    """The stream positions `rank` processes for the global batch [first, first + count), one range per micro-batch.
+    """Returns the stream positions of `rank` in the global batch [first, first + count), one range per micro-batch.
 
-    The batch is cut into spans of `bn_span` consecutive positions (only the last may be short), over each of which
-    batch-norm statistics are taken.
+    The batch is divided into spans of `bn_span` consecutive positions; only the last span may be shorter. Batch-norm
+    statistics are computed over each span.
 
-    - `micro_batch_size` a multiple of `bn_span`: ranks take contiguous runs of whole spans, as even as whole spans
-      allow (8 spans on 3 ranks: 3, 3, 2), cut into micro-batches of at most `micro_batch_size`.
+    - `micro_batch_size` a multiple of `bn_span`: each rank gets contiguous whole spans, as evenly as whole spans
+      allow (8 spans on 3 ranks: 3, 3, 2), split into micro-batches of at most `micro_batch_size`.
     - `micro_batch_size` a divisor of `bn_span`: groups of `bn_span // micro_batch_size` neighbouring ranks share
-      each span; groups take contiguous runs of spans. A short span is shared as evenly as possible, and a rank's
-      range may then be empty, so that all ranks of a group make the same number of steps.
+      each span; each group gets contiguous spans. A short span is shared as evenly as possible; a rank's range may
+      then be empty, so that all ranks of a group run the same number of micro-batches.
 
-    A batch with fewer spans than groups leaves some ranks an empty list: the run's last batch may be such a one; for
-    full batches `check_split` refuses it before the run.
+    If a batch has fewer spans than there are groups, some ranks get an empty list. This may happen in a run's last
+    batch; for full batches `check_split` refuses it before the run.
 
     Raises:
-        SettingsError: sizes that do not divide, with a number that does.
+        SettingsError: sizes that do not divide each other; states a number that works.
     """
     group_size = _group_size(micro_batch_size=micro_batch_size, bn_span=bn_span, world_size=world_size)
     group, member = divmod(rank, group_size)
@@ -34,10 +34,10 @@ def micro_batches(
 
 
 def check_split(*, global_batch_size: int, world_size: int, micro_batch_size: int, bn_span: int) -> None:
-    """Refuse a split that would leave ranks without work in a full batch.
+    """Refuses a split in which some ranks have no work in a full batch.
 
     Raises:
-        SettingsError: with the largest number of workers that works.
+        SettingsError: states the largest number of workers that works.
     """
     group_size = _group_size(micro_batch_size=micro_batch_size, bn_span=bn_span, world_size=world_size)
     num_spans = -(-global_batch_size // bn_span)
@@ -50,14 +50,14 @@ def check_split(*, global_batch_size: int, world_size: int, micro_batch_size: in
 
 
 def _group_size(*, micro_batch_size: int, bn_span: int, world_size: int) -> int:
-    """Ranks that share one span; 1 when a micro-batch holds whole spans."""
+    """Number of ranks that share one span; 1 if a micro-batch holds whole spans."""
     if micro_batch_size < 1:
         raise SettingsError(f"micro_batch_size={micro_batch_size} must be at least 1; {bn_span} works")
     if micro_batch_size >= bn_span:
         if micro_batch_size % bn_span:
             good = micro_batch_size - micro_batch_size % bn_span
             raise SettingsError(
-                f"micro_batch_size={micro_batch_size} is no multiple of bn_span={bn_span}; {good} works"
+                f"micro_batch_size={micro_batch_size} is not a multiple of bn_span={bn_span}; {good} works"
             )
         return 1
     if bn_span % micro_batch_size:
@@ -73,7 +73,7 @@ def _group_size(*, micro_batch_size: int, bn_span: int, world_size: int) -> int:
 
 
 def _share(total: int, num_parts: int, part: int) -> tuple[int, int]:
-    """Start and end of a contiguous part of `total` things; the first `total % num_parts` parts hold one more."""
+    """Start and end of part `part` of `total` items; the first `total % num_parts` parts have one more item."""
     size, larger = divmod(total, num_parts)
     start = part * size + min(part, larger)
     return start, start + size + (part < larger)
