@@ -23,10 +23,10 @@ def test_a_source_knows_its_length_device_and_classes():
         (IMAGES, LABELS[:3], ("a", "b"), r"labels are int64 of shape \[3\]; int64 of shape \[4\]"),
         (IMAGES, LABELS.int(), ("a", "b"), "labels are int32"),
         (IMAGES[:0], LABELS[:0], ("a", "b"), "holds no images"),
-        (IMAGES, LABELS, ("a",), r"labels lie in 0\.\.1, class names cover 0\.\.0"),
-        (IMAGES, LABELS - 1, ("a", "b"), r"labels lie in -1\.\.0"),
+        (IMAGES, LABELS, ("a",), r"labels are in 0\.\.1, class names cover 0\.\.0"),
+        (IMAGES, LABELS - 1, ("a", "b"), r"labels are in -1\.\.0"),
     ],
 )
-def test_arrays_of_another_kind_are_refused_with_what_was_needed(images, labels, names, message):
+def test_arrays_of_another_dtype_or_shape_are_refused_with_what_is_needed(images, labels, names, message):
     with pytest.raises(DataError, match=message):
         ArraySource(images, labels, names)

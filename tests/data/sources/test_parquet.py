@@ -1,4 +1,4 @@
-"""Parquet as Hugging Face writes it."""
+"""Parquet files in Hugging Face's layout."""
 
 import builtins
 import json
@@ -110,11 +110,11 @@ def test_a_missing_part_and_different_classes_are_refused(tmp_path):
     with pytest.raises(DataError, match="no parquet files for 'val'"):
         open_parquet(tmp_path)
     write(tmp_path / "val.parquet", range(6), names=["cat", "dog", "wolf"])
-    with pytest.raises(DataError, match="different classes"):
+    with pytest.raises(DataError, match="classes of train and val differ"):
         open_parquet(tmp_path)
 
 
-def test_bare_numbers_of_train_and_val_are_as_many_classes_as_the_highest_says(tmp_path):
+def test_the_highest_numeric_label_of_train_and_val_gives_the_number_of_classes(tmp_path):
     write(tmp_path / "train.parquet", range(9))
     write(tmp_path / "val.parquet", range(2))
     train, val = open_parquet(tmp_path)
@@ -139,7 +139,7 @@ def test_files_without_the_columns_or_with_empty_cells_are_refused(tmp_path):
         pa.table({"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "label": [0]}),
         tmp_path / "path.parquet",
     )
-    with pytest.raises(DataError, match="no image bytes; a path to another file is not followed"):
+    with pytest.raises(DataError, match="no image bytes; paths of other files are not followed"):
         ParquetSource(tmp_path / "path.parquet").read(0)
 
 
@@ -147,16 +147,16 @@ def test_damaged_files_are_refused(tmp_path):
     path = write(tmp_path / "a.parquet", range(40))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="no parquet file that can be read"):
+    with pytest.raises(DataError, match="not a readable parquet file"):
         ParquetSource(path)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="no parquet file that can be read"):
+    with pytest.raises(DataError, match="not a readable parquet file"):
         ParquetSource(path)
     with pytest.raises(DataError, match="no parquet files"):
         ParquetSource([])
 
 
-def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_states_what_to_install(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", range(4))
     real = builtins.__import__
 

@@ -1,4 +1,4 @@
-"""Tar shards: what another tool wrote, any sample at any time, and tars that must not be read."""
+"""Tar shards: files of other tools, random access, and tars that must be refused."""
 
 import io
 import os
@@ -29,14 +29,14 @@ def write_tar(path: Path, members: Members, **options) -> Path:
 
 
 def samples(count: int, *, start: int = 0, classes: int = 3) -> Members:
-    """`count` samples: not images, as reading does not look inside; sizes differ."""
+    """`count` samples of different sizes. The content is not an image: reading does not decode it."""
     members: Members = []
     for i in range(start, start + count):
         members += [(f"{i:05d}.jpg", b"image %d" % i * (1 + i % 7)), (f"{i:05d}.cls", str(i % classes).encode())]
     return members
 
 
-def test_every_sample_comes_back_with_its_bytes_and_label_in_any_order(tmp_path):
+def test_samples_are_read_with_their_bytes_and_labels_in_any_order(tmp_path):
     write_tar(tmp_path / "a-0.tar", samples(20))
     write_tar(tmp_path / "a-1.tar", samples(13, start=20))
     source = ShardSource(tmp_path)
@@ -54,7 +54,7 @@ def test_every_sample_comes_back_with_its_bytes_and_label_in_any_order(tmp_path)
 
 
 def test_webdatasets_naming_rules_hold(tmp_path):
-    """Folders belong to the key, everything after the first dot of the file name is its ending."""
+    """Folders are part of the key; all of the file name after its first dot is the ending."""
     members = [
         ("./x/dog.7.JPG", b"never"),
         ("x/1.json", b"{}"),
@@ -82,7 +82,7 @@ def test_every_tar_dialect_and_long_names_are_read(tmp_path, format):
     assert source.name(0) == f"s.tar:{long}.jpg"
 
 
-def test_labels_may_be_names_or_numbers_that_a_file_names(tmp_path):
+def test_labels_may_be_names_or_numbers_that_classes_txt_names(tmp_path):
     write_tar(tmp_path / "n" / "s.tar", [("a.jpg", b"x"), ("a.cls", b"wolf"), ("b.jpg", b"y"), ("b.cls", b"cat")])
     source = ShardSource(tmp_path / "n")
     assert source.class_names == ("cat", "wolf")
@@ -103,7 +103,7 @@ def test_a_label_outside_the_named_classes_is_refused(tmp_path):
 # ---- the index
 
 
-def test_the_index_is_made_once_and_used_again(tmp_path, monkeypatch):
+def test_the_index_is_built_once_and_reused(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "s.tar", samples(9))
     first = ShardSource(path)
     assert index_path(path).exists()
@@ -114,18 +114,18 @@ def test_the_index_is_made_once_and_used_again(tmp_path, monkeypatch):
     assert again.name(5) == first.name(5)
 
 
-def test_an_index_of_another_tar_is_not_believed(tmp_path):
+def test_an_index_of_another_tar_is_not_used(tmp_path):
     path = write_tar(tmp_path / "s.tar", samples(9))
     ShardSource(path)
     write_tar(path, samples(9, start=100))
     assert ShardSource(path).read(0) == b"image 100" * 3
     later = path.stat().st_mtime_ns + 10**10
-    write_tar(path, samples(9, start=200))  # same size: only the bytes tell, and the index looks newer
+    write_tar(path, samples(9, start=200))  # same size and an index that looks newer: only the content differs
     os.utime(index_path(path), ns=(later, later))
     assert ShardSource(path).read(0) == b"image 200" * (1 + 200 % 7)
 
 
-def test_a_label_edited_in_place_is_seen(tmp_path):
+def test_a_label_edited_in_place_is_detected(tmp_path):
     members = samples(40)
     path = write_tar(tmp_path / "s.tar", members)
     before = ShardSource(path).labels.copy()
@@ -137,7 +137,7 @@ def test_a_label_edited_in_place_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}\n", b"not json\n", None])
-def test_a_damaged_index_is_made_anew(tmp_path, damage):
+def test_a_damaged_index_is_rebuilt(tmp_path, damage):
     path = write_tar(tmp_path / "s.tar", samples(9))
     ShardSource(path)
     whole = index_path(path).read_bytes()
@@ -146,7 +146,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage):
     assert index_path(path).read_bytes() == whole
 
 
-def test_an_index_that_points_outside_the_tar_is_made_anew(tmp_path):
+def test_an_index_with_numbers_out_of_bounds_is_rebuilt(tmp_path):
     path = write_tar(tmp_path / "s.tar", samples(9))
     index = open_index(path)
     for field, value in [("offset", 1 << 40), ("offset", -1), ("name", 1 << 40), ("label", 99), ("label", -1)]:
@@ -157,7 +157,7 @@ def test_an_index_that_points_outside_the_tar_is_made_anew(tmp_path):
         assert ShardSource(path).read(3) == b"image 3" * 4
 
 
-def test_a_folder_that_may_not_be_written_to_is_read_all_the_same(tmp_path, monkeypatch):
+def test_shards_in_a_read_only_folder_are_read_without_writing_an_index(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "s.tar", samples(4))
 
     def refuse(*_, **__):
@@ -168,7 +168,7 @@ def test_a_folder_that_may_not_be_written_to_is_read_all_the_same(tmp_path, monk
     assert not index_path(path).exists()
 
 
-def test_more_shards_than_files_may_be_open_at_once_are_read_by_many_threads(tmp_path, monkeypatch):
+def test_threads_read_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     monkeypatch.setattr("megabatch.data.sources.shards._MAX_OPEN_FILES", 2)
     for shard in range(6):
         write_tar(tmp_path / f"s-{shard}.tar", samples(10, start=10 * shard))
@@ -188,15 +188,15 @@ def test_more_shards_than_files_may_be_open_at_once_are_read_by_many_threads(tmp
     assert not wrong
 
 
-def test_a_shard_cut_short_during_a_run_is_an_error_and_no_crash(tmp_path):
+def test_a_shard_truncated_during_a_run_is_an_error_not_a_crash(tmp_path):
     path = write_tar(tmp_path / "s.tar", samples(9))
     source = ShardSource(path)
     os.truncate(path, 4000)
-    with pytest.raises(DataError, match="cut since it was indexed"):
+    with pytest.raises(DataError, match="truncated after it was indexed"):
         source.read(8)
 
 
-# ---- what must not be read
+# ---- archives that are refused
 
 
 def test_a_compressed_tar_is_refused_with_the_reason(tmp_path):
@@ -236,20 +236,20 @@ def test_a_truncated_tar_is_refused(tmp_path, keep):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 1000])
-def test_a_file_that_is_no_tar_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_tar_is_refused(tmp_path, content):
     (tmp_path / "s.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"no tar|no samples"):
+    with pytest.raises(DataError, match=r"not a tar|no samples"):
         ShardSource(tmp_path / "s.tar")
 
 
 @pytest.mark.parametrize("label", [b"", b"  \n", b"\xff\xfe", b"1\n2"])
-def test_a_label_that_is_no_single_word_or_number_is_refused(tmp_path, label):
+def test_a_label_that_is_not_one_line_of_text_is_refused(tmp_path, label):
     path = write_tar(tmp_path / "s.tar", [("a.jpg", b"x"), ("a.cls", label)])
     with pytest.raises(DataError, match="label of 'a'"):
         ShardSource(path)
 
 
-def test_images_without_labels_are_refused_with_the_way_out(tmp_path):
+def test_images_without_labels_are_refused_with_a_command_that_helps(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("cat/1.jpg", b"x"), ("cat/2.jpg", b"x")])
     with pytest.raises(DataError, match=r"no label.*megabatch data pack"):
         ShardSource(path)
@@ -269,7 +269,7 @@ def test_train_and_val_are_found_by_name_or_by_folder(tmp_path, layout):
     assert train.class_names == val.class_names == ("cat", "dog", "wolf")
 
 
-def test_numeric_classes_of_train_and_val_are_as_many_as_the_highest_says(tmp_path):
+def test_the_highest_numeric_label_of_train_and_val_gives_the_number_of_classes(tmp_path):
     write_tar(tmp_path / "train-0.tar", samples(12, classes=5))
     write_tar(tmp_path / "val-0.tar", samples(2, classes=5))
     train, val = open_shards(tmp_path)
@@ -281,18 +281,18 @@ def test_a_missing_part_and_different_classes_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no shards for 'val'.*val-000000\.tar"):
         open_shards(tmp_path)
     write_tar(tmp_path / "val-0.tar", [("a.jpg", b"x"), ("a.cls", b"cat")])
-    with pytest.raises(DataError, match="different classes"):
+    with pytest.raises(DataError, match="classes of train and val differ"):
         open_shards(tmp_path)
 
 
-def test_no_tar_at_all_is_refused(tmp_path):
+def test_a_folder_without_tars_is_refused(tmp_path):
     with pytest.raises(DataError, match="no tar files"):
         ShardSource(tmp_path)
     with pytest.raises(DataError, match="no file"):
         ShardSource(tmp_path / "missing.tar")
 
 
-def test_real_images_go_from_shard_to_pixels(tmp_path):
+def test_images_in_shards_decode_to_their_pixels(tmp_path):
     from megabatch.data.jpeg.decode import decode
 
     pixels = photograph(30, 40)

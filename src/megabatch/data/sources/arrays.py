@@ -1,4 +1,4 @@
-"""Data sets that fit in memory as pixels: they live on the device, and a batch is one gather."""
+"""Data sets that fit in memory as decoded pixels: kept on the device, so that a batch is one gather."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,19 @@ from megabatch.errors import DataError
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Images [n, C, H, W] uint8 and labels [n] int64 on one device, all of one size.
+    """A data set of decoded images of one size, as tensors on one device.
+
+        images, labels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8), torch.arange(100) % 2
+        source = ArraySource(images, labels, class_names=("cat", "dog"))
+        loader = TrainLoader(source, seed=0, pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.25, 0.25, 0.25))
+
+    Args:
+        images: [n, channels, height, width] uint8 in 0..255, n at least 1.
+        labels: [n] int64, each in 0 .. len(class_names) - 1.
+        class_names: name of each class, in the order of the labels.
 
     Raises:
-        DataError: another type or shape, no images, or a label without a class name.
+        DataError: another dtype or shape, no images, or a label without a class name.
     """
 
     images: Tensor
@@ -29,17 +38,18 @@ class ArraySource:
             raise DataError("the data set holds no images; at least 1 is needed")
         lowest, highest = int(self.labels.min()), int(self.labels.max())
         if lowest < 0 or highest >= len(self.class_names):
-            raise DataError(f"labels lie in {lowest}..{highest}, class names cover 0..{len(self.class_names) - 1}")
+            raise DataError(f"labels are in {lowest}..{highest}, class names cover 0..{len(self.class_names) - 1}")
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def device(self) -> torch.device:
+        """Device of the images."""
         return self.images.device
 
     def to(self, device: torch.device | str) -> "ArraySource":
-        """The same data set on `device`; no copy if it is there already."""
+        """Returns the data set on `device`, without a copy if it is already there."""
         return ArraySource(self.images.to(device), self.labels.to(device), self.class_names)
 
 

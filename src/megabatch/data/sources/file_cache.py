@@ -1,7 +1,7 @@
-"""A bounded folder of local copies of remote files, shared by all workers of a machine.
+"""Bounded folder of local copies of remote files, shared by all workers of a machine.
 
-A file is fetched by one of them while the others that want it wait, appears under its name when it is whole and has
-its checksum, and the one used longest ago makes room.
+One worker fetches a file while others that need it wait. A file gets its name once it is complete and its checksum is
+verified. The least recently used files are evicted.
 """
 
 import contextlib
@@ -27,14 +27,15 @@ T = TypeVar("T")
 
 
 class FileCache:
-    """Local copies of remote files, at most `max_bytes` of them, shared by processes and threads.
+    """LRU cache of remote files on the local disk, shared by processes and threads.
 
-    Files that are being fetched count with all they will have. One that is deleted while a reader has it open takes
-    its room until that reader lets go.
+    A file in flight counts with its full size. A file that is evicted while a reader has it open uses disk space until
+    the reader closes it.
 
     Args:
-        folder: where the copies lie; made if it is not there. Nothing else may be kept in it.
+        folder: folder of the copies; created if it does not exist. It must not contain other files.
         fs: an fsspec file system.
+        max_bytes: largest total size of the copies, in bytes.
     """
 
     def __init__(self, folder: Path | str, *, fs: Any, max_bytes: int) -> None:
@@ -42,25 +43,26 @@ class FileCache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, remote: "RemoteFile") -> Path:
-        """Where the copy of a remote file lies, or will."""
+        """Returns the path of a remote file's copy, which need not exist."""
         digest = hashlib.sha256(f"{remote.path}\n{remote.version}".encode()).hexdigest()[:16]
         return self._folder / f"{digest}-{posixpath.basename(remote.path)}"
 
     def fetch(self, remote: "RemoteFile", *, then: Callable[[Path], T], sha256: str | None = None) -> T:
-        """What `then` makes of the local copy, which is fetched if it is not there.
+        """Returns `then(path)` for the local copy, which is fetched if it is not in the cache.
 
-        The copy stays while `then` runs; afterwards it may make room for another file at any time.
+        The copy is not evicted while `then` runs, but may be at any time afterwards.
 
         Raises:
-            FetchError: it cannot be fetched, is not of its size or checksum, or others leave it no room.
-            SettingsError: it does not fit the cache.
+            FetchError: the file cannot be fetched in three attempts, has another size or checksum, or files in flight
+                left no space for ten minutes.
+            SettingsError: the file is larger than the cache.
         """
         path = self.path(remote)
         with _lock(path):
             if path.is_file() and path.stat().st_size == remote.num_bytes:
                 os.utime(path)
             else:
-                self._wait_for_room(remote.num_bytes, path)
+                self._wait_for_space(remote.num_bytes, path)
                 self._fetch(remote, path, sha256)
             return then(path)
 
@@ -69,7 +71,7 @@ class FileCache:
             try:
                 self._download(remote, path, sha256)
                 return
-            except Exception as error:  # every file system has errors of its own
+            except Exception as error:  # each fsspec file system raises its own errors
                 if attempt == _ATTEMPTS:
                     path.with_name(path.name + PART_ENDING).unlink(missing_ok=True)
                     raise FetchError(f"{remote.path} could not be fetched: {error}") from error
@@ -82,51 +84,51 @@ class FileCache:
                 digest.update(block)
                 done += file.write(block)
         if done != remote.num_bytes:
-            raise FetchError(f"{done} bytes came, {remote.num_bytes} were expected")
+            raise FetchError(f"received {done} bytes, expected {remote.num_bytes}")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise FetchError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}; the copy there is damaged")
-        with self._lock_all():  # whoever counts what lies here would meet it under neither name
+            raise FetchError(f"its SHA-256 is {digest.hexdigest()}, expected {sha256}; the remote copy is corrupt")
+        with self._lock_listing():  # a concurrent count of the folder could miss the file under both names
             part.replace(path)
 
-    def _wait_for_room(self, num_bytes: int, path: Path) -> None:
-        """Claim room, when need be after what others are fetching has come and may be deleted."""
+    def _wait_for_space(self, num_bytes: int, path: Path) -> None:
+        """Reserves disk space; waits if only files that are in flight could be evicted."""
         if num_bytes > self._max_bytes:
             raise SettingsError(
-                f"a file of {num_bytes} bytes does not fit a cache of {self._max_bytes}; "
-                f"{num_bytes / (1 << 30):.3g} GiB and more work"
+                f"a file of {num_bytes} bytes does not fit a cache of {self._max_bytes} bytes; "
+                f"{num_bytes / (1 << 30):.3g} GiB or more works"
             )
         deadline = time.monotonic() + _MAX_WAIT_S
-        while not self._make_room(num_bytes, path):
+        while not self._make_space(num_bytes, path):
             if time.monotonic() > deadline:
                 raise FetchError(
-                    f"no room for {num_bytes} bytes in {self._folder}: other files are being fetched there"
+                    f"no space for {num_bytes} bytes in {self._folder}: files in flight use it; a larger cache works"
                 )
             time.sleep(_PAUSE_S)
 
-    def _make_room(self, num_bytes: int, path: Path) -> bool:
-        """Delete the copies used longest ago until the new one fits, then hold its place with a file of its size."""
-        with self._lock_all():
-            files = sorted(self._files(path))
-            held = sum(size for _, size, _ in files)
+    def _make_space(self, num_bytes: int, path: Path) -> bool:
+        """Evicts least recently used copies until the new one fits, then reserves space with a file of its size."""
+        with self._lock_listing():
+            files = sorted(self._list_files(path))
+            used = sum(size for _, size, _ in files)
             for _, size, file in files:
-                if held + num_bytes > self._max_bytes and _delete(file):
-                    held -= size
-            if held + num_bytes > self._max_bytes:
+                if used + num_bytes > self._max_bytes and _delete(file):
+                    used -= size
+            if used + num_bytes > self._max_bytes:
                 return False
             with path.with_name(path.name + PART_ENDING).open("wb") as claim:
                 claim.truncate(num_bytes)
             return True
 
-    def _lock_all(self) -> contextlib.AbstractContextManager[None]:
-        """Whoever holds this may count the files: none comes, and none changes its name."""
+    def _lock_listing(self) -> contextlib.AbstractContextManager[None]:
+        """Lock under which no file is added to the folder or renamed, so that its files can be counted."""
         return _lock(self._folder / "cache")
 
-    def _files(self, but: Path) -> Iterator[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of what lies in the cache, except the file whose place is sought."""
+    def _list_files(self, excluded: Path) -> Iterator[tuple[int, int, Path]]:
+        """Yields (time of last use in ns, bytes, path) of each file in the cache, except those of the new file."""
         for file in self._folder.iterdir():
-            if file.suffix == _LOCK_ENDING or file.name.removesuffix(PART_ENDING) == but.name:
+            if file.suffix == _LOCK_ENDING or file.name.removesuffix(PART_ENDING) == excluded.name:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # what could not be fetched is given up at any time
+            with contextlib.suppress(FileNotFoundError):  # a failed fetch may delete its file at any time
                 status = file.stat()
                 if stat.S_ISREG(status.st_mode):
                     yield status.st_mtime_ns, status.st_size, file
@@ -134,7 +136,7 @@ class FileCache:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a remote folder as it is there now; `version` changes when its content does, where that is known."""
+    """A remote file in its present version; `version` changes with the content, if the server reports such a value."""
 
     path: str
     num_bytes: int
@@ -143,14 +145,14 @@ class RemoteFile:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process and thread at a time, for the files of this name. The lock of a process that dies is free."""
+    """Exclusive lock, between processes and threads, on the files of this name. Released if the process dies."""
     with path.with_name(path.name + _LOCK_ENDING).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _delete(file: Path) -> bool:
-    """Delete a copy, or what a dead process left of one; not what another process is fetching right now."""
+    """Deletes a copy, or the partial file of a dead process; returns False if another process is fetching it."""
     owner = file.with_name(file.name.removesuffix(PART_ENDING) + _LOCK_ENDING)
     with owner.open("ab") as lock:
         try:

@@ -1,4 +1,4 @@
-"""Image files in one folder per class, and the check that refuses damaged ones before a run starts."""
+"""Image files in one folder per class, and a quick check for damaged files before a run starts."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".
 class FolderSource:
     """Images under `path`/CLASS/, at any depth, as an `EncodedSource`.
 
-    Classes and files are in the order of their names, as bytes would sort, so the order does not depend on the
-    machine. Files count as images by their suffix, in any case; hidden ones are left out, and linked folders are not
-    followed. A file is read when it is asked for, not before.
+    Classes and files are sorted by the bytes of their names, so the order is the same on every machine. Files with an
+    image suffix, in upper or lower case, count as images. Hidden files are ignored, and links to folders inside a class
+    are not followed. A file is read when its sample is requested.
 
     Raises:
-        DataError: no such folder, no images, a class without images, or a symbolic link that leaves `path`.
+        DataError: no such folder, no images, a class without images, or a symbolic link to outside of `path`.
     """
 
     shard_sizes: Sequence[int] | None = None
@@ -32,27 +32,28 @@ class FolderSource:
         self.path = Path(path).expanduser()
         by_class = _images_by_class(self.path)
         self.class_names = tuple(by_class)
-        self._names = _Names([name for names in by_class.values() for name in names])
+        self._names = _PackedStrings([name for names in by_class.values() for name in names])
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(by_class)), [len(n) for n in by_class.values()])
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
+        """Returns the complete file of one sample; OSError if it cannot be read."""
         return (self.path / self._names[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        """The path of the file."""
+        """Returns the path of the sample's file."""
         return str(self.path / self._names[index])
 
     def probe(self, sample: int | None = None) -> None:
-        """Look at the beginning and the end of each file, or of `sample` of them spread evenly, before training.
+        """Checks the beginning and the end of each file, or of `sample` files that are spread evenly.
 
-        Finds empty files, files that are no image, and JPEGs that end too early; it decodes nothing, so damage in
-        the middle stays unseen: training replaces such files as it meets them, and `megabatch data check` finds them.
+        Finds empty files, files that are not images, and truncated files. It decodes nothing, so damage in the middle
+        is not found; training replaces such files when it meets them, and `megabatch data check` finds them.
 
         Raises:
-            DataError: names the first bad file, its fault, and how many more there are.
+            DataError: states the first bad file, its fault, and the number of other bad files.
         """
         count = len(self) if sample is None else min(sample, len(self))
         indices = np.linspace(0, len(self) - 1, count).astype(np.int64).tolist()
@@ -68,21 +69,27 @@ class FolderSource:
 
     def _fault(self, index: int) -> str | None:
         try:
-            return fault_at_a_glance(self.path / self._names[index])
+            return check_file_ends(self.path / self._names[index])
         except OSError as error:
             return f"cannot be read ({error.strerror})"
 
 
 def open_folder(path: Path | str) -> tuple[FolderSource, FolderSource]:
-    """Training and validation images from `path`/train and `path`/val, of the same classes.
+    """Returns the training and the validation images from `path`/train/CLASS/ and `path`/val/CLASS/, at any depth.
+
+        train, val = open_folder("my_photos")
+        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
+        image_file = train.read(0)  # bytes, still encoded
+
+    Both are `FolderSource`s of the same classes, sorted by name. Reads the folders' listings, but no image.
 
     Raises:
-        DataError: a part is missing (the folder that has both is suggested), the classes differ, or what
-            `FolderSource` refuses.
+        DataError: no such folder; train/ or val/ is missing (a subfolder that has both is suggested); the classes
+            differ, or one has no images; or a symbolic link points out of the data set.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise DataError(f"there is no folder {path}; needed: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+        raise DataError(f"{path} is not a folder; needed: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
     for part in ("train", "val"):
         if not (path / part).is_dir():
             raise DataError(f"{path} has no folder {part}/; {_suggestion(path)}")
@@ -91,8 +98,8 @@ def open_folder(path: Path | str) -> tuple[FolderSource, FolderSource]:
     return train, val
 
 
-def fault_at_a_glance(path: Path) -> str | None:
-    """What is wrong with an image file as far as its first and last bytes show; None if nothing is."""
+def check_file_ends(path: Path) -> str | None:
+    """Describes a fault that an image file's first and last bytes show; None if they show none."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
@@ -114,12 +121,12 @@ def fault_at_a_glance(path: Path) -> str | None:
 
 
 def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end marker follows the last scan, for files with other data after it, as some cameras write."""
+    """True if an end marker follows the last scan; some cameras append other data after the image."""
     return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
 
 
 def _fault_of_whole(path: Path) -> str | None:
-    """As far as the header goes, for files whose header is longer than the first bytes, or elsewhere (TIFF)."""
+    """Checks the header of a file whose header is longer than the first bytes, or at another place (TIFF)."""
     try:
         image_size(path.read_bytes())
     except DataError as error:
@@ -128,16 +135,17 @@ def _fault_of_whole(path: Path) -> str | None:
 
 
 def _class_folders(path: Path, root: str) -> list[str]:
+    """Names of the visible folders in `path`, sorted."""
     with os.scandir(path) as entries:
         folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     for entry in folders:
         if entry.is_symlink():
-            _refuse_way_out(entry.path, root)
+            _refuse_link_outside(entry.path, root)
     return sorted(entry.name for entry in folders)
 
 
-class _Names:
-    """A list of strings in one block of memory: a million of them in some 40 MB instead of 110."""
+class _PackedStrings:
+    """A list of strings in one block of memory: about 40 MB for a million file names instead of 110 MB."""
 
     def __init__(self, names: list[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
@@ -153,42 +161,42 @@ class _Names:
 
 
 def _images_by_class(path: Path) -> dict[str, list[str]]:
-    """Image paths relative to `path`, per class, sorted."""
+    """Image paths relative to `path` by class; classes and paths are sorted."""
     if not path.is_dir():
-        raise DataError(f"there is no folder {path}; needed: a folder with one folder of images per class")
+        raise DataError(f"{path} is not a folder; needed: a folder with one folder of images per class")
     root = os.path.realpath(path)
     classes = _class_folders(path, root)
     if not classes:
         raise DataError(
-            f"{path} holds no images: it needs one folder of image files per class, such as {path}/cat/1.jpg"
+            f"{path} contains no images; needed: one folder of image files per class, for example {path}/cat/1.jpg"
         )
     by_class = {name: sorted(_images_below(path, name, root)) for name in classes}
     if not any(by_class.values()):
-        raise DataError(f"no images in {path}; files count as images if they end in {_suffixes()}")
+        raise DataError(f"{path} contains no images; needed: files that end in {_suffixes()}")
     if empty := [name for name, images in by_class.items() if not images]:
-        raise DataError(f"class '{empty[0]}' is empty: no images in {path / empty[0]}; remove the folder or fill it")
+        raise DataError(f"class '{empty[0]}' has no images in {path / empty[0]}; remove the folder or add images to it")
     return by_class
 
 
 def _images_below(path: Path, class_name: str, root: str) -> Iterator[str]:
-    """Image paths relative to `path`, in no order. One directory read each, no look at single files."""
+    """Yields image paths relative to `path`, in no order; lists each folder once and opens no file."""
     folders = [class_name]
     while folders:
         folder = folders.pop()
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 if entry.is_symlink():
-                    _refuse_way_out(entry.path, root)
+                    _refuse_link_outside(entry.path, root)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{folder}/{entry.name}")
                 elif not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
                     yield f"{folder}/{entry.name}"
 
 
-def _refuse_way_out(link: str, root: str) -> None:
-    """Links inside the data set are as good as files; a link out of it could make anything readable a sample."""
+def _refuse_link_outside(link: str, root: str) -> None:
+    """Refuses a link to outside of the data set, which could make any readable file a sample; others are allowed."""
     if os.path.commonpath([os.path.realpath(link), root]) != root:
-        raise DataError(f"{link} is a symbolic link out of the data set; put a copy of what it points to in its place")
+        raise DataError(f"{link} is a symbolic link out of the data set; replace it by a copy of its target")
 
 
 def _suggestion(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""Images in parquet files as Hugging Face keeps them: a column of image bytes and a column of labels.
+"""Parquet files in Hugging Face's layout: a column of image bytes and a column of labels.
 
-Needs pyarrow (`pip install megabatch[parquet]`). A parquet file is read by whole row groups, some hundred images at a
-time, so samples in random order cost far more reading than they contain. `shard_sizes` are the row groups: with the
-loader's shard-local order each is read once an epoch. For random order, or many epochs, pack the data set into tar
-shards (`megabatch data pack`).
+Needs pyarrow (`pip install megabatch[parquet]`). Parquet files are read in whole row groups of some hundred images, so
+random order reads far more bytes than the samples contain. `shard_sizes` are the row groups: with the loader's
+shard-local order each is read once per epoch. For random order, or many epochs, pack the data set into tar shards
+(`megabatch data pack`).
 """
 
 import json
@@ -25,12 +25,14 @@ _CACHE_BYTES = 256 << 20
 
 
 class ParquetSource:
-    """Samples of parquet files, in the order of the files given, as an `EncodedSource`.
+    """Samples of parquet files, in the order of the given files, as an `EncodedSource`.
 
-    Labels are read at once; images by row group, of which the last `cache_bytes` stay in memory (one at least).
+    The constructor reads all labels. Images are read by row group; the most recently used row groups stay in memory, up
+    to `cache_bytes`, at least one.
 
     Raises:
-        DataError: pyarrow is missing; no files, damaged ones, or no columns of image bytes and of labels in them.
+        DataError: pyarrow is missing; no files, or damaged ones; no column of image bytes or of labels; a row without a
+            label; or a label that is not a class.
     """
 
     def __init__(self, paths: Path | str | Iterable[Path | str], *, cache_bytes: int = _CACHE_BYTES) -> None:
@@ -45,31 +47,31 @@ class ParquetSource:
         self.labels, self.class_names = _labels(files, self._paths, label_column)
         self._cache = _RowGroups(self._load, cache_bytes)
         if not len(self):
-            raise DataError(f"{self._paths[0]} holds no rows")
+            raise DataError(f"{self._paths[0]} has no rows; at least 1 is needed")
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def read(self, index: int) -> bytes:
-        """The image file of one sample.
+        """Returns the image file of one sample.
 
         Raises:
-            DataError: the row holds no bytes, only a path to a file elsewhere, or its row group is damaged.
+            DataError: the row has no bytes, only the path of another file, or its row group is damaged.
         """
         group = self._group_of(index)
         cell = self._cache.get(group)[index - int(self._first[group])].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None:
-            raise DataError(f"{self.name(index)} holds no image bytes; a path to another file is not followed")
+            raise DataError(f"{self.name(index)} has no image bytes; paths of other files are not followed")
         return bytes(data)
 
     def name(self, index: int) -> str:
-        """File and row, such as `train-00000-of-00002.parquet:17`."""
+        """Returns file and row, for example `train-00000-of-00002.parquet:17`."""
         file = self._groups[self._group_of(index)][0]
         return f"{self._paths[file].name}:{index - int(self._first_of_file[file])}"
 
     def estimated_sizes(self) -> npt.NDArray[np.int64]:
-        """Bytes of each sample, [n], as if all of a row group were alike: without reading the images."""
+        """Bytes of each sample, [n], estimated as its row group's mean without reading the images."""
         sizes = [_group_bytes(_open(path)) for path in self._paths]
         return np.repeat(np.concatenate(sizes), self.shard_sizes)
 
@@ -81,18 +83,27 @@ class ParquetSource:
     def _load(self, number: int) -> Any:
         file, group = self._groups[number]
         try:
-            # a file object of its own for each read: pyarrow's are not for several threads at once
+            # a new file object for each read: pyarrow's are not thread-safe
             table = _open(self._paths[file]).read_row_group(group, columns=[self._image_column], use_threads=False)
         except (OSError, _pyarrow().ArrowException) as error:
-            raise DataError(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
+            raise DataError(f"{self._paths[file]}: row group {group} cannot be read: {error}") from error
         return table.column(self._image_column)
 
 
 def open_parquet(path: Path | str) -> tuple[ParquetSource, ParquetSource]:
-    """Training and validation samples from a folder with train*.parquet and val*.parquet, validation* or test*.
+    """Returns the training and the validation samples of a folder of parquet files in Hugging Face's layout.
+
+        train, val = open_parquet("my_dataset")  # pip install 'megabatch[parquet]'
+        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
+        image_file = train.read(0)  # bytes, still encoded
+
+    Files belong to the training part if their name, or that of a folder on the way to them, starts with "train"; to the
+    validation part if it starts with "val", else "test". Both results are `ParquetSource`s of the same classes. Reads
+    all labels, but no image.
 
     Raises:
-        DataError: a part is missing, the classes differ, or what `ParquetSource` refuses.
+        DataError: pyarrow is missing; a part is missing; the classes differ; a file is damaged or has no column of
+            image bytes or of labels; or a label is missing or not a class.
     """
     path = Path(path).expanduser()
     train, val = _part(path, ("train",)), _part(path, ("val",)) or _part(path, ("test",))
@@ -104,19 +115,19 @@ def open_parquet(path: Path | str) -> tuple[ParquetSource, ParquetSource]:
     sources = ParquetSource(train), ParquetSource(val)
     names = max(sources[0].class_names, sources[1].class_names, key=len)
     for source in sources:
-        if not _may_lack_classes(source, names):
-            raise DataError(f"{path}: train and val name different classes; both need the same")
+        if not _can_have_classes(source, names):
+            raise DataError(f"{path}: the classes of train and val differ; both need the same")
         source.class_names = names
     return sources
 
 
-def _may_lack_classes(source: ParquetSource, names: tuple[str, ...]) -> bool:
-    """Bare numbers do not say how many classes there are: the highest one that either part holds does."""
+def _can_have_classes(source: ParquetSource, names: tuple[str, ...]) -> bool:
+    """True if a source's classes can be `names`: equal, or all are numbers, of which a part may lack the highest."""
     return source.class_names == names or all(name.isdecimal() for name in (*names, *source.class_names))
 
 
 def _part(path: Path, starts: tuple[str, ...]) -> list[Path]:
-    """Files below `path` whose name, or the name of a folder on the way there, begins so."""
+    """Files below `path` whose name, or a folder's name on the way to them, begins with one of `starts`."""
     files = sorted(path.rglob("*.parquet"))
     return [file for file in files if any(part.startswith(starts) for part in file.relative_to(path).parts)]
 
@@ -147,7 +158,7 @@ def _open(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is no parquet file that can be read: {error}") from error
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
 def _columns(file: Any, path: Path) -> tuple[str, str]:
@@ -164,7 +175,7 @@ def _columns(file: Any, path: Path) -> tuple[str, str]:
 
 
 def _group_bytes(file: Any) -> npt.NDArray[np.int64]:
-    """Mean bytes of a row, for each row group."""
+    """Mean bytes per row of each row group."""
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     return np.array([group.total_byte_size // max(1, group.num_rows) for group in groups], dtype=np.int64)
 
@@ -179,7 +190,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _labels(files: Sequence[Any], paths: Sequence[Path], column: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     values = [value for file in files for value in file.read(columns=[column]).column(column).to_pylist()]
     if any(value is None for value in values):
-        raise DataError(f"{paths[0].parent}: row {values.index(None)} has no {column}; every image needs one")
+        raise DataError(f"{paths[0].parent}: row {values.index(None)} has no {column}; each image needs one")
     named = _class_label_names(files[0], column)
     if all(isinstance(value, int) for value in values):
         return _numeric(values, named, paths[0])
@@ -200,7 +211,7 @@ def _numeric(
 
 
 def _class_label_names(file: Any, column: str) -> tuple[str, ...] | None:
-    """The class names that Hugging Face's `datasets` leaves in the schema."""
+    """Class names that Hugging Face's `datasets` stores in the schema's metadata; None if there are none."""
     try:
         features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[column]["names"])
@@ -215,7 +226,7 @@ class _RowGroup:
 
 
 class _RowGroups:
-    """The row groups read last. Threads that want the same one wait for the first of them; others do not."""
+    """LRU cache of row groups. Threads that need the same row group wait for one to load it; others do not wait."""
 
     def __init__(self, load: Any, max_bytes: int) -> None:
         self._load, self._max_bytes = load, max_bytes
@@ -229,10 +240,10 @@ class _RowGroups:
         with group.lock:
             if group.column is None:
                 group.column = self._load(number)
-                self._let_go()
+                self._evict()
             return group.column
 
-    def _let_go(self) -> None:
+    def _evict(self) -> None:
         with self._lock:
             while len(self._groups) > 1 and self._held_bytes() > self._max_bytes:
                 self._groups.popitem(last=False)

@@ -1,4 +1,4 @@
-"""What the loaders need of a data set whose images are files: bytes by index, and the label of each."""
+"""Interface between loaders and data sets whose images are files: bytes and label of each sample by index."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 @runtime_checkable
 class EncodedSource(Protocol):
-    """Images as the bytes of their files. `read` is called from many threads at once."""
+    """A data set of encoded image files. `read` must be thread-safe."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class index of each sample."""
+        """Class index of each sample, [n]."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -21,25 +21,25 @@ class EncodedSource(Protocol):
 
     @property
     def shard_sizes(self) -> Sequence[int] | None:
-        """Samples in each shard, in index order; None where samples are not kept in shards."""
+        """Number of samples in each shard, in index order; None if the samples are not in shards."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def read(self, index: int) -> bytes:
-        """The file of one sample, whole."""
+        """Returns the complete file of one sample. A DataError or OSError makes it a bad sample."""
 
     def name(self, index: int) -> str:
-        """What a person calls the sample: a path, or a key in a shard."""
+        """Returns a readable name of the sample: a path, or a member of a shard."""
 
 
 @runtime_checkable
 class ReadsAhead(Protocol):
-    """A source in shards that are slow to come, and that can be told of them before they are read."""
+    """A source in shards that can prefetch shards which are announced."""
 
     @property
     def shard_sizes(self) -> Sequence[int]:
-        """Samples in each shard, in index order."""
+        """Number of samples in each shard, in index order."""
 
     def will_read(self, indices: Iterable[int]) -> None:
-        """Samples whose shards are read next, in this order; returns at once."""
+        """Announces samples whose shards are read next, in this order; must not block."""

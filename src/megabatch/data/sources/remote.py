@@ -1,7 +1,7 @@
-"""Tar shards kept elsewhere (s3://, gs://, https:// and whatever fsspec opens), read through a bounded local cache.
+"""Remote tar shards (s3://, gs://, https:// or any fsspec URL), read through a bounded local cache.
 
-Needs fsspec (`pip install megabatch[remote]`, and what fsspec needs for the protocol). With the loader's shard-local
-order each shard comes once an epoch, and the loader says through `will_read` which ones come next.
+Needs fsspec (`pip install megabatch[remote]`) and fsspec's package for the protocol. With the loader's shard-local
+order each shard is fetched once per epoch, and the loader announces the next shards through `will_read`.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from megabatch.data.sources.shards import (
     COMPRESSED_ENDINGS,
     IndexedShards,
     OpenFiles,
-    agreed_names,
+    common_class_names,
     read_class_names,
 )
 from megabatch.data.sources.tar_index import ShardIndex, build_index, load_index, write_index
 from megabatch.errors import DataError, MegabatchError
 
-_MAX_OPEN_FILES = 4  # a deleted file takes its room until it is closed
+_MAX_OPEN_FILES = 4  # an evicted file uses disk space until it is closed
 _VERSION_FIELDS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
 
 T = TypeVar("T")
@@ -34,20 +34,21 @@ T = TypeVar("T")
 class RemoteShards(IndexedShards):
     """Samples of tar shards in a remote folder, as an `EncodedSource`.
 
-    The indices that `megabatch data pack` left beside the shards are fetched at once, the shards as they are read;
-    where there is no index, the shard is fetched to make one.
+    The constructor fetches the indices that `megabatch data pack` wrote beside the shards; a shard without an index is
+    fetched to build one. Other shards are fetched when they are read or announced.
 
     Args:
-        url: the remote folder, for example s3://bucket/imagenet.
-        part: which shards: those in the folder of this name, or those called `part`-*.tar.
-        cache: a local folder; all workers of a machine may share it.
-        max_bytes: how much of the disk the shards in it may take. It must hold what is read at about the same time,
-            or the same shards are fetched again and again: `bytes_at_once` of them.
-        class_names: names of numeric labels; by default from `classes.txt` there, else the numbers.
+        url: remote folder, for example s3://bucket/imagenet.
+        part: selects the shards in the folder of this name, or those named `part`-*.tar or `part`.tar.
+        cache: local folder; all workers of a machine may share it.
+        max_bytes: largest disk space of the cached shards, in bytes. It must hold the shards in use at a time, see
+            `bytes_at_once`; otherwise the same shards are fetched again and again.
+        class_names: names of numeric labels; the default is the remote `classes.txt`, else the numbers.
+        read_ahead_threads: number of shards that are prefetched in parallel.
 
     Raises:
-        DataError: fsspec is missing, no shards there, or what `ShardSource` refuses.
-        FetchError: an index that had to be made could not be.
+        DataError: fsspec is missing, there are no shards, or `ShardSource` would refuse them.
+        FetchError: a shard could not be fetched to build its index.
     """
 
     def __init__(
@@ -73,57 +74,57 @@ class RemoteShards(IndexedShards):
         super().__init__(names, indices, class_names or _class_names(self._fs, folders))
         self._files = OpenFiles(_MAX_OPEN_FILES)
         self._threads = ThreadPoolExecutor(read_ahead_threads, thread_name_prefix="read-ahead")
-        self._coming: set[int] = set()
-        self._coming_lock = threading.Lock()
+        self._in_flight: set[int] = set()
+        self._in_flight_lock = threading.Lock()
 
     def bytes_at_once(self, num_shards: int | None) -> int:
-        """Bytes of the `num_shards` largest shards, or of all of them."""
+        """Returns the total size in bytes of the `num_shards` largest shards; of all shards if None."""
         sizes = sorted((remote.num_bytes for remote in self._remote), reverse=True)
         return sum(sizes[:num_shards])
 
     def will_read(self, indices: Iterable[int]) -> None:
-        """Begin to fetch the shards of these samples, in this order, without waiting for them.
+        """Prefetches the shards of these samples, in this order, in the background.
 
-        Only as many as the cache holds: one more would make room by deleting the first.
+        Stops when the cache would be full: one more shard would evict the first of them.
         """
         room = self._max_bytes
         for shard in dict.fromkeys(self.shard_of(int(index)) for index in indices):
             room -= self._remote[shard].num_bytes
             if room < 0:
                 return
-            self._fetch_soon(shard)
+            self._submit_fetch(shard)
 
     def close(self) -> None:
-        """Give up what has not been fetched ahead yet."""
+        """Cancels prefetches that have not started and waits for those in progress."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch_soon(self, shard: int) -> None:
-        with self._coming_lock:
-            if shard in self._coming:
+    def _submit_fetch(self, shard: int) -> None:
+        with self._in_flight_lock:
+            if shard in self._in_flight:
                 return
-            self._coming.add(shard)
+            self._in_flight.add(shard)
         self._threads.submit(self._fetch_ahead, shard)
 
     def _fetch_ahead(self, shard: int) -> None:
         try:
-            with contextlib.suppress(MegabatchError):  # whoever reads the shard gets the error
-                self._with_copy(shard, lambda _: None)
+            with contextlib.suppress(MegabatchError):  # a read of the shard tries again and raises
+                self._with_local_copy(shard, lambda _: None)
         finally:
-            with self._coming_lock:
-                self._coming.discard(shard)
+            with self._in_flight_lock:
+                self._in_flight.discard(shard)
 
-    def _with_copy(self, shard: int, then: Callable[[Path], T]) -> T:
+    def _with_local_copy(self, shard: int, then: Callable[[Path], T]) -> T:
         return self._cache.fetch(self._remote[shard], then=then, sha256=self._sha256[shard])
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
         path = self._cache.path(self._remote[shard])
-        if self._files.holds(path):
-            with contextlib.suppress(FileNotFoundError):  # let go since, and deleted to make room
+        if self._files.is_open(path):
+            with contextlib.suppress(FileNotFoundError):  # closed and evicted since the check
                 return self._files.read(path, offset, size)
-        return self._with_copy(shard, lambda path: self._files.read(path, offset, size))
+        return self._with_local_copy(shard, lambda path: self._files.read(path, offset, size))
 
     def _index_of(self, shard: int) -> ShardIndex:
-        """The shard's index: kept here, or beside the shard, or made from the shard."""
+        """Returns a shard's index: the local copy, else the remote index, else one built from the fetched shard."""
         remote = self._remote[shard]
         local = self._index_folder / f"{self._cache.path(remote).name}.idx"
         if not local.exists():
@@ -136,13 +137,13 @@ class RemoteShards(IndexedShards):
 
 
 def open_remote_shards(url: str, *, cache: Path | str, max_bytes: int) -> tuple[RemoteShards, RemoteShards]:
-    """Training and validation samples of a remote folder, with one cache for both; raises what `RemoteShards` does."""
+    """Returns training and validation samples of a remote folder, which share one cache; errors as `RemoteShards`."""
 
     def opened(part: str, class_names: Sequence[str] | None = None) -> RemoteShards:
         return RemoteShards(url, part=part, cache=cache, max_bytes=max_bytes, class_names=class_names)
 
     train, val = opened("train"), opened("val")
-    names = agreed_names(train.class_names, val.class_names, url)
+    names = common_class_names(train.class_names, val.class_names, url)
     return (train, val) if names is None else (opened("train", names), opened("val", names))
 
 
@@ -150,7 +151,7 @@ def _open_remote(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError as error:
-        raise DataError(f"reading {url} needs fsspec; pip install 'megabatch[remote]' works") from error
+        raise DataError(f"reading {url} needs fsspec: pip install 'megabatch[remote]'") from error
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -159,7 +160,7 @@ def _open_remote(url: str) -> tuple[Any, str]:
 
 
 def _find_shards(fs: Any, root: str, part: str) -> list[RemoteFile]:
-    """As `open_shards` finds local ones: in the folder `part`, else those called `part`-*.tar or `part`.tar."""
+    """Finds shards as `open_shards` does: in the folder `part`, else those named `part`-*.tar or `part`.tar."""
     found = _tars(fs, posixpath.join(root, part), lambda _: True, may_be_missing=True)
     found = found or _tars(fs, root, lambda name: name.startswith(f"{part}-") or name == f"{part}.tar")
     if not found:
@@ -173,12 +174,14 @@ def _tars(fs: Any, folder: str, wanted: Callable[[str], bool], *, may_be_missing
     except FileNotFoundError as error:
         if may_be_missing:
             return []
-        raise DataError(f"there is no {folder}; needed: a folder with train-000000.tar and val-000000.tar") from error
-    except Exception as error:  # every file system has errors of its own
+        raise DataError(
+            f"{folder} does not exist; needed: a folder with train-000000.tar and val-000000.tar"
+        ) from error
+    except Exception as error:  # each fsspec file system raises its own errors
         raise DataError(f"{folder} cannot be listed: {error}") from error
     named = sorted((entry["name"], entry) for entry in entries if wanted(posixpath.basename(entry["name"])))
     if compressed := [name for name, _ in named if name.endswith(COMPRESSED_ENDINGS)]:
-        raise DataError(f"{compressed[0]} is compressed: no sample can be read without all before it; plain .tar works")
+        raise DataError(f"{compressed[0]} is compressed, which allows no random access; a plain .tar works")
     return [_remote_file(fs, entry) for name, entry in named if name.endswith(".tar")]
 
 
@@ -186,12 +189,14 @@ def _remote_file(fs: Any, entry: dict[str, Any]) -> RemoteFile:
     if entry.get("size") is None:  # web servers do not list sizes
         entry = {**entry, **fs.info(entry["name"])}
     if entry["size"] is None:
-        raise DataError(f"the server does not say how large {entry['name']} is; one that sends its size works")
+        raise DataError(
+            f"the server does not report the size of {entry['name']}; a server that sends Content-Length works"
+        )
     return RemoteFile(entry["name"], int(entry["size"]), _version(entry))
 
 
 def _version(entry: dict[str, Any]) -> str:
-    """What the remote end tells of a file that changes with its content."""
+    """Text that changes when the file's content does, from the metadata that the file system reports."""
     return " ".join(str(entry[name]) for name in _VERSION_FIELDS if name in entry)
 
 

@@ -1,14 +1,13 @@
-"""Images in standard tar files, in WebDataset's layout, any sample reachable at once.
+"""Images in standard tar files, in WebDataset's layout, with random access to each sample.
 
-A sample is two neighbouring members of a tar: `KEY.jpg` (or another image suffix) and `KEY.cls`, which holds the
-class as a number or as a name. Other members of the same key, such as `KEY.json`, are passed over. Beside each
-`NAME.tar` lies `NAME.tar.idx`, which says where its samples are; it is made when it is missing or does not fit the
-tar, and nothing but megabatch needs it. A file `classes.txt` in the same folder names the classes of numeric labels,
-one a line.
+A sample is two consecutive members of a tar: `KEY.jpg` (or another image suffix) and `KEY.cls`, which contains the
+class as a number or as a name. Other members of the same key, such as `KEY.json`, are ignored. `NAME.tar.idx` beside
+each `NAME.tar` contains the offsets of its samples. It is built if it is missing or does not match the tar, and only
+megabatch uses it. A file `classes.txt` in the same folder names the classes of numeric labels, one per line.
 
-Samples are read with `pread`: all workers share the page cache, a thread that waits for the disk holds up no other,
-as a fault on a memory map would, and a shard that is cut short during a run is an error, not a crash. A worker keeps
-20 bytes in memory for each sample.
+Samples are read with `pread`, so all workers share the page cache. Unlike a memory map, a thread that waits for the
+disk blocks no other thread, and a shard that is truncated during a run raises an error instead of crashing the process.
+A worker uses 20 bytes of memory per sample.
 """
 
 import os
@@ -29,7 +28,7 @@ COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class IndexedShards:
-    """Samples of tars whose indices are at hand; where the bytes come from is left to `_read_at`."""
+    """Samples of indexed tars; subclasses implement `_read_at` and `_index_of`."""
 
     def __init__(
         self, names: Sequence[str], indices: Sequence[ShardIndex], class_names: Sequence[str] | None = None
@@ -46,49 +45,50 @@ class IndexedShards:
         return int(self._first[-1])
 
     def read(self, index: int) -> bytes:
-        """The image file of one sample.
+        """Returns the image file of one sample.
 
         Raises:
-            DataError: the shard has become shorter than it was.
+            DataError: the shard was truncated after it was indexed.
         """
         return self._read_at(self.shard_of(index), int(self._offsets[index]), int(self.sizes[index]))
 
     def name(self, index: int) -> str:
-        """Shard and member, such as `train-000003.tar:dog/0017.jpg`."""
+        """Returns shard and member, for example `train-000003.tar:dog/0017.jpg`."""
         shard = self.shard_of(index)
         member = self._index_of(shard).name(index - int(self._first[shard]))
         return f"{self._shard_names[shard]}:{member}"
 
     def member_names(self) -> Iterator[str]:
-        """The name that each sample's image has in its tar, in index order."""
+        """Yields the name of each sample's image in its tar, in index order."""
         for shard in range(len(self.shard_sizes)):
             index = self._index_of(shard)
             yield from map(index.name, range(len(index)))
 
     def shard_of(self, index: int) -> int:
-        """The number of the shard that holds a sample."""
+        """Returns the number of the shard that contains a sample; IndexError if there is no such sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
+        """Returns `size` bytes of a shard from `offset`."""
         raise NotImplementedError
 
     def _index_of(self, shard: int) -> ShardIndex:
-        """Read anew each time it is asked for: names are wanted rarely, and would take up much memory."""
+        """Returns a shard's index. Not kept in memory: names are needed rarely, and are large."""
         raise NotImplementedError
 
 
 class ShardSource(IndexedShards):
-    """Samples of one or more tar shards, in the order of the files given, as an `EncodedSource`.
+    """Samples of one or more tar shards, in the order of the given files, as an `EncodedSource`.
 
     Args:
-        paths: tar files, or one folder whose tars are taken in the order of their names.
-        class_names: names of numeric labels; by default from `classes.txt` beside the shards, else the numbers.
+        paths: tar files, or one folder, whose tars are sorted by name.
+        class_names: names of numeric labels; the default is `classes.txt` beside the shards, else the numbers.
 
     Raises:
-        DataError: no shards, a compressed or damaged tar, a member that leaves its folder or is no plain file, a
-            sample without a label, a label outside `class_names`.
+        DataError: no shards; a compressed or damaged tar; a member that is not a plain file or leaves the archive's
+            folder; a sample without a label; or a label outside `class_names`.
     """
 
     def __init__(self, paths: Path | str | Iterable[Path | str], *, class_names: Sequence[str] | None = None) -> None:
@@ -106,10 +106,19 @@ class ShardSource(IndexedShards):
 
 
 def open_shards(path: Path | str) -> tuple[ShardSource, ShardSource]:
-    """Training and validation samples from `path`/train-*.tar and val-*.tar, or from tars in train/ and val/.
+    """Returns the training and the validation samples of a folder of tar shards in WebDataset's layout.
+
+        train, val = open_shards("my_shards")  # `megabatch data pack my_photos my_shards` makes them
+        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
+        image_file = train.read(0)  # bytes, still encoded
+
+    Shards are `path`/train-*.tar and `path`/val-*.tar, or all tars in `path`/train/ and `path`/val/. Both results are
+    `ShardSource`s of the same classes, with samples in the order of the shards' names. Reads the indices of the shards;
+    builds and writes those that are missing.
 
     Raises:
-        DataError: a part is missing, the classes differ, or what `ShardSource` refuses.
+        DataError: a part is missing; the classes differ; a tar is compressed or damaged; a member is not a plain file
+            or leaves the archive's folder; or a sample has no label, or one that is not a class.
     """
     path = Path(path).expanduser()
     parts = {part: _part(path, part) for part in ("train", "val")}
@@ -119,19 +128,23 @@ def open_shards(path: Path | str) -> tuple[ShardSource, ShardSource]:
                 f"no shards for '{part}' in {path}; needed: {path / part}-000000.tar or {path / part}/*.tar"
             )
     train, val = ShardSource(parts["train"]), ShardSource(parts["val"])
-    names = agreed_names(train.class_names, val.class_names, str(path))
+    names = common_class_names(train.class_names, val.class_names, str(path))
     if names is None:
         return train, val
     return ShardSource(parts["train"], class_names=names), ShardSource(parts["val"], class_names=names)
 
 
-def agreed_names(train: Sequence[str], val: Sequence[str], where: str) -> Sequence[str] | None:
-    """The class names to open both parts with, None if theirs are equal; DataError if they contradict each other."""
+def common_class_names(train: Sequence[str], val: Sequence[str], where: str) -> Sequence[str] | None:
+    """Class names with which both parts must be opened again; None if they already agree.
+
+    Raises:
+        DataError: the names differ and are not all numbers.
+    """
     if train == val:
         return None
     if not all(name.isdecimal() for name in (*train, *val)):
-        raise DataError(f"{where}: train and val name different classes; both need the same, or one {CLASSES_FILE}")
-    return max(train, val, key=len)  # plain numbers: the highest one seen says how many
+        raise DataError(f"{where}: the classes of train and val differ; both need the same, or one {CLASSES_FILE}")
+    return max(train, val, key=len)  # numbers: the part with the highest label has all classes
 
 
 def _part(path: Path, part: str) -> list[Path]:
@@ -140,7 +153,7 @@ def _part(path: Path, part: str) -> list[Path]:
 
 
 def _tars(folder: Path, stem: str) -> list[Path]:
-    """Tars by name, compressed ones too, so that they are refused with the reason instead of being overlooked."""
+    """Tars sorted by name, including compressed ones, so that these are refused with a reason and not ignored."""
     endings = (".tar", *COMPRESSED_ENDINGS)
     return sorted(path for ending in endings for path in folder.glob(stem + ending))
 
@@ -157,7 +170,7 @@ def _shard_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
 
 
 def read_class_names(text: str) -> list[str]:
-    """The lines of a `classes.txt`."""
+    """Class names in the text of a `classes.txt`, one per line."""
     return text.removesuffix("\n").split("\n")
 
 
@@ -193,7 +206,7 @@ def _class_of(text: str, by_name: dict[str, int], shard: str) -> int:
 
 
 class OpenFiles:
-    """The files read last, kept open; one that is let go closes when the last reader is done with it."""
+    """LRU cache of open files. An evicted file is closed when its last reader has finished."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -201,19 +214,20 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; DataError if the file ends before.
+        """Returns `size` bytes from `offset`.
 
         Raises:
-            FileNotFoundError: the file is gone. One that is open is read on, even if it has been deleted since.
+            DataError: the file ends before.
+            FileNotFoundError: the file does not exist. A file that was deleted after it was opened can still be read.
         """
-        file = self._get(path)  # held until the read is done: letting go of it may close it
+        file = self._get(path)  # this reference keeps the file open during the read
         data = os.pread(file.descriptor, size, offset)
         if len(data) != size:
-            raise DataError(f"{path} ends before byte {offset + size}; it has been cut since it was indexed")
+            raise DataError(f"{path} ends before byte {offset + size}; it was truncated after it was indexed")
         return data
 
-    def holds(self, path: Path) -> bool:
-        """Whether the file is open."""
+    def is_open(self, path: Path) -> bool:
+        """True if the file is in the cache."""
         with self._lock:
             return path in self._files
 
@@ -228,6 +242,8 @@ class OpenFiles:
 
 
 class _File:
+    """A file descriptor that is closed when the object is freed."""
+
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""Where the samples of a tar are: read from the tar once, then from a small file beside it.
+"""Index of the samples in a tar: built from the tar once, then read from a small file beside it.
 
-`NAME.tar.idx` is a line of JSON, padded to a multiple of 64 bytes, then a record for each sample (little-endian:
-64-bit offset of the image in the tar and of its name among the names; 32-bit size of the image, size of the name,
-and number of the label in the JSON line's `labels`), then the names.
+`NAME.tar.idx` is a line of JSON, padded to a multiple of 64 bytes; then one little-endian record per sample (`RECORD`:
+64-bit offset of the image in the tar, 64-bit offset of its name among the names, 32-bit sizes of image and name, and
+64-bit index of the label in the JSON line's `labels`); then the names, without separators.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5":
 
 @dataclass(frozen=True)
 class Member:
-    """One plain file in a tar."""
+    """A plain file in a tar: name, offset of its content and size in bytes."""
 
     name: str
     offset: int
@@ -44,45 +44,48 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of one tar. `records` has the fields of `RECORD`."""
+    """The samples of one tar."""
 
-    records: npt.NDArray[Any]
-    names: npt.NDArray[np.uint8]
-    label_texts: Sequence[str]
+    records: npt.NDArray[Any]  # [n], with the fields of `RECORD`
+    names: npt.NDArray[np.uint8]  # the members' names, concatenated
+    label_texts: Sequence[str]  # the distinct contents of .cls members
     header: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def name(self, row: int) -> str:
+        """Returns the name of a sample's image in the tar."""
         start, size = int(self.records[row]["name"]), int(self.records[row]["name_size"])
         return self.names[start : start + size].tobytes().decode("utf-8", "surrogateescape")
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of a tar lies."""
+    """Path of a tar's index."""
     return tar.with_name(tar.name + ".idx")
 
 
 def open_index(tar: Path) -> ShardIndex:
-    """The index of a tar: the one beside it if it fits the tar, else a new one, which is left there if it may be.
+    """Returns the index of a tar: the file beside it if it matches the tar, else a new one, which is written there.
+
+    If the folder is read-only, the new index is not written.
 
     Raises:
-        DataError: the tar is missing, compressed, damaged, holds something other than plain files in its own folder,
-            or a sample without a label.
+        DataError: the tar is missing, compressed or damaged; a member is not a plain file or leaves the archive's
+            folder; or a sample has no label.
     """
     if not tar.is_file():
         raise DataError(f"there is no file {tar}; needed: a tar of images, for example train-000000.tar")
     index = load_index(index_path(tar))
-    if index is None or not _fits(index, tar):
+    if index is None or not _matches(index, tar):
         index = build_index(tar)
-        with contextlib.suppress(OSError):  # a folder that may not be written to: indexed anew each time
+        with contextlib.suppress(OSError):  # read-only folder: the index is rebuilt each time
             write_index(index, index_path(tar))
     return index
 
 
 def build_index(tar: Path, *, extra: dict[str, Any] | None = None) -> ShardIndex:
-    """Read a tar's members and pair images with labels. `extra` goes into the header, for `pack` to know its work."""
+    """Builds an index from a tar's members. `extra` is added to the header; `pack` uses it to recognise its shards."""
     texts: dict[str, int] = {}
     rows, names = [], bytearray()
     with tar.open("rb") as file:
@@ -94,13 +97,13 @@ def build_index(tar: Path, *, extra: dict[str, Any] | None = None) -> ShardIndex
             rows.append((image.offset, len(names), image.size, len(name), texts.setdefault(text, len(texts))))
             names += name
     if not rows:
-        raise DataError(f"{tar} holds no samples; needed: pairs of members such as dog/1.jpg and dog/1.cls")
+        raise DataError(f"{tar} contains no samples; needed: pairs of members such as dog/1.jpg and dog/1.cls")
     header = {"format": FORMAT, "samples": len(rows), "labels": list(texts), **_identity(tar), **(extra or {})}
     return ShardIndex(np.array(rows, dtype=RECORD), np.frombuffer(bytes(names), np.uint8), list(texts), header)
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
-    """Write an index so that no reader sees half of it; OSError if the folder may not be written to."""
+    """Writes an index atomically; OSError if the folder is read-only."""
     line = json.dumps(index.header, ensure_ascii=True, sort_keys=True).encode()
     line += b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
@@ -115,10 +118,10 @@ def write_index(index: ShardIndex, path: Path) -> None:
 
 
 def list_members(tar: Path) -> list[Member]:
-    """Every plain file of a tar, in order.
+    """Returns all plain files of a tar, in order.
 
     Raises:
-        DataError: a compressed, damaged or truncated tar, a link, a device, or a name that leaves the folder.
+        DataError: a compressed, damaged or truncated tar; a link or device; or a name that leaves the archive's folder.
     """
     _refuse_compressed(tar)
     size = tar.stat().st_size
@@ -131,20 +134,20 @@ def list_members(tar: Path) -> list[Member]:
                 _refuse_unsafe(info, tar)
                 members.append(Member(info.name, info.offset_data, info.size))
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{tar} is damaged, or no tar: {error}") from error
+        raise DataError(f"{tar} is damaged or not a tar: {error}") from error
     if members and members[-1].offset + members[-1].size > size:
-        raise DataError(f"{tar} is truncated: its last member, {members[-1].name}, goes past the end")
+        raise DataError(f"{tar} is truncated: its last member, {members[-1].name}, ends after the file")
     return members
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """WebDataset's key and ending of a member: `a/b.c.jpg` is the `c.jpg` of `a/b`. None for hidden files."""
+    """Splits a member's name into WebDataset's key and ending: `a/b.c.jpg` is `a/b` and `c.jpg`. None if hidden."""
     match = _KEY.match(name)
     return (match[1], match[2].lower()) if match else None
 
 
 def _samples(members: Sequence[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbouring members of the same key, by ending."""
+    """Yields (key, members by ending) for each run of consecutive members with the same key."""
     current, group = None, dict[str, Member]()
     for member in members:
         parts = split_name(member.name)
@@ -160,6 +163,7 @@ def _samples(members: Sequence[Member]) -> Iterator[tuple[str, dict[str, Member]
 
 
 def _pair(tar: Path, key: str, members: dict[str, Member]) -> tuple[Member, Member]:
+    """Image and label of a sample; DataError if one is missing."""
     image = next((member for ending, member in members.items() if ending in IMAGE_ENDINGS), None)
     label = members.get(LABEL_ENDING)
     if image is None or label is None:
@@ -173,7 +177,7 @@ def _pair(tar: Path, key: str, members: dict[str, Member]) -> tuple[Member, Memb
 
 def _refuse_huge(tar: Path, image: Member) -> None:
     if image.size > _MAX_IMAGE_BYTES:
-        raise DataError(f"{tar}: '{image.name}' has {image.size} bytes; an image may have {_MAX_IMAGE_BYTES}")
+        raise DataError(f"{tar}: '{image.name}' has {image.size} bytes; at most {_MAX_IMAGE_BYTES} are supported")
 
 
 def _label_text(content: bytes, tar: Path, key: str) -> str:
@@ -191,21 +195,23 @@ def _refuse_compressed(tar: Path) -> None:
         start = file.read(2)
     if start in _COMPRESSED:
         raise DataError(
-            f"{tar} is compressed with {_COMPRESSED[start]}, so that a sample in the middle cannot be read without all "
-            "before it, and images hardly shrink; unpack it to a plain .tar"
+            f"{tar} is compressed with {_COMPRESSED[start]}, which allows no random access and hardly shrinks images; "
+            "unpack it to a plain .tar"
         )
 
 
 def _refuse_unsafe(info: tarfile.TarInfo, tar: Path) -> None:
     if not info.isreg() or info.issparse():
-        raise DataError(f"{tar}: '{info.name}' is a link, a device or the like; shards hold plain files only")
+        raise DataError(
+            f"{tar}: '{info.name}' is a link, a device or another special file; only plain files are allowed"
+        )
     path = PurePosixPath(info.name)
     if path.is_absolute() or ".." in path.parts or "\\" in info.name or "\0" in info.name:
-        raise DataError(f"{tar}: the name '{info.name}' leaves the archive's folder; such an archive is not read")
+        raise DataError(f"{tar}: the name '{info.name}' leaves the archive's folder; names such as dog/1.jpg work")
 
 
 def _identity(tar: Path) -> dict[str, Any]:
-    """Size and a hash of three places: enough to tell another tar, and cheap for a thousand shards."""
+    """Size, and hash of three blocks: enough to detect another tar, and fast for a thousand shards."""
     size = tar.stat().st_size
     digest = hashlib.sha256()
     with tar.open("rb") as file:
@@ -214,15 +220,15 @@ def _identity(tar: Path) -> dict[str, Any]:
     return {"tar_bytes": size, "tar_fingerprint": digest.hexdigest()}
 
 
-def _fits(index: ShardIndex, tar: Path) -> bool:
-    """Not older than the tar, which has the size and the bytes in three places that the index was made for."""
+def _matches(index: ShardIndex, tar: Path) -> bool:
+    """True if the index is not older than the tar and was built for its size and fingerprint."""
     if index_path(tar).stat().st_mtime_ns < tar.stat().st_mtime_ns:
         return False
     return all(index.header.get(name) == value for name, value in _identity(tar).items())
 
 
 def load_index(path: Path) -> ShardIndex | None:
-    """The index in a file; None if there is none, or not one that can be used."""
+    """Reads an index file; None if it is missing, damaged or of another format."""
     try:
         whole = path.read_bytes()
         start = whole.index(b"\n") + 1
@@ -237,7 +243,7 @@ def load_index(path: Path) -> ShardIndex | None:
 
 
 def _checked(index: ShardIndex) -> ShardIndex | None:
-    """The index if every number in it lies in its bounds: the file may have been cut, or written by anyone."""
+    """Returns the index if all its numbers are in bounds, else None: the file may be truncated or untrusted."""
     records, tar_bytes = index.records, index.header["tar_bytes"]
     if len(records) != index.header["samples"] or len(records) == 0:
         return None
