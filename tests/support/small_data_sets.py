@@ -1,4 +1,4 @@
-"""Known data sets with a few images, in every layout in which the genuine ones are published."""
+"""Known data sets reduced to a few images, in all layouts in which the real data sets are published."""
 
 import dataclasses
 import gzip
@@ -26,10 +26,10 @@ FASHION = split_of(20, 1, 28, 1), split_of(10, 1, 28, 2)
 CIFAR = split_of(50, 3, 32, 3), split_of(10, 3, 32, 4)
 
 
-def small(genuine: KnownDataSet, splits: tuple[Arrays, Arrays]) -> KnownDataSet:
-    """The data set with a few images instead of its own, and no source but those a test adds."""
+def small(real: KnownDataSet, splits: tuple[Arrays, Arrays]) -> KnownDataSet:
+    """The data set with a few images and no download sources, other than those that a test adds."""
     train, test = (Split(len(part.labels), content_sha256(part)) for part in splits)
-    return dataclasses.replace(genuine, train=train, test=test, apt_package=None, npm_package=None, urls=())
+    return dataclasses.replace(real, train=train, test=test, apt_package=None, npm_package=None, urls=())
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -54,7 +54,7 @@ def write_cifar_binary(folder: Path) -> Path:
 
 
 def write_cifar_sheets(folder: Path) -> Path:
-    """Ten images a sheet in their order, one image a row."""
+    """Ten images per sheet, in order, one image per row."""
     folder.mkdir(parents=True, exist_ok=True)
     sheets = {f"data_batch_{i + 1}": CIFAR[0].images[10 * i : 10 * i + 10] for i in range(5)}
     for name, images in {**sheets, "test_batch": CIFAR[1].images}.items():
@@ -73,7 +73,7 @@ def tar_of(folder: Path, prefix: str, mode: str = "w") -> bytes:
 
 
 def check(name: str, cache: Path, splits: tuple[Arrays, Arrays]) -> None:
-    """The cache serves exactly these splits."""
+    """Asserts that the cache contains exactly these splits."""
     for source, part in zip(load(name, cache=cache), splits, strict=True):
         assert torch.equal(source.images, torch.from_numpy(part.images))
         assert source.labels.tolist() == part.labels.tolist()

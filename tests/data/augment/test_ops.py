@@ -36,7 +36,7 @@ def test_shift_and_flip_is_pad_by_reflection_then_crop_then_mirror(padding, chan
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_flip_some_mirrors_those_and_leaves_the_others(memory_format):
+def test_flip_some_mirrors_the_given_images_only(memory_format):
     images = images_of(4, 3, 5, 6).contiguous(memory_format=memory_format)
     flipped = augment.flip_some(images.clone(memory_format=torch.preserve_format), [1, 3])
     for i in range(4):
@@ -56,7 +56,7 @@ def test_crop_and_resize_is_pillows_antialiased_bilinear_resize_of_the_crop(size
         assert difference.max() <= 1.01  # Pillow rounds to whole numbers after each of its two passes
 
 
-def test_crop_and_resize_keeps_constant_images_and_never_looks_outside_the_box():
+def test_crop_and_resize_keeps_constant_images_and_reads_nothing_outside_the_box():
     images = torch.zeros(1, 1, 20, 20, dtype=torch.uint8)
     images[:, :, 5:12, 3:10] = 200
     inside = augment.crop_and_resize(images, torch.tensor([[5, 3, 7, 7]]), 13)
@@ -85,7 +85,7 @@ def test_normalize_is_pixels_over_255_minus_mean_over_std(count, channels, given
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_normalize_rounds_once_to_the_dtype_asked_for():
+def test_normalize_rounds_once_to_the_requested_dtype():
     images = images_of(3, 3, 8, 8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     exact = augment.normalize(images, mean, std, torch.empty(images.shape))
@@ -93,7 +93,7 @@ def test_normalize_rounds_once_to_the_dtype_asked_for():
     assert torch.equal(half, exact.to(torch.bfloat16))
 
 
-def test_normalize_leaves_float_input_as_it_was():
+def test_normalize_does_not_change_float_input():
     images = images_of(1, 1, 4, 4).float()
     before = images.clone()
     augment.normalize(images, (0.5,), (0.5,), torch.empty_like(images))
@@ -142,7 +142,7 @@ def test_paste_takes_the_partner_inside_the_box():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_operation_takes_an_empty_batch(channels):
+def test_every_operation_accepts_an_empty_batch(channels):
     images = torch.empty(0, channels, 8, 8, dtype=torch.uint8)
     none, boxes = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)
     assert augment.shift_and_flip(images, none, none, none.bool()).shape == images.shape

@@ -12,11 +12,11 @@ def samples_of(count: int, epoch: int = 0, augmented: bool = True) -> Samples:
 
 
 def ramp(count: int, size: int = 12) -> torch.Tensor:
-    """Images whose every pixel is different, so that any move shows."""
+    """Images whose neighbouring pixels all differ, so that any shift is visible."""
     return torch.arange(count * size * size).view(count, 1, size, size).remainder(251).to(torch.uint8)
 
 
-def test_half_of_the_images_are_mirrored_and_others_in_the_next_epoch():
+def test_half_of_the_images_are_mirrored_independently_in_each_epoch():
     policy = Policy(seed=1)
     first, second = policy.flips(samples_of(10_000)), policy.flips(samples_of(10_000, epoch=1))
     assert first.mean() == pytest.approx(0.5, abs=0.025)
@@ -24,7 +24,7 @@ def test_half_of_the_images_are_mirrored_and_others_in_the_next_epoch():
     assert not Policy(seed=1, flip=False).flips(samples_of(50)).any()
 
 
-def test_after_augmentation_ended_only_flips_are_left():
+def test_after_augmentation_ended_only_flips_remain():
     everything = Policy(
         seed=0,
         augmentation="pad_crop",
@@ -44,7 +44,7 @@ def test_after_augmentation_ended_only_flips_are_left():
     assert torch.equal(weights, torch.ones(40))
 
 
-def test_augmentation_ends_for_each_sample_by_itself():
+def test_augmentation_ends_per_sample():
     policy = Policy(seed=0, augmentation="pad_crop", flip=False)
     images = ramp(30)
     half = samples_of(30)._replace(augmented=np.arange(30) < 15)
@@ -54,7 +54,7 @@ def test_augmentation_ends_for_each_sample_by_itself():
     assert not torch.equal(moved[:15], images[:15])
 
 
-def test_random_resized_crops_turn_central_once_augmentation_ended():
+def test_random_resized_crops_are_central_after_augmentation_ended():
     policy = Policy(seed=0, augmentation="random_resized_crop", center_crop_ratio=0.5)
     sides = np.full(6, 100)
     boxes = policy.boxes(samples_of(6)._replace(augmented=np.arange(6) < 3), sides, sides)

@@ -50,7 +50,7 @@ def permute(
     """
     positions = np.asarray(positions)
     if positions.size and not (positions.min() >= 0 and positions.max() < num_samples):
-        raise ValueError(f"positions lie in 0..{num_samples - 1}; got {positions.min()}..{positions.max()}")
+        raise ValueError(f"positions must be in 0..{num_samples - 1}; got {positions.min()}..{positions.max()}")
     if num_samples < 2:
         return positions.astype(np.int64)
     bits = max(2, (num_samples - 1).bit_length())

@@ -79,12 +79,12 @@ def repair(
     root = _folder(report)
     target = root if into is None else Path(into).expanduser()
     unrepairable = {problem.name for problem in report.bad if problem.kind not in REPAIRS}
-    wanted: dict[str, list[Problem]] = {}
+    to_repair: dict[str, list[Problem]] = {}
     for problem in report.problems:
         if problem.kind in kinds and problem.name not in unrepairable:
-            wanted.setdefault(problem.name, []).append(problem)
+            to_repair.setdefault(problem.name, []).append(problem)
     done: list[tuple[Problem, Path]] = []
-    for name, found in wanted.items():
+    for name, found in to_repair.items():
         path = _rewrite(root, name, found, target)
         done += [(problem, path) for problem in found]
     return RepairReport(done, _remaining(report, done))

@@ -1,6 +1,6 @@
 """Augmented training batches by stream position. Re-exports `EvalLoader` and `Batch`.
 
-A loader is stateless: `load` is a function of the requested positions. A batch therefore does not depend on the
+A loader stores no position: `load` is a function of the requested positions. A batch therefore does not depend on the
 worker's rank, on earlier batches, or on where a run was stopped and resumed.
 """
 
@@ -73,9 +73,9 @@ class TrainLoader(BaseLoader):
         prefetch_batches: batches that `batches` reads and decodes ahead, 1 or more.
         max_bad_share: share of the data set, in [0, 1], that may be unreadable; more raises DataError while loading.
         on_bad_sample: callback (name, reason), called once per unreadable sample, from any thread.
-        gpu_decoder: decodes JPEGs on `device` instead of the host's threads. Crops are equal, pixels are not bit for
-            bit: the decoder is another, it decodes whole images, and does not round to 8 bits between resizing and
-            normalising.
+        gpu_decoder: decodes JPEGs on `device` instead of in host threads. The crops are the same; pixels differ
+            slightly, as it is a different decoder, decodes whole images, and does not round to 8 bits between resizing
+            and normalising.
 
     Raises:
         UserError: an argument is out of its range.
