@@ -81,7 +81,7 @@ def test_a_run_on_a_url_is_the_run_on_the_folder(shards, tmp_path, shard_local):
 
 def test_what_cannot_be_read_is_said_before_anything_is_written(shards, tmp_path):
     for data, error, said in (
-        (f"file://{tmp_path}/nowhere", DataError, "there is no"),
+        (f"file://{tmp_path}/nowhere", DataError, "does not exist"),
         (f"nonsense://{shards}", DataError, "cannot be opened"),
         (f"file://{shards}", SettingsError, r"--remote-cache-gib \S+ works"),
     ):
