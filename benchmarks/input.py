@@ -26,7 +26,7 @@ from PIL import Image
 from harness import Timing, record, write_lines
 from input_peers import BATCH, PEERS, WORKERS, Job, Pass
 from megabatch.data.augment.crops import random_resized_crop_boxes
-from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.jpeg.decode import decode, decode_crop
 from megabatch.data.loading.reader import BadSamples, BatchReader
 from megabatch.data.loading.train_loader import TrainLoader
@@ -75,12 +75,12 @@ def without_compiled_decoder(once: Pass) -> Pass:
     """The same pass with libjpeg-turbo and torch only, as on a machine without a C compiler."""
 
     def plain() -> int:
-        function = _jpegcrop._function
-        _jpegcrop._function = lambda: None
+        function = jpeg_library._function
+        jpeg_library._function = lambda: None
         try:
             return once()
         finally:
-            _jpegcrop._function = function
+            jpeg_library._function = function
 
     return plain
 
@@ -200,7 +200,7 @@ def _report(
         "workers": WORKERS,
         "rounds": options.rounds,
         "num_images": pixels["num_images"],
-        "compiled_decoder": _jpegcrop.is_available(),
+        "compiled_decoder": jpeg_library.is_available(),
         "difference_from_pillow_of_255": pixels,
         "missing": missing,
         "seconds_are": "per image",

@@ -18,7 +18,7 @@ from PIL import Image
 
 from harness import Timing, record, write_lines
 from megabatch.data.augment.crops import random_resized_crop_boxes
-from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.jpeg.decode import MAX_PIXELS, image_size
 from megabatch.data.sources.folder import FolderSource
 
@@ -30,7 +30,7 @@ Option = Callable[[bytes, Box], np.ndarray]
 def compiled(data: bytes, box: Box) -> np.ndarray:
     """Our C: only what the crop needs."""
     out = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
-    assert _jpegcrop.crop(data, box, channels=3, max_pixels=MAX_PIXELS, out=out)
+    assert jpeg_library.crop(data, box, channels=3, max_pixels=MAX_PIXELS, out=out)
     return out
 
 

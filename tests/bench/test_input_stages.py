@@ -10,7 +10,7 @@ from photographs import encode, photograph
 
 from megabatch.bench import input_stages as stages
 from megabatch.bench.input_stages import Stage, measure_input
-from megabatch.data.jpeg import library as _jpegcrop
+from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.sources.folder import FolderSource
 from megabatch.errors import DataError
 
@@ -35,7 +35,7 @@ def test_every_stage_is_timed_and_the_slowest_is_the_bottleneck(source):
     assert report.bottleneck == slowest.name
     assert report.loader_images_per_s > 0
     assert report.image_pixels == 90 * 120
-    assert report.compiled_share == (1.0 if _jpegcrop.is_available() else None)
+    assert report.compiled_share == (1.0 if jpeg_library.is_available() else None)
 
 
 def test_stages_run_on_one_core_and_torchs_threads_come_back(source):
@@ -82,17 +82,17 @@ def test_advice_follows_from_what_was_measured(source, monkeypatch):
     assert "disk" not in advice(source, "read", baseline)
     assert "GPU" in advice(source, "augment", baseline)
     assert "bandwidth" in advice(source, "copy", baseline)
-    monkeypatch.setattr(_jpegcrop, "is_available", lambda: False)
+    monkeypatch.setattr(jpeg_library, "is_available", lambda: False)
     assert "compiled decoder" in advice(source, "decode at the crop", baseline)
-    monkeypatch.setattr(_jpegcrop, "is_available", lambda: True)
+    monkeypatch.setattr(jpeg_library, "is_available", lambda: True)
     assert "compiled decoder" not in advice(source, "decode at the crop", baseline)
 
 
 def test_the_share_of_images_that_the_compiled_decoder_takes_is_told(source, tmp_path, monkeypatch):
     (tmp_path / "cat" / "0.jpg").write_bytes(encode(photograph(90, 120), progressive=True))
-    if _jpegcrop.is_available():
+    if jpeg_library.is_available():
         assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share == 7 / 8
-    monkeypatch.setattr(_jpegcrop, "is_available", lambda: False)
+    monkeypatch.setattr(jpeg_library, "is_available", lambda: False)
     assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share is None
 
 

@@ -1,4 +1,4 @@
-"""Decoding on a GPU, played by the CPU's decoder: the same crops, the same replacements, and memory kept in order."""
+"""GPU decoding with the CPU decoder in place of nvJPEG: same crops, same replaced samples, memory reused safely."""
 
 import ctypes
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megabatch.data.jpeg import gpu as gpu_decode
 from megabatch.data.jpeg import gpu_reader
-from megabatch.data.jpeg.decode import decode, suits_a_gpu
+from megabatch.data.jpeg.decode import decode, is_gpu_decodable
 from megabatch.data.jpeg.gpu import GpuDecoder, nvjpeg
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
@@ -24,23 +24,23 @@ from megabatch.errors import DataError, SettingsError
 from megabatch.kernels.crop_resize import crop_and_resize
 
 COLOR = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.25, 0.3)}
-STEPS_OF_255 = 4 / 255 / min(COLOR["pixel_std"])  # the compiled decoder and a whole decode differ by so much at most
+TOLERANCE = 4 / 255 / min(COLOR["pixel_std"])  # largest difference between the compiled decoder and a whole decode
 
 
-def by_cpu(files: Sequence[bytes]) -> list[Tensor]:
-    """What nvJPEG does, and refuses all if one is damaged."""
+def decode_on_cpu(files: Sequence[bytes]) -> list[Tensor]:
+    """Stands in for nvJPEG: decodes all files, or fails if one is damaged."""
     try:
         return [torch.from_numpy(decode(file)).permute(2, 0, 1).contiguous() for file in files]
     except DataError as error:
         raise RuntimeError("nvJPEG: bad JPEG") from error
 
 
-def decoder(decode: Callable[[Sequence[bytes]], Sequence[Tensor]] = by_cpu, **options: object) -> GpuDecoder:
+def decoder(decode: Callable[[Sequence[bytes]], Sequence[Tensor]] = decode_on_cpu, **options: object) -> GpuDecoder:
     return GpuDecoder("cpu", decode=decode, **options)
 
 
 def write_set(folder: Path, odd: dict[int, bytes]) -> FolderSource:
-    """24 small photographs of six classes, some of them other files."""
+    """24 small photographs of six classes; `odd` replaces some of them."""
     for index in range(24):
         path = folder / f"class-{index // 4}" / f"{index:02d}.jpg"
         path.parent.mkdir(exist_ok=True)
@@ -53,14 +53,14 @@ def jpeg(seed: int, **options: object) -> bytes:
 
 
 def broken_inside(data: bytes) -> bytes:
-    """With a sound beginning and end."""
+    """Damaged in the middle, with an intact header and end."""
     middle = len(data) // 2
     return data[:middle] + b"\xff\xd3" * 150 + data[middle + 300 :]
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> FolderSource:
-    """Among the photographs a PNG, a CMYK file, one cut in the middle, an empty one, one broken inside, a grey one."""
+    """Photographs, a PNG, a CMYK, a truncated, an empty, a damaged and a grey file."""
     odd = {1: encode(photograph(60, 80, 1), "PNG"), 2: jpeg(2, mode="CMYK"), 5: jpeg(5)[:1500], 6: b""}
     return write_set(tmp_path, odd | {9: broken_inside(jpeg(9)), 13: jpeg(13, mode="L")})
 
@@ -79,12 +79,12 @@ def assert_alike(gpu: Batch, cpu: Batch) -> None:
     assert gpu.images.dtype == cpu.images.dtype
     assert gpu.images.stride() == cpu.images.stride()
     difference = (gpu.images.float() - cpu.images.float()).abs()
-    assert difference.mean(dim=(1, 2, 3)).max() < STEPS_OF_255
+    assert difference.mean(dim=(1, 2, 3)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
 @pytest.mark.parametrize("more", [{}, {"color_jitter": 0.2, "cutout_size": 5, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}])
-def test_batches_are_those_of_the_cpu_with_the_same_samples_replaced(mixed, augmentation, more):
+def test_batches_equal_those_of_the_cpu_with_the_same_samples_replaced(mixed, augmentation, more):
     cpu, gpu = loaders(mixed, seed=3, augmentation=augmentation, **more)
     replaced = 0
     for first in (0, 24, 43):
@@ -96,13 +96,13 @@ def test_batches_are_those_of_the_cpu_with_the_same_samples_replaced(mixed, augm
     assert len(gpu.bad_samples) == len(cpu.bad_samples) == 3
 
 
-def test_evaluation_is_that_of_the_cpu(mixed):
+def test_evaluation_batches_equal_those_of_the_cpu(mixed):
     cpu, gpu = loaders(mixed, EvalLoader, resolution=32)
     for one, other in zip(gpu.batches(0, 24, 7), cpu.batches(0, 24, 7), strict=True):
         assert_alike(one, other)
 
 
-def test_an_epoch_in_the_background_is_the_epoch_at_once(mixed):
+def test_prefetched_batches_equal_those_loaded_directly(mixed):
     _, gpu = loaders(mixed, seed=1, augmentation="random_resized_crop")
     requests = [(range(p, p + 8), 24) for p in range(0, 48, 8)]
     for batch, (positions, resolution) in zip(gpu.batches(requests), requests, strict=True):
@@ -111,29 +111,29 @@ def test_an_epoch_in_the_background_is_the_epoch_at_once(mixed):
     gpu.close()
 
 
-def test_only_whole_jpegs_in_ycbcr_or_grey_go_to_the_gpu(mixed):
+def test_only_complete_ycbcr_or_grey_jpegs_are_decoded_on_the_gpu(mixed):
     sent: list[bytes] = []
     gpu = TrainLoader(
         mixed,
         seed=0,
         max_bad_share=0.5,
-        gpu_decoder=decoder(lambda files: sent.extend(files) or by_cpu(files)),
+        gpu_decoder=decoder(lambda files: sent.extend(files) or decode_on_cpu(files)),
         **COLOR,
     )
     gpu.load(range(24), resolution=16)
     assert {index for index in range(24) if mixed.read(index) in sent} == set(range(24)) - {1, 2, 5, 6}
-    assert all(suits_a_gpu(file) for file in sent)
+    assert all(is_gpu_decodable(file) for file in sent)
 
 
-def test_one_file_that_is_refused_costs_no_other_its_place_on_the_gpu(mixed):
+def test_a_file_that_fails_on_the_gpu_does_not_affect_the_others(mixed):
     files = [mixed.read(index) for index in (7, 8, 9, 10, 11)]
     images = decoder().decode(files)
     assert [image is None for image in images] == [False, False, True, False, False]
     for file, image in zip(files, images, strict=True):
-        assert image is None or torch.equal(image, by_cpu([file])[0])
+        assert image is None or torch.equal(image, decode_on_cpu([file])[0])
 
 
-def test_a_fault_of_the_machine_is_not_taken_for_a_bad_file(mixed):
+def test_running_out_of_memory_is_not_treated_as_a_bad_file(mixed):
     def full(_: Sequence[bytes]) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -141,17 +141,17 @@ def test_a_fault_of_the_machine_is_not_taken_for_a_bad_file(mixed):
         decoder(full).decode([mixed.read(0)])
 
 
-def test_an_image_of_another_size_than_its_header_says_is_made_on_the_host(mixed):
-    """As of a decoder that turns images by their EXIF orientation: the box was drawn for the image as it is stored."""
+def test_an_image_whose_size_differs_from_its_header_is_decoded_on_the_host(mixed):
+    """For example, if the decoder applies the EXIF orientation: the box was drawn for the image as stored."""
     cpu, _ = loaders(mixed, seed=0)
-    turned = decoder(lambda files: [image.transpose(1, 2) for image in by_cpu(files)])
+    turned = decoder(lambda files: [image.transpose(1, 2) for image in decode_on_cpu(files)])
     gpu = TrainLoader(mixed, seed=0, max_bad_share=0.5, channels_last=True, gpu_decoder=turned, **COLOR)
     assert_alike(gpu.load(range(24), resolution=16), cpu.load(range(24), resolution=16))
 
 
-def test_many_and_large_images_are_decoded_in_parts(mixed, monkeypatch):
+def test_the_number_and_size_of_images_decoded_together_is_limited(mixed, monkeypatch):
     calls: list[int] = []
-    gpu = decoder(lambda files: calls.append(len(files)) or by_cpu(files))
+    gpu = decoder(lambda files: calls.append(len(files)) or decode_on_cpu(files))
     loader = TrainLoader(mixed, seed=0, max_bad_share=0.5, gpu_decoder=gpu, **COLOR)
     whole = loader.load(range(24), resolution=16)
     assert calls[0] == 20
@@ -159,15 +159,15 @@ def test_many_and_large_images_are_decoded_in_parts(mixed, monkeypatch):
     calls.clear()
     assert torch.equal(loader.load(range(24), resolution=16).images, whole.images)
     assert len([count for count in calls if count > 1]) >= 6
-    parts = list(gpu_reader._parts(np.array([5, 5, 5 << 30, 5, *[5] * 200])))
+    parts = list(gpu_reader._sub_batches(np.array([5, 5, 5 << 30, 5, *[5] * 200])))
     assert [part.stop - part.start for part in parts] == [2, 1, 128, 73]
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert parts[-1].stop == 204
 
 
-def test_what_was_decoded_once_is_taken_from_the_cache_with_equal_pixels(mixed):
+def test_cached_images_give_equal_pixels_and_are_not_decoded_again(mixed):
     calls: list[int] = []
-    counting = decoder(lambda files: calls.append(len(files)) or by_cpu(files), cache_bytes=1 << 30)
+    counting = decoder(lambda files: calls.append(len(files)) or decode_on_cpu(files), cache_bytes=1 << 30)
     options = {"seed": 0, "augmentation": "random_resized_crop", "max_bad_share": 0.5, **COLOR}
     cached, plain = (TrainLoader(mixed, gpu_decoder=gpu, **options) for gpu in (counting, decoder()))
     for first in range(0, 72, 24):
@@ -177,10 +177,10 @@ def test_what_was_decoded_once_is_taken_from_the_cache_with_equal_pixels(mixed):
         if first == 0:
             calls.clear()
     assert len(counting.cache) == 19
-    assert set(calls) <= {1}  # only the file that the decoder refuses is tried again
+    assert set(calls) <= {1}  # only the file that failed is decoded again
 
 
-def test_the_cache_takes_no_more_than_its_room_and_keeps_what_it_has():
+def test_the_cache_stays_within_its_limit_and_evicts_nothing():
     cache = gpu_decode.DecodedCache(100)
     images = [torch.full((60,), i, dtype=torch.uint8) for i in range(3)]
     for index, image in enumerate(images):
@@ -191,11 +191,11 @@ def test_the_cache_takes_no_more_than_its_room_and_keeps_what_it_has():
     assert len(cache) == 2
 
 
-# ---- the fault of pytorch/vision#9606: results are written at once, into memory that waiting kernels still read
+# ---- pytorch/vision#9606: nvJPEG writes at the time of the call, into memory that queued kernels still read
 
 
 class Device:
-    """A device that does its work late, and whose pool hands out memory as soon as no tensor holds it."""
+    """A device that runs queued work late and whose allocator reuses memory as soon as no tensor refers to it."""
 
     def __init__(self) -> None:
         self.work: list[Callable[[], None]] = []
@@ -209,15 +209,15 @@ class Device:
         return torch.from_numpy(lease).view(shape)
 
     def decode(self, files: Sequence[bytes]) -> list[Tensor]:
-        """Writes at once, whatever work is waiting."""
+        """Writes at the time of the call, ahead of queued work."""
         images = []
-        for image in by_cpu(files):
+        for image in decode_on_cpu(files):
             images.append(self.empty(tuple(image.shape)))
             images[-1].copy_(image)
         return images
 
     def crop(self, images: Sequence[Tensor], boxes: Tensor, *, out: Tensor, **options: object) -> None:
-        """Reads, when its turn comes, what then lies at the addresses that it was given: as a kernel does."""
+        """Queues a crop that, like a kernel, reads its input addresses only when it runs."""
         places = [(image.data_ptr(), tuple(image.shape), image.stride()) for image in images]
 
         def run() -> None:
@@ -231,7 +231,7 @@ class Device:
         memory = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), (extent,))
         return torch.from_numpy(memory).as_strided(shape, stride)
 
-    def mark(self) -> "Device":
+    def record_event(self) -> "Device":
         return self
 
     def synchronize(self) -> None:
@@ -241,7 +241,7 @@ class Device:
 
 def late_batches(source: FolderSource, options: dict, monkeypatch: pytest.MonkeyPatch, *, holds: bool) -> list[Tensor]:
     device = Device()
-    gpu = decoder(device.decode, mark=device.mark)
+    gpu = decoder(device.decode, record_event=device.record_event)
     if not holds:
         monkeypatch.setattr(gpu, "hold", lambda _: None)
     monkeypatch.setattr(gpu_reader, "crop_and_resize", device.crop)
@@ -253,43 +253,43 @@ def late_batches(source: FolderSource, options: dict, monkeypatch: pytest.Monkey
     return images
 
 
-def test_images_are_held_until_they_are_read_so_that_an_early_decode_overwrites_none(tmp_path, monkeypatch):
-    """Without holding them the same decoder overwrites neighbours: this test would see the fault."""
+def test_images_are_kept_alive_until_they_are_read_so_that_no_later_decode_overwrites_them(tmp_path, monkeypatch):
+    """Without `hold`, the same decoder does overwrite images, which shows that this test detects the fault."""
     options = {"seed": 2, "augmentation": "random_resized_crop", "channels_last": True, **COLOR}
     source = write_set(tmp_path, {})
     sound = TrainLoader(source, gpu_decoder=decoder(), **options)
     expected = [sound.load(range(first, first + 12), resolution=24).images for first in range(0, 48, 12)]
-    held, let_go = (late_batches(source, options, monkeypatch, holds=holds) for holds in (True, False))
+    held, dropped = (late_batches(source, options, monkeypatch, holds=holds) for holds in (True, False))
     assert all(torch.equal(one, other) for one, other in zip(held, expected, strict=True))
-    assert not all(torch.equal(one, other) for one, other in zip(let_go, expected, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(dropped, expected, strict=True))
 
 
-def test_images_are_let_go_only_when_the_work_up_to_their_mark_is_done():
-    done = itertools.count()
+def test_images_are_released_only_after_their_event():
+    numbers = itertools.count()
     log: list[str] = []
 
-    class Mark:
+    class Event:
         def __init__(self) -> None:
-            self.number = next(done)
+            self.number = next(numbers)
 
         def synchronize(self) -> None:
             log.append(f"waited for {self.number}")
 
-    gpu = decoder(lambda files: [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in files], mark=Mark)
+    gpu = decoder(lambda files: [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in files], record_event=Event)
     for number in range(3):
         images = gpu.decode([b"x"])
-        weakref.finalize(images[0], log.append, f"let go of {number}")
+        weakref.finalize(images[0], log.append, f"released {number}")
         gpu.hold(images)
         del images
     gpu.hold([])
-    assert log == [word for number in range(3) for word in (f"waited for {number}", f"let go of {number}")]
+    assert log == [word for number in range(3) for word in (f"waited for {number}", f"released {number}")]
 
 
-# ---- what is missing
+# ---- missing GPU or torchvision
 
 
-def test_without_a_gpu_or_torchvision_the_error_names_what_works(monkeypatch):
-    with pytest.raises(SettingsError, match="on cpu; --decode cpu works"):
+def test_without_a_gpu_or_torchvision_the_error_names_an_option_that_works(monkeypatch):
+    with pytest.raises(SettingsError, match="not cpu; --decode cpu works"):
         GpuDecoder("cpu")
     monkeypatch.setattr(gpu_decode, "_torchvision_io", lambda: None)
     with pytest.raises(SettingsError, match=r"needs torchvision.*--decode cpu works"):
@@ -297,7 +297,7 @@ def test_without_a_gpu_or_torchvision_the_error_names_what_works(monkeypatch):
     assert not gpu_decode.has_torchvision()
 
 
-def test_torchvision_is_given_bytes_and_the_mode_of_the_channels(monkeypatch):
+def test_torchvision_receives_the_bytes_and_the_color_mode(monkeypatch):
     class Io:
         class ImageReadMode:
             RGB, GRAY = "rgb", "gray"

@@ -1,4 +1,4 @@
-"""Image formats told by a file's first bytes, and the endings that belong to them."""
+"""Image formats: recognised by a file's first bytes, and the file name extensions of each."""
 
 ENDINGS = {
     "jpeg": frozenset({"jpg", "jpeg", "jpe", "jfif"}),
@@ -12,7 +12,7 @@ ENDINGS = {
     "avif": frozenset({"avif"}),
     "heic": frozenset({"heic", "heif"}),
 }
-PREFERRED_ENDING = {"jpeg": "jpg", "tiff": "tif", "pnm": "ppm"}
+_PREFERRED_ENDING = {"jpeg": "jpg", "tiff": "tif", "pnm": "ppm"}
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -30,7 +30,7 @@ _MIN_PNM_BYTES = 7
 
 
 def sniff(data: bytes) -> str | None:
-    """The format's name, a key of `ENDINGS`; None for bytes that begin like no image."""
+    """Format of an image file, a key of `ENDINGS`, or None if the first bytes match no known format."""
     for start, name in _STARTS.items():
         if data.startswith(start):
             return name
@@ -44,6 +44,6 @@ def sniff(data: bytes) -> str | None:
 
 
 def preferred_ending(data: bytes) -> str | None:
-    """The usual ending, without a dot, for a file with these bytes; None if they are no image."""
+    """Usual file name extension for these bytes, without the dot, or None if they are not an image."""
     kind = sniff(data)
-    return PREFERRED_ENDING.get(kind, kind) if kind else None
+    return _PREFERRED_ENDING.get(kind, kind) if kind else None

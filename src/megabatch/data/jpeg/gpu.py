@@ -1,12 +1,12 @@
-"""JPEGs decoded on a GPU by nvJPEG (through torchvision, which is optional), in an order that its faults cannot break.
+"""Decodes JPEGs on a GPU with nvJPEG (through torchvision, an optional dependency).
 
-nvJPEG's hardware engine writes its results when it is called, not when the stream it was given gets there, and the
-memory for them comes from PyTorch's pool of the calling stream: memory that was freed while kernels still waited to
-read it is overwritten under them (pytorch/vision#9606, 2026). Here, therefore,
+nvJPEG's hardware engine writes its output at the time of the call, not in stream order, into memory from the caching
+allocator's pool of the calling stream. It can therefore overwrite memory that was freed while kernels that read it
+were still queued (pytorch/vision#9606, 2026). Two rules prevent this here:
 
-- memory for decoded images comes from the pool of a stream that does nothing else, so no tensor of others is in it;
-- decoded images are held until the work that reads them is known to be done, so what is free in that pool has no
-  reader waiting, and whoever writes there when he likes harms no one.
+- decoded images are allocated from the pool of a dedicated stream, which holds no other tensors;
+- decoded images are kept alive until the kernels that read them have finished, so free memory in that pool has no
+  pending readers, and out-of-order writes into this pool cannot corrupt other tensors.
 """
 
 import contextlib
@@ -23,19 +23,22 @@ from megabatch.cores import DEVICE_WAITS
 from megabatch.errors import SettingsError
 
 Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
-"""JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if one of them is beyond it."""
+"""Decodes JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if it cannot decode one."""
 
 
-class Mark(Protocol):
-    """A place in the device's work."""
+class Event(Protocol):
+    """A point in the device's work queue, such as a CUDA event."""
 
     def synchronize(self) -> None:
-        """Wait until the device has come past it."""
+        """Waits until the device has finished all work before this point."""
 
 
 class DecodedCache:
-    """Decoded images by sample, until `max_bytes` are full. None makes room for another: in a random order without
-    repetition, what was used last is what is wanted last."""
+    """Decoded images by sample index, up to `max_bytes` in total.
+
+    Images are never evicted: an epoch visits every sample once in random order, so the image used last is the one
+    needed last.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._room = max_bytes
@@ -49,7 +52,7 @@ class DecodedCache:
         return self._images.get(index)
 
     def offer(self, index: int, image: Tensor) -> None:
-        """Keep an image if there is room."""
+        """Stores an image if there is room for it."""
         with self._lock:
             if index not in self._images and image.nbytes <= self._room:
                 self._images[index] = image
@@ -57,18 +60,18 @@ class DecodedCache:
 
 
 class GpuDecoder:
-    """Decodes JPEGs on a device, and keeps what it decoded as long as it must be kept. For one thread at a time.
+    """Decodes JPEGs on a device and keeps the images alive until they have been read. Not thread-safe.
 
     Args:
-        device: where the images are decoded to.
+        device: device of the decoded images.
         channels: 1 (grey) or 3 (RGB).
-        cache_bytes: of the device's memory for decoded images, so that later epochs need not decode them again.
-        decode: what decodes; by default nvJPEG through torchvision.
-        mark: makes a `Mark` behind all work that the device was given so far; by default an event of the current
+        cache_bytes: device memory for decoded images, in bytes; later epochs do not decode cached images again.
+        decode: decoding function; by default nvJPEG through torchvision.
+        record_event: returns an `Event` after all work dispatched so far; by default a CUDA event on the current
             stream.
 
     Raises:
-        SettingsError: torchvision or the GPU is missing, if `decode` is not given.
+        SettingsError: `decode` is None, and torchvision or the GPU is missing.
     """
 
     def __init__(
@@ -78,46 +81,49 @@ class GpuDecoder:
         channels: int = 3,
         cache_bytes: int = 0,
         decode: Decode | None = None,
-        mark: Callable[[], Mark] | None = None,
+        record_event: Callable[[], Event] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.cache = DecodedCache(cache_bytes)
         self._decode = decode or nvjpeg(self.device, channels)
         self._is_cuda = self.device.type == "cuda"
-        self._mark = mark or (self._event if self._is_cuda else None)
+        self._record_event = record_event or (self._cuda_event if self._is_cuda else None)
         self._stream = torch.cuda.Stream(self.device) if self._is_cuda else None  # type: ignore[no-untyped-call]
-        self._held: tuple[Mark, Sequence[Tensor]] | None = None
+        self._held: tuple[Event, Sequence[Tensor]] | None = None
 
     def decode(self, files: Sequence[bytes]) -> list[Tensor | None]:
-        """The images, [channels, height, width] each; None for a file that is beyond this decoder.
+        """Images [channels, height, width], one per file; None for a file that cannot be decoded.
 
-        They may be used on the current stream; whoever does calls `hold` with them before he lets go of them.
+        They may be read on the current stream; callers must pass the tensors to `hold` before dropping them.
         """
         if not files:
             return []
         try:
-            with self._own_memory():
+            with self._private_pool():
                 return list(self._decode(files))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # it does not say which file it was
+        except RuntimeError:  # the error does not say which file caused it, so halve the list
             if self._is_cuda:
                 with DEVICE_WAITS:
-                    torch.cuda.synchronize(self.device)  # what was begun may still be written
+                    torch.cuda.synchronize(self.device)  # the failed call may still be writing
             if len(files) == 1:
                 return [None]
             middle = len(files) // 2
             return [*self.decode(files[:middle]), *self.decode(files[middle:])]
 
     def hold(self, images: Sequence[Tensor]) -> None:
-        """Keep these images until all work that the current stream has been given is done; waits for those before."""
+        """Keeps these images alive until all work now queued on the current stream has finished.
+
+        Waits for the images of the previous call and releases them.
+        """
         self._release()
-        if self._mark is not None:
-            self._held = self._mark(), images
+        if self._record_event is not None:
+            self._held = self._record_event(), images
 
     @contextlib.contextmanager
-    def _own_memory(self) -> Iterator[None]:
-        """A block whose tensors lie in memory that nothing else uses, or waits to read."""
+    def _private_pool(self) -> Iterator[None]:
+        """Allocates tensors in the dedicated stream's pool, after all pending reads of that pool have finished."""
         self._release()
         if self._stream is None:
             yield
@@ -131,7 +137,7 @@ class GpuDecoder:
             self._held[0].synchronize()
             self._held = None
 
-    def _event(self) -> Mark:
+    def _cuda_event(self) -> Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -141,13 +147,13 @@ def nvjpeg(device: torch.device, channels: int) -> Decode:
     """torchvision's batched nvJPEG decoder.
 
     Raises:
-        SettingsError: there is no GPU, or no torchvision that can be imported.
+        SettingsError: `device` is not a GPU, or torchvision cannot be imported.
     """
     if device.type != "cuda":
-        raise SettingsError(f"decoding on a GPU was asked for on {device}; --decode cpu works")
+        raise SettingsError(f"GPU decoding needs a CUDA device, not {device}; --decode cpu works")
     io = _torchvision_io()
     if io is None:
-        raise SettingsError("decoding on a GPU needs torchvision, which cannot be imported; --decode cpu works")
+        raise SettingsError("GPU decoding needs torchvision, which cannot be imported; --decode cpu works")
     mode = io.ImageReadMode.RGB if channels == 3 else io.ImageReadMode.GRAY
 
     def decode(files: Sequence[bytes]) -> Sequence[Tensor]:
@@ -159,13 +165,13 @@ def nvjpeg(device: torch.device, channels: int) -> Decode:
 
 
 def has_torchvision() -> bool:
-    """Whether torchvision can be imported; one built for another torch cannot."""
+    """True if torchvision can be imported; a build for another torch version cannot."""
     return _torchvision_io() is not None
 
 
 def _torchvision_io() -> Any:
-    """The module; None without one that can be imported."""
+    """The module `torchvision.io`, or None if it cannot be imported."""
     try:
         return importlib.import_module("torchvision.io")
-    except (ImportError, OSError, RuntimeError):  # RuntimeError: operators of another torch version
+    except (ImportError, OSError, RuntimeError):  # RuntimeError: its operators are those of another torch version
         return None

@@ -1,8 +1,8 @@
-"""The compiled JPEG crop: an optional shared library, written in C beside this file, called without the GIL.
+"""The compiled JPEG decoder: an optional shared library with C sources in csrc/, called without the GIL.
 
 It is built when the package is installed, if there is a C compiler; `python -m megabatch.data.jpeg.library` builds it
-later. It needs no headers and no other library. Where it is missing, or a file is not a plain baseline JPEG,
-`megabatch.data.jpeg.decode` gives nearly the same pixels from libjpeg-turbo and torch, at about 0.4 of the
+later. It needs no headers and no other library. If it is missing, or a file is not a plain baseline JPEG,
+`megabatch.data.jpeg.decode` computes nearly the same pixels with libjpeg-turbo and torch, at about 0.4 of the
 speed (docs/decisions/0003-jpeg-decoding.md).
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megabatch import native
+from megabatch.errors import SettingsError
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
@@ -24,7 +25,7 @@ NAME = "_native"
 
 
 def is_available() -> bool:
-    """Whether the compiled library is there and loads."""
+    """True if the compiled library exists and can be loaded."""
     return _function() is not None
 
 
@@ -36,10 +37,12 @@ def crop(
     max_pixels: int,
     out: npt.NDArray[np.uint8],
 ) -> bool:
-    """Decode `box` = (top, left, height, width) of a JPEG, resized to the shape of `out`, into `out`.
+    """Decodes `box` = (top, left, height, width) of a JPEG, resized to rows and columns of `out`, into `out`.
 
-    False, with `out` undefined, if the library is missing, or if the file is not a baseline JPEG, is damaged as far
-    as it was read or is larger than `max_pixels`, or if the box is not inside: the caller's slower path then decides.
+    `out` is contiguous, rows x columns x `channels`. Returns True on success. Returns False, and leaves `out`
+    undefined, if the library is missing, the file is not a baseline JPEG, the part that was read is damaged, the image
+    has more than `max_pixels` pixels, or the box is not inside the image. The caller then falls back to `decode.py`,
+    which raises the error if there is one.
     """
     function = _function()
     if function is None:
@@ -50,7 +53,11 @@ def crop(
 
 
 def build(folder: Path = FOLDER) -> Path:
-    """Compile the library into `folder` and return its path. Raises SettingsError without a working C compiler."""
+    """Compiles the library into `folder` and returns its path.
+
+    Raises:
+        SettingsError: there is no C compiler, or it fails.
+    """
     path = native.build_library(NAME, SOURCES.glob("*.c"), folder)
     _function.cache_clear()
     return path
@@ -69,5 +76,13 @@ def _function() -> Callable[..., int] | None:
     return typed
 
 
+def main() -> None:
+    """Builds the library beside this file and prints its path; exits with one line on stderr if that fails."""
+    try:
+        sys.stdout.write(f"built {build()}\n")
+    except SettingsError as error:
+        sys.exit(f"megabatch: {error}")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"built {build()}\n")
+    main()

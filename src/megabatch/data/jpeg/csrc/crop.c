@@ -1,4 +1,4 @@
-/* Entry point: plan what a crop needs, decode that much, resize it. See crop.h for the map. */
+/* Entry point: computes which blocks a crop needs, decodes those, resizes them. crop.h lists the stages. */
 #include "crop.h"
 
 #include <math.h>
@@ -6,14 +6,17 @@
 
 enum { RST0 = 0xD0 };
 
-static _Thread_local JcTables tables; /* so that equal Huffman tables are built once, not once an image */
+static _Thread_local JcTables tables; /* kept between images, so that equal Huffman tables are built once per thread */
 
-/* The smallest transform that still gives the crop half as many samples again as the output has pixels, each way:
- * a small transform cuts frequencies off sharply, and only with samples to spare does the resize hide it. */
+/* Block size after the inverse DCT: the smallest at which the crop still has at least 1.5 times as many samples as
+ * the output has pixels, in both directions. `surplus` is that ratio at 8 samples a side. A small transform cuts
+ * frequencies off sharply; only with more samples than pixels does the resize filter hide this. */
 static int side_of(double surplus) {
     return surplus >= 12 ? 1 : surplus >= 6 ? 2 : surplus >= 3 ? 4 : 8;
 }
 
+/* The plane's extent along one axis: whole blocks that cover the crop. `ratio` is samples per pixel; `size` the
+ * component's samples, which the last block may exceed. */
 static void plan_axis(double start, double length, double ratio, int size, int side, int *first, int *num) {
     int low = (int)floor(start * ratio) / side * side;
     int high = (int)ceil((start + length) * ratio);
@@ -22,16 +25,20 @@ static void plan_axis(double start, double length, double ratio, int size, int s
     *num = (high - low + side - 1) / side * side;
 }
 
+/* Sets block size, plane and scale of a component. The block size is chosen per component, because subsampled chroma
+ * often needs a larger one than luma. */
 static void plan_component(const Jpeg *jpeg, JcComponent *component, const JcBox *box, int rows, int columns) {
     double across = (double)component->h / jpeg->h_max, down = (double)component->v / jpeg->v_max;
     double surplus = fmin(box->width * across / columns, box->height * down / rows);
     int side = component->side = side_of(surplus);
+    /* Dimensions are rounded up, first by subsampling (T.81, A.1.1), then by the reduced block size. */
     int samples_x = (jpeg->width * component->h + jpeg->h_max - 1) / jpeg->h_max;
     int samples_y = (jpeg->height * component->v + jpeg->v_max - 1) / jpeg->v_max;
     component->width = (samples_x * side + 7) / 8;
     component->height = (samples_y * side + 7) / 8;
     plan_axis(box->left, box->width, across * side / 8, component->width, side, &component->first_x, &component->num_x);
     plan_axis(box->top, box->height, down * side / 8, component->height, side, &component->first_y, &component->num_y);
+    /* Columns are padded to 16 samples (32 bytes), so that all of them have the alignment of the first. */
     component->stride = ((size_t)component->num_y + 15) & ~(size_t)15;
     jc_idct_scale(component->scale, jpeg->quant[component->quant], side);
 }
@@ -40,16 +47,18 @@ static size_t plane_bytes(const JcComponent *component) {
     return (size_t)component->num_x * component->stride * sizeof(int16_t);
 }
 
-/* Whole MCUs that the crop touches: columns [x0, x1), rows [y0, y1). */
+/* The MCUs that the crop touches: columns [x0, x1), rows [y0, y1). `per_row` counts the MCUs of an image row. */
 typedef struct {
     int x0, x1, y0, y1, per_row;
 } Range;
 
+/* Union over the components that are needed. */
 static Range range_of(const Jpeg *jpeg, int num_wanted) {
     int width = 8 * jpeg->h_max;
     Range range = {.x0 = 1 << 20, .y0 = 1 << 20, .per_row = (jpeg->width + width - 1) / width};
     for (int i = 0; i < num_wanted; i++) {
         const JcComponent *c = &jpeg->component[i];
+        /* An MCU holds h x v blocks of this component, `side` samples each. */
         int across = c->side * c->h, down = c->side * c->v;
         if (c->first_x / across < range.x0) range.x0 = c->first_x / across;
         if (c->first_y / down < range.y0) range.y0 = c->first_y / down;
@@ -59,6 +68,8 @@ static Range range_of(const Jpeg *jpeg, int num_wanted) {
     return range;
 }
 
+/* Decodes a block into its component's plane, or skips it if it lies outside. This check keeps every write within the
+ * plane, whatever the header says. */
 static int decode_block(const Jpeg *jpeg, JcComponent *component, JcBits *bits, int block_x, int block_y) {
     const JcHuffman *dc = &jpeg->tables->dc[component->dc], *ac = &jpeg->tables->ac[component->ac];
     int x = block_x * component->side - component->first_x, y = block_y * component->side - component->first_y;
@@ -89,11 +100,13 @@ static int decode_mcu(Jpeg *jpeg, JcBits *bits, int mcu_x, int mcu_y) {
     return JC_OK;
 }
 
-/* A restart marker: predictions and bits begin anew. Anything but the expected one is left to the full library. */
+/* Passes a restart marker, at which predictions and the bit buffer are reset. Returns JC_DAMAGED for anything but the
+ * expected marker; the full decoder then takes over. */
 static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     const uint8_t *at = bits->next, *end = jpeg->end;
+    /* Less than a byte of real data may be left: the padding before the marker. */
     if (bits->count - bits->scan->missing >= 8) return JC_DAMAGED;
-    while (end - at >= 2 && at[0] == 0xFF && at[1] == 0xFF) at++;
+    while (end - at >= 2 && at[0] == 0xFF && at[1] == 0xFF) at++; /* fill bytes */
     if (end - at < 2 || at[0] != 0xFF || at[1] != RST0 + (number & 7)) return JC_DAMAGED;
     bits->scan->missing = 0;
     *bits = (JcBits){.next = at + 2, .scan = bits->scan};
@@ -101,10 +114,11 @@ static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     return JC_OK;
 }
 
+/* Decodes the MCUs in `range` and skips those before them; rows below the crop are not read at all. */
 static int decode_scan(Jpeg *jpeg, Range range) {
     JcScan scan = {.end = jpeg->end};
     JcBits bits = {.next = jpeg->scan, .scan = &scan};
-    int left = jpeg->restart_interval, number = 0;
+    int left = jpeg->restart_interval, number = 0; /* MCUs before the next restart marker, and that marker's number */
     for (int y = 0; y < range.y1; y++) {
         for (int x = 0; x < range.per_row; x++) {
             if (jpeg->restart_interval && left-- == 0) {
@@ -115,18 +129,21 @@ static int decode_scan(Jpeg *jpeg, Range range) {
             int status = inside ? decode_mcu(jpeg, &bits, x, y) : skip_mcu(jpeg, &bits);
             if (status != JC_OK) return status;
         }
-        if (scan.missing > bits.count) return JC_DAMAGED; /* some of these rows' bits were invented */
+        /* More bits were supplied than are left in the buffer, so some of these blocks were made of them. */
+        if (scan.missing > bits.count) return JC_DAMAGED;
     }
     return JC_OK;
 }
 
+/* True for a non-empty box inside the image; false for NaN, because every comparison with it is. */
 static int is_inside(const JcBox *box, const Jpeg *jpeg) {
-    double slack = 1e-6;
+    double slack = 1e-6; /* for boxes computed in floating point */
     return box->top >= 0 && box->left >= 0 && box->height > 0 && box->width > 0 &&
            box->top + box->height <= jpeg->height + slack && box->left + box->width <= jpeg->width + slack;
 }
 
-/* Write the crop `box` of the JPEG in `data`, resized to rows x columns x channels (1 or 3), to `out`. */
+/* Decodes the box (top, left, height, width) of the JPEG in `data`, resized to rows x columns x channels (1 or 3),
+ * into `out`. Returns a JC_ status; `out` is undefined unless that is JC_OK. */
 __attribute__((visibility("default"))) int megabatch_jpeg_crop(
     const uint8_t *data, size_t size, double top, double left, double height, double width, int rows, int columns,
     int channels, int64_t max_pixels, uint8_t *out) {
@@ -136,12 +153,13 @@ __attribute__((visibility("default"))) int megabatch_jpeg_crop(
     if (status != JC_OK) return status;
     if ((int64_t)jpeg.width * jpeg.height > max_pixels) return JC_UNSUPPORTED;
     if (!is_inside(&box, &jpeg) || rows < 1 || columns < 1) return JC_BAD_BOX;
-    int num_wanted = channels == 1 ? 1 : jpeg.num_components;
+    int num_wanted = channels == 1 ? 1 : jpeg.num_components; /* grey output needs luma only */
     size_t planes = 0;
     for (int i = 0; i < num_wanted; i++) {
         plan_component(&jpeg, &jpeg.component[i], &box, rows, columns);
         planes += plane_bytes(&jpeg.component[i]);
     }
+    /* One allocation: the planes, then the resize buffers. */
     char *memory = malloc(planes + jc_resize_bytes(&jpeg, &box, rows, columns) + 64);
     if (memory == NULL) return JC_NO_MEMORY;
     char *plane = memory;

@@ -1,40 +1,41 @@
-/* Baseline JPEG, decoded only where a crop needs it, and resized on the way.
+/* Baseline JPEG decoder for crops: decodes only the blocks that a crop touches, then resizes them.
  *
- * A file passes four stages, one C file each:
- *   header.c   markers and tables -> Jpeg; says "unsupported" to all but plain baseline files
+ * Decoding has four stages, one C file each:
+ *   header.c   markers and tables -> Jpeg; returns JC_UNSUPPORTED for all but plain baseline files
  *   entropy.c  Huffman codes -> the few nonzero coefficients of one block
- *   idct.c     coefficients -> 8, 4, 2 or 1 samples a side, kept column by column
- *   resize.c   planes -> antialiased bilinear resize, colour, interleaved bytes
- * and crop.c drives them. The input is never trusted: every read is bounded by the end of the data, every
- * write by the plan made from the header. No global state except one set of tables for each thread.
+ *   idct.c     coefficients -> 8, 4, 2 or 1 samples a side, stored in column-major planes
+ *   resize.c   planes -> antialiased bilinear resize, colour conversion, interleaved bytes
+ * crop.c calls them in order. The input is untrusted: every read is bounded by the end of the data, every write by
+ * sizes computed from the header. The only global state is one set of Huffman tables per thread.
  */
-#ifndef MEGABATCH_JPEGCROP_H
-#define MEGABATCH_JPEGCROP_H
+#ifndef MEGABATCH_JPEG_CROP_H
+#define MEGABATCH_JPEG_CROP_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-/* The caller decodes everything but JC_OK with a full library, which also has the last word on damage. */
+/* On any status but JC_OK the caller falls back to a full decoder, which also decides whether the file is damaged. */
 enum { JC_OK = 0, JC_UNSUPPORTED = 1, JC_DAMAGED = 2, JC_NO_MEMORY = 3, JC_BAD_BOX = 4 };
 
+/* Huffman codes of up to this many bits are decoded by one table lookup. */
 #define JC_LOOKUP_BITS 10
 
-/* The loops that take the time are compiled for newer processors too, and chosen when the library is loaded. */
+/* Hot loops are compiled once per x86-64 level (AVX-512, AVX2, baseline); the loader picks one for the processor. */
 #if defined(JC_NO_CLONES) || !defined(__x86_64__) || !defined(__gnu_linux__) || defined(__clang__) || __GNUC__ < 12
 #define JC_CLONES
 #else
 #define JC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #endif
 
-/* Without this the copies for newer processors would call the plain one. */
+/* Forced, because the AVX copies of a loop would otherwise call the baseline copy of the helper. */
 #define JC_INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    uint32_t lookup[1 << JC_LOOKUP_BITS]; /* both: see entropy.c */
-    uint32_t skip[1 << JC_LOOKUP_BITS];
-    uint32_t limit[18];                   /* by length: first code above, left-aligned in 16 bits */
-    int32_t offset[17];                   /* by length: index of its first symbol minus its first code */
-    uint8_t spec[16 + 256];               /* number of codes by length, then the symbols, as in the file */
+    uint32_t lookup[1 << JC_LOOKUP_BITS]; /* one symbol per entry; layout in entropy.c */
+    uint32_t skip[1 << JC_LOOKUP_BITS];   /* several AC symbols per entry; layout in entropy.c */
+    uint32_t limit[18];                   /* per code length: one past the last code, left-aligned in 16 bits */
+    int32_t offset[17];                   /* per code length: index of the first symbol minus the first code */
+    uint8_t spec[16 + 256];               /* number of codes per length, then the symbols, as in the file */
     int num_symbols;                      /* 0: not built */
 } JcHuffman;
 
@@ -43,15 +44,15 @@ typedef struct {
 } JcTables;
 
 typedef struct {
-    int h, v, id;             /* sampling factors, identifier */
+    int h, v, id;             /* horizontal and vertical sampling factor, component identifier */
     int quant, dc, ac;        /* table numbers */
     int prediction;           /* last DC value */
-    int side;                 /* samples a block gives in each direction: 8, 4, 2, 1; 0: component not wanted */
-    int width, height;        /* samples of the whole component at that side */
-    int first_x, first_y;     /* sample at the plane's origin */
+    int side;                 /* block size after the inverse DCT: 8, 4, 2 or 1 samples; 0: component is skipped */
+    int width, height;        /* of the whole component, in samples at that block size */
+    int first_x, first_y;     /* coordinates of the plane's first sample within the component */
     int num_x, num_y;         /* samples in the plane */
-    size_t stride;            /* from one column of the plane to the next */
-    int16_t *plane;           /* column after column, samples times 64 */
+    size_t stride;            /* samples from one column of the plane to the next */
+    int16_t *plane;           /* column-major, 64 times the 8-bit value */
     float scale[64];          /* dequantisation and transform scale, in zigzag order */
 } JcComponent;
 
@@ -66,18 +67,18 @@ typedef struct {
 
 typedef struct {
     const uint8_t *end;
-    int missing; /* bits invented after the data ended */
+    int missing; /* zero bits supplied past the end of the data or past a marker */
 } JcScan;
 
-/* The next bits of the scan, the first one on top. */
+/* Bit reader. */
 typedef struct {
-    uint64_t bits;
-    const uint8_t *next;
-    int count;
+    uint64_t bits;       /* the next bit is the most significant one */
+    const uint8_t *next; /* first byte that is not in `bits` yet */
+    int count;           /* valid bits in `bits` */
     JcScan *scan;
 } JcBits;
 
-/* The nonzero coefficients of one block; the first is the DC value, even where that is 0. */
+/* The nonzero coefficients of one block; entry 0 is always the DC value, even if that is 0. */
 typedef struct {
     int count;
     uint8_t position[64]; /* in zigzag order */
@@ -85,7 +86,7 @@ typedef struct {
 } JcBlock;
 
 typedef struct {
-    double top, left, height, width; /* in pixels of the whole image; edges may lie inside a pixel */
+    double top, left, height, width; /* in pixels of the whole image; edges may be fractional */
 } JcBox;
 
 extern const uint8_t jc_zigzag[64];

@@ -1,8 +1,9 @@
-/* Markers and tables of a baseline JPEG (ITU-T T.81, annex B). */
+/* Parses the markers and tables of a baseline JPEG (ITU-T T.81, annex B). */
 #include "crop.h"
 
 #include <string.h>
 
+/* Zigzag index -> row-major index 8 v + u of the coefficient. */
 const uint8_t jc_zigzag[64] = {
     0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
@@ -11,6 +12,7 @@ const uint8_t jc_zigzag[64] = {
 enum { SOF0 = 0xC0, SOF1 = 0xC1, DHT = 0xC4, SOF15 = 0xCF, RST0 = 0xD0, RST7 = 0xD7, SOI = 0xD8, EOI = 0xD9, SOS = 0xDA };
 enum { DQT = 0xDB, DRI = 0xDD, APP14 = 0xEE, TEM = 0x01 };
 
+/* DQT, which may define several tables: a byte with precision and slot, then 64 values of 8 or 16 bits. */
 static int read_quant(Jpeg *jpeg, const uint8_t *body, size_t size) {
     while (size > 0) {
         int wide = body[0] >> 4, slot = body[0] & 15;
@@ -25,11 +27,14 @@ static int read_quant(Jpeg *jpeg, const uint8_t *body, size_t size) {
     return JC_OK;
 }
 
+/* DHT, which may define several tables: a byte with class and slot, 16 counts by code length, then the symbols.
+ * `defined` gets one bit per table, because `tables` may still hold those of an earlier image. */
 static int read_huffman(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned *defined) {
     while (size > 0) {
         int is_dc = body[0] >> 4 == 0, slot = body[0] & 15, num_symbols = 0;
         if (body[0] >> 4 > 1 || slot > 3 || size < 17) return JC_DAMAGED;
         for (int length = 1; length <= 16; length++) num_symbols += body[length];
+        /* `spec` has room for 256 symbols, and the symbols must lie within the segment. */
         if (num_symbols > 256 || size < 17 + (size_t)num_symbols) return JC_DAMAGED;
         JcHuffman *table = is_dc ? &jpeg->tables->dc[slot] : &jpeg->tables->ac[slot];
         if (jc_huffman_build(table, body + 1, num_symbols, is_dc) != JC_OK) return JC_DAMAGED;
@@ -40,20 +45,21 @@ static int read_huffman(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned *
     return JC_OK;
 }
 
+/* SOF0 or SOF1: precision, height, width, number of components, then 3 bytes per component. */
 static int read_frame(Jpeg *jpeg, const uint8_t *body, size_t size) {
-    if (size < 6 || jpeg->num_components) return JC_DAMAGED;
+    if (size < 6 || jpeg->num_components) return JC_DAMAGED; /* too short, or a second frame */
     int count = body[5];
     jpeg->height = body[1] << 8 | body[2];
     jpeg->width = body[3] << 8 | body[4];
     if (body[0] != 8 || (count != 1 && count != 3)) return JC_UNSUPPORTED;
-    if (jpeg->height == 0 || jpeg->width == 0) return JC_UNSUPPORTED;
+    if (jpeg->height == 0 || jpeg->width == 0) return JC_UNSUPPORTED; /* height 0: a DNL marker gives it later */
     if (size < 6 + 3 * (size_t)count) return JC_DAMAGED;
     jpeg->num_components = count;
     for (int i = 0; i < count; i++) {
         JcComponent *component = &jpeg->component[i];
         const uint8_t *entry = body + 6 + 3 * i;
         component->id = entry[0];
-        /* a single component is never interleaved: its blocks follow one another whatever its factors */
+        /* A single component is never interleaved: its blocks are in raster order and its factors do not matter. */
         component->h = count == 1 ? 1 : entry[1] >> 4;
         component->v = count == 1 ? 1 : entry[1] & 15;
         component->quant = entry[2];
@@ -65,6 +71,8 @@ static int read_frame(Jpeg *jpeg, const uint8_t *body, size_t size) {
     return JC_OK;
 }
 
+/* Accepts grey and YCbCr with integer subsampling ratios. A file is RGB if Adobe's APP14 segment gives transform 0, or
+ * if the component identifiers spell RGB. */
 static int check_frame(const Jpeg *jpeg, int adobe_transform) {
     const JcComponent *component = jpeg->component;
     for (int i = 0; i < jpeg->num_components; i++)
@@ -74,10 +82,11 @@ static int check_frame(const Jpeg *jpeg, int adobe_transform) {
     return adobe_transform == 0 || ids_say_rgb ? JC_UNSUPPORTED : JC_OK;
 }
 
+/* SOS: which Huffman tables each component uses. The entropy-coded data follow it. */
 static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defined) {
     int count = jpeg->num_components;
     if (count == 0 || size < 1) return JC_DAMAGED;
-    if (body[0] != count) return JC_UNSUPPORTED; /* a scan for each component */
+    if (body[0] != count) return JC_UNSUPPORTED; /* one scan per component, not interleaved */
     if (size < 4 + 2 * (size_t)count) return JC_DAMAGED;
     for (int i = 0; i < count; i++) {
         JcComponent *component = &jpeg->component[i];
@@ -85,6 +94,7 @@ static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defi
         component->dc = body[2 + 2 * i] >> 4;
         component->ac = body[2 + 2 * i] & 15;
         if (component->dc > 3 || component->ac > 3) return JC_DAMAGED;
+        /* Every table in use must come from this file: those of an earlier image would decode to noise. */
         unsigned needed = 1u << component->dc | 1u << (4 + component->ac);
         if ((defined & needed) != needed || !jpeg->has_quant[component->quant]) return JC_DAMAGED;
     }
@@ -92,7 +102,7 @@ static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defi
     return JC_OK;
 }
 
-/* Where the scan's data ends: its end marker. A file without one was cut off, wherever the crop lies. */
+/* Ends the scan's data at the last end marker. A file without one was truncated: damaged even if the crop is whole. */
 static int find_end(Jpeg *jpeg, const uint8_t *end) {
     for (const uint8_t *at = end - 2; at >= jpeg->scan; at--) {
         if (at[0] == 0xFF && at[1] == EOI) {
@@ -103,28 +113,34 @@ static int find_end(Jpeg *jpeg, const uint8_t *end) {
     return JC_DAMAGED;
 }
 
+/* Progressive, lossless and arithmetic-coded frames, and DAC, which only the latter use. */
 static int is_other_frame(int marker) {
     return marker > SOF1 && marker <= SOF15 && marker != DHT;
 }
 
+/* FF FF is a fill byte before a marker, FF 00 is no marker. */
 static int is_marker(const uint8_t *at) {
     return at[0] == 0xFF && at[1] != 0xFF && at[1] != 0;
 }
 
+/* Reads all segments up to and including SOS. `tables` persists between calls; see jc_huffman_build. */
 int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *tables) {
     const uint8_t *next = data + 2, *end = data + size;
-    int adobe_transform = -1;
-    unsigned defined = 0;
+    int adobe_transform = -1; /* no APP14 segment seen */
+    unsigned defined = 0;     /* bits 0..3: DC tables, 4..7: AC tables */
     memset(jpeg, 0, sizeof *jpeg);
     jpeg->tables = tables;
     if (size < 4 || data[0] != 0xFF || data[1] != SOI) return JC_UNSUPPORTED;
     for (;;) {
-        while (end - next >= 4 && !is_marker(next)) next++; /* fill bytes, and stray ones, which do no harm */
+        /* Skip fill bytes, and stray bytes between segments, which are harmless. */
+        while (end - next >= 4 && !is_marker(next)) next++;
         if (end - next < 4) return JC_DAMAGED;
         int marker = next[1];
         size_t length = (size_t)(next[2] << 8 | next[3]);
+        /* Markers without a length field do not occur between the segments of a header. */
         if (marker == TEM || (marker >= RST0 && marker <= EOI)) return JC_DAMAGED;
         if (is_other_frame(marker)) return JC_UNSUPPORTED;
+        /* The length counts its own two bytes, and the segment must lie within the data. */
         if (length < 2 || (size_t)(end - next) < 2 + length) return JC_DAMAGED;
         const uint8_t *body = next + 4;
         size_t body_size = length - 2;

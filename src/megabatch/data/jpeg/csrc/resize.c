@@ -1,8 +1,8 @@
-/* Antialiased bilinear resize of the decoded planes, then colour, then interleaved bytes.
+/* Antialiased bilinear resize of the decoded planes, then colour conversion, then interleaving to bytes.
  *
- * The filter is a triangle as wide as one output pixel, and at least as wide as one sample, cut off at the crop
- * and normalised (Pillow's and torch's `antialias=True`). Each component is resized from its own resolution, so
- * subsampled chroma is never blown up first, and colour is computed for output pixels alone.
+ * The filter is a triangle whose half-width is one output pixel, and at least one sample; it is cut off at the crop and
+ * normalised, as in Pillow and in torch with `antialias=True`. Each component is resized from its own resolution:
+ * subsampled chroma is not upsampled first, and colour is converted for output pixels only.
  * Samples are 16 bit, 64 times the 8-bit value; weights are fractions of 32768.
  */
 #include "crop.h"
@@ -10,34 +10,37 @@
 #include <math.h>
 #include <string.h>
 
-#define GROUP 8
-#define RUN 32
-#define CENTRE (128 * 64)
+#define GROUP 8            /* columns resized before they are transposed together */
+#define RUN 32             /* pixels per step of the colour conversion */
+#define CENTRE (128 * 64)  /* chroma value of grey */
 
 typedef int16_t S8 __attribute__((vector_size(16)));
 typedef uint8_t B16 __attribute__((vector_size(16)));
 
 typedef struct {
-    double start, step, support; /* in samples from the plane's origin */
-    int lowest, highest, num;    /* samples that may be read; output positions */
+    double start, step, support; /* in samples: crop edge from the plane's origin, output pixel, filter half-width */
+    int lowest, highest, num;    /* samples [lowest, highest) may be read; num is the number of output positions */
 } Axis;
 
 typedef struct {
     int *first;       /* first sample of each output position */
-    int *count;       /* how many samples it takes */
-    int16_t *weight;  /* max_count for each position */
+    int *count;       /* number of samples of each output position */
+    int16_t *weight;  /* max_count weights per output position */
     int max_count;
 } Filter;
 
+/* Rounds up to 64 bytes, so that every buffer keeps the alignment of the scratch memory. */
 static size_t rounded(size_t size) {
     return (size + 63) & ~(size_t)63;
 }
 
-static int whole(double value) { /* floor, without a call where the processor lacks the instruction */
+/* floor, inline: without SSE4.1 the library's version is a function call. */
+static int whole(double value) {
     int near = (int)value;
     return near - (value < near);
 }
 
+/* `origin` is the plane's first sample, `limit` the component's number of samples. */
 static Axis axis_of(double start, double length, int origin, int limit, int num) {
     Axis axis = {.num = num, .step = length / num};
     axis.start = start - origin;
@@ -48,6 +51,7 @@ static Axis axis_of(double start, double length, int origin, int limit, int num)
     return axis;
 }
 
+/* `ratio` below is samples of this component per image pixel: subsampling times the reduced block size. */
 static Axis horizontal(const Jpeg *jpeg, const JcComponent *component, const JcBox *box, int columns) {
     double ratio = (double)(component->h * component->side) / (jpeg->h_max * 8);
     return axis_of(box->left * ratio, box->width * ratio, component->first_x, component->width, columns);
@@ -58,16 +62,19 @@ static Axis vertical(const Jpeg *jpeg, const JcComponent *component, const JcBox
     return axis_of(box->top * ratio, box->height * ratio, component->first_y, component->height, rows);
 }
 
+/* Upper bound of the number of samples under one filter. */
 static int max_count(const Axis *axis) {
     return (int)ceil(axis->support) * 2 + 1;
 }
 
+/* Size of `first`, `count` and `weight` of a filter. */
 static size_t filter_bytes(const Axis *axis) {
     size_t num = (size_t)axis->num;
     return 2 * rounded(num * sizeof(int)) + rounded(num * (size_t)max_count(axis) * sizeof(int16_t));
 }
 
-/* Fractions of 32768 that sum to it exactly; a lone weight is 32767, which rounds to the same sample. */
+/* Rounds weights to fractions of 32768 that sum to exactly 32768, so that flat areas keep their value; the largest one
+ * absorbs the rounding error. A weight of 1 becomes 32767, the int16 maximum, which rounds to the same sample. */
 static void quantise(const float *exact, float total, int count, int16_t *weight) {
     int sum = 0, largest = 0;
     float unit = 32767.0f / total;
@@ -80,6 +87,8 @@ static void quantise(const float *exact, float total, int count, int16_t *weight
     weight[largest] = (int16_t)(rest < 32767 ? rest : 32767);
 }
 
+/* Computes a filter into `memory` and returns the first byte after it. `exact` holds the weights of one position
+ * before they are rounded. */
 static char *make_filter(Filter *filter, const Axis *axis, char *memory, float *exact) {
     size_t num = (size_t)axis->num;
     filter->max_count = max_count(axis);
@@ -89,6 +98,7 @@ static char *make_filter(Filter *filter, const Axis *axis, char *memory, float *
     for (int j = 0; j < axis->num; j++) {
         double centre = axis->start + (j + 0.5) * axis->step;
         int first = whole(centre - axis->support + 0.5), last = whole(centre + axis->support + 0.5);
+        /* Cut off at the crop; at least one sample stays, so that every index is valid. */
         if (first < axis->lowest) first = axis->lowest;
         if (last > axis->highest) last = axis->highest;
         if (first >= axis->highest) first = axis->highest - 1;
@@ -100,7 +110,7 @@ static char *make_filter(Filter *filter, const Axis *axis, char *memory, float *
             exact[t] = distance < 1.0f ? 1.0f - distance : 0.0f;
             total += exact[t];
         }
-        if (total <= 0.0f) exact[0] = total = 1.0f;
+        if (total <= 0.0f) exact[0] = total = 1.0f; /* no sample under the triangle: take the nearest */
         filter->first[j] = first;
         filter->count[j] = count;
         quantise(exact, total, count, filter->weight + (size_t)j * (size_t)filter->max_count);
@@ -108,12 +118,13 @@ static char *make_filter(Filter *filter, const Axis *axis, char *memory, float *
     return memory + filter_bytes(axis);
 }
 
-/* sample * weight / 32768, rounded; compilers know this form as one vector instruction */
+/* sample * weight / 32768, rounded; compilers turn this form into one vector instruction (pmulhrsw) */
 JC_INLINE int16_t part(int16_t sample, int16_t weight) {
     return (int16_t)(((((int32_t)sample * weight) >> 14) + 1) >> 1);
 }
 
-/* out[i] = sum over t of weight[t] * line[t * stride + i] */
+/* out[i] = sum over t of weight[t] * line[t * stride + i]. Up to four terms are added in one pass over `out`; most
+ * filters have two to four. */
 JC_CLONES static void weighted_sum(
     int16_t *restrict out, const int16_t *restrict line, size_t stride, const int16_t *weight, int count, int num) {
     const int16_t *restrict a = line, *restrict b = line + stride, *restrict c = b + stride, *restrict d = c + stride;
@@ -136,11 +147,12 @@ JC_CLONES static void weighted_sum(
     }
 }
 
+/* Transposes 8 x 8 samples. */
 JC_CLONES static void transpose8(const int16_t *restrict in, size_t in_stride, int16_t *restrict out, size_t stride) {
     const S8 low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
     S8 a[8], b[8];
     for (int x = 0; x < 8; x++) memcpy(&a[x], in + (size_t)x * in_stride, sizeof a[x]);
-    for (int round = 0; round < 3; round++) { /* each interleaves lines 4 apart: three perfect shuffles transpose */
+    for (int round = 0; round < 3; round++) { /* each interleaves lines x and x + 4; three such shuffles transpose */
         for (int x = 0; x < 4; x++) {
             b[2 * x] = __builtin_shuffle(a[x], a[x + 4], low);
             b[2 * x + 1] = __builtin_shuffle(a[x], a[x + 4], high);
@@ -150,7 +162,8 @@ JC_CLONES static void transpose8(const int16_t *restrict in, size_t in_stride, i
     for (int y = 0; y < 8; y++) memcpy(out + (size_t)y * stride, &a[y], sizeof a[y]);
 }
 
-/* Columns of the plane to rows of `columns` samples, kept row after row. */
+/* Resizes a column-major plane to `columns` columns and transposes it to row-major order. `group` holds GROUP resized
+ * columns, which are transposed in 8 x 8 tiles while they are in the cache. */
 static void resize_width(
     const JcComponent *component, const Filter *filter, int columns, int16_t *group, int16_t *out, size_t stride) {
     size_t lines = ((size_t)component->num_y + 7) & ~(size_t)7;
@@ -164,12 +177,14 @@ static void resize_width(
     }
 }
 
+/* Undoes the factor 64, rounds and clamps. Colour sums lie within [-14,600, 30,800], so nothing overflows. */
 JC_INLINE uint8_t to_byte(int16_t sample) {
     int16_t value = (int16_t)((int16_t)(sample + 32) >> 6);
     return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-/* Three runs of 16 bytes to one of 48. */
+/* Interleaves 16 bytes each of red, green and blue to 48 bytes. For each third of the output, `rg` merges red and
+ * green, leaving gaps that `rgb` fills with blue. Indices from 16 on select from the second operand. */
 JC_INLINE void interleave(const uint8_t *r, const uint8_t *g, const uint8_t *b, uint8_t *out) {
     static const B16 rg[3] = {{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5},
                               {21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26},
@@ -185,11 +200,12 @@ JC_INLINE void interleave(const uint8_t *r, const uint8_t *g, const uint8_t *b, 
     }
 }
 
-/* JFIF's YCbCr (ITU-R BT.601, full range) to RGB. */
+/* Converts a row from JFIF's YCbCr (ITU-R BT.601, full range) to RGB. Weights are fractions of 32768; for weights of 1
+ * and more the integer part is added separately. */
 JC_CLONES static void colour_row(
     const int16_t *restrict luma, const int16_t *restrict blue, const int16_t *restrict red, int num, uint8_t *restrict out) {
     uint8_t r[RUN], g[RUN], b[RUN], rest[3 * RUN];
-    for (int x = 0; x < num; x += RUN) { /* the lines are padded to whole runs */
+    for (int x = 0; x < num; x += RUN) { /* the input rows are padded to whole runs, the output is not */
         for (int i = 0; i < RUN; i++) {
             int16_t y = luma[x + i], cb = (int16_t)(blue[x + i] - CENTRE), cr = (int16_t)(red[x + i] - CENTRE);
             r[i] = to_byte((int16_t)(y + cr + part(cr, 13173)));              /* y + 1.402 cr */
@@ -210,10 +226,12 @@ JC_CLONES static void grey_row(const int16_t *restrict luma, int num, int channe
     }
 }
 
+/* Sizes of the buffers in the scratch memory, in bytes. */
 typedef struct {
     size_t lines[3], filters[3], exact, group, rows, total;
 } Layout;
 
+/* Number of components to resize: chroma that was not planned has side 0. */
 static int wanted(const Jpeg *jpeg) {
     return jpeg->num_components == 3 && jpeg->component[1].side == 0 ? 1 : jpeg->num_components;
 }
@@ -224,7 +242,7 @@ static Layout layout_of(const Jpeg *jpeg, const JcBox *box, int rows, int column
     for (int i = 0; i < wanted(jpeg); i++) {
         const JcComponent *component = &jpeg->component[i];
         Axis across = horizontal(jpeg, component, box, columns), down = vertical(jpeg, component, box, rows);
-        size_t num_y = ((size_t)component->num_y + 7) & ~(size_t)7;
+        size_t num_y = ((size_t)component->num_y + 7) & ~(size_t)7; /* transposed in tiles of 8 */
         size_t taps = (size_t)(max_count(&across) > max_count(&down) ? max_count(&across) : max_count(&down));
         layout.lines[i] = rounded(width * num_y * sizeof(int16_t));
         layout.filters[i] = filter_bytes(&across) + filter_bytes(&down);
@@ -232,6 +250,7 @@ static Layout layout_of(const Jpeg *jpeg, const JcBox *box, int rows, int column
         lines = num_y > lines ? num_y : lines;
         layout.total += layout.lines[i] + layout.filters[i];
     }
+    /* Shared by all components, hence the largest of each; `rows` holds one output row per component. */
     layout.exact = rounded(most * sizeof(float));
     layout.group = rounded(GROUP * lines * sizeof(int16_t));
     layout.rows = 3 * width * sizeof(int16_t);
@@ -239,21 +258,24 @@ static Layout layout_of(const Jpeg *jpeg, const JcBox *box, int rows, int column
     return layout;
 }
 
+/* Bytes of scratch memory that jc_resize needs. */
 size_t jc_resize_bytes(const Jpeg *jpeg, const JcBox *box, int rows, int columns) {
     return layout_of(jpeg, box, rows, columns).total;
 }
 
+/* True if a component has the sampling factors of the one before it, as Cr has those of Cb: they share a filter. */
 static int is_like_last(const Jpeg *jpeg, int i) {
     const JcComponent *component = &jpeg->component[i], *last = component - 1;
     return i > 0 && component->h == last->h && component->v == last->v;
 }
 
+/* Resizes all planes to `columns` first; then makes the output row by row: vertical filter, colour, interleaving. */
 void jc_resize(const Jpeg *jpeg, const JcBox *box, int rows, int columns, int channels, void *scratch, uint8_t *out) {
     Layout layout = layout_of(jpeg, box, rows, columns);
     size_t width = rounded((size_t)columns);
     float *exact = scratch;
     int16_t *group = (int16_t *)((char *)scratch + layout.exact), *lines[3], *row[3];
-    char *memory = (char *)group + layout.group;
+    char *memory = (char *)group + layout.group; /* next free byte of the scratch memory */
     Filter across[3], down[3];
     for (int i = 0; i < 3; i++, memory += width * sizeof(int16_t)) row[i] = (int16_t *)memory;
     for (int i = 0; i < wanted(jpeg); i++) {

@@ -1,5 +1,6 @@
-/* Break JPEG files at random and decode them: fuzz COUNT FILE... prints how many were decoded and how many refused.
- * Built with sanitizers by test_decode.py; every buffer has exactly the size it claims. */
+/* Fuzzer of the compiled decoder: `fuzz COUNT FILE...` decodes COUNT randomly damaged copies of the JPEG files and
+ * prints how many were decoded and how many rejected. test_decode.py builds it with sanitizers; every buffer is
+ * allocated with exactly the size that the decoder is given, so any access out of bounds is reported. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -12,6 +13,7 @@ int megabatch_jpeg_crop(
 
 static uint64_t state = 88172645463325252u;
 
+/* Pseudorandom number in [0, limit), from a xorshift generator: the same sequence in every run. */
 static uint32_t below(uint32_t limit) {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
     return (uint32_t)(state >> 32) % limit;
@@ -26,6 +28,7 @@ static uint8_t *read_file(const char *path, size_t *size) {
     return data;
 }
 
+/* Changes up to five bytes, half of them in the header, where one byte does most. */
 static void break_bytes(uint8_t *data, size_t size) {
     for (uint32_t n = below(6); n > 0; n--) {
         uint8_t *at = data + below((uint32_t)(below(2) && size > 700 ? 700 : size));
@@ -35,7 +38,7 @@ static void break_bytes(uint8_t *data, size_t size) {
 }
 
 int main(int argc, char **argv) {
-    int decoded = 0, refused = 0;
+    int decoded = 0, rejected = 0;
     for (int round = atoi(argv[1]); round > 0; round--) {
         size_t full, size;
         uint8_t *file = read_file(argv[2 + below((uint32_t)(argc - 2))], &full);
@@ -43,7 +46,9 @@ int main(int argc, char **argv) {
         uint8_t *data = malloc(size);
         memcpy(data, file, size);
         break_bytes(data, size);
-        if (below(4)) data[size - 2] = 0xFF, data[size - 1] = 0xD9; /* so that the cut is met late */
+        /* Mostly with an end marker, so that truncation is detected only while decoding. */
+        if (below(4)) data[size - 2] = 0xFF, data[size - 1] = 0xD9;
+        /* Outputs both smaller and larger than the box, fractional boxes, and now and then an invalid one. */
         int rows = 1 + (int)below(below(4) ? 40 : 300), columns = 1 + (int)below(below(4) ? 40 : 300);
         int channels = below(2) ? 1 : 3;
         double top = below(48), left = below(64), height = 1 + below(48 - (int)top), width = 1 + below(64 - (int)left);
@@ -51,9 +56,9 @@ int main(int argc, char **argv) {
         if (below(100) == 0) width = below(2) ? NAN : 1e300;
         uint8_t *out = malloc((size_t)rows * columns * channels);
         int status = megabatch_jpeg_crop(data, size, top, left, height, width, rows, columns, channels, 1 << 22, out);
-        *(status == 0 ? &decoded : &refused) += 1;
+        *(status == 0 ? &decoded : &rejected) += 1;
         free(out), free(data), free(file);
     }
-    printf("%d %d\n", decoded, refused);
+    printf("%d %d\n", decoded, rejected);
     return 0;
 }
