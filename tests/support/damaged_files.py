@@ -1,4 +1,4 @@
-"""Files with everything that goes wrong with images: empty, cut, of another kind, deep, moving, absurdly large."""
+"""Damaged and odd image files: empty, truncated, of another format, 16-bit, animated, decompression bombs."""
 
 import io
 import struct
@@ -13,11 +13,12 @@ SEEDS = iter(range(1, 10**6))
 
 
 def jpeg(**options) -> bytes:
-    """A photograph that no other file has."""
+    """A photograph; every call gives another one, so that no two files are duplicates."""
     return encode(photograph(48, 64, next(SEEDS)), **options)
 
 
 def png(image: Image.Image, **options) -> bytes:
+    """`image` as a PNG, or in another `format`, without conversion to RGB."""
     buffer = io.BytesIO()
     image.save(buffer, options.pop("format", "PNG"), **options)
     return buffer.getvalue()
@@ -36,7 +37,7 @@ def bomb_jpeg() -> bytes:
 
 
 def deep_rgb_png() -> bytes:
-    """16 bits a channel in colour, which Pillow reads but cannot write."""
+    """RGB with 16 bits per channel, which Pillow can read but not write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels().astype(np.uint16) * 257)
 
     def chunk(kind: bytes, body: bytes) -> bytes:
@@ -68,10 +69,10 @@ def broken_in_the_middle() -> bytes:
 
 def stray_bytes() -> bytes:
     data = jpeg()
-    return data[:20] + b"abc" + data[20:]  # behind the first segment
+    return data[:20] + b"abc" + data[20:]  # after the first segment
 
 
-# what the file is called, what is in it, and the kinds that must be found; 32 of them
+# (file name, function that makes the content, kinds that `check` must report)
 FILES: list[tuple[str, Callable[[], bytes], set[str]]] = [
     ("empty.jpg", lambda: b"", {"empty"}),
     ("truncated.jpg", lambda: jpeg()[:-400], {"truncated"}),

@@ -1,4 +1,4 @@
-"""Pictures for tests: smooth colours, edges and a little noise, as photographs have them."""
+"""Synthetic photographs for tests: smooth colours, edges and a little noise."""
 
 import io
 from pathlib import Path
@@ -12,7 +12,7 @@ TEST_PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Height x width x 3, uint8: drifting colours, a few hard-edged discs, fine noise."""
+    """Height x width x 3, uint8: smoothly varying colours, a few sharp-edged discs, fine noise."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(rng.uniform(2, 14) * rows + rng.uniform(2, 14) * columns + rng.uniform(0, 6)) for _ in range(3)]
@@ -25,14 +25,14 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, format: str = "JPEG", *, mode: str = "RGB", **options: Any) -> bytes:
-    """The bytes of an image file, converted to Pillow's `mode` first."""
+    """An image file's bytes; the pixels are first converted to Pillow's `mode`."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def pillow_crop(data: bytes, box: tuple[int, int, int, int], size: tuple[int, int], channels: int) -> np.ndarray:
-    """The reference: decode all of it, cut, resize with antialiasing."""
+    """Reference for crops: decodes the whole image, cuts `box`, resizes with antialiasing."""
     top, left, height, width = box
     image = Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L")
     cut = image.crop((left, top, left + width, top + height)).resize((size[1], size[0]), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""A data set seeded with everything that goes wrong with image files: each is named, and can be put right or aside."""
+"""Checks a data set with every kind of damaged and odd file: each is reported, and can be repaired or excluded."""
 
 import io
 import os
@@ -12,13 +12,13 @@ from photographs import encode, photograph
 from PIL import Image
 
 from megabatch.data.checking.check import CheckReport, check
-from megabatch.data.checking.check_file import KINDS, inspect_image, jpeg_end
+from megabatch.data.checking.check_file import BAD_KINDS, KINDS, ODD_KINDS, inspect_image, jpeg_end
 from megabatch.data.jpeg.decode import decode
 from megabatch.data.loading.repair import REPAIRS, exclude, repair
 from megabatch.data.sources.folder import FolderSource
 from megabatch.errors import DataError
 
-LAYOUT = {  # seeded one by one in `folder`
+LAYOUT = {  # created by `folder`
     "train/cat/zz-copy.jpg": {"duplicate"},
     "train/dog/copy-of-cat.jpg": {"two classes"},
     "val/cat/from-train.jpg": {"train in val"},
@@ -62,17 +62,18 @@ def found(report: CheckReport) -> dict[str, set[str]]:
     return kinds
 
 
-def test_each_of_the_damaged_and_odd_files_is_named_and_no_other(folder):
+def test_exactly_the_damaged_and_odd_files_are_reported(folder):
     assert len(FILES) + len(LAYOUT) > 30
     expected = {f"train/cat/{name}": kinds for name, _, kinds in FILES} | LAYOUT
-    expected["val/dog/linked.jpg"] = {"duplicate"}  # a link inside the data set is as good as a file
+    expected["val/dog/linked.jpg"] = {"duplicate"}  # a link within the data set is read as a file
     report = check(folder)
     assert found(report) == expected
     assert all(problem.kind in KINDS for problem in report.problems)
+    assert not BAD_KINDS & ODD_KINDS
     assert [problem.name for problem in report.problems] == sorted(problem.name for problem in report.problems)
 
 
-def test_what_is_called_bad_is_what_cannot_be_decoded_and_nothing_else(folder):
+def test_a_file_is_bad_exactly_if_it_cannot_be_decoded(folder):
     bad = {problem.name for problem in check(folder).bad}
     for name, content, _ in FILES:
         if Path(name).suffix in {".txt", ""} or name.startswith("."):
@@ -85,9 +86,9 @@ def test_what_is_called_bad_is_what_cannot_be_decoded_and_nothing_else(folder):
         assert usable == (f"train/cat/{name}" not in bad), name
 
 
-def test_every_kind_of_problem_is_met_in_this_file(folder):
-    met = {problem.kind for problem in check(folder).problems}
-    assert set(KINDS) - met == {"unreadable", "refused archive"}
+def test_this_file_tests_every_kind_of_problem(folder):
+    found_kinds = {problem.kind for problem in check(folder).problems}
+    assert KINDS - found_kinds == {"unreadable", "refused archive"}
 
 
 def test_workers_and_progress_do_not_change_the_report(folder):
@@ -97,7 +98,7 @@ def test_workers_and_progress_do_not_change_the_report(folder):
     assert calls == [(i, one.num_images) for i in range(1, one.num_images + 1)]
 
 
-def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
+def test_a_file_without_read_permission_is_reported(folder, monkeypatch):
     read = Path.read_bytes
 
     def refuse(path: Path) -> bytes:
@@ -122,7 +123,7 @@ def test_a_clean_folder_has_no_problems(tmp_path):
     assert check(tmp_path / "train").problems == []
 
 
-def test_the_end_of_a_jpeg_is_found_behind_thumbnails_and_before_appended_data():
+def test_the_end_of_a_jpeg_is_found_after_thumbnails_and_before_appended_data():
     exif = Image.Exif()
     data = jpeg(exif=exif, comment=b"\xff\xd9 in a comment", progressive=True)
     assert jpeg_end(data) == len(data)
@@ -149,7 +150,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> 
             tar.addfile(info, io.BytesIO(content))
 
 
-def test_shards_are_looked_through_sample_by_sample(tmp_path):
+def test_every_sample_of_a_shard_is_checked(tmp_path):
     good = jpeg()
     samples = [("a.jpg", good), ("b.jpg", jpeg()[:-400]), ("c.jpg", encode(pixels(), "PNG")), ("d.jpg", b"")]
     members = [member for name, data in samples for member in [(name, data), (name[0] + ".cls", b"0")]]
@@ -173,7 +174,7 @@ def test_shards_are_looked_through_sample_by_sample(tmp_path):
         exclude(report)
 
 
-def test_parquet_rows_are_looked_through(tmp_path):
+def test_every_parquet_row_is_checked(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -182,10 +183,10 @@ def test_parquet_rows_are_looked_through(tmp_path):
     assert found(check(tmp_path)) == {"train.parquet:1": {"empty"}, "train.parquet:2": {"CMYK"}}
 
 
-# ---- putting right, putting aside
+# ---- repair and exclude
 
 
-def test_repair_in_place_keeps_every_original_and_leaves_nothing_of_what_it_repairs(folder):
+def test_repair_in_place_keeps_every_original_and_fixes_every_repairable_kind(folder):
     before = {path.name: path.read_bytes() for path in (folder / "train" / "cat").iterdir() if path.is_file()}
     done = repair(check(folder))
     after = check(folder)
@@ -201,7 +202,7 @@ def test_repair_in_place_keeps_every_original_and_leaves_nothing_of_what_it_repa
     assert sorted(problem.name for problem in done.bad) == sorted(problem.name for problem in after.bad)
 
 
-def test_repaired_pixels_are_what_training_saw(folder):
+def test_repaired_files_decode_to_the_pixels_of_the_originals(folder):
     report = check(folder)
     for problem, path in repair(report, kinds={"CMYK", "16 bit", "animated", "wrong ending"}).done:
         original = (folder / (problem.name + ".orig")).read_bytes()
@@ -209,7 +210,7 @@ def test_repaired_pixels_are_what_training_saw(folder):
         assert path.suffix == {"CMYK": ".jpg", "16 bit": ".png", "animated": ".png"}.get(problem.kind, path.suffix)
 
 
-def test_repair_into_another_folder_does_not_touch_the_data_set(folder, tmp_path):
+def test_repair_into_another_folder_leaves_the_data_set_unchanged(folder, tmp_path):
     before = found(check(folder))
     done = repair(check(folder), into=tmp_path / "repaired")
     assert found(check(folder)) == before
@@ -224,12 +225,12 @@ def test_rotation_is_repaired_only_on_request(folder):
     assert "rotated" not in check(folder).count()
 
 
-def test_what_cannot_be_repaired_is_said(folder):
+def test_a_kind_that_cannot_be_repaired_is_rejected(folder):
     with pytest.raises(DataError, match=r"'empty' cannot be repaired; kinds that can: .*CMYK"):
         repair(check(folder), kinds={"empty"})
 
 
-def test_repair_never_writes_over_a_file_that_is_there(tmp_path):
+def test_repair_never_overwrites_an_existing_file(tmp_path):
     (tmp_path / "cat").mkdir()
     neighbour = encode(pixels(), "PNG")
     (tmp_path / "cat" / "1.png").write_bytes(neighbour)
@@ -239,7 +240,7 @@ def test_repair_never_writes_over_a_file_that_is_there(tmp_path):
     assert (tmp_path / "cat" / "1.png").read_bytes() == neighbour
 
 
-def test_exclude_moves_all_that_is_bad_aside_and_training_can_read_the_rest(folder):
+def test_exclude_moves_all_bad_files_and_training_can_read_the_others(folder):
     everything = {path.relative_to(folder) for path in folder.rglob("*")}
     report = check(folder)
     done = exclude(report)
@@ -254,7 +255,7 @@ def test_exclude_moves_all_that_is_bad_aside_and_training_can_read_the_rest(fold
     assert "class in one part" in {problem.kind for problem in done.bad}
 
 
-def test_exclude_takes_any_kinds_and_any_place(folder, tmp_path):
+def test_exclude_accepts_other_kinds_and_another_destination(folder, tmp_path):
     done = exclude(check(folder), into=tmp_path / "twins", kinds={"duplicate", "train in val"})
     assert {str(path.relative_to(tmp_path / "twins")) for _, path in done.done} == {
         "train/cat/zz-copy.jpg",
@@ -264,6 +265,6 @@ def test_exclude_takes_any_kinds_and_any_place(folder, tmp_path):
     assert not {"duplicate", "train in val"} & set(check(folder).count())
 
 
-def test_a_path_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_path_is_an_error(tmp_path):
     with pytest.raises(DataError, match="there is no"):
         check(tmp_path / "missing")

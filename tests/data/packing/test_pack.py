@@ -1,4 +1,4 @@
-"""Packing: the same bytes for any number of workers, nothing lost, nothing enlarged, broken-off work taken up."""
+"""Packing: same bytes for any number of workers, no sample lost, no image enlarged, interrupted runs resumed."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ CLASSES = ("cat", "dog", "yak")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train with 30 images and val with 9, of three classes; some of them large, one a PNG that is called JPEG."""
+    """train with 31 images and val with 9, of three classes; some are large, one is a PNG with a JPEG's extension."""
     root = tmp_path_factory.mktemp("images")
     for part, per_class in [("train", 10), ("val", 3)]:
         for number, name in enumerate(CLASSES):
@@ -45,7 +45,7 @@ def samples(source) -> Counter[tuple[bytes, str]]:
     return Counter((source.read(i), source.class_names[source.labels[i]]) for i in range(len(source)))
 
 
-def test_every_file_is_there_once_byte_for_byte_under_its_class(folder, tmp_path):
+def test_every_file_is_stored_once_unchanged_and_with_its_class(folder, tmp_path):
     report = pack(folder, tmp_path / "out", shard_bytes=20_000)
     train, val = open_shards(tmp_path / "out")
     assert samples(train) == samples(FolderSource(folder / "train"))
@@ -56,13 +56,13 @@ def test_every_file_is_there_once_byte_for_byte_under_its_class(folder, tmp_path
     assert report.class_names == train.class_names == CLASSES
 
 
-def test_the_result_does_not_depend_on_the_workers(folder, tmp_path):
+def test_the_result_does_not_depend_on_the_number_of_workers(folder, tmp_path):
     for workers in (1, 2, 5):
         pack(folder, tmp_path / str(workers), shard_bytes=20_000, max_side=64, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
 
 
-def test_any_tar_reader_finds_images_with_labels_beside_them_and_no_trace_of_the_machine(folder, tmp_path):
+def test_each_image_is_followed_by_its_label_and_no_time_or_owner_is_stored(folder, tmp_path):
     pack(folder, tmp_path, shard_bytes=20_000)
     for path in tmp_path.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -74,12 +74,12 @@ def test_any_tar_reader_finds_images_with_labels_beside_them_and_no_trace_of_the
         assert {m.name.rsplit(".", 1)[1] for m in members[1::2]} == {"cls"}
 
 
-def test_the_ending_says_what_the_file_is_whatever_it_was_called(folder, tmp_path):
+def test_the_stored_extension_is_that_of_the_files_format(folder, tmp_path):
     pack(folder, tmp_path)
     assert "cat/odd.png" in set(ShardSource(tmp_path / "train-000000.tar").member_names())
 
 
-def test_each_shard_holds_a_mixture_of_the_classes(folder, tmp_path):
+def test_each_shard_mixes_classes(folder, tmp_path):
     pack(folder, tmp_path, shard_bytes=40_000)
     train, _ = open_shards(tmp_path)
     ends = np.cumsum(train.shard_sizes)
@@ -87,7 +87,7 @@ def test_each_shard_holds_a_mixture_of_the_classes(folder, tmp_path):
     assert sum(len(classes) > 1 for classes in mixtures) >= len(mixtures) - 1
 
 
-def test_shards_end_once_they_hold_what_was_asked_for(folder, tmp_path):
+def test_shards_have_about_the_requested_size(folder, tmp_path):
     pack(folder, tmp_path, shard_bytes=20_000)
     sizes = [path.stat().st_size for path in sorted(tmp_path.glob("train-*.tar"))]
     assert all(size < 20_000 + 9_000 + 10_240 for size in sizes)  # one more sample, and the padding of a tar
@@ -103,10 +103,10 @@ def test_the_manifest_has_the_checksum_of_every_shard(folder, tmp_path):
     assert manifest["classes"] == list(CLASSES)
 
 
-# ---- broken off and taken up
+# ---- interrupted and resumed
 
 
-def test_finished_shards_are_kept_and_the_rest_is_made(folder, tmp_path):
+def test_finished_shards_are_kept_and_the_others_are_made(folder, tmp_path):
     whole = pack(folder, tmp_path / "whole", shard_bytes=20_000)
     calls = []
 
@@ -127,7 +127,7 @@ def test_finished_shards_are_kept_and_the_rest_is_made(folder, tmp_path):
     assert pack(folder, tmp_path / "out", shard_bytes=20_000).num_kept_shards == whole.num_shards
 
 
-def test_a_shard_that_was_damaged_or_made_with_other_options_is_made_anew(folder, tmp_path):
+def test_a_shard_that_is_damaged_or_has_other_options_is_written_again(folder, tmp_path):
     first = pack(folder, tmp_path, shard_bytes=20_000)
     before = contents(tmp_path)
     victim = sorted(tmp_path.glob("*.tar"))[1]
@@ -140,7 +140,7 @@ def test_a_shard_that_was_damaged_or_made_with_other_options_is_made_anew(folder
     assert contents(tmp_path) != before
 
 
-def test_changed_sources_are_packed_anew(folder, tmp_path):
+def test_changed_sources_are_packed_again(folder, tmp_path):
     source = tmp_path / "source" / "cat"
     source.mkdir(parents=True)
     (source / "1.jpg").write_bytes(encode(photograph(20, 20)))
@@ -151,12 +151,12 @@ def test_changed_sources_are_packed_anew(folder, tmp_path):
     assert ShardSource(tmp_path / "out").read(0) == (source / "1.jpg").read_bytes()
 
 
-def test_a_folder_with_other_shards_or_inside_the_source_is_refused(folder, tmp_path):
+def test_a_destination_with_other_shards_or_inside_the_source_is_rejected(folder, tmp_path):
     pack(folder, tmp_path / "out", shard_bytes=20_000)
-    with pytest.raises(DataError, match=r"holds .*\.tar, which is not of this data set"):
+    with pytest.raises(DataError, match=r"holds .*\.tar, which is not a shard of this data set"):
         pack(folder, tmp_path / "out", shard_bytes=10**9)
     for inside in (folder, folder / "packed"):
-        with pytest.raises(DataError, match="lies inside"):
+        with pytest.raises(DataError, match="is inside"):
             pack(folder, inside)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file"):
@@ -166,7 +166,7 @@ def test_a_folder_with_other_shards_or_inside_the_source_is_refused(folder, tmp_
 # ---- re-encoding
 
 
-def test_images_above_the_side_are_reduced_to_it_and_no_other_is_touched(folder, tmp_path):
+def test_only_images_above_max_side_are_reduced(folder, tmp_path):
     report = pack(folder, tmp_path, max_side=64)
     train, _ = open_shards(tmp_path)
     originals = samples(FolderSource(folder / "train"))
@@ -200,14 +200,14 @@ def test_quality_alone_keeps_the_size_and_never_makes_a_jpeg_larger():
     assert reencode(fine, max_side=80, quality=None) is fine
 
 
-def test_a_bad_image_stops_reencoding_or_is_left_out_and_named(tmp_path):
+def test_a_bad_image_stops_reencoding_or_is_skipped_and_reported(tmp_path):
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "good.jpg").write_bytes(encode(photograph(50, 50)))
     (tmp_path / "in" / "cat" / "bad.jpg").write_bytes(encode(photograph(50, 50))[:-300])
     with pytest.raises(DataError, match=r"bad\.jpg.*damaged.*skip_bad=True"):
         pack(tmp_path / "in", tmp_path / "out", max_side=20)
     assert not list((tmp_path / "out").glob("*.tar"))
-    for _ in range(2):  # the second time from what the first one left
+    for _ in range(2):  # the second call keeps the shard of the first
         report = pack(tmp_path / "in", tmp_path / "out", max_side=20, skip_bad=True)
         assert report.num_samples == {"train": 1}
         assert [Path(name).name for name, _ in report.skipped] == ["bad.jpg"]
@@ -215,7 +215,7 @@ def test_a_bad_image_stops_reencoding_or_is_left_out_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"max_side": 0}, {"quality": 0}, {"quality": 101}, {"shard_bytes": 0}])
-def test_options_out_of_range_are_refused_with_one_that_works(folder, tmp_path, options):
+def test_options_out_of_range_are_rejected_with_a_value_that_works(folder, tmp_path, options):
     with pytest.raises(DataError, match=r"for example \d+"):
         pack(folder, tmp_path / "out", **options)
 
@@ -266,7 +266,7 @@ def test_parquet_is_packed_in_its_own_order(folder, tmp_path):
         assert samples(packed) == samples(FolderSource(folder / part))
 
 
-def test_names_that_fall_together_or_would_break_a_tar_get_keys_of_their_own(tmp_path):
+def test_colliding_names_and_names_unsafe_in_a_tar_get_unique_keys(tmp_path):
     (tmp_path / "in" / "a class").mkdir(parents=True)
     for i, name in enumerate(["x.1.jpg", "x_1.jpg", "x_1.png", "back\\slash.jpg", "new\nline.jpg", "ünï.jpg"]):
         (tmp_path / "in" / "a class" / name).write_bytes(b"\xff\xd8\xff" + bytes([i]))
@@ -276,7 +276,7 @@ def test_names_that_fall_together_or_would_break_a_tar_get_keys_of_their_own(tmp
     assert len(set(source.member_names())) == 6
 
 
-def test_nothing_to_pack_is_an_error_that_says_what_is_needed(tmp_path):
+def test_the_error_for_missing_input_says_what_is_needed(tmp_path):
     with pytest.raises(DataError, match=r"there is no .*missing"):
         pack(tmp_path / "missing", tmp_path / "out")
     (tmp_path / "empty").mkdir()
@@ -289,8 +289,8 @@ def test_nothing_to_pack_is_an_error_that_says_what_is_needed(tmp_path):
         pack(empty, tmp_path / "out")
 
 
-def test_a_class_name_that_is_no_line_is_refused(tmp_path):
+def test_a_class_name_with_a_line_break_is_rejected(tmp_path):
     (tmp_path / "in" / "cat\ndog").mkdir(parents=True)
     (tmp_path / "in" / "cat\ndog" / "1.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match="cannot stand on a line"):
+    with pytest.raises(DataError, match="cannot be stored as a line"):
         pack(tmp_path / "in", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Look through a whole data set for files that training cannot use, and for those that are odd."""
+"""Checks a whole data set: finds files that training cannot use, and unusual ones."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from megabatch.data.checking.check_file import KINDS, Finding, inspect_image
+from megabatch.data.checking.check_file import BAD_KINDS, Finding, inspect_image
 from megabatch.data.jpeg.decode import MAX_PIXELS
 from megabatch.data.loading.prefetch import in_order, usable_cores
 from megabatch.data.sources.folder import IMAGE_SUFFIXES
@@ -21,15 +21,18 @@ from megabatch.data.sources.shards import ShardSource
 from megabatch.errors import DataError
 
 OnProgress = Callable[[int, int], None]
-"""Takes images done and images in all."""
+"""Receives the number of images checked and the total."""
 
-KEPT_ENDING = ".orig"  # what `repair` leaves of a file that it changed
+KEPT_ENDING = ".orig"  # extension under which `repair` keeps the original of a file that it changed
 _PARTS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing about one file. `name` is its path below the data set, or shard:member, or a class folder."""
+    """One problem of one file.
+
+    `name` is the file's path within the data set, or shard:member, or a class folder; `kind` is one of `KINDS`.
+    """
 
     name: str
     kind: str
@@ -37,13 +40,13 @@ class Problem:
 
     @property
     def is_bad(self) -> bool:
-        """Whether training refuses the data set for it, or replaces the sample."""
-        return KINDS[self.kind].is_bad
+        """True if training rejects the data set or replaces the sample because of this problem."""
+        return self.kind in BAD_KINDS
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All problems of a data set, in the order of their names."""
+    """All problems of a data set, sorted by name."""
 
     path: Path
     num_images: int
@@ -52,11 +55,11 @@ class CheckReport:
 
     @property
     def bad(self) -> list[Problem]:
-        """What training refuses or replaces."""
+        """Problems for which training rejects the data set or replaces the sample."""
         return [problem for problem in self.problems if problem.is_bad]
 
     def count(self) -> Counter[str]:
-        """How many problems there are of each kind."""
+        """Number of problems of each kind."""
         return Counter(problem.kind for problem in self.problems)
 
 
@@ -67,27 +70,28 @@ def check(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> CheckReport:
-    """Read and decode every image of a folder, of tar shards or of parquet files; name all that is bad or odd.
+    """Reads and decodes every image of a folder, of tar shards or of parquet files; reports all bad and odd ones.
 
-    A folder holds classes, or train and val with classes in each. Nothing is changed; `repair` and `exclude` do that.
-    Decodes on all cores, or in `workers` threads; keeps less than a kilobyte in memory for each image.
+    A folder holds one folder per class, or train and val with one folder per class in each. No file is changed;
+    `repair` and `exclude` do that. Decoding uses `workers` threads, by default one per core. Memory: less than 1 kB
+    per image.
 
     Raises:
-        DataError: no such path.
+        DataError: `path` does not exist.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise DataError(f"there is no {path}; needed: a folder of images, tar shards or parquet files")
     problems: list[Problem] = []
     archives = _archives(path)
-    images = _of_files(path, archives, problems) if archives else _of_folder(path, problems)
-    twins = _Twins()
+    images = _list_archives(path, archives, problems) if archives else _list_folder(path, problems)
+    duplicates = _Duplicates()
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as threads:
-        warnings.simplefilter("ignore")  # Pillow's, about files that get a line of their own here
+        warnings.simplefilter("ignore")  # Pillow warns about files that are reported here anyway
         found = in_order(partial(_inspect, max_pixels=max_pixels), images, executor=threads, depth=64)
         for done, (image, (findings, digest)) in enumerate(zip(images, found, strict=True), start=1):
             problems += [Problem(image.name, kind, detail) for kind, detail in findings]
-            problems += twins.add(image, digest)
+            problems += duplicates.add(image, digest)
             if on_progress is not None:
                 on_progress(done, len(images))
     problems.sort(key=lambda problem: (problem.name, problem.kind))
@@ -96,7 +100,7 @@ def check(
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """An image to be looked at, and where it stands."""
+    """An image to check: its name, part and class, and a function that reads it."""
 
     name: str
     part: str
@@ -106,7 +110,7 @@ class _Image:
 
 
 def _inspect(image: _Image, *, max_pixels: int) -> tuple[list[Finding], bytes | None]:
-    """What is wrong with an image, and a checksum of its bytes."""
+    """Findings about an image and a checksum of its bytes (None if it is empty or unreadable)."""
     try:
         data = image.read()
     except (OSError, DataError) as error:
@@ -116,8 +120,8 @@ def _inspect(image: _Image, *, max_pixels: int) -> tuple[list[Finding], bytes | 
     return findings, hashlib.sha256(data).digest()[:16] if data else None
 
 
-class _Twins:
-    """Tells files with equal bytes, by the first one of them."""
+class _Duplicates:
+    """Detects files with equal bytes; each is reported with reference to the first of them."""
 
     def __init__(self) -> None:
         self._first: dict[bytes, _Image] = {}
@@ -137,25 +141,26 @@ class _Twins:
 
 
 def _archives(path: Path) -> list[Path]:
-    """The tars or parquet files that the data set is made of; none if it is a folder of images."""
+    """The data set's tar or parquet files; empty for a folder of images."""
     if path.is_file():
         return [path]
     tars = sorted(file for file in path.rglob("*.tar*") if file.suffix not in {".idx", ".part"})
     return tars or sorted(path.rglob("*.parquet"))
 
 
-def _of_folder(path: Path, problems: list[Problem]) -> list[_Image]:
+def _list_folder(path: Path, problems: list[Problem]) -> list[_Image]:
+    """Images of a folder with parts, or of one with classes only; appends to `problems`."""
     parts = [part for part in _PARTS if (path / part).is_dir()]
     if not parts:
-        return _of_classes(path, path, "", problems)
+        return _list_classes(path, path, "", problems)
     problems += _stray_files(path, path, keep=parts)
-    images = [image for part in parts for image in _of_classes(path, path / part, part, problems)]
+    images = [image for part in parts for image in _list_classes(path, path / part, part, problems)]
     problems += _class_in_one_part(path, parts)
     return images
 
 
-def _of_files(root: Path, files: Sequence[Path], problems: list[Problem]) -> list[_Image]:
-    """Samples of tars and parquet files; one that cannot be opened at all is a problem of its own."""
+def _list_archives(root: Path, files: Sequence[Path], problems: list[Problem]) -> list[_Image]:
+    """Images of tar and parquet files; an archive that cannot be opened is appended to `problems`."""
     images: list[_Image] = []
     for file in files:
         name = file.relative_to(root).as_posix() if file != root else file.name
@@ -173,8 +178,8 @@ def _of_files(root: Path, files: Sequence[Path], problems: list[Problem]) -> lis
     return images
 
 
-def _of_classes(root: Path, folder: Path, part: str, problems: list[Problem]) -> list[_Image]:
-    """Images below the class folders of one part."""
+def _list_classes(root: Path, folder: Path, part: str, problems: list[Problem]) -> list[_Image]:
+    """Images in the class folders of one part."""
     problems += _stray_files(root, folder, keep=[entry.name for entry in os.scandir(folder) if entry.is_dir()])
     images: list[_Image] = []
     for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
@@ -191,7 +196,7 @@ def _of_classes(root: Path, folder: Path, part: str, problems: list[Problem]) ->
 
 
 def _walk(root: Path, folder: Path, class_folder: Path, problems: list[Problem]) -> Iterator[Path]:
-    """Files that are images by their names; what else is there becomes problems."""
+    """Files whose names are those of images; all others are appended to `problems`."""
     for parent, folders, files in os.walk(class_folder):
         folders.sort()
         problems += filter(None, (_link_problem(Path(parent, name), root, folder) for name in folders))
@@ -207,7 +212,7 @@ def _walk(root: Path, folder: Path, class_folder: Path, problems: list[Problem])
 
 
 def _problem_of_name(path: Path, root: Path, folder: Path) -> Problem | None:
-    """What keeps a file from being read as an image, as far as its name and kind show."""
+    """Reason why a file is not read as an image, judged by its name and file type only, or None."""
     name = _below(path, root)
     if link := _link_problem(path, root, folder):
         return link
@@ -221,13 +226,13 @@ def _problem_of_name(path: Path, root: Path, folder: Path) -> Problem | None:
 
 
 def _link_problem(path: Path, root: Path, folder: Path) -> Problem | None:
-    """A link may lead anywhere within its part: `folder`, which may itself be a link to another disk."""
+    """A symbolic link may point anywhere within its part, `folder`, which may itself be a link to another disk."""
     if not path.is_symlink():
         return None
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(os.path.realpath(folder)):
-        return Problem(_below(path, root), "link out", f"leads to {target}")
-    return None if target.exists() else Problem(_below(path, root), "broken link", f"leads to {target}")
+        return Problem(_below(path, root), "link out", f"points to {target}")
+    return None if target.exists() else Problem(_below(path, root), "broken link", f"points to {target}")
 
 
 def _odd_name(path: Path, root: Path) -> Iterator[Problem]:
@@ -243,7 +248,7 @@ def _case_clashes(root: Path, parent: str, files: Sequence[str]) -> Iterator[Pro
 
 
 def _stray_files(root: Path, folder: Path, keep: Sequence[str]) -> Iterator[Problem]:
-    """What lies beside the class folders, or beside train and val."""
+    """Files next to the class folders, or next to train and val."""
     for path in sorted(folder.iterdir()):
         if path.name in keep:
             continue
@@ -252,7 +257,7 @@ def _stray_files(root: Path, folder: Path, keep: Sequence[str]) -> Iterator[Prob
         elif path.name.startswith("."):
             yield Problem(_below(path, root), "hidden", "begins with a dot")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Problem(_below(path, root), "no class", f"lies in {folder.name}, not in a class folder")
+            yield Problem(_below(path, root), "no class", f"is in {folder.name}, not in a class folder")
 
 
 def _class_in_one_part(root: Path, parts: Sequence[str]) -> Iterator[Problem]:

@@ -1,9 +1,8 @@
-"""What is wrong, or only odd, about the bytes of one image file."""
+"""Checks the bytes of one image file: bad ones, which training cannot use, and odd ones, which it can."""
 
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,53 +13,54 @@ from megabatch.data.jpeg.decode import MAX_PIXELS, decode, image_size
 from megabatch.data.jpeg.formats import ENDINGS, sniff
 from megabatch.errors import DataError
 
+BAD_KINDS = frozenset(
+    {
+        "empty",  # the file has 0 bytes
+        "not an image",  # the content is something else, such as a web page or a Git LFS pointer
+        "unreadable",  # the operating system denies reading it
+        "truncated",  # the end of the image is missing
+        "missing end",  # only the JPEG's end marker is missing; all pixels are present
+        "damaged",  # the image cannot be decoded completely
+        "bomb",  # a decompression bomb: more pixels than training decodes
+        "link out",  # a symbolic link to a place outside the data set
+        "broken link",  # a symbolic link whose target does not exist
+        "special file",  # a pipe, socket or device with an image's name
+        "empty class",  # a class without images
+        "class in one part",  # a class that only train has, or only val
+        "refused archive",  # a tar that is compressed, damaged, without labels or unsafe
+    }
+)
+"""Problems for which training rejects the data set or replaces the sample."""
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of problem. `is_bad`: training refuses the data set, or replaces the sample; else it only ought to be
-    known."""
+ODD_KINDS = frozenset(
+    {
+        "wrong ending",  # the extension is that of another format, such as a PNG named .jpg
+        "CMYK",  # four inks instead of three colours; colours shift slightly when converted
+        "16 bit",  # more than 8 bits per channel; training keeps the upper 8
+        "animated",  # several frames or pages; training uses the first
+        "transparent",  # has an alpha channel, which training drops
+        "rotated",  # has an EXIF orientation, which training ignores, as ImageFolder does
+        "tiny",  # a side of less than 16 pixels
+        "elongated",  # one side is more than ten times the other
+        "blank",  # all pixels have the same colour
+        "stray bytes",  # bytes between a JPEG's segments that belong to none of them
+        "trailing bytes",  # data after the end of the image
+        "duplicate",  # same bytes as another file of its class
+        "two classes",  # same bytes as a file of another class
+        "train in val",  # same bytes in train and in val
+        "unknown ending",  # not an image's extension; the file is skipped
+        "hidden",  # a hidden file; skipped
+        "no class",  # an image outside of all class folders; skipped
+        "odd name",  # a name with control characters or invalid UTF-8
+        "case clash",  # differs from another name only in case: some file systems keep only one of them
+    }
+)
+"""Problems that training tolerates but the user should know about."""
 
-    is_bad: bool
-    meaning: str
-
-
-KINDS = {
-    "empty": Kind(True, "the file has no bytes"),
-    "not an image": Kind(True, "the bytes are of something else, such as a web page or a Git LFS pointer"),
-    "unreadable": Kind(True, "the system does not let it be read"),
-    "truncated": Kind(True, "the end of the image is missing"),
-    "missing end": Kind(True, "all pixels are there, only the JPEG's end marker is not"),
-    "damaged": Kind(True, "the image cannot be decoded whole"),
-    "bomb": Kind(True, "absurdly many pixels, more than training decodes"),
-    "link out": Kind(True, "a symbolic link that leads out of the data set"),
-    "broken link": Kind(True, "a symbolic link to nothing"),
-    "special file": Kind(True, "a pipe, socket or device that has an image's name"),
-    "empty class": Kind(True, "a class without images"),
-    "class in one part": Kind(True, "a class that only train has, or only val"),
-    "refused archive": Kind(True, "a tar that is compressed, damaged, without labels or unsafe"),
-    "wrong ending": Kind(False, "the name says another format than the bytes, such as a PNG called JPEG"),
-    "CMYK": Kind(False, "four inks instead of three colours; colours shift a little when converted"),
-    "16 bit": Kind(False, "more than 8 bits a channel; training keeps the upper 8"),
-    "animated": Kind(False, "several frames or pages; training sees the first"),
-    "transparent": Kind(False, "has an alpha channel, which training drops"),
-    "rotated": Kind(False, "EXIF says to turn it; training does not, as ImageFolder does not"),
-    "tiny": Kind(False, "a side of less than 16 pixels"),
-    "elongated": Kind(False, "one side is more than ten times the other"),
-    "blank": Kind(False, "every pixel has the same colour"),
-    "stray bytes": Kind(False, "bytes between a JPEG's segments that belong to nothing"),
-    "trailing bytes": Kind(False, "something follows the end of the image"),
-    "duplicate": Kind(False, "the same bytes as another file of its class"),
-    "two classes": Kind(False, "the same bytes are also in another class"),
-    "train in val": Kind(False, "the same bytes are in train and in val"),
-    "unknown ending": Kind(False, "not an ending of an image; the file is passed over"),
-    "hidden": Kind(False, "a hidden file; it is passed over"),
-    "no class": Kind(False, "an image that is in no class folder; it is passed over"),
-    "odd name": Kind(False, "a name with control characters, or not in UTF-8"),
-    "case clash": Kind(False, "names that differ in upper and lower case alone: one is lost on some systems"),
-}
+KINDS = BAD_KINDS | ODD_KINDS
 
 Finding = tuple[str, str]
-"""(a key of `KINDS`, what was seen)"""
+"""(one of `KINDS`, detail)"""
 
 MIN_SIDE = 16
 MAX_ASPECT = 10.0
@@ -71,47 +71,51 @@ _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
 
 
 def inspect_image(data: bytes, ending: str | None, *, max_pixels: int = MAX_PIXELS) -> list[Finding]:
-    """All that is bad or odd about an image file; `ending` is that of its name, without the dot, if it has a name."""
+    """All bad and odd properties of an image file.
+
+    `ending` is the file name's extension without the dot, or None if the image has no file name.
+    """
     if not data:
         return [("empty", "0 bytes")]
-    kind = sniff(data)
-    if kind is None:
-        return [("not an image", _what_else(data))]
-    fits = ending is None or ending.lower() in ENDINGS[kind]
-    findings = [] if fits else [("wrong ending", f"a {kind} called .{ending}")]
+    format_name = sniff(data)
+    if format_name is None:
+        return [("not an image", _describe_non_image(data))]
+    fits = ending is None or ending.lower() in ENDINGS[format_name]
+    findings = [] if fits else [("wrong ending", f"a {format_name} named .{ending}")]
     try:
         height, width = image_size(data, max_pixels=max_pixels)
         pixels = decode(data, max_pixels=max_pixels)
     except DataError as error:
-        return [*findings, _why_unusable(data, kind, str(error))]
+        return [*findings, _classify_error(data, format_name, str(error))]
     findings += _odd_shape(height, width)
     findings += _odd_pixels(pixels)
-    findings += _odd_jpeg(data) if kind == "jpeg" else []
+    findings += _odd_jpeg(data) if format_name == "jpeg" else []
     return findings + list(_odd_header(data))
 
 
-def _what_else(data: bytes) -> str:
+def _describe_non_image(data: bytes) -> str:
     start = data[:256].lstrip().lower()
     if start.startswith(_LFS):
-        return "a Git LFS pointer; `git lfs pull` fetches the file it stands for"
+        return "a Git LFS pointer; `git lfs pull` fetches the file"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<svg")):
         return "a web page or other markup"
     if not data.strip(b"\0"):
-        return "nothing but zero bytes"
+        return "zero bytes only"
     return f"begins with {data[:12]!r}"
 
 
-def _why_unusable(data: bytes, kind: str, error: str) -> Finding:
+def _classify_error(data: bytes, format_name: str, error: str) -> Finding:
     if "absurdly large" in error:
         return "bomb", error
-    if _is_cut_short(data, kind):
-        if kind == "jpeg" and _decodes(data + _END):
-            return "missing end", "the end marker is missing, and nothing else"
+    if _is_truncated(data, format_name):
+        if format_name == "jpeg" and _decodes(data + _END):
+            return "missing end", "only the end marker is missing"
         return "truncated", error
     return "damaged", error
 
 
-def _is_cut_short(data: bytes, kind: str) -> bool:
+def _is_truncated(data: bytes, format_name: str) -> bool:
+    """True if the format has an end marker or a length field, and the data end before that."""
     ends: dict[str, Callable[[bytes], bool]] = {
         "jpeg": lambda data: jpeg_end(data) is not None,
         "png": lambda data: b"IEND" in data[-64:],
@@ -119,7 +123,7 @@ def _is_cut_short(data: bytes, kind: str) -> bool:
         "webp": lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8,
         "bmp": lambda data: len(data) >= int.from_bytes(data[2:6], "little"),
     }
-    return kind in ends and not ends[kind](data)
+    return format_name in ends and not ends[format_name](data)
 
 
 def _decodes(data: bytes) -> bool:
@@ -131,7 +135,10 @@ def _decodes(data: bytes) -> bool:
 
 
 def jpeg_end(data: bytes) -> int | None:
-    """Where the first image of a JPEG ends: one past its end marker. None if it has no end."""
+    """Offset one past the end marker of a JPEG's first image, or None if there is no end marker.
+
+    Segments are skipped by their length, so an end marker inside an embedded thumbnail does not count.
+    """
     at = 2
     while (match := _NEXT_MARKER.search(data, at)) is not None:
         at = match.start()
@@ -171,7 +178,7 @@ def _odd_header(data: bytes) -> Iterator[Finding]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield from _odd_mode(image, data)
-    except _PILLOW_ERRORS:  # the pixels were decoded all the same
+    except _PILLOW_ERRORS:  # the pixels were decoded, so the file is usable
         return
 
 
@@ -182,13 +189,13 @@ def _odd_mode(image: Image.Image, data: bytes) -> Iterator[Finding]:
         yield "16 bit", f"mode {image.mode}"
     if getattr(image, "n_frames", 1) > 1:
         yield "animated", f"{getattr(image, 'n_frames', 1)} frames"
-    if (image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info) and _see_through(image):
+    if (image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info) and _has_transparent_pixels(image):
         yield "transparent", f"mode {image.mode}"
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation in range(2, 9):
         yield "rotated", f"EXIF orientation {orientation}"
 
 
-def _see_through(image: Image.Image) -> bool:
+def _has_transparent_pixels(image: Image.Image) -> bool:
     lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
     return bool(np.less(lowest, 255))

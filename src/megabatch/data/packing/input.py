@@ -1,4 +1,4 @@
-"""What `pack` can read: folders of classes, tars of any layout, parquet; each as parts with keys and sizes."""
+"""Input formats of `pack`: folders of classes, tars of any layout, parquet; each as parts with keys and sizes."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,25 +21,25 @@ PARTS = ("train", "val")
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a data set: its name, its samples, and for each a unique key and its size in bytes, or nearly so."""
+    """One part of a data set, train or val; one key and size per sample."""
 
     name: str
     source: EncodedSource
-    keys: Sequence[str]
-    sizes: npt.NDArray[np.int64]
-    random_access: bool  # whether samples can be read in any order without reading others too
+    keys: Sequence[str]  # unique
+    sizes: npt.NDArray[np.int64]  # bytes of the image file; estimated for parquet
+    random_access: bool  # False if reading one sample reads its neighbours too
 
 
 def open_parts(path: Path) -> list[Part]:
-    """Train and val where both are there; else one part called train.
+    """The parts train and val if the data set has both, otherwise one part named train.
 
     Raises:
-        DataError: nothing that can be packed, or what the sources refuse.
+        DataError: there is no data set at `path`, it is invalid, or train and val have different classes.
     """
     sources = _sources(path)
     names = [source.class_names for source in sources.values()]
     if any(other != names[0] for other in names):
-        raise DataError(f"{path}: train and val name different classes; both need the same")
+        raise DataError(f"{path}: train and val have different classes; both need the same ones")
     return [
         Part(name, source, _keys(source), _sizes(source), not isinstance(source, ParquetSource))
         for name, source in sources.items()
@@ -48,42 +48,43 @@ def open_parts(path: Path) -> list[Part]:
 
 def _sources(path: Path) -> dict[str, EncodedSource]:
     if path.is_file():
-        return _of_file(path)
+        return _open_file(path)
     if not path.is_dir():
         raise DataError(f"there is no {path}; needed: a folder of images, a tar or parquet files")
     if any(path.rglob("*.tar")) or any(path.rglob("*.tar.*")):
-        return _of_tars(path)
+        return _open_tars(path)
     if any(path.rglob("*.parquet")):
-        return _both(path, open_parquet_parts, ParquetSource, list(path.rglob("*.parquet")))
+        return _open_both_or_one(path, open_parquet_parts, ParquetSource, list(path.rglob("*.parquet")))
     if all((path / part).is_dir() for part in PARTS):
         return {part: FolderSource(path / part) for part in PARTS}
     return {"train": FolderSource(path)}
 
 
-def _of_file(path: Path) -> dict[str, EncodedSource]:
+def _open_file(path: Path) -> dict[str, EncodedSource]:
     if path.suffix == ".parquet":
         return {"train": ParquetSource(path)}
     members = list_members(path)
     if any(_ending(member.name) == LABEL_ENDING for member in members):
         return {"train": ShardSource(path)}
-    return _of_folders_in_tar(path, members)
+    return _open_folders_in_tar(path, members)
 
 
-def _of_tars(path: Path) -> dict[str, EncodedSource]:
+def _open_tars(path: Path) -> dict[str, EncodedSource]:
     tars = list(path.rglob("*.tar"))
     if len(tars) == 1 and not tars[0].name.startswith(PARTS):
-        return _of_file(tars[0])
-    return _both(path, open_shards, ShardSource, tars)
+        return _open_file(tars[0])
+    return _open_both_or_one(path, open_shards, ShardSource, tars)
 
 
-def _both(
+def _open_both_or_one(
     path: Path,
     open_both: Callable[[Path], tuple[EncodedSource, EncodedSource]],
     open_one: Callable[[Path], EncodedSource],
     files: Sequence[Path],
 ) -> dict[str, EncodedSource]:
-    named = any(part.startswith("val") for file in files for part in file.relative_to(path).parts)
-    return dict(zip(PARTS, open_both(path), strict=True)) if named else {"train": open_one(path)}
+    """Opens train and val if a file or folder name begins with val, otherwise all files as train."""
+    has_val = any(part.startswith("val") for file in files for part in file.relative_to(path).parts)
+    return dict(zip(PARTS, open_both(path), strict=True)) if has_val else {"train": open_one(path)}
 
 
 def _ending(name: str) -> str:
@@ -92,7 +93,10 @@ def _ending(name: str) -> str:
 
 
 class TarFolderSource:
-    """Image files in one folder per class, inside a tar: members of the tar, each with its path below the part."""
+    """Image files in one folder per class, inside a tar.
+
+    `members` are the tar's members, each with its path below the part's folder.
+    """
 
     shard_sizes: Sequence[int] | None = None
 
@@ -117,8 +121,8 @@ class TarFolderSource:
         return f"{self._tar.name}:{self.members[index].name}"
 
 
-def _of_folders_in_tar(tar: Path, members: Iterable[Member]) -> dict[str, EncodedSource]:
-    """Parts from `.../train/CLASS/...` and `.../val/CLASS/...`; without such folders, all of it is train."""
+def _open_folders_in_tar(tar: Path, members: Iterable[Member]) -> dict[str, EncodedSource]:
+    """Parts from `.../train/CLASS/...` and `.../val/CLASS/...`; without such folders, everything is train."""
     images = [(member, PurePosixPath(member.name)) for member in members if _ending(member.name) in IMAGE_ENDINGS]
     by_part: dict[str, list[tuple[Member, PurePosixPath]]] = {}
     for member, path in images:
@@ -147,16 +151,16 @@ def _sizes(source: EncodedSource) -> npt.NDArray[np.int64]:
 
 
 def _keys(source: EncodedSource) -> list[str]:
-    """A key for each sample: its path without the ending, without what a tar or WebDataset would misread."""
-    taken: dict[str, int] = {}
+    """One unique key per sample: its path without extension and without characters that tar readers misinterpret."""
+    counts: dict[str, int] = {}
     keys = []
     for path in _paths(source):
-        key = _plain(path)
-        seen = taken[key] = taken.get(key, 0) + 1
-        keys.append(key if seen == 1 else f"{key}-{seen}")
+        key = _portable_key(path)
+        count = counts[key] = counts.get(key, 0) + 1
+        keys.append(key if count == 1 else f"{key}-{count}")
     if len(set(keys)) == len(keys):
         return keys
-    return [f"{i:08d}" for i in range(len(source))]
+    return [f"{i:08d}" for i in range(len(source))]  # a numbered key equals the name of another file
 
 
 def _paths(source: EncodedSource) -> Iterator[PurePosixPath]:
@@ -172,7 +176,8 @@ def _paths(source: EncodedSource) -> Iterator[PurePosixPath]:
             yield PurePosixPath(source.class_names[source.labels[i]], f"{i:08d}.img")
 
 
-def _plain(path: PurePosixPath) -> str:
+def _portable_key(path: PurePosixPath) -> str:
+    # WebDataset splits a name at its first dot, so the key must not contain one.
     stem = path.name.rsplit(".", 1)[0].replace(".", "_") or "_"
     text = "/".join([*path.parts[:-1], stem])
     text = text.encode("utf-8", "replace").decode("utf-8")

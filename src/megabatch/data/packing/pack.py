@@ -1,9 +1,9 @@
-"""Pack a data set into indexed tar shards that any WebDataset reader takes.
+"""Packs a data set into indexed tar shards that any WebDataset reader can read.
 
-The result depends on the input and the options alone, to the byte: samples are dealt to shards by a fixed permutation
-(parquet, which is read by row group, keeps its order), stand in a shard in the order of their keys, and carry no
-times or owners. So any number of threads gives the same files, and work that was broken off is taken up again: a
-shard that is there, was made from the same samples with the same options and has its checksum, is kept.
+The output is a function of the input and the options, byte for byte: a fixed permutation assigns samples to shards
+(parquet is read by row group and keeps its order), samples within a shard are sorted by key, and no times or owners
+are stored. Any number of threads therefore writes the same files, and an interrupted run is resumed: a shard that
+exists, was made from the same samples with the same options and matches its checksum is kept.
 """
 
 import hashlib
@@ -20,27 +20,27 @@ import numpy.typing as npt
 from megabatch.data.loading.order import permute
 from megabatch.data.loading.prefetch import usable_cores
 from megabatch.data.packing.input import Part, open_parts
-from megabatch.data.packing.shard import DEFAULT_QUALITY, Made, Options, Shard, make_shard
+from megabatch.data.packing.shard import DEFAULT_QUALITY, FinishedShard, Options, Shard, make_shard
 from megabatch.data.sources.shards import CLASSES_FILE
 from megabatch.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
 DEFAULT_SHARD_BYTES = 256 << 20
 OnProgress = Callable[[int, int], None]
-"""Takes samples done and samples in all; called from worker threads, one at a time."""
+"""Receives the number of samples done and the total; called from worker threads, one call at a time."""
 
 _TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What lies in the folder now."""
+    """Contents of the folder after packing."""
 
     folder: Path
     num_samples: dict[str, int]
     num_shards: int
     num_bytes: int
-    num_kept_shards: int  # finished by an earlier call
+    num_kept_shards: int  # written by an earlier call
     num_reencoded: int
     class_names: tuple[str, ...]
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
@@ -57,29 +57,32 @@ def pack(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> PackReport:
-    """Pack a folder of images, a tar or parquet files into `dst`: PART-000000.tar and so on, indices, class names.
+    """Packs a folder of images, a tar or parquet files into `dst`: shards PART-000000.tar etc., indices, class names.
 
-    Files are kept as they are, byte for byte, unless `max_side` or `quality` is given: then an image whose longer
-    side exceeds `max_side` is reduced to it (never enlarged), and becomes a JPEG of `quality` (90 if not given); with
-    `quality` all images become such JPEGs, except those that would grow.
+    By default image files are stored unchanged. With `max_side`, an image with a longer side is reduced to it (never
+    enlarged) and stored as a JPEG of `quality`, 90 if not given. With `quality`, every image becomes a JPEG of that
+    quality, except those that would grow.
 
     Args:
-        shard_bytes: a shard ends once its samples, as stored in `src`, come to this much.
-        skip_bad: leave out and report images that cannot be decoded, which otherwise stop a re-encoding.
-        workers: threads; by default one for each core.
+        shard_bytes: a shard is closed once its samples, as stored in `src`, reach this many bytes.
+        max_side: longest side of a stored image, in pixels.
+        quality: JPEG quality, 1 to 100.
+        skip_bad: skip and report images that cannot be decoded; otherwise they raise `DataError` when re-encoding.
+        workers: number of threads; by default one per core.
 
     Raises:
-        DataError: nothing to pack, `dst` holds other shards or lies inside `src`, or an image that cannot be decoded.
+        DataError: `src` holds no images, `dst` holds other shards or is inside `src`, an option is out of range, or an
+            image that must be re-encoded cannot be decoded.
     """
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
-    _check(src, dst, shard_bytes, max_side, quality)
+    _check_arguments(src, dst, shard_bytes, max_side, quality)
     options = Options(max_side, quality, skip_bad)
     parts = open_parts(src)
     class_names = parts[0].source.class_names
-    _refuse_odd_names(class_names)
-    shards = [shard for part in parts for shard in _plan(part, dst, shard_bytes, options)]
+    _check_class_names(class_names)
+    shards = [shard for part in parts for shard in _plan_shards(part, dst, shard_bytes, options)]
     dst.mkdir(parents=True, exist_ok=True)
-    _refuse_strangers(dst, shards)
+    _check_for_other_shards(dst, shards)
     progress = _Progress(sum(len(shard.samples) for shard in shards), on_progress)
     done = _make_all(shards, options, progress, workers or usable_cores())
     _write(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
@@ -87,9 +90,9 @@ def pack(
     return _report(dst, shards, done, class_names)
 
 
-def _check(src: Path, dst: Path, shard_bytes: int, max_side: int | None, quality: int | None) -> None:
+def _check_arguments(src: Path, dst: Path, shard_bytes: int, max_side: int | None, quality: int | None) -> None:
     if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
-        raise DataError(f"{dst} lies inside {src}, and would be taken for data; choose a folder outside it")
+        raise DataError(f"{dst} is inside {src} and would be read as part of it; choose a folder outside it")
     if dst.exists() and not dst.is_dir():
         raise DataError(f"{dst} is a file; needed: a folder to write shards to")
     if shard_bytes < 1:
@@ -100,11 +103,13 @@ def _check(src: Path, dst: Path, shard_bytes: int, max_side: int | None, quality
         raise DataError(f"quality={quality} must be from 1 to 100, for example {DEFAULT_QUALITY}")
 
 
-def _plan(part: Part, dst: Path, shard_bytes: int, options: Options) -> list[Shard]:
+def _plan_shards(part: Part, dst: Path, shard_bytes: int, options: Options) -> list[Shard]:
+    """Assigns the samples of a part to shards of about `shard_bytes` each."""
     order = np.arange(len(part.source))
     if part.random_access:
         order = permute(order, num_samples=len(order), seed=0, epoch=0)
-    stored = -(-part.sizes[order] // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK  # two headers and a label
+    # Image rounded up to whole blocks, plus two headers and a block for the label.
+    stored = -(-part.sizes[order] // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK
     ends = np.cumsum(stored)
     shard_of = (ends - stored) // shard_bytes
     groups = np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
@@ -119,24 +124,25 @@ def _shard(part: Part, path: Path, samples: npt.NDArray[np.int64], options: Opti
     return Shard(path, part, ordered, plan.hexdigest())
 
 
-def _refuse_strangers(dst: Path, shards: Sequence[Shard]) -> None:
-    """Shards of another packing would be read as part of this one."""
+def _check_for_other_shards(dst: Path, shards: Sequence[Shard]) -> None:
+    """Rejects a folder with shards of another data set: they would be read as part of this one."""
     planned = {shard.path for shard in shards}
-    strangers = sorted(path for path in dst.glob("*.tar") if path not in planned)
-    if strangers:
-        raise DataError(f"{dst} holds {strangers[0].name}, which is not of this data set; choose an empty folder")
+    others = sorted(path for path in dst.glob("*.tar") if path not in planned)
+    if others:
+        raise DataError(f"{dst} holds {others[0].name}, which is not a shard of this data set; choose an empty folder")
 
 
-def _refuse_odd_names(class_names: Sequence[str]) -> None:
+def _check_class_names(class_names: Sequence[str]) -> None:
     for name in class_names:
         if name != name.strip() or "\n" in name or "\r" in name:
             raise DataError(
-                f"the class name {name!r} cannot stand on a line of {CLASSES_FILE}; rename it, say to 'dog'"
+                f"the class name {name!r} cannot be stored as a line of {CLASSES_FILE}: it contains a line break, or "
+                "starts or ends with white space; rename it, for example to 'dog'"
             )
 
 
 class _Progress:
-    """Counts samples, and is where work in other threads ends once one of them, or the caller, has failed."""
+    """Counts finished samples; after a failure, raises `CancelledError` in the other threads at their next sample."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self._done, self._total, self._on_progress = 0, total, on_progress
@@ -160,13 +166,14 @@ class _Progress:
             self._stopped = True
 
 
-def _make_all(shards: Sequence[Shard], options: Options, progress: _Progress, workers: int) -> list[Made]:
-    """All shards, several at once. The first failure stops the others at their next sample, and is raised."""
+def _make_all(shards: Sequence[Shard], options: Options, progress: _Progress, workers: int) -> list[FinishedShard]:
+    """Makes all shards in parallel. The first failure is raised and stops the other threads at their next sample."""
     with ThreadPoolExecutor(workers) as threads:
         tasks = [threads.submit(make_shard, shard, options, progress.add) for shard in shards]
         try:
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             failures = [error for task in done if (error := task.exception()) is not None]
+            # A thread that was only cancelled must not hide the cause.
             for failure in sorted(failures, key=lambda error: isinstance(error, CancelledError)):
                 raise failure
         except BaseException:
@@ -176,7 +183,9 @@ def _make_all(shards: Sequence[Shard], options: Options, progress: _Progress, wo
         return [task.result() for task in tasks]
 
 
-def _manifest(shards: Sequence[Shard], done: Sequence[Made], options: Options, class_names: Sequence[str]) -> str:
+def _manifest(
+    shards: Sequence[Shard], done: Sequence[FinishedShard], options: Options, class_names: Sequence[str]
+) -> str:
     files = {
         shard.path.name: {"bytes": made.num_bytes, "samples": made.num_samples, "sha256": made.header["tar_sha256"]}
         for shard, made in zip(shards, done, strict=True)
@@ -198,7 +207,9 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _report(dst: Path, shards: Sequence[Shard], done: Sequence[Made], class_names: tuple[str, ...]) -> PackReport:
+def _report(
+    dst: Path, shards: Sequence[Shard], done: Sequence[FinishedShard], class_names: tuple[str, ...]
+) -> PackReport:
     num_samples: dict[str, int] = {}
     for shard, made in zip(shards, done, strict=True):
         num_samples[shard.part.name] = num_samples.get(shard.part.name, 0) + made.num_samples
@@ -207,7 +218,7 @@ def _report(dst: Path, shards: Sequence[Shard], done: Sequence[Made], class_name
         num_samples=num_samples,
         num_shards=len(shards),
         num_bytes=sum(made.num_bytes for made in done),
-        num_kept_shards=sum(made.was_there for made in done),
+        num_kept_shards=sum(made.was_kept for made in done),
         num_reencoded=sum(made.header["reencoded"] for made in done),
         class_names=class_names,
         skipped=[(name, reason) for made in done for name, reason in made.header["skipped"]],

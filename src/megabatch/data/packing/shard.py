@@ -1,4 +1,4 @@
-"""One shard of a packed data set: written with its checksum and index, or kept if it is there already."""
+"""One shard of a packed data set: written with its checksum and index, or kept if it is already complete."""
 
 import contextlib
 import hashlib
@@ -24,6 +24,8 @@ DEFAULT_QUALITY = 90
 
 @dataclass(frozen=True)
 class Options:
+    """Re-encoding options of `pack`. Their repr is part of a shard's `plan`: renaming one invalidates old shards."""
+
     max_side: int | None
     quality: int | None
     skip_bad: bool
@@ -31,35 +33,37 @@ class Options:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar to be written: which samples, in the order of their keys, and a checksum of that plan."""
+    """One tar to write."""
 
     path: Path
     part: Part
-    samples: npt.NDArray[np.int64]
-    plan: str
+    samples: npt.NDArray[np.int64]  # sorted by key
+    plan: str  # SHA-256 of the options and of each sample's key, label and size
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished shard; `header` is that of its index."""
+class FinishedShard:
+    """A shard on disk."""
 
-    header: dict[str, Any]
+    header: dict[str, Any]  # of its index
     num_bytes: int
     num_samples: int
-    was_there: bool
+    was_kept: bool  # written by an earlier call
 
 
-def make_shard(shard: Shard, options: Options, on_samples: Callable[[int], None]) -> Made:
-    """Write a shard and its index, or keep the one that an earlier call finished.
+def make_shard(shard: Shard, options: Options, on_samples: Callable[[int], None]) -> FinishedShard:
+    """Writes a shard and its index, or keeps the one that an earlier call finished.
+
+    `on_samples` receives the number of samples just finished.
 
     Raises:
-        DataError: an image that is to be re-encoded cannot be decoded, unless such are skipped.
+        DataError: an image that must be re-encoded cannot be decoded, and `skip_bad` is False.
     """
     kept = _kept(shard)
     if kept is not None:
         on_samples(len(shard.samples))
         return kept
-    index_path(shard.path).unlink(missing_ok=True)
+    index_path(shard.path).unlink(missing_ok=True)  # first, so that an old index never describes a new tar
     unfinished = shard.path.with_name(shard.path.name + ".part")
     try:
         with unfinished.open("wb") as file:
@@ -70,17 +74,17 @@ def make_shard(shard: Shard, options: Options, on_samples: Callable[[int], None]
     finally:
         unfinished.unlink(missing_ok=True)
     write_index(index, index_path(shard.path))
-    return Made(index.header, shard.path.stat().st_size, len(index), False)
+    return FinishedShard(index.header, shard.path.stat().st_size, len(index), False)
 
 
-def _kept(shard: Shard) -> Made | None:
-    """The shard, if it is already there, of the same plan, with the bytes that were written then."""
+def _kept(shard: Shard) -> FinishedShard | None:
+    """The existing shard if it has the same plan and its bytes match the checksum, otherwise None."""
     if not shard.path.is_file() or not index_path(shard.path).is_file():
         return None
     with contextlib.suppress(DataError):
         index = open_index(shard.path)
         if index.header.get("plan") == shard.plan and index.header.get("tar_sha256") == file_sha256(shard.path):
-            return Made(index.header, shard.path.stat().st_size, len(index), True)
+            return FinishedShard(index.header, shard.path.stat().st_size, len(index), True)
     return None
 
 
@@ -90,8 +94,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Summed(io.RawIOBase):
-    """A file that sums what is written to it."""
+class _HashingWriter(io.RawIOBase):
+    """A file that computes the SHA-256 of everything written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -105,10 +109,10 @@ class _Summed(io.RawIOBase):
 
 
 def _write_tar(shard: Shard, options: Options, file: IO[bytes], on_samples: Callable[[int], None]) -> dict[str, Any]:
-    """Write the samples; what the index's header shall remember of it."""
+    """Writes the samples; returns the fields that go into the index's header."""
     skipped, num_reencoded = [], 0
-    summed = _Summed(file)
-    with tarfile.open(fileobj=summed, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+    writer = _HashingWriter(file)
+    with tarfile.open(fileobj=writer, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for i in shard.samples.tolist():
             data, reason = _stored_bytes(shard.part, i, options)
             if data is None:
@@ -119,7 +123,7 @@ def _write_tar(shard: Shard, options: Options, file: IO[bytes], on_samples: Call
                 _add(tar, f"{shard.part.keys[i]}.{ending}", data)
                 _add(tar, f"{shard.part.keys[i]}.cls", str(int(shard.part.source.labels[i])).encode())
             on_samples(1)
-    return {"tar_sha256": summed.digest.hexdigest(), "skipped": skipped, "reencoded": num_reencoded}
+    return {"tar_sha256": writer.digest.hexdigest(), "skipped": skipped, "reencoded": num_reencoded}
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -129,7 +133,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _stored_bytes(part: Part, index: int, options: Options) -> tuple[bytes | None, str]:
-    """The bytes to store and what was done, or None and why not."""
+    """The bytes to store and "kept" or "re-encoded"; None and the reason if the sample is skipped."""
     try:
         original = part.source.read(index)
         stored = reencode(original, max_side=options.max_side, quality=options.quality)
@@ -137,12 +141,12 @@ def _stored_bytes(part: Part, index: int, options: Options) -> tuple[bytes | Non
         if options.skip_bad:
             return None, str(error)
         name = part.source.name(index)
-        raise DataError(f"{name}: {error}; remove it, or leave out such files with skip_bad=True") from error
+        raise DataError(f"{name}: {error}; remove it, or skip such files with skip_bad=True (--skip-bad)") from error
     return stored, "kept" if stored is original else "re-encoded"
 
 
 def reencode(data: bytes, *, max_side: int | None, quality: int | None) -> bytes:
-    """A JPEG of at most `max_side` pixels a side; `data` itself where nothing is asked or nothing gained.
+    """A JPEG with no side above `max_side` pixels; `data` itself if it need not change or would grow.
 
     Raises:
         DataError: the image cannot be decoded.
