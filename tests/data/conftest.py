@@ -3,16 +3,16 @@ from collections.abc import Callable
 import pytest
 from small_data_sets import CIFAR, FASHION, small
 
-from megabatch.data.fetching import catalog as catalogue
+from megabatch.data.fetching import catalog
 from megabatch.data.fetching.catalog import CIFAR10, FASHION_MNIST, KnownDataSet
 
 
 @pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[KnownDataSet], None]:
-    """Put this version of a data set in place of the genuine one; both are small ones without sources at first."""
+def replace_known(monkeypatch: pytest.MonkeyPatch) -> Callable[[KnownDataSet], None]:
+    """Function that replaces a catalog entry. Before it is called, both entries are small sets without sources."""
 
     def replace(known: KnownDataSet) -> None:
-        monkeypatch.setattr(catalogue, "KNOWN", {**catalogue.KNOWN, known.name: known})
+        monkeypatch.setattr(catalog, "KNOWN", {**catalog.KNOWN, known.name: known})
 
     replace(small(FASHION_MNIST, FASHION))
     replace(small(CIFAR10, CIFAR))

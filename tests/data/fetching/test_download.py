@@ -12,7 +12,7 @@ CONTENT = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tob
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT. Faults are taken off a list, one a request: "status 503", or "hang up after 1000" bytes."""
+    """Serves CONTENT. Each request uses up one entry of `faults`: "status 503", or "hang up after 1000" (bytes)."""
 
     faults: list[str]
     ranges: list[str | None]
@@ -58,42 +58,42 @@ def get(server: Server, target: Path, **options: object) -> Path:
     return download(f"http://127.0.0.1:{server.server_port}/file.bin", target, **{"pause_s": 0.0, **options})
 
 
-def test_a_file_comes_whole_and_no_part_is_left(server, tmp_path):
+def test_a_file_is_downloaded_completely_and_no_partial_file_remains(server, tmp_path):
     target = get(server, tmp_path / "file.bin")
     assert target.read_bytes() == CONTENT
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_connection_that_ends_early_is_taken_up_at_the_last_byte(server, tmp_path):
+def test_a_connection_that_ends_early_is_resumed_at_the_last_byte(server, tmp_path):
     server.faults = ["hang up after 300000", "hang up after 100000"]
     assert get(server, tmp_path / "file.bin").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=300000-", "bytes=400000-"]
 
 
-def test_what_an_earlier_process_left_is_continued(server, tmp_path):
+def test_a_partial_file_of_an_earlier_process_is_resumed(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:123_456])
     assert get(server, tmp_path / "file.bin").read_bytes() == CONTENT
     assert server.ranges == ["bytes=123456-"]
 
 
-def test_a_server_that_knows_no_ranges_sends_it_all_again(server, tmp_path):
+def test_a_server_without_range_support_sends_the_whole_file_again(server, tmp_path):
     server.understands_ranges = False
     server.faults = ["hang up after 300000"]
     assert get(server, tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_a_part_longer_than_the_file_is_thrown_away(server, tmp_path):
+def test_a_partial_file_longer_than_the_file_is_deleted(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
     assert get(server, tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_a_file_that_is_there_is_not_asked_for(server, tmp_path):
+def test_an_existing_file_is_not_requested(server, tmp_path):
     (tmp_path / "file.bin").write_bytes(b"here")
     assert get(server, tmp_path / "file.bin").read_bytes() == b"here"
     assert server.ranges == []
 
 
-def test_server_faults_are_tried_again_and_a_missing_file_is_not(server, tmp_path):
+def test_server_errors_are_retried_and_a_missing_file_is_not(server, tmp_path):
     server.faults = ["status 503", "status 500"]
     assert get(server, tmp_path / "file.bin").read_bytes() == CONTENT
     server.faults, server.ranges = ["status 404"], []
@@ -102,7 +102,7 @@ def test_server_faults_are_tried_again_and_a_missing_file_is_not(server, tmp_pat
     assert len(server.ranges) == 1
 
 
-def test_after_all_attempts_the_reason_is_told_and_the_part_is_kept(server, tmp_path):
+def test_after_the_last_attempt_the_error_gives_the_reason_and_the_partial_file_is_kept(server, tmp_path):
     server.faults = ["hang up after 1000"] * 3
     with pytest.raises(DownloadError, match="the connection ended after 3000 of 700000 bytes"):
         get(server, tmp_path / "file.bin", attempts=3)
@@ -110,20 +110,20 @@ def test_after_all_attempts_the_reason_is_told_and_the_part_is_kept(server, tmp_
     assert not (tmp_path / "file.bin").exists()
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_the_error_for_an_unreachable_server_names_it(tmp_path):
     with pytest.raises(DownloadError, match=r"http://127\.0\.0\.1:9/x: .*refused"):
         download("http://127.0.0.1:9/x", tmp_path / "x", attempts=2, pause_s=0.0)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/x"])
-def test_only_http_addresses_are_opened(url, tmp_path):
-    with pytest.raises(DownloadError, match="is not an http address"):
+def test_only_http_urls_are_opened(url, tmp_path):
+    with pytest.raises(DownloadError, match="is not an http URL"):
         download(url, tmp_path / "x")
 
 
-def test_progress_is_told_in_words(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("megabatch.data.fetching.download._NEWS_EVERY_BYTES", 300_000)
-    news = []
-    get(server, tmp_path / "file.bin", on_progress=news.append)
-    assert len(news) == 2
-    assert all(line.endswith("of 0 MiB") for line in news)
+def test_progress_is_reported_as_lines_of_text(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("megabatch.data.fetching.download._PROGRESS_EVERY_BYTES", 300_000)
+    lines = []
+    get(server, tmp_path / "file.bin", on_progress=lines.append)
+    assert len(lines) == 2
+    assert all(line.endswith("of 0 MiB") for line in lines)

@@ -34,7 +34,7 @@ from megabatch.errors import DataError, FetchError
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_fashion_mnist_is_read_from_the_files_of_its_authors(use, tmp_path, compress):
+def test_fashion_mnist_is_read_from_its_published_files(replace_known, tmp_path, compress):
     folder = write_fashion(tmp_path / "mine", compress=compress)
     fetched = fetch("fashion_mnist", cache=tmp_path / "cache", folder=folder)
     assert fetched.source == f"folder {folder}"
@@ -42,16 +42,16 @@ def test_fashion_mnist_is_read_from_the_files_of_its_authors(use, tmp_path, comp
     check("fashion_mnist", tmp_path / "cache", FASHION)
 
 
-def test_cifar_is_read_from_sheets(use, tmp_path):
+def test_cifar_is_read_from_png_sheets(replace_known, tmp_path):
     fetch("cifar10", cache=tmp_path / "cache", folder=write_cifar_sheets(tmp_path / "mine"))
     check("cifar10", tmp_path / "cache", CIFAR)
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_cifar_is_read_from_the_binary_version_packed_or_not(use, tmp_path, packed):
+def test_cifar_is_read_from_the_binary_version_with_and_without_its_archive(replace_known, tmp_path, packed):
     order = np.concatenate([np.arange(50)[k::5] for k in range(5)])
     splits = Arrays(CIFAR[0].images[order], CIFAR[0].labels[order]), CIFAR[1]
-    use(small(CIFAR10, splits))
+    replace_known(small(CIFAR10, splits))
     folder = write_cifar_binary(tmp_path / "mine" / "cifar-10-batches-bin")
     if packed:
         (tmp_path / "mine" / "cifar-10-binary.tar.gz").write_bytes(tar_of(folder, "cifar-10-batches-bin/", "w:gz"))
@@ -60,7 +60,7 @@ def test_cifar_is_read_from_the_binary_version_packed_or_not(use, tmp_path, pack
     check("cifar10", tmp_path / "cache", splits)
 
 
-def test_another_cache_serves_as_a_folder(use, tmp_path):
+def test_the_folder_may_be_another_cache(replace_known, tmp_path):
     fetch("fashion_mnist", cache=tmp_path / "one", folder=write_fashion(tmp_path / "mine"))
     fetch("fashion_mnist", cache=tmp_path / "two", folder=tmp_path / "one")
     check("fashion_mnist", tmp_path / "two", FASHION)
@@ -69,7 +69,7 @@ def test_another_cache_serves_as_a_folder(use, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (shutil.rmtree, "there is no such folder"),
+        (shutil.rmtree, "this folder does not exist"),
         (lambda folder: (folder / "t10k-labels-idx1-ubyte.gz").unlink(), "does not hold the files of fashion_mnist"),
         (lambda folder: truncate(folder / "train-images-idx3-ubyte.gz"), "are damaged: Compressed file ended"),
         (lambda folder: (folder / "train-labels-idx1-ubyte.gz").write_bytes(b"<html>"), "are damaged: Not a gzipped"),
@@ -84,10 +84,10 @@ def test_another_cache_serves_as_a_folder(use, tmp_path):
         ),
     ],
 )
-def test_what_is_not_the_genuine_data_is_refused_with_the_reason(use, tmp_path, damage, reason):
+def test_data_that_differ_from_the_published_ones_are_rejected_with_the_reason(replace_known, tmp_path, damage, reason):
     folder = write_fashion(tmp_path / "mine")
     damage(folder)
-    with pytest.raises(FetchError, match=rf"no source could serve fashion_mnist: folder .*{reason}"):
+    with pytest.raises(FetchError, match=rf"could not fetch fashion_mnist from any source: folder .*{reason}"):
         fetch("fashion_mnist", cache=tmp_path / "cache", folder=folder)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".fashion_mnist.lock"]
 
@@ -108,7 +108,7 @@ def unequal(part: Arrays) -> Arrays:
     return Arrays(part.images, labels)
 
 
-def test_an_archive_cannot_write_outside_the_working_folder(use, tmp_path):
+def test_an_archive_cannot_write_outside_the_working_folder(replace_known, tmp_path):
     evil = io.BytesIO()
     with tarfile.open(fileobj=evil, mode="w:gz") as tar:
         member = tarfile.TarInfo("../../../train-images-idx3-ubyte")
@@ -127,7 +127,7 @@ def test_an_archive_cannot_write_outside_the_working_folder(use, tmp_path):
 # The cache
 
 
-def test_the_second_fetch_is_served_by_the_cache_even_if_it_may_not_be_written(use, tmp_path):
+def test_the_second_fetch_uses_the_cache_without_writing_to_it(replace_known, tmp_path):
     cache = tmp_path / "cache"
     fetch("fashion_mnist", cache=cache, folder=write_fashion(tmp_path / "mine"))
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")}
@@ -137,7 +137,7 @@ def test_the_second_fetch_is_served_by_the_cache_even_if_it_may_not_be_written(u
 
 
 @pytest.mark.parametrize("fault", ["cut", "changed", "missing"])
-def test_a_damaged_cache_is_named_and_replaced_by_the_next_source(use, tmp_path, fault):
+def test_a_damaged_cache_is_reported_and_replaced_from_the_next_source(replace_known, tmp_path, fault):
     cache, folder = tmp_path / "cache", write_fashion(tmp_path / "mine")
     fetch("fashion_mnist", cache=cache, folder=folder)
     file = cache / "fashion_mnist" / "train_images.bin"
@@ -151,23 +151,23 @@ def test_a_damaged_cache_is_named_and_replaced_by_the_next_source(use, tmp_path,
     check("fashion_mnist", cache, FASHION)
 
 
-def test_the_named_folder_comes_before_the_cache_and_its_failure_is_told(use, tmp_path):
+def test_the_folder_is_tried_before_the_cache_and_its_failure_is_reported(replace_known, tmp_path):
     cache = tmp_path / "cache"
     fetch("fashion_mnist", cache=cache, folder=write_fashion(tmp_path / "mine"))
     assert fetch("fashion_mnist", cache=cache, folder=tmp_path / "mine").source.startswith("folder")
     fetched = fetch("fashion_mnist", cache=cache, folder=tmp_path / "nothing")
     assert fetched.source == "cache"
-    assert fetched.failed == (f"folder {tmp_path / 'nothing'}: there is no such folder",)
+    assert fetched.failed == (f"folder {tmp_path / 'nothing'}: this folder does not exist",)
 
 
-def test_what_a_training_script_does_to_its_images_does_not_reach_the_cache(use, tmp_path):
+def test_writing_to_the_images_does_not_change_the_cache(replace_known, tmp_path):
     fetch("fashion_mnist", cache=tmp_path, folder=write_fashion(tmp_path / "mine"))
     train, _ = load("fashion_mnist", cache=tmp_path)
     train.images.zero_()
     check("fashion_mnist", tmp_path, FASHION)
 
 
-def test_working_folders_of_killed_processes_are_removed(use, tmp_path):
+def test_temporary_folders_of_killed_processes_are_removed(replace_known, tmp_path):
     leftover = tmp_path / "cache" / ".fashion_mnist-killed"
     leftover.mkdir(parents=True)
     (leftover / "half.bin").write_bytes(b"x")
@@ -175,7 +175,7 @@ def test_working_folders_of_killed_processes_are_removed(use, tmp_path):
     assert not leftover.exists()
 
 
-def test_a_failure_while_storing_leaves_no_half_written_data_set(use, tmp_path, monkeypatch):
+def test_a_failure_while_storing_leaves_no_incomplete_data_set(replace_known, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -185,13 +185,13 @@ def test_a_failure_while_storing_leaves_no_half_written_data_set(use, tmp_path, 
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".fashion_mnist.lock"]
 
 
-def test_a_cache_that_cannot_be_written_is_named(use, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(FetchError, match=r"the cache folder .*file/cache cannot be written \(.*\); name another"):
+def test_the_error_for_a_read_only_cache_names_it(replace_known, tmp_path):
+    (tmp_path / "file").write_text("a file where the cache's parent folder should be")
+    with pytest.raises(FetchError, match=r"cannot write to the cache folder .*file/cache \(.*\); choose another"):
         fetch("fashion_mnist", cache=tmp_path / "file" / "cache")
 
 
-# The official address, on a loopback server
+# The official URL, on a loopback server
 
 
 class Counting(SimpleHTTPRequestHandler):
@@ -206,13 +206,13 @@ class Counting(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(use, tmp_path) -> Iterator[type[Counting]]:
-    """Fashion-MNIST at its "official" address; gives the handler, whose `hits` are the paths that were asked for."""
+def web(replace_known, tmp_path) -> Iterator[type[Counting]]:
+    """Serves Fashion-MNIST at its "official" URL; yields the handler, whose `hits` lists the requested paths."""
     folder = write_fashion(tmp_path / "web")
     handler = type("Handler", (Counting,), {"hits": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
         urls = tuple(f"http://127.0.0.1:{server.server_port}/{path.name}" for path in sorted(folder.iterdir()))
-        use(dataclasses.replace(small(FASHION_MNIST, FASHION), urls=urls))
+        replace_known(dataclasses.replace(small(FASHION_MNIST, FASHION), urls=urls))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield handler
@@ -220,7 +220,7 @@ def web(use, tmp_path) -> Iterator[type[Counting]]:
         thread.join()
 
 
-def test_the_official_address_serves_and_leaves_no_downloads_behind(web, tmp_path):
+def test_fetching_from_the_official_url_leaves_no_downloads_behind(web, tmp_path):
     fetched = fetch("fashion_mnist", cache=tmp_path / "cache")
     assert fetched.source.startswith("http://127.0.0.1:")
     assert len(web.hits) == 4
@@ -228,14 +228,14 @@ def test_the_official_address_serves_and_leaves_no_downloads_behind(web, tmp_pat
     assert not list((tmp_path / "cache" / "downloads").iterdir())
 
 
-def test_workers_that_ask_at_once_download_once(web, tmp_path):
+def test_concurrent_workers_download_only_once(web, tmp_path):
     with ThreadPoolExecutor(6) as threads:
         fetched = list(threads.map(lambda _: fetch("fashion_mnist", cache=tmp_path / "cache"), range(6)))
     assert len(web.hits) == 4
     assert sorted(one.source == "cache" for one in fetched) == [False] + [True] * 5
 
 
-def test_a_corrupt_download_is_refused_and_not_kept(web, tmp_path):
+def test_a_corrupt_download_is_rejected_and_deleted(web, tmp_path):
     flip_a_pixel(tmp_path / "web" / "train-images-idx3-ubyte.gz")
     with pytest.raises(FetchError, match=r"http://127\.0\.0\.1.*sha256.*damaged, or another version"):
         fetch("fashion_mnist", cache=tmp_path / "cache")
@@ -244,7 +244,7 @@ def test_a_corrupt_download_is_refused_and_not_kept(web, tmp_path):
     check("fashion_mnist", tmp_path / "cache", FASHION)
 
 
-def test_downloads_that_broke_off_are_kept_for_the_next_time(web, tmp_path):
+def test_completed_downloads_are_kept_if_a_later_one_fails(web, tmp_path):
     missing = tmp_path / "web" / "train-images-idx3-ubyte.gz"
     content = missing.read_bytes()
     missing.unlink()
@@ -261,17 +261,17 @@ def test_downloads_that_broke_off_are_kept_for_the_next_time(web, tmp_path):
 
 
 def test_imagenet_and_unknown_names_say_what_to_do():
-    with pytest.raises(DataError, match=r"ILSVRC 2012 from image-net\.org and give it by --data PATH"):
+    with pytest.raises(DataError, match=r"ILSVRC 2012 from image-net\.org and pass --data PATH"):
         load("imagenet")
-    with pytest.raises(DataError, match="unknown data set 'mnist'; known are fashion_mnist, cifar10"):
+    with pytest.raises(DataError, match="unknown data set 'mnist'; known: fashion_mnist, cifar10;"):
         fetch("mnist")
 
 
-# The genuine sets, as far as they are known without them
+# Entries of the catalog, as far as they can be checked without a download
 
 
 @pytest.mark.parametrize("known", [FASHION_MNIST, CIFAR10])
-def test_the_catalogue_is_complete(known):
+def test_catalog_entries_are_complete(known):
     assert len(known.class_names) == len(set(known.class_names)) == 10
     assert (known.train.num_images, known.test.num_images) in {(60_000, 10_000), (50_000, 10_000)}
     assert {len(part.sha256) for part in (known.train, known.test)} == {64}

@@ -1,1 +1,1 @@
-"""Download of known data sets, with verified checksums."""
+"""Downloads known data sets and verifies their checksums."""

@@ -1,4 +1,4 @@
-"""The small data sets that megabatch can get by itself, and how each is recognised."""
+"""Data sets that megabatch can download, with their sources and checksums."""
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -8,7 +8,10 @@ from megabatch.errors import DataError
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a data set; `sha256` is of all pixels (image, channel, row, column) and then all labels, as bytes."""
+    """One split of a data set.
+
+    `sha256` is that of all pixels in the order image, channel, row, column, followed by all labels, one byte each.
+    """
 
     num_images: int
     sha256: str
@@ -16,7 +19,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataSet:
-    """What a data set holds, and where it can be had. Every class has the same number of images in each split."""
+    """Contents and sources of a data set. Every class has the same number of images in each split."""
 
     name: str
     title: str
@@ -76,13 +79,17 @@ CIFAR10 = KnownDataSet(
 KNOWN = MappingProxyType({known.name: known for known in (FASHION_MNIST, CIFAR10)})
 
 
-def known(name: str) -> KnownDataSet:
-    """The data set of that name; DataError for one that megabatch cannot get, with what to do instead."""
+def find_known(name: str) -> KnownDataSet:
+    """The known data set with this name.
+
+    Raises:
+        DataError: megabatch cannot download such a data set; the message says what to do instead.
+    """
     if name in KNOWN:
         return KNOWN[name]
     if name == "imagenet":
         raise DataError(
-            "imagenet cannot be fetched by a program: get ILSVRC 2012 from image-net.org and give it by --data PATH, "
+            "imagenet cannot be downloaded automatically: get ILSVRC 2012 from image-net.org and pass --data PATH, "
             "a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, or shards made by `megabatch data pack`"
         )
-    raise DataError(f"unknown data set '{name}'; known are {', '.join(KNOWN)}, and any folder by --data PATH")
+    raise DataError(f"unknown data set '{name}'; known: {', '.join(KNOWN)}; for your own, pass its folder: --data PATH")

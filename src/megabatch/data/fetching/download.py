@@ -1,4 +1,4 @@
-"""Files over HTTP, resumed where they broke off."""
+"""Downloads over HTTP; an interrupted download is resumed at its last byte."""
 
 import http.client
 import time
@@ -9,14 +9,14 @@ from http import HTTPStatus
 from pathlib import Path
 
 OnProgress = Callable[[str], None]
-"""Takes one line of news for a person."""
+"""Receives one line of text about the progress."""
 
 _BLOCK = 1 << 18
-_NEWS_EVERY_BYTES = 16 << 20
+_PROGRESS_EVERY_BYTES = 16 << 20
 
 
 class DownloadError(Exception):
-    """One address could not be downloaded, with the reason."""
+    """A URL could not be downloaded; the message gives the reason."""
 
 
 def download(
@@ -28,16 +28,17 @@ def download(
     pause_s: float = 1.0,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """`target`, downloaded from `url` unless it is there; what an earlier try left in `target.part` is continued.
+    """Downloads `url` to `target` unless that exists, and returns `target`.
 
-    A connection that breaks, stalls for `timeout_s`, or ends before all bytes came is taken up again at the last
-    byte, up to `attempts` times, with a pause that doubles. `target` appears only when it is complete.
+    The data go to `target.part`, from which a later call resumes; `target` appears only when it is complete. If the
+    connection breaks, stalls for `timeout_s` seconds, or ends early, the download is resumed at the last byte: up to
+    `attempts` attempts in total, with pauses that start at `pause_s` seconds and double.
 
     Raises:
-        DownloadError: an address that is not http(s), an answer that is an error, or no attempts left.
+        DownloadError: the URL is not http(s), the server responds with an error, or all attempts failed.
     """
     if not url.startswith(("https://", "http://")):
-        raise DownloadError(f"{url} is not an http address")
+        raise DownloadError(f"{url} is not an http URL; needed: one that starts with https:// or http://")
     part = target.with_name(target.name + ".part")
     for attempt in range(attempts):
         if target.exists():
@@ -50,7 +51,7 @@ def download(
             reason = f"{url}: {error.code} {error.reason}"
             error.close()
             if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                part.unlink(missing_ok=True)  # longer than the file is now
+                part.unlink(missing_ok=True)  # the partial file is longer than the file on the server
             elif error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise DownloadError(reason) from error
         except (OSError, http.client.HTTPException) as error:
@@ -63,23 +64,23 @@ def download(
 
 
 def _continue(url: str, part: Path, timeout_s: float, on_progress: OnProgress | None) -> None:
-    """Append to `part` what is missing of the file; OSError if not all of it came."""
+    """Appends the missing bytes of the file to `part`; OSError if the connection ends before the last one."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310  (http only, checked above)
-        resumed = answer.status == HTTPStatus.PARTIAL_CONTENT
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310  (http only, checked above)
+        resumed = response.status == HTTPStatus.PARTIAL_CONTENT
         done = have if resumed else 0
-        length = answer.headers.get("Content-Length")
+        length = response.headers.get("Content-Length")
         total = done + int(length) if length is not None else None
         with part.open("ab" if resumed else "wb") as file:
-            while block := answer.read(_BLOCK):
+            while block := response.read(_BLOCK):
                 file.write(block)
-                if on_progress is not None and done // _NEWS_EVERY_BYTES != (done + len(block)) // _NEWS_EVERY_BYTES:
-                    on_progress(_news(url, done + len(block), total))
-                done += len(block)
+                before, done = done, done + len(block)
+                if on_progress is not None and before // _PROGRESS_EVERY_BYTES != done // _PROGRESS_EVERY_BYTES:
+                    on_progress(_progress_line(url, done, total))
     if total is not None and done < total:
         raise OSError(f"the connection ended after {done} of {total} bytes")
 
 
-def _news(url: str, done: int, total: int | None) -> str:
+def _progress_line(url: str, done: int, total: int | None) -> str:
     return f"{url}: {done >> 20}" + (f" of {total >> 20} MiB" if total is not None else " MiB")

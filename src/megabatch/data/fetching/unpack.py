@@ -1,4 +1,4 @@
-"""The file layouts in which the known data sets are published, read into plain arrays. No pickle."""
+"""Reads the file layouts in which the known data sets are published into arrays. Does not use pickle."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from megabatch.data.fetching.catalog import KnownDataSet
 from megabatch.errors import DataError
 
-_MAX_MEMBER_BYTES = 256 << 20  # the largest file of any of them is 47 MB
+_MAX_MEMBER_BYTES = 256 << 20  # against decompression bombs; the largest published file has 47 MB
 
 
 class Arrays(NamedTuple):
@@ -27,9 +27,9 @@ class Arrays(NamedTuple):
 
 
 def extract(archive: IO[bytes], names: Iterable[str], into: Path) -> None:
-    """Write the archive's regular files of these names (their last path part) into `into`, whatever folder they say.
+    """Extracts regular files whose last path component is in `names` into `into`, whatever folder they are in.
 
-    Names are looked up, never used as a path, so no archive can write elsewhere.
+    Only that last component is used as a file name, so no archive can write outside `into`.
     """
     wanted = set(names)
     with tarfile.open(fileobj=archive, mode="r|*") as tar:
@@ -38,42 +38,42 @@ def extract(archive: IO[bytes], names: Iterable[str], into: Path) -> None:
             if name not in wanted or not member.isreg():
                 continue
             if member.size > _MAX_MEMBER_BYTES:
-                raise DataError(f"{name} in the archive is {member.size} bytes, too large to be genuine")
+                raise DataError(f"{name} in the archive has {member.size} bytes, more than any published file")
             content = tar.extractfile(member)
             assert content is not None
             (into / name).write_bytes(content.read())
 
 
 def file_names(known: KnownDataSet) -> list[str]:
-    """Every file name that one of the data set's layouts is made of."""
+    """File names of all layouts of the data set, each also with .gz."""
     names = [name for layout in _LAYOUTS[known.name] for name in layout.file_names()]
     return [*names, *(f"{name}.gz" for name in names)]
 
 
 def read_folder(known: KnownDataSet, folder: Path) -> tuple[Arrays, Arrays]:
-    """Training and test split from a folder with one of the data set's layouts, in it or one level below.
+    """Training and test split, read from `folder` or a subfolder in any of the data set's layouts.
 
     Raises:
-        DataError: no such layout, or damaged files.
+        DataError: there is no such layout, or a file is damaged.
     """
     layouts = _LAYOUTS[known.name]
     for layout in layouts:
-        for place in [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]:
-            if all(_find(place, name) for name in layout.file_names()):
-                return _read(layout, place)
+        for candidate in [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]:
+            if all(_find(candidate, name) for name in layout.file_names()):
+                return _read(layout, candidate)
     needed = " or ".join(", ".join(layout.file_names()[:2]) + ", ..." for layout in layouts)
     raise DataError(f"{folder} does not hold the files of {known.name}; needed: {needed}")
 
 
-def _read(layout: "_Layout", place: Path) -> tuple[Arrays, Arrays]:
+def _read(layout: "_Layout", folder: Path) -> tuple[Arrays, Arrays]:
     try:
-        return layout.read(place)
+        return layout.read(folder)
     except (OSError, EOFError, zlib.error, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"the files in {place} are damaged: {error}") from error
+        raise DataError(f"the files in {folder} are damaged: {error}") from error
 
 
 class _Layout:
-    """One way in which a data set's files are cut."""
+    """A set of files in which a data set is published."""
 
     def file_names(self) -> list[str]:
         raise NotImplementedError
@@ -116,7 +116,10 @@ class _CifarBinary(_Layout):
 
 
 class _CifarSheets(_Layout):
-    """CIFAR as lossless PNG sheets, one image (32 x 32 RGB pixels) a row, and lists of labels, spelled as they are."""
+    """CIFAR as lossless PNG sheets and lists of labels. Each row of a sheet holds one image of 32 x 32 RGB pixels.
+
+    "lables" is the spelling in the published package.
+    """
 
     def file_names(self) -> list[str]:
         sheets = [*(f"data_batch_{i}.png" for i in range(1, 6)), "test_batch.png"]
@@ -157,13 +160,13 @@ def _bytes(folder: Path, name: str) -> bytes:
     with gzip.open(path) as file:
         data = file.read(_MAX_MEMBER_BYTES + 1)
     if len(data) > _MAX_MEMBER_BYTES:
-        raise ValueError(f"{path.name} unpacks to more than {_MAX_MEMBER_BYTES} bytes")
+        raise ValueError(f"{path.name} decompresses to more than {_MAX_MEMBER_BYTES} bytes")
     return data
 
 
 def _idx(data: bytes, name: str) -> NDArray[np.uint8]:
     zeros, kind, num_dimensions = struct.unpack_from(">HBB", data)
     if zeros != 0 or kind != 8:
-        raise ValueError(f"{name} is not an IDX file of bytes")
+        raise ValueError(f"{name} is not an IDX file of unsigned bytes")
     shape = struct.unpack_from(f">{num_dimensions}I", data, 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
