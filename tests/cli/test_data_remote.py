@@ -1,4 +1,4 @@
-"""`megabatch train --data URL`: shards elsewhere, through the cache, to a trained run."""
+"""`megabatch train --data URL`: training on remote shards through the cache."""
 
 import io
 import tarfile
@@ -22,8 +22,8 @@ QUICK = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=2", "--
 
 
 @pytest.fixture(autouse=True)
-def threads_come_back() -> Iterator[None]:
-    """A run sets how many threads torch uses."""
+def restore_torch_threads() -> Iterator[None]:
+    """A run in this process changes torch's number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -31,7 +31,7 @@ def threads_come_back() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve shards of two photographs each for training, two for validation."""
+    """Twelve training shards and two validation shards, each of two photographs."""
     folder = tmp_path_factory.mktemp("shards")
     for part, num_shards in (("train", 12), ("val", 2)):
         for number in range(num_shards):
@@ -46,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(data: object, cache: Path, output: Path, *more: str) -> list[dict]:
-    """Events of a run in this process."""
+    """Trains in this process and returns the run's events."""
     arguments = ["--data", data, "--cache", cache, "--output", output, "--workers", 1, "--quiet", *QUICK, *more]
     result = CliRunner().invoke(app, ["train", "photos", *map(str, arguments)])
     if result.exception is not None:
@@ -59,27 +59,27 @@ def losses(events: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize("shard_local", [False, True])
-def test_a_run_on_a_url_is_the_run_on_the_folder(shards, tmp_path, shard_local):
-    """In shard-local order with a cache that holds no more than it must: the window that is read and the next."""
+def test_training_on_a_url_equals_training_on_the_folder(shards, tmp_path, shard_local):
+    """With shard-local order, the cache holds only what it must: the window of shards in use and the next one."""
     sizes = sorted((path.stat().st_size for path in shards.glob("train-*.tar")), reverse=True)
     room = sum(sizes[: 8 if shard_local else None])
     order = ["--set", f"shard_local={str(shard_local).lower()}", "--remote-cache-gib", repr((room + 1) / 2**30)]
-    near = trained(shards, tmp_path / "cache", tmp_path / "near", *order)
+    local = trained(shards, tmp_path / "cache", tmp_path / "local", *order)
     assert not (tmp_path / "cache").exists()
-    far = trained(f"file://{shards}", tmp_path / "cache", tmp_path / "far", *order)
-    assert losses(far) == losses(near)
-    assert len(losses(far)) == 3
-    assert far[-1]["top1"] == near[-1]["top1"]
+    remote = trained(f"file://{shards}", tmp_path / "cache", tmp_path / "remote", *order)
+    assert losses(remote) == losses(local)
+    assert len(losses(remote)) == 3
+    assert remote[-1]["top1"] == local[-1]["top1"]
     assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache" / "remote").glob("*.tar")) <= room
-    assert next(event for event in far if event["event"] == "run_start")["data"] == f"file://{shards}"
-    counted = CliRunner().invoke(
-        app, ["evaluate", str(tmp_path / "far"), "--data", f"file://{shards}", "--cache", str(tmp_path / "cache")]
+    assert next(event for event in remote if event["event"] == "run_start")["data"] == f"file://{shards}"
+    evaluated = CliRunner().invoke(
+        app, ["evaluate", str(tmp_path / "remote"), "--data", f"file://{shards}", "--cache", str(tmp_path / "cache")]
     )
-    assert f"top1 {far[-1]['top1']:.4f}" in counted.output
+    assert f"top1 {remote[-1]['top1']:.4f}" in evaluated.output
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
-def test_what_cannot_be_read_is_said_before_anything_is_written(shards, tmp_path):
+def test_unreadable_data_are_reported_before_anything_is_written(shards, tmp_path):
     for data, error, said in (
         (f"file://{tmp_path}/nowhere", DataError, "does not exist"),
         (f"nonsense://{shards}", DataError, "cannot be opened"),

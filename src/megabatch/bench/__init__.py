@@ -1,1 +1,1 @@
-"""Measurements of one part of training on this machine, behind `megabatch bench`."""
+"""Benchmarks of single parts of training on this machine, used by `megabatch bench`."""

@@ -1,4 +1,4 @@
-"""How fast each stage of the input is on one core, which of them holds training up, and what would help."""
+"""Measures the throughput of each input stage on one core, finds the bottleneck, and advises how to speed it up."""
 
 import contextlib
 import statistics
@@ -28,8 +28,8 @@ _MIN_ROUNDS = 3
 READ, DECODE_CROP, AUGMENT, COPY = "read", "decode at the crop", "augment", "copy"
 WHOLE, CROP = "decode whole", "crop and resize"
 HOW_TO_COMPILE = (
-    "`python -m megabatch.data.jpeg.library` builds the compiled decoder, over twice as fast; it needs a C compiler, "
-    "for example gcc"
+    "`python -m megabatch.data.jpeg.library` builds the compiled decoder, which is over twice as fast; this needs a C "
+    "compiler, for example gcc"
 )
 OnProgress = Callable[[str], None]
 T = TypeVar("T")
@@ -37,33 +37,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: processor seconds an image takes, median and quartiles over rounds, and wall-clock seconds."""
+    """Times of one stage, per image, over several rounds."""
 
     name: str
-    cpu_s: float
+    cpu_s: float  # processor time, median
     cpu_s_quartiles: tuple[float, float]
-    wall_s: float
+    wall_s: float  # wall-clock time, median
 
     @property
     def images_per_core_s(self) -> float:
-        """Images a second that one core does of this stage alone."""
+        """Throughput of one core that runs only this stage, in images per second."""
         return 1 / max(self.cpu_s, 1e-9)
 
 
 @dataclass(frozen=True)
 class InputReport:
-    """All stages, the loader as a whole, and what follows. `compared` are stages that training does not run."""
+    """Times of all stages and of the whole loader, the bottleneck, and advice."""
 
     stages: list[Stage]
-    compared: list[Stage]
+    compared: list[Stage]  # alternatives that training does not run
     loader_images_per_s: float
     num_threads: int
-    bottleneck: str
+    bottleneck: str  # name of the slowest stage
     advice: list[str]
-    image_bytes: float
-    image_pixels: float
+    image_bytes: float  # mean size of a file
+    image_pixels: float  # mean number of pixels
     compiled_share: float | None
-    """Share of the images that the compiled decoder takes, the others being no baseline JPEGs; None without it."""
+    """Share of images that the compiled decoder supports (baseline JPEGs); None if it is not built."""
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,32 @@ def measure_input(
     threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> InputReport:
-    """Time the way from stored bytes to a normalised batch, stage by stage, on this machine.
+    """Times the input pipeline from stored bytes to a normalised batch, stage by stage, on this machine.
 
-    Stages of one core are counted in its processor time, so that other work on the machine hardly matters; each is
-    repeated for about `seconds`, over `num_images` samples spread over the data set. The loader is timed by the clock.
+    Stages run on one core and are measured in processor time, which other work on the machine hardly affects. Each is
+    repeated for about `seconds`, on `num_images` samples spread over the data set. The whole loader is measured in
+    wall-clock time.
+
+    Args:
+        on_progress: receives the name of each stage before it is timed.
 
     Raises:
         DataError: no sample can be decoded.
     """
-    say = on_progress or (lambda _: None)
+    report_stage = on_progress or (lambda _: None)
     indices = np.unique(np.linspace(0, len(source) - 1, min(num_images, len(source))).astype(np.int64))
-    samples = list(_usable(source, indices))
+    samples = list(_decodable_samples(source, indices))
     if not samples:
-        raise DataError(f"none of {len(indices)} samples can be decoded; `megabatch data check` says why")
+        raise DataError(f"none of {len(indices)} samples can be decoded; `megabatch data check` gives the reasons")
     timed = {}
     with _one_torch_thread():
-        for name, (work, count) in _works(source, indices, samples, resolution).items():
-            say(name)
-            timed[name] = _timed(name, work, count, seconds)
-    say("loader")
+        for name, (work, count) in _stage_work(source, indices, samples, resolution).items():
+            report_stage(name)
+            timed[name] = _measure(name, work, count, seconds)
+    report_stage("loader")
     num_threads = threads or usable_cores()
     stages = [timed[name] for name in (READ, DECODE_CROP, AUGMENT, COPY)]
+    # Reading may wait for the disk, which costs wall-clock time but no processor time.
     bottleneck = max(stages, key=lambda stage: stage.wall_s if stage.name == READ else stage.cpu_s).name
     return InputReport(
         stages=stages,
@@ -119,7 +124,7 @@ def measure_input(
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """So that a stage is one core's work, and no processor time goes into threads that wait for one another."""
+    """Limits torch to one thread, so that a stage uses one core and no processor time is spent on waiting threads."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -128,10 +133,10 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _works(
+def _stage_work(
     source: EncodedSource, indices: NDArray[np.int64], samples: Sequence[_Sample], resolution: int
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """What each stage does in one round, and to how many images. Buffers are used again, as the loader does."""
+    """For each stage, a function that runs one round, and its number of images. Buffers are reused as in the loader."""
     boxes = _boxes(samples)
     batch = np.empty((len(samples), resolution, resolution, 3), dtype=np.uint8)
     target = np.empty_like(batch)
@@ -147,13 +152,13 @@ def _works(
 
 
 def _each(work: Callable[[T], object], items: Sequence[T]) -> None:
-    """Results are let go at once: to keep them would cost more than to make them."""
+    """Calls `work` for each item and drops the results: keeping them would cost more time than computing them."""
     for item in items:
         work(item)
 
 
-def _timed(name: str, work: Callable[[], object], num_images: int, seconds: float) -> Stage:
-    """Per image: processor time of the whole process, and wall-clock time."""
+def _measure(name: str, work: Callable[[], object], num_images: int, seconds: float) -> Stage:
+    """Processor time of the whole process and wall-clock time, per image, after one warm-up round."""
     work()
     cpu: list[float] = []
     wall: list[float] = []
@@ -166,7 +171,7 @@ def _timed(name: str, work: Callable[[], object], num_images: int, seconds: floa
     return Stage(name, statistics.median(cpu), (first, third), statistics.median(wall))
 
 
-def _usable(source: EncodedSource, indices: NDArray[np.int64]) -> Iterator[_Sample]:
+def _decodable_samples(source: EncodedSource, indices: NDArray[np.int64]) -> Iterator[_Sample]:
     for index in indices.tolist():
         try:
             data = source.read(index)
@@ -194,11 +199,11 @@ def _compiled_share(samples: Sequence[_Sample], resolution: int) -> float | None
     if not jpeg_library.is_available():
         return None
     out = np.empty((resolution, resolution, 3), dtype=np.uint8)
-    taken = [
+    supported = [
         jpeg_library.crop(sample.data, box, channels=3, max_pixels=MAX_PIXELS, out=out)
         for sample, box in zip(samples, _boxes(samples), strict=True)
     ]
-    return sum(taken) / len(taken)
+    return sum(supported) / len(supported)
 
 
 def _augment(batch: NDArray[np.uint8]) -> Callable[[], object]:
@@ -209,7 +214,7 @@ def _augment(batch: NDArray[np.uint8]) -> Callable[[], object]:
 
 
 def _loader_rate(source: EncodedSource, resolution: int, batch_size: int, seconds: float, threads: int) -> float:
-    """Images a second by the clock, of the loader that training uses, with `threads` decoding."""
+    """Throughput of the loader that training uses with `threads` decoding threads, in images per second."""
     loader = TrainLoader(
         source,
         seed=0,
@@ -223,7 +228,7 @@ def _loader_rate(source: EncodedSource, resolution: int, batch_size: int, second
     requests = ((range(start, start + batch_size), resolution) for start in range(0, 10**9, batch_size))
     batches = loader.batches(requests)
     try:
-        next(batches)
+        next(batches)  # warm-up
         start, done = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
             next(batches)
@@ -242,17 +247,17 @@ def _advice(
     if bottleneck == DECODE_CROP:
         return [*_advice_on_decoding(samples, resolution), *_advice_on_hardware()]
     if bottleneck == AUGMENT:
-        return ["a GPU takes over augmentation; on a CPU, recipes without colour jitter and mixing cost less"]
-    return ["memory bandwidth is what limits; smaller batches that stay in the caches may help"]
+        return ["augment on a GPU; on a CPU, recipes without colour jitter and mixing cost less"]
+    return ["memory bandwidth is the limit; smaller batches that fit into the caches may help"]
 
 
 def _advice_on_reading(read: Stage, source: EncodedSource) -> Iterator[str]:
     if source.shard_sizes is None:
-        yield "`megabatch data pack` puts the files into shards, which are opened once and read in long runs"
+        yield "`megabatch data pack` packs the files into shards, which are opened once and read sequentially"
     if read.wall_s > 2 * read.cpu_s:
-        yield "the disk makes reading wait: a faster or nearer one, or memory that holds the data set, helps"
+        yield "the disk is the limit: use a faster or local one, or enough memory to cache the data set"
         if source.shard_sizes is not None:
-            yield "`--set shard_local=true` reads a few shards at a time, in long runs"
+            yield "`--set shard_local=true` reads only a few shards at a time, sequentially"
 
 
 def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator[str]:
@@ -264,13 +269,16 @@ def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator
         yield f"half of the images have a side above {side:.0f}: `megabatch data pack --max-side {target}` reduces them"
     others = sum(not _is_baseline(sample.data) for sample in samples) / len(samples)
     if others > 0.2:
-        yield f"{others:.0%} are progressive JPEGs or other formats, which are slow: `megabatch data pack --quality 90`"
+        yield (
+            f"{others:.0%} of the images are progressive JPEGs or other formats, which decode slowly: "
+            "`megabatch data pack --quality 90` re-encodes them"
+        )
 
 
 def _advice_on_hardware() -> Iterator[str]:
-    yield "more cores: decoding scales with them"
+    yield "use more cores: decoding scales with their number"
     if torch.cuda.is_available():
-        yield "`--decode gpu` leaves it to the GPU" + ("" if has_torchvision() else ", once torchvision is installed")
+        yield "`--decode gpu` decodes on the GPU" + ("" if has_torchvision() else " once torchvision is installed")
 
 
 def _is_baseline(data: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""`megabatch data fetch|pack|check`: get a known data set, pack one into shards, find and mend bad files."""
+"""`megabatch data fetch|pack|check`: download a known data set, pack one into shards, find and repair bad files."""
 
 import contextlib
 import json
@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from megabatch.data.checking.check import CheckReport, Problem
 
 data_app = typer.Typer(
-    help="Get, pack and check data sets.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    help="Download, pack and check data sets.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 
-_SHOWN = 200
+_MAX_LISTED = 200
 
 
 @data_app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="fashion_mnist or cifar10.")],
     cache: Annotated[Path | None, typer.Option(help=CACHE_HELP)] = None,
-    folder: Annotated[Path | None, typer.Option(help="A folder that already has the published files.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder with the published files; tried first.")] = None,
 ) -> None:
-    """Gets a known data set. From the first source that serves it; verified; says where it is."""
+    """Downloads a known data set. Uses the first source that provides it, verifies checksums, prints the path."""
     from megabatch.data.fetching.fetch import fetch as fetch_data
 
     fetched = fetch_data(name, cache=cache, folder=folder, on_progress=lambda line: typer.echo(line, err=True))
@@ -37,14 +40,16 @@ def fetch(
 @data_app.command()
 def pack(
     src: Annotated[Path, typer.Argument(help="Folder of images, tar, or folder of tars or parquet files.")],
-    dst: Annotated[Path, typer.Argument(help="Folder for the shards; work that was broken off is taken up.")],
-    shard_mib: Annotated[float, typer.Option(help="MiB of a shard.", min=0.001)] = 256,
+    dst: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is resumed.")],
+    shard_mib: Annotated[float, typer.Option(help="Size of a shard in MiB.", min=0.001)] = 256,
     max_side: Annotated[int | None, typer.Option(help="Reduce longer sides to this many pixels.", min=1)] = None,
-    quality: Annotated[int | None, typer.Option(help="Make all images JPEGs of this quality.", min=1, max=100)] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be decoded.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Re-encode all images as JPEGs of this quality.", min=1, max=100)
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip images that cannot be decoded.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of threads; default one per core.", min=1)] = None,
 ) -> None:
-    """Packs images into indexed tar shards. Any WebDataset reader takes them; files stay as they are by default."""
+    """Packs images into indexed tar shards. Any WebDataset reader can read them; by default files are not changed."""
     from megabatch.data.packing.pack import pack as pack_data
 
     with _progress("packing") as on_progress:
@@ -59,9 +64,9 @@ def pack(
             on_progress=on_progress,
         )
     for name, reason in report.skipped:
-        typer.echo(f"left out {_printable(name)}: {reason}")
+        typer.echo(f"skipped {_printable(name)}: {reason}")
     counts = ", ".join(f"{count:,} {part}" for part, count in report.num_samples.items())
-    kept = f", {report.num_kept_shards} of them from before" if report.num_kept_shards else ""
+    kept = f", {report.num_kept_shards} of them kept from an earlier run" if report.num_kept_shards else ""
     typer.echo(f"{counts} images of {len(report.class_names)} classes in {report.num_shards} shards{kept}")
     typer.echo(f"{report.num_bytes / (1 << 20):,.1f} MiB, {report.num_reencoded:,} re-encoded; {report.folder}")
 
@@ -69,14 +74,16 @@ def pack(
 @data_app.command()
 def check(
     path: Annotated[Path, typer.Argument(help="Folder of images, tar shards or parquet files.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Rewrite what can be; the old file stays as .orig.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rewrite repairable files; keep each original as NAME.orig.")
+    ] = False,
     exclude: Annotated[bool, typer.Option("--exclude", help="Move bad files to PATH.excluded.")] = False,
-    into: Annotated[Path | None, typer.Option(help="Put repaired or excluded files there instead.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Odd files count as bad, too.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every problem there.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads; default one for each core.", min=1)] = None,
+    into: Annotated[Path | None, typer.Option(help="Write repaired and excluded files to this folder instead.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat odd files as bad.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all problems to this file, as JSON.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of threads; default one per core.", min=1)] = None,
 ) -> None:
-    """Finds bad and odd images, decoding every one. Ends with 1 if bad ones remain, else with 0."""
+    """Finds bad and odd images by decoding every one. The exit code is 1 if bad ones remain, else 0."""
     from megabatch.data.checking.check import check as check_data
 
     with _progress("checking") as on_progress:
@@ -84,33 +91,33 @@ def check(
     _list(report)
     if json_file is not None:
         json_file.write_text(_as_json(report), encoding="utf-8")
-    remaining = _mend(report, repair=repair, exclude=exclude, into=into)
+    remaining = _repair_or_exclude(report, repair=repair, exclude=exclude, into=into)
     if any(strict or problem.is_bad for problem in remaining):
         raise typer.Exit(1)
 
 
-def _mend(report: "CheckReport", *, repair: bool, exclude: bool, into: Path | None) -> "list[Problem]":
-    """What is left after the repairs and exclusions that were asked for."""
+def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, into: Path | None) -> "list[Problem]":
+    """Applies the requested changes, prints each, and returns the remaining problems."""
     from dataclasses import replace
 
     from megabatch.data.loading import repair as repairs
 
-    for wanted, mend, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
-        if not wanted:
+    for requested, change, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
+        if not requested:
             continue
-        mended = mend(report, into=into)
-        for problem, where in mended.done:
-            typer.echo(f"{verb} {_printable(problem.name)} ({problem.kind}): now {_printable(str(where))}")
-        report = replace(report, problems=mended.remaining)
+        changed = change(report, into=into)
+        for problem, path in changed.done:
+            typer.echo(f"{verb} {_printable(problem.name)} ({problem.kind}): now {_printable(str(path))}")
+        report = replace(report, problems=changed.remaining)
     return report.problems
 
 
 def _list(report: "CheckReport") -> None:
-    for problem in report.problems[:_SHOWN]:
+    for problem in report.problems[:_MAX_LISTED]:
         mark = "bad" if problem.is_bad else "odd"
         typer.echo(f"{mark}  {problem.kind:18} {_printable(problem.name)}: {_printable(problem.detail)}")
-    if len(report.problems) > _SHOWN:
-        typer.echo(f"... and {len(report.problems) - _SHOWN:,} more; --json FILE writes all of them")
+    if len(report.problems) > _MAX_LISTED:
+        typer.echo(f"... and {len(report.problems) - _MAX_LISTED:,} more; --json FILE writes all of them")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.count().items()))
     odd = len(report.problems) - len(report.bad)
     typer.echo(f"{report.num_images:,} images, {len(report.bad)} bad, {odd} odd" + (f": {kinds}" if kinds else ""))
@@ -130,7 +137,7 @@ def _printable(text: str) -> str:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing in a log."""
+    """Yields a callback for a progress bar on stderr; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
