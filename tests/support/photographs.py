@@ -1,6 +1,7 @@
 """Synthetic photographs for tests: smooth colours, edges and a little noise."""
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from PIL import Image
 
 TEST_PHOTOS = Path(__file__).parents[1] / "data" / "photos"
 """train/CLASS/*.jpg and val/CLASS/*.jpg, CC0."""
+
+JPEG_LAYOUTS = list(itertools.product(["RGB", "L"], [0, 1, 2]))
+"""(Pillow mode, chroma subsampling) of every kind of baseline JPEG that Pillow writes."""
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -1,5 +1,5 @@
 /* Fuzzer of the compiled decoder: `fuzz COUNT FILE...` decodes COUNT randomly damaged copies of the JPEG files and
- * prints how many were decoded and how many rejected. test_decode.py builds it with sanitizers; every buffer is
+ * prints how many were decoded and how many rejected. test_library.py builds it with sanitizers; every buffer is
  * allocated with exactly the size that the decoder is given, so any access out of bounds is reported. */
 #include <math.h>
 #include <stdint.h>

@@ -1,63 +1,20 @@
 """Decoding of whole images and crops, with and without the compiled library; rejection of damaged files."""
 
 import io
-import itertools
-import random
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from photographs import encode, photograph, pillow_crop
+from photographs import JPEG_LAYOUTS, encode, photograph, pillow_crop
 from PIL import Image
 
-from megabatch import native
 from megabatch.data.jpeg import library
 from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_size
-from megabatch.errors import DataError, SettingsError
+from megabatch.errors import DataError
 
 MEAN_TOLERANCE = 4.0  # of 255, compared with Pillow's antialiased resize of the full decode
-LAYOUTS = list(itertools.product(["RGB", "L"], [0, 1, 2]))
-
-
-@pytest.fixture(scope="session")
-def library_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the library built from the current sources, not the installed one."""
-    folder = tmp_path_factory.mktemp("library")
-    try:
-        library.build(folder)
-    except SettingsError as error:
-        pytest.skip(f"the compiled decoder cannot be built here: {error}")
-    return folder
-
-
-@pytest.fixture
-def compiled(library_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(library, "library_folder", library_folder)
-    library._function.cache_clear()
-    assert library.is_available()
-    yield
-    library._function.cache_clear()
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(library, "library_folder", tmp_path)
-    library._function.cache_clear()
-    assert not library.is_available()
-    yield
-    library._function.cache_clear()
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def either(request: pytest.FixtureRequest) -> str:
-    request.getfixturevalue(request.param)
-    return request.param
 
 
 def mean_difference(pixels: np.ndarray, reference: np.ndarray) -> float:
@@ -69,7 +26,7 @@ def mean_difference(pixels: np.ndarray, reference: np.ndarray) -> float:
 # ---- crops equal Pillow's
 
 
-@pytest.mark.parametrize(("mode", "subsampling"), LAYOUTS)
+@pytest.mark.parametrize(("mode", "subsampling"), JPEG_LAYOUTS)
 @pytest.mark.parametrize("size", [224, 96, (40, 61), 9])
 def test_a_crop_is_the_antialiased_resize_of_the_full_decode(either, mode, subsampling, size):
     data = encode(photograph(375, 500), mode=mode, quality=90, subsampling=subsampling)
@@ -105,7 +62,7 @@ def test_any_box_of_any_jpeg_gives_pillows_pixels_when_compiled(compiled, data):
 
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 2}])
 def test_the_compiled_decoder_supports_every_kind_of_baseline_file(compiled, options):
-    for mode, subsampling in LAYOUTS:
+    for mode, subsampling in JPEG_LAYOUTS:
         data = encode(photograph(120, 90), mode=mode, subsampling=subsampling, **options)
         out = np.empty((50, 60, 3), dtype=np.uint8)
         assert library.crop(data, (11, 7, 100, 80), channels=3, max_pixels=MAX_PIXELS, out=out)
@@ -297,84 +254,3 @@ def test_invalid_channels_size_or_buffer_are_rejected(either):
         decode_crop(data, box=(0, 0, 8, 8), size=0)
     with pytest.raises(DataError, match="must be"):
         decode_crop(data, box=(0, 0, 8, 8), size=8, out=np.empty((8, 8, 3), dtype=np.float32))
-
-
-def test_damaged_files_either_decode_or_raise_data_error(library_folder):
-    """1,500 damaged files, in a subprocess so that a crash fails this test only."""
-    script = """
-import random, sys
-from pathlib import Path
-import numpy as np
-from megabatch.data.jpeg import library
-from megabatch.data.jpeg.decode import decode_crop
-from megabatch.errors import DataError
-library.library_folder = Path(sys.argv[1])
-assert library.is_available()
-rng = random.Random(5)
-seeds = [path.read_bytes() for path in sorted(Path(sys.argv[2]).iterdir())]
-rejected = 0
-for _ in range(1500):
-    data = bytearray(rng.choice(seeds))
-    for _ in range(rng.randint(1, 6)):
-        data[rng.randrange(min(len(data), rng.choice([700, 10**6])))] = rng.choice([0, 255, rng.randrange(256)])
-    if rng.random() < 0.3:
-        del data[rng.randrange(len(data)):]
-    box = rng.choice([(0, 0, 64, 48), (0, 0, 8, 8), (40, 33, 24, 15)])
-    try:
-        pixels = decode_crop(bytes(data), box=box, size=rng.choice([7, 32, 100]), max_pixels=10**6)
-        assert pixels.dtype == np.uint8
-    except DataError:
-        rejected += 1
-assert 100 < rejected < 1500, rejected
-"""
-    folder = library_folder / "seeds"
-    folder.mkdir()
-    for index, (mode, subsampling) in enumerate(LAYOUTS):
-        for progressive in (False, True):
-            data = encode(photograph(64, 48), mode=mode, subsampling=subsampling, progressive=progressive)
-            (folder / f"{index}-{progressive}.jpg").write_bytes(data)
-    command = [sys.executable, "-W", "ignore", "-c", script, str(library_folder), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
-    """The C sources under the address and undefined-behaviour sanitizers, on 6,000 damaged files."""
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    program = tmp_path / "fuzz"
-    sources = [str(path) for path in sorted(library.SOURCES.glob("*.c"))]
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DJC_NO_CLONES", "-O1", "-w"]
-    command = [compiler, *checks, *sources, str(Path(__file__).with_name("fuzz_crop.c")), "-o", str(program), "-lm"]
-    if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode != 0:
-        pytest.skip("the compiler has no sanitizers")
-    rng = random.Random(3)
-    files = []
-    for index, (mode, subsampling) in enumerate(LAYOUTS):
-        options = rng.choice([{}, {"restart_marker_blocks": 2}, {"optimize": True}])
-        path = tmp_path / f"{index}.jpg"
-        path.write_bytes(encode(photograph(48, 64), mode=mode, subsampling=subsampling, **options))
-        files.append(str(path))
-    done = subprocess.run([str(program), "6000", *files], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    decoded, rejected = map(int, done.stdout.split())
-    assert decoded > 200
-    assert rejected > 200
-
-
-def test_the_error_for_a_missing_compiler_says_that_it_is_optional(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(SettingsError, match=r"no C compiler.*optional"):
-        library.build(tmp_path)
-    with pytest.raises(SystemExit, match=r"^megabatch: no C compiler"):
-        library.main()
-
-
-def test_a_library_that_cannot_be_loaded_counts_as_missing(monkeypatch, tmp_path):
-    (tmp_path / native.file_name(library.NAME)).write_bytes(b"not a library")
-    monkeypatch.setattr(library, "library_folder", tmp_path)
-    library._function.cache_clear()
-    assert not library.is_available()
-    assert decode_crop(encode(photograph(20, 20)), box=(0, 0, 20, 20), size=10).shape == (10, 10, 3)
-    library._function.cache_clear()
