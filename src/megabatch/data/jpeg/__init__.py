@@ -1,1 +1,1 @@
-"""JPEG decoding at the crop, on CPU threads or a GPU."""
+"""JPEG decoding of crops, on CPU threads or a GPU."""

@@ -179,7 +179,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def is_gpu_decodable(data: bytes) -> bool:
-    """True for a YCbCr or grey JPEG with its end marker: these nvJPEG decodes to the same pixels as a CPU decoder."""
+    """True for a YCbCr or grey JPEG with its end marker, which nvJPEG decodes in the same way as CPU decoders."""
     header = _jpeg_header(data)
     return header is not None and header[2] in {"YCbCr", "Gray"} and data[-2:] == b"\xff\xd9"
 

@@ -61,7 +61,7 @@ def pack(
 
     By default image files are stored unchanged. With `max_side`, an image with a longer side is reduced to it (never
     enlarged) and stored as a JPEG of `quality`, 90 if not given. With `quality`, every image becomes a JPEG of that
-    quality, except those that would grow.
+    quality, except JPEGs that would not shrink.
 
     Args:
         shard_bytes: a shard is closed once its samples, as stored in `src`, reach this many bytes.

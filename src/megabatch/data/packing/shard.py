@@ -146,7 +146,9 @@ def _stored_bytes(part: Part, index: int, options: Options) -> tuple[bytes | Non
 
 
 def reencode(data: bytes, *, max_side: int | None, quality: int | None) -> bytes:
-    """A JPEG with no side above `max_side` pixels; `data` itself if it need not change or would grow.
+    """Re-encodes an image as a JPEG with no side above `max_side` pixels.
+
+    Returns `data` itself if neither option applies, or if it is a JPEG that need not be reduced and would not shrink.
 
     Raises:
         DataError: the image cannot be decoded.

@@ -104,7 +104,7 @@ static int decode_mcu(Jpeg *jpeg, JcBits *bits, int mcu_x, int mcu_y) {
  * expected marker; the full decoder then takes over. */
 static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     const uint8_t *at = bits->next, *end = jpeg->end;
-    /* Less than a byte of real data may be left: the padding before the marker. */
+    /* Real bits left in the buffer: only the padding before the marker, less than a byte, is allowed. */
     if (bits->count - bits->scan->missing >= 8) return JC_DAMAGED;
     while (end - at >= 2 && at[0] == 0xFF && at[1] == 0xFF) at++; /* fill bytes */
     if (end - at < 2 || at[0] != 0xFF || at[1] != RST0 + (number & 7)) return JC_DAMAGED;
