@@ -1,12 +1,11 @@
 """The laboratory's lines as markdown: times, ratios, bytes and time against the model, and what `auto` would pick."""
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from megabatch.comm.autotune.cost import Link, Network, cost
+from cost_model import Link, Network, cost
 
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 ON_THE_WIRE = 8948 / 9018  # payload of a frame of 9000 bytes: IPv4, TCP with timestamps, Ethernet header
@@ -187,8 +186,3 @@ def _percent(values: Sequence[float]) -> str:
 def _share(flags: Iterable[bool]) -> str:
     kept = list(flags)
     return f"{sum(kept)} of {len(kept)}"
-
-
-def load(text: str) -> list[Line]:
-    """The lines of a measurement file."""
-    return [json.loads(line) for line in text.splitlines()]

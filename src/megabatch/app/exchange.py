@@ -1,4 +1,4 @@
-"""How gradients get from worker to worker while a run trains."""
+"""Set-up of the gradient exchange between the workers of a run."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,13 +22,17 @@ from megabatch.train.state import TrainState
 
 def build_exchange(
     recipe: Recipe, state: TrainState, runtime: Runtime, folder: Path, *, world: World, stack: contextlib.ExitStack
-) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None]:
-    """The module as it is called in training: compiled or not, alone or with gradients exchanged as they are ready."""
+) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None, list[str]]:
+    """Returns the module to call in training, a step's exchange report or None, and the chosen exchange for the log.
+
+    The module is compiled if `runtime.compile`. With several workers it is wrapped in DistributedDataParallel, which
+    exchanges gradients during backward; with one worker there is no choice to log. `stack` stops the threads.
+    """
     module = CompiledModel(state.module) if runtime.compile else state.module
     if world.world_size == 1:
-        return module, None
+        return module, None, []
     hosts = all_gather_objects(host_name(), world)
-    timeline = Timeline() if world.device.type == "cpu" else None  # on a GPU it would wait for every step
+    timeline = Timeline() if world.device.type == "cpu" else None  # on a GPU it would synchronize every step
     wrapped = wrap(
         module,
         algorithm=runtime.all_reduce,
@@ -49,20 +53,21 @@ def build_exchange(
     wrapped.exchange_state.forget()
     if wrapped.exchange_state.scales is not None:
         state.keep_wire_scales(wrapped.exchange_state.scales)
+    choice = [str(wrapped.exchange_choice)]
     if timeline is None:
-        return wrapped, None
-    timeline.finish_step()
+        return wrapped, None, choice
+    timeline.finish_step()  # drops the rehearsal's buckets
     if world.is_first:
         stack.callback(timeline.to_chrome_trace, folder / "timeline.json")
-    return wrapped, timeline.finish_step
+    return wrapped, lambda: {**timeline.finish_step()}, choice
 
 
 def _rehearse(recipe: Recipe, state: TrainState, wrapped: nn.Module, *, world: World) -> None:
-    """One backward of blank images, whose gradients are thrown away.
+    """Runs one backward on blank images and discards the gradients.
 
-    DistributedDataParallel cuts its buckets anew after its first backward, and the order in which three or more
-    workers' values are added depends on the cut. With a rehearsal every step of a run, resumed or not, has the same
-    cut, so a resumed run is bitwise the run that was never stopped.
+    DistributedDataParallel rebuilds its buckets after the first backward, and the order in which the values of three
+    or more workers are added depends on the bucket boundaries. After a rehearsal all steps of a run, resumed or not,
+    have the same boundaries, so that a resumed run is bitwise equal to an uninterrupted one.
     """
     pixels = int(recipe.resolution[0][1])
     images = torch.zeros(2, recipe.image_channels, pixels, pixels, device=world.device)

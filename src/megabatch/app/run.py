@@ -62,10 +62,10 @@ def open_run(
         check_same_weights(state.module, world)
         announce_measuring(log, stack)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
-        model, exchange_report = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
+        model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:
             kernels = describe_kernels(runtime, precision, world.device)
-            choices = (f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason)
+            choices = (f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange)
             describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed_from)
         loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
         stack.callback(loader.close)

@@ -1,28 +1,29 @@
-"""`megabatch bench allreduce`: how long the gradient exchange takes here, each way it can be done."""
+"""`megabatch bench allreduce`: times every configuration of the gradient exchange on this machine or job."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from megabatch.cli.options import require_choice
 from megabatch.comm.autotune.choose import tuning_file
 from megabatch.errors import SettingsError
+from megabatch.runtime import AllReduce, Wire
 
 if TYPE_CHECKING:
     from megabatch.comm.autotune.choose import Measured
     from megabatch.comm.launch import World
 
-ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
-WIRES = ("fp32", "fp16", "bf16")
+ALGORITHMS = tuple(name for name in get_args(AllReduce) if name != "auto")
+WIRES = get_args(Wire)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured."""
+    """The measurements to make."""
 
     sizes: list[float]
     algorithms: list[str]
@@ -34,23 +35,27 @@ class _Plan:
 
 
 def bench_allreduce(
-    workers: Annotated[int, typer.Option(help="Local workers; under torchrun those that are there.", min=2)] = 2,
+    workers: Annotated[
+        int, typer.Option(help="Local workers; under torchrun, torchrun's workers are used.", min=2)
+    ] = 2,
     sizes: Annotated[str, typer.Option("--mib", help="MiB of fp32 gradients, comma-separated.")] = "1,10,100",
     algorithms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ALGORITHMS),
     wires: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
     buckets: Annotated[str, typer.Option("--bucket-mib", help="MiB per bucket, comma-separated.")] = "25",
-    shape: Annotated[str | None, typer.Option(help="Ranks per row x ranks per column, for example 4x2.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Ranks per row x ranks per column, for example 4x2; default: hosts are rows.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement.", min=1)] = 5,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Try more buckets and wires; keep for --all-reduce auto.")
+        bool, typer.Option("--tune", help="Measure all wires and two bucket sizes; save for --all-reduce auto.")
     ] = False,
     table: Annotated[
-        Path | None, typer.Option(help="Where --tune keeps its table; default allreduce.json in ~/.cache/megabatch.")
+        Path | None, typer.Option(help="File for --tune; default allreduce.json in ~/.cache/megabatch.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    timeout_s: Annotated[float, typer.Option(help="Seconds that a worker waits for another.", min=1)] = 300.0,
+    timeout_s: Annotated[float, typer.Option(help="Timeout of collectives, in seconds.", min=1)] = 300.0,
 ) -> None:
-    """Times the gradient exchange. Algorithms, buckets and wires between workers; times are of the slowest worker."""
+    """Times the gradient exchange for each algorithm, bucket size and wire; a time is that of the slowest worker."""
     from megabatch.comm import launch
 
     plan = _Plan(
@@ -72,7 +77,7 @@ def bench_allreduce(
 
 
 def parse_shape(text: str | None) -> tuple[int, int] | None:
-    """ "4x2" as (4, 2): ranks per row, ranks per column; SettingsError where it is not of that form."""
+    """Returns ranks per row and ranks per column: (4, 2) for "4x2". Raises SettingsError for any other form."""
     if text is None:
         return None
     x, times, y = text.partition("x")
@@ -88,33 +93,35 @@ def _number(option: str, text: str) -> float:
         value = 0.0
     if not 0 < value < 2**20:
         raise SettingsError(
-            f"{option} {text}: needed positive numbers of MiB with commas between, for example {option} 1,25"
+            f"{option} {text}: needed positive numbers of MiB, separated by commas; for example {option} 1,25"
         )
     return value
 
 
 def _measure(world: "World", plan: _Plan) -> None:
-    """One worker's part; the first worker prints and writes."""
+    """Runs one worker's part of the measurements; rank 0 prints the results and writes the table."""
     from megabatch.comm.autotune.measure import Bench, cells_to_measure
     from megabatch.comm.exchange.grid import choose_rows
 
     hosts = _hosts(world)
     rows, why = choose_rows(world.world_size, shape=plan.shape, hosts=hosts)
     grid = (len(rows[0]), len(rows))
-    _say(world, f"{world.world_size} workers as {grid[0]} x {grid[1]} ({why})")
+    _print(world, f"{world.world_size} workers as {grid[0]} x {grid[1]} ({why})")
     bench, measured = Bench(hosts, world.device), []
     for size in plan.sizes:
-        buckets = [mib for mib in sorted(plan.buckets) if mib < size] or [min(plan.buckets)]  # larger ones are all one
+        buckets = [mib for mib in sorted(plan.buckets) if mib < size] or [
+            min(plan.buckets)
+        ]  # a larger bucket holds everything
         cells = cells_to_measure(grid, algorithms=plan.algorithms, buckets_mib=buckets, wires=plan.wires)
         found = bench.measure(cells, round(size * 2**20), repeats=plan.repeats)
         measured += found
-        _say(world, _lines(found))
+        _print(world, _lines(found))
     bench.close()
     if plan.table is not None and world.is_first:
-        _keep(plan.table, hosts, measured, world)
+        _save(plan.table, hosts, measured, world)
 
 
-def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", world: "World") -> None:
+def _save(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", world: "World") -> None:
     import torch
     import torch.distributed as dist
 
@@ -122,7 +129,7 @@ def _keep(table: Path, hosts: Sequence[str], measured: "Sequence[Measured]", wor
 
     name = describe_world(dist.get_backend(), hosts)
     write_table(table, name, measured, torch=torch.__version__)
-    _say(world, f"kept {len(measured)} measurements ({name}) in {table}, which --all-reduce auto reads")
+    _print(world, f"saved {len(measured)} measurements ({name}) to {table}, which --all-reduce auto reads")
 
 
 def _hosts(world: "World") -> list[str]:
@@ -133,7 +140,7 @@ def _hosts(world: "World") -> list[str]:
 
 
 def _lines(measured: "Sequence[Measured]") -> str:
-    """A table of one size, fastest first, with the ratio of the flat exchange's median to each."""
+    """Formats the cells of one size, fastest first, each with the flat fp32 exchange's median over its own."""
     flat = next((row.median_s for row in measured if row.cell.algorithm == "flat" and row.cell.wire == "fp32"), None)
     lines = [f"{measured[0].num_bytes / 2**20:g} MiB: median ms (quartiles), times faster than flat fp32"]
     for row in sorted(measured, key=lambda row: row.median_s):
@@ -146,6 +153,6 @@ def _lines(measured: "Sequence[Measured]") -> str:
     return "\n".join(lines)
 
 
-def _say(world: "World", text: str) -> None:
+def _print(world: "World", text: str) -> None:
     if world.is_first:
         typer.echo(text)

@@ -1,6 +1,4 @@
-"""The choice: what was measured on such a world decides, else the cost model; damaged tables are told."""
-
-import math
+"""The choice of the exchange: by the measurements of such a world, else by rule; corrupt tables are errors."""
 
 import pytest
 import torch
@@ -61,20 +59,55 @@ def test_tables_of_several_worlds_share_a_file_and_are_read_back_as_written(tmp_
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "tables": 3}', '{"format": 9, "tables": {}}', "\xff"])
-def test_a_damaged_table_is_told_by_name(tmp_path, content):
+def test_a_corrupt_table_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "table.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(SettingsError, match=r"table\.json.*delete it"):
         chosen(path)
 
 
-def test_without_a_table_round_robin_hosts_get_a_torus_and_nccl_its_own():
-    by_model = chosen(None, hosts=["a", "b", "a", "b"], num_bytes=100 * MIB)
-    assert by_model.cell.algorithm in ("torus", "hierarchical")
-    assert "cost model" in by_model.why
-    nccl = chosen(None, backend="nccl")
-    assert nccl.cell.algorithm == "flat"
-    assert math.isnan(nccl.expected_s)
+@pytest.mark.parametrize(
+    ("changes", "algorithm"),
+    [
+        ({}, "torus"),
+        ({"hosts": ["a", "b", "a", "b"]}, "torus"),
+        ({"hosts": ["a", "a", "b", "b", "b", "b"], "shape": (2, 3)}, "torus"),
+        ({"hosts": ["a", "a", "a", "b", "b"], "shape": (1, 5)}, "flat"),  # 3 and 2 ranks: no common rows
+        ({"hosts": ["a", "b", "c", "d"], "shape": (2, 2)}, "flat"),
+        ({"hosts": ["a"] * 4}, "flat"),
+        ({"hosts": ["a"] * 4, "wires": ("bf16",)}, "torus"),  # gloo's own all-reduce is slow on 16-bit values
+        ({"backend": "nccl"}, "flat"),
+        ({"backend": "nccl", "wires": ("fp16",)}, "flat"),
+    ],
+)
+def test_without_a_table_a_torus_runs_on_rows_of_hosts_or_a_16_bit_wire_and_flat_elsewhere(changes, algorithm):
+    choice = chosen(None, bucket_mib=4.0, **changes)
+    shape, (wire,) = changes.get("shape", (2, 2)), changes.get("wires", ("fp32",))
+    assert choice.cell == Cell(algorithm, shape, 4.0, wire)
+    assert "has not measured it" in choice.why
+
+
+def test_a_choice_names_algorithm_grid_bucket_wire_and_reason(tmp_path):
+    path = tmp_path / "table.json"
+    write_table(path, WORLD, [row("torus", 1.0), row("flat", 2.0)])
+    assert str(chosen(path)) == (
+        "all-reduce torus 2 x 2, bucket 25 MiB, wire fp32 "
+        "(fastest of 2 cells measured at 1 MiB on gloo, ranks per host 2+2)"
+    )
+    assert str(chosen(None, hosts=["a"] * 2, shape=(1, 2))) == (
+        "all-reduce flat, bucket 25 MiB, wire fp32 "
+        "(default for gloo, ranks per host 2, as `megabatch bench allreduce --tune` has not measured it)"
+    )
+
+
+def wrapped_as_given():
+    return str(
+        wrap(torch.nn.Linear(1, 1), algorithm="torus", shape=(1, 2), wire="bf16", bucket_mib=5.0).exchange_choice
+    )
+
+
+def test_a_given_algorithm_is_named_as_given():
+    assert run_threads(2, wrapped_as_given)[1] == "all-reduce torus 1 x 2, bucket 5 MiB, wire bf16 (as given)"
 
 
 def measured_cells():
@@ -95,15 +128,16 @@ def wrapped_by_auto(path):
         torch.nn.init.ones_(parameter)
     model(torch.ones(1, 4) * dist.get_rank()).sum().backward()
     state = model.exchange_state
-    return model.exchange_choice.cell, state.grid.rows, model.module.weight.grad
+    return model.exchange_choice, state.grid.rows, model.module.weight.grad
 
 
 @pytest.mark.multiprocess
 def test_auto_sets_up_the_chosen_exchange_on_every_rank(tmp_path):
     path = tmp_path / "table.json"
     write_table(path, describe_world("gloo", ["a", "b", "a", "b"]), [row("split_torus", 1.0, bucket_mib=1.0)])
-    for cell, rows, gradient in run_processes(4, wrapped_by_auto, path):
-        assert cell == Cell("split_torus", (2, 2), 1.0, "fp32")
+    for choice, rows, gradient in run_processes(4, wrapped_by_auto, path):
+        assert choice.cell == Cell("split_torus", (2, 2), 1.0, "fp32")
+        assert "fastest of 1 cells" in choice.why
         assert rows == ((0, 2), (1, 3))
         assert torch.equal(gradient, torch.full((2, 4), 1.5))
 
@@ -113,6 +147,6 @@ def wrapped_with(path):
         wrapped_by_auto(path)
 
 
-def test_a_damaged_table_is_an_error_on_every_rank_and_no_hang(tmp_path):
+def test_a_corrupt_table_is_an_error_on_every_rank(tmp_path):
     (tmp_path / "table.json").write_text("no")
     run_threads(4, wrapped_with, tmp_path / "table.json", timeout_s=20)

@@ -1,4 +1,4 @@
-"""`megabatch bench allreduce`: what it measures, what it keeps, what it refuses."""
+"""`megabatch bench allreduce`: its measurements, its table, and invalid options."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def run_under_torchrun(folder, *arguments):
 
 
 @pytest.mark.multiprocess
-def test_tuning_prints_a_table_and_keeps_what_auto_reads(tmp_path):
+def test_tuning_prints_its_measurements_and_saves_them_for_auto(tmp_path):
     table = tmp_path / "allreduce.json"
     done = run_under_torchrun(tmp_path, "--mib", "0.01,1", "--repeats", "2", "--tune", "--table", str(table))
     assert done.returncode == 0, done.stderr
@@ -44,6 +44,6 @@ def test_a_shape_is_row_times_column():
 
 
 @pytest.mark.parametrize("text", ["4", "x", "4x", "ax2", "4x2x1", "-1x2"])
-def test_what_is_no_shape_is_refused_with_one_that_is(text):
+def test_an_invalid_shape_is_an_error_with_an_example(text):
     with pytest.raises(SettingsError, match="--shape 4x2"):
         parse_shape(text)

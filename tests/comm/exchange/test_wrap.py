@@ -1,4 +1,4 @@
-"""Buckets: Fujitsu's static plan as DDP cuts it, and what `wrap` sets up."""
+"""Bucket plans as DDP applies them, and the set-up by `wrap`."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from ranks import run_processes, run_threads
 from torch import nn
 
+from megabatch.comm.exchange.buckets import bucket_caps_mib, cubic_groups
 from megabatch.comm.exchange.timeline import Timeline
-from megabatch.comm.exchange.wrap import bucket_caps_mib, cubic_groups, wrap
+from megabatch.comm.exchange.wrap import wrap
 from megabatch.errors import SettingsError
 
 
@@ -44,14 +45,14 @@ def deep_net():
 def buckets_of_a_step(options):
     timeline = Timeline()
     model = wrap(deep_net(), algorithm="torus", shape=(1, 2), timeline=timeline, **options)
-    for _ in range(2):  # DDP cuts its buckets anew after the first backward
+    for _ in range(2):  # DDP rebuilds its buckets after the first backward
         model(torch.ones(1, 8)).sum().backward()
         step = timeline.finish_step()
     return step
 
 
 @pytest.mark.multiprocess
-def test_ddp_cuts_the_cubic_groups_and_tells_their_times():
+def test_ddp_uses_the_cubic_groups_and_the_timeline_records_them():
     for step in run_processes(2, buckets_of_a_step, {"bucket_plan": "cubic"}):
         pair = 8 * 8 + 8  # a layer's weight and bias; groups of 3, 21, 6 of the 30 tensors, weights before biases
         sizes = [bucket["numel"] for bucket in step["buckets"]]
@@ -94,7 +95,7 @@ def check_model():
     return model.module.running_mean.mean().item(), views
 
 
-def test_buffers_stay_each_ranks_own_and_gradients_are_views_of_buckets():
+def test_buffers_are_not_broadcast_and_gradients_are_views_of_buckets():
     (first, views), (second, _) = run_threads(2, check_model)
     assert second - first == pytest.approx(0.9)
     assert views

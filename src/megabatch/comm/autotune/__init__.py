@@ -1,1 +1,1 @@
-"""Choice of the all-reduce algorithm for `--all-reduce auto`, from measurements or a cost model."""
+"""Choice of the all-reduce algorithm for `--all-reduce auto`, and the measurements it is based on."""

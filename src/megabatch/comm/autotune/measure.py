@@ -1,8 +1,8 @@
-"""Measure the exchange on the machine at hand: algorithm x shape x bucket x wire, the table that `auto` reads.
+"""Measurement of the gradient exchange on this job's ranks: algorithm x shape x bucket x wire.
 
-Cells are measured interleaved, one repeat of each after the other, so that a slow spell of the machine hits all. A
-repeat's time is that of its slowest rank, from a common start to the last bucket's arrival, with all buckets given at
-once: what an exchange takes when nothing hides it.
+Repeats of all cells are interleaved, so that a slow phase of the machine affects all of them. The time of a repeat is
+that of its slowest rank, from a barrier to the arrival of the last bucket. All buckets are submitted at once: this is
+the time of an exchange that no computation hides.
 """
 
 import itertools
@@ -27,7 +27,10 @@ def cells_to_measure(
     buckets_mib: Sequence[float] = (25.0,),
     wires: Sequence[str] = ("fp32",),
 ) -> list[Cell]:
-    """Every combination on the grid of `shape`, and the torus on one column of all ranks (one hop each way)."""
+    """Returns every combination on the grid of `shape`, and the torus on a single column of all ranks as well.
+
+    On gloo the single column has the fewest hops: one for the reduce-scatter and one for the all-gather.
+    """
     column = (1, shape[0] * shape[1])
     cells = []
     for bucket_mib, wire, algorithm in itertools.product(buckets_mib, wires, algorithms):
@@ -38,7 +41,7 @@ def cells_to_measure(
 
 
 class Bench:
-    """Measures cells on the ranks of this job; all ranks make and use it alike."""
+    """Measures cells on the ranks of this job. All ranks must construct it and call it in the same order."""
 
     def __init__(self, hosts: Sequence[str] | None, device: torch.device) -> None:
         self._hosts = hosts
@@ -47,7 +50,7 @@ class Bench:
         self._states: dict[tuple[tuple[int, int], str], ExchangeState] = {}
 
     def measure(self, cells: Sequence[Cell], num_bytes: int, *, repeats: int, warmup: int = 1) -> list[Measured]:
-        """Times of one exchange of `num_bytes` of fp32 values in each cell; equal on all ranks."""
+        """Returns the times of an exchange of `num_bytes` of fp32 values in each cell, the same on all ranks."""
         gradient = torch.zeros(max(num_bytes // 4, 1), device=self._device)
         times: dict[Cell, list[float]] = {cell: [] for cell in cells}
         for repeat in range(warmup + repeats):
@@ -58,7 +61,7 @@ class Bench:
         return [_summary(cell, num_bytes, times[cell]) for cell in cells]
 
     def once(self, cell: Cell, gradient: Tensor) -> float:
-        """Seconds of one exchange, of its slowest rank."""
+        """Runs one exchange of the flat fp32 `gradient`; returns the seconds of the slowest rank."""
         state = self._state(cell)
         buckets = torch.split(gradient, max(int(cell.bucket_mib * 2**20) // 4, 1))
         dist.barrier()
@@ -73,7 +76,7 @@ class Bench:
         return float(seconds.item())
 
     def close(self) -> None:
-        """End the helper threads."""
+        """Stops the threads of all exchanges."""
         for state in self._states.values():
             state.close()
 
@@ -87,5 +90,6 @@ class Bench:
 
 
 def _summary(cell: Cell, num_bytes: int, seconds: Sequence[float]) -> Measured:
+    # `quantiles` needs two values; a single repeat is its own quartiles.
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
     return Measured(cell, num_bytes, median, q1, q3, len(seconds))

@@ -1,77 +1,28 @@
-"""Which gradients travel together, and the one call that sets up a model's gradient exchange.
-
-DDP fills buckets with gradients in the order in which backward makes them, last layer first. Sizes are in MiB. A
-small first bucket starts the exchange early (DDP's own default is 1 MiB); Fujitsu's plan (Yamazaki et al. 2019,
-arXiv:1903.12650, and their MLPerf v0.6 code) cuts by count instead: 3, 24, 81, 161 ... tensors from the last layer.
-"""
+"""`wrap`: one call that sets up a model's gradient exchange in DistributedDataParallel."""
 
 import inspect
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megabatch.comm.autotune.choose import Choice, choose
+from megabatch.comm.autotune.choose import Cell, Choice, choose
+from megabatch.comm.exchange.buckets import FIRST_BUCKET_MIB, bucket_caps_mib
 from megabatch.comm.exchange.grid import Grid, choose_rows, make_grid
 from megabatch.comm.exchange.hooks import HOOKS
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.exchange.timeline import Timeline
 from megabatch.errors import SettingsError
 
-FIRST_BUCKET_MIB = 1.0
-BucketPlan = Literal["size", "cubic"]
-
-
-def cubic_groups(num_tensors: int) -> list[int]:
-    """How many tensors each group holds, from the last layer backwards.
-
-    group k ends after 3 (k + 1)^3 tensors        Fujitsu, MLPerf v0.6; 161 tensors -> 3, 21, 57, 80
-    """
-    ends, k = [0], 1
-    while ends[-1] < num_tensors:
-        ends.append(min(3 * k**3, num_tensors))
-        k += 1
-    return [end - start for start, end in itertools.pairwise(ends)]
-
-
-def bucket_caps_mib(
-    parameters: Sequence[torch.Tensor],
-    *,
-    plan: str = "size",
-    bucket_mib: float = 25.0,
-    first_bucket_mib: float = FIRST_BUCKET_MIB,
-) -> list[float]:
-    """Bucket sizes in MiB, in the order of backward, as DDP's `bucket_cap_mb_list` takes them.
-
-    "size": a small first bucket, then `bucket_mib` each. "cubic": the bytes of Fujitsu's groups; DDP closes a bucket
-    when it has reached its size, so each cap is the bytes of its tensors, and the buckets are the groups as long as
-    backward makes the gradients in the reverse order of `parameters` (elsewhere boundaries shift by a few tensors).
-    The last cap holds for all buckets after it.
-    """
-    if bucket_mib <= 0:
-        raise SettingsError(f"bucket_mib {bucket_mib} must be positive; for example 25")
-    if plan == "size":
-        return [min(first_bucket_mib, bucket_mib), bucket_mib]
-    if plan != "cubic":
-        raise SettingsError(f"bucket plan {plan!r} is unknown, needed 'size' or 'cubic'; for example 'size'")
-    sizes = [p.numel() * p.element_size() for p in reversed(parameters) if p.requires_grad]
-    caps, start = [], 0
-    for count in cubic_groups(len(sizes)):
-        caps.append(sum(sizes[start : start + count]) / 2**20)
-        start += count
-    return caps
-
 
 class ExchangingDDP(DistributedDataParallel):
-    """DistributedDataParallel whose gradients go through one of our communication hooks."""
+    """DistributedDataParallel whose gradients are reduced by one of our communication hooks."""
 
     exchange_state: ExchangeState
-    exchange_choice: Choice | None  # of `algorithm="auto"`
+    exchange_choice: Choice  # the algorithm, grid shape, bucket size and wire in use, and the reason for them
 
 
 def wrap(
@@ -94,24 +45,53 @@ def wrap(
     static_graph: bool = False,
     init_sync: bool = False,
 ) -> ExchangingDDP:
-    """`model` in DDP with one of our hooks: the whole set-up of the gradient exchange.
+    """Returns `model` in DistributedDataParallel with one of our hooks: the whole set-up of the gradient exchange.
 
-    Weights are expected to be equal on all ranks, by initialisation from one seed (Yamazaki et al. 2019), so none are
-    broadcast unless `init_sync`. Buffers are never broadcast. Gradients are views of the buckets. "auto" reads the
-    table `tuning` of the first rank's host (`comm.autotune.choose.choose`), or asks the cost model, and decides
-    algorithm, shape and bucket size. `hosts`, one name per rank, makes hosts the rows of the grid.
+    After backward every rank holds the mean of the ranks' gradients (the sum if not `average`), the same bits on all
+    ranks. For M bytes of gradients on X ranks per row and Y rows, N = XY, a rank sends on average
 
-    The result has `exchange_state`, the hook's state, and `exchange_choice`, what `auto` chose or None.
+        flat          2 M (N - 1) / N, in 2 (N - 1) hops            the backend's all-reduce, a ring
+        torus         2 M (N - 1) / N, in 4 hops on gloo, 2 (X - 1) + 2 (Y - 1) on NCCL
+                                                                    Mikami et al. 2018, arXiv:1811.05233
+        split_torus   as torus; both halves of M at once            Ying et al. 2018, arXiv:1811.06992
+        hierarchical  about 2 M (X - 1) / X + 2 M (Y - 1) / N       reduce to, and broadcast from, each row's leader
+
+    and the torus sends only 2 M (Y - 1) / N of it between rows. The model's weights must be equal on all ranks, for
+    example by initialisation from one seed (Yamazaki et al. 2019, arXiv:1903.12650): they are not broadcast unless
+    `init_sync`. Buffers are never broadcast. Gradients are views of the buckets. All ranks must call `wrap` with the
+    same arguments, after `torch.distributed.init_process_group`.
+
+    The result's `exchange_state` is the hook's state (call its `close` at the end), and `str(exchange_choice)` says
+    which exchange is in use and why.
+
+    Args:
+        algorithm: "flat", "hierarchical", "torus", "split_torus", or "auto": algorithm, grid shape and bucket size
+            come from the table `tuning` on rank 0's host, or from a rule (`comm.autotune.choose`).
+        wire: type in which gradients are sent: "fp32", "fp16" or "bf16".
+        grid: the ranks in rows and columns; None makes a grid of all ranks from `shape` and `hosts`.
+        shape: (X, Y), ranks per row and ranks per column; X Y must be the number of ranks.
+        hosts: host name of every rank, in rank order; ranks of a host become a row.
+        tuning: file of `megabatch bench allreduce --tune`; used by "auto" only.
+        bucket_mib, first_bucket_mib, bucket_plan: sizes in MiB of the buckets and of the first one, which starts the
+            exchange early; plan "size" or "cubic" (see `comm.exchange.buckets.bucket_caps_mib`).
+        timeline: records when each bucket was ready, sent and done.
+        error_feedback, average, wire_scale: see `ExchangeState`.
+        device_ids, static_graph, init_sync: as in DistributedDataParallel.
+
+    Raises:
+        SettingsError: an unknown algorithm, wire or plan; a shape or hosts that do not fit the number of ranks;
+            `tuning` is not a table of measurements.
     """
     if algorithm not in (*HOOKS, "auto"):
         raise SettingsError(
             f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works"
         )
     parameters = list(model.parameters())
-    choice = None
+    why = "as given"
     if algorithm == "auto":
-        choice = choose_on_rank0(parameters, wire=wire, shape=grid.shape if grid else shape, hosts=hosts, tuning=tuning)
-        algorithm, shape, bucket_mib = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib
+        wanted = grid.shape if grid else shape
+        choice = choose_on_rank0(parameters, wire=wire, shape=wanted, hosts=hosts, tuning=tuning, bucket_mib=bucket_mib)
+        algorithm, shape, bucket_mib, why = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib, choice.why
     caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib, first_bucket_mib=first_bucket_mib)
     state = ExchangeState(
         grid if grid is not None and shape in (None, grid.shape) else make_grid(shape=shape, hosts=hosts),
@@ -131,38 +111,44 @@ def wrap(
         **_ddp_options(caps),
     )
     wrapped.register_comm_hook(state, HOOKS[algorithm])
-    object.__setattr__(wrapped, "exchange_state", state)  # past nn.Module's look for submodules
-    object.__setattr__(wrapped, "exchange_choice", choice)
+    # nn.Module.__setattr__ is bypassed: it searches each value for parameters and submodules.
+    object.__setattr__(wrapped, "exchange_state", state)
+    object.__setattr__(wrapped, "exchange_choice", Choice(Cell(algorithm, state.grid.shape, bucket_mib, wire), why))
     return wrapped
 
 
 def choose_on_rank0(
-    parameters: Sequence[torch.Tensor],
+    parameters: Sequence[Tensor],
     *,
     wire: str,
     shape: tuple[int, int] | None,
     hosts: Sequence[str] | None,
     tuning: Path | None,
+    bucket_mib: float,
 ) -> Choice:
-    """The first rank's choice for these parameters' gradients, on all ranks."""
+    """Returns rank 0's choice for the gradients of `parameters`, on all ranks."""
     num_bytes = 4 * sum(p.numel() for p in parameters if p.requires_grad)
     hosts = hosts or ["this host"] * dist.get_world_size()
-    box: list[Any] = [None]
+    result: list[Choice | str | None] = [None]  # broadcast_object_list replaces the items of a list
     if dist.get_rank() == 0:
         rows, _ = choose_rows(len(hosts), shape=shape, hosts=hosts)
         grid, backend = (len(rows[0]), len(rows)), dist.get_backend()
         try:
-            box[0] = choose(num_bytes=num_bytes, hosts=hosts, backend=backend, shape=grid, wires=(wire,), path=tuning)
+            result[0] = choose(
+                num_bytes=num_bytes, hosts=hosts, backend=backend, shape=grid, wires=(wire,), bucket_mib=bucket_mib,
+                path=tuning,
+            )  # fmt: skip
         except SettingsError as error:
-            box[0] = str(error)  # to be raised on every rank, or the others would wait for a choice
-    dist.broadcast_object_list(box, src=0)
-    if not isinstance(box[0], Choice):
-        raise SettingsError(box[0])
-    return box[0]
+            result[0] = str(error)  # raised on every rank below; otherwise the other ranks would wait for a choice
+    dist.broadcast_object_list(result, src=0)
+    choice = result[0]
+    if not isinstance(choice, Choice):
+        raise SettingsError(str(choice))
+    return choice
 
 
 def _ddp_options(caps_mib: list[float]) -> dict[str, Any]:
-    """The options whose names differ between versions: before `bucket_cap_mb_list` one size holds for all buckets."""
+    """DDP options whose names depend on torch's version; without `bucket_cap_mb_list` all buckets have one size."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {}
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False

@@ -21,8 +21,6 @@ a round-robin ring and gives away in the split torus, is ours to model: the pape
 import math
 from dataclasses import dataclass
 
-from megabatch.errors import SettingsError
-
 
 @dataclass(frozen=True)
 class Link:
@@ -73,15 +71,8 @@ class Cost:
 def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network) -> Cost:
     """The cost of one all-reduce of `num_bytes` (as sent: half as many in half precision) on a grid of `shape`."""
     if algorithm not in _COSTS:
-        raise SettingsError(
-            f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'"
-        )
+        raise ValueError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'")
     return _COSTS[algorithm](num_bytes, *shape, network)
-
-
-def predict_s(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network, num_chunks: int = 1) -> float:
-    """Seconds of `cost`."""
-    return cost(algorithm, num_bytes, shape, network).seconds(num_chunks)
 
 
 def _flat(m: float, x: int, y: int, net: Network) -> Cost:
