@@ -6,8 +6,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_threads
+from stages import sum_by_stages
 
-from megabatch.comm.exchange.algorithms import ALGORITHMS, all_reduce
+from megabatch.comm.exchange.algorithms import ALGORITHMS
 from megabatch.comm.exchange.grid import make_grid
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -18,9 +19,8 @@ def value_of(rank, numel, dtype):
     return torch.randn(numel, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def reduced(shape, numel, dtype, algorithm, wire, chunk_mib):
-    grid = make_grid(shape=shape)
-    return all_reduce(value_of(dist.get_rank(), numel, dtype), algorithm, grid, wire=wire, chunk_mib=chunk_mib)
+def reduced(shape, numel, dtype, algorithm):
+    return sum_by_stages(value_of(dist.get_rank(), numel, dtype), algorithm, make_grid(shape=shape))
 
 
 def check_against_the_sum(results, numel, dtype, unit):
@@ -36,12 +36,11 @@ def check_against_the_sum(results, numel, dtype, unit):
 def test_any_length_type_and_grid_gives_the_sum_with_equal_bits_on_all_ranks(shape, numel, algorithm, data):
     units = [(torch.float32, 2**-23), (torch.float64, 2**-52), (torch.bfloat16, 2**-7)]
     dtype, unit = data.draw(st.sampled_from(units))
-    chunk_mib = data.draw(st.sampled_from([1.0, 16 / 2**20, 200 / 2**20]))
-    results = run_threads(shape[0] * shape[1], reduced, shape, numel, dtype, algorithm, None, chunk_mib)
+    results = run_threads(shape[0] * shape[1], reduced, shape, numel, dtype, algorithm)
     check_against_the_sum(results, numel, dtype, unit * len(results))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_sixteen_by_sixteen_ranks_sum_without_losing_the_remainder(algorithm):
-    results = run_threads(256, reduced, (16, 16), 1021, torch.float32, algorithm, None, 1.0)
+    results = run_threads(256, reduced, (16, 16), 1021, torch.float32, algorithm)
     check_against_the_sum(results, 1021, torch.float32, 256 * 2**-23)

@@ -1,4 +1,4 @@
-"""The choice of rows: hosts where they are known, near-square else, and clear words where nothing fits."""
+"""The choice of rows: hosts if they are known, else near-square; errors where nothing fits."""
 
 import inspect
 
@@ -6,8 +6,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run_processes, run_threads
-from torch.distributed.device_mesh import init_device_mesh
+from ranks import run_threads
 
 from megabatch.comm.exchange.grid import Grid, choose_rows, make_grid
 from megabatch.errors import SettingsError
@@ -79,32 +78,17 @@ def test_a_rank_outside_the_grid_is_told_so():
 
 
 def places_by_group():
-    """Sum of ranks along each axis, from the groups and from the mesh that the grid becomes."""
+    """Sum of ranks along each axis; True per axis if this rank has its index in the group."""
     grid = make_grid(hosts=["a", "b", "b", "a"])  # column (1, 3) would be (3, 1): ranks out of order
-    mesh = grid.mesh("cpu")
     sums = [sum(dist.get_process_group_ranks(grid.group(axis))) for axis in ("row", "column")]
     own = [dist.get_rank(grid.group(axis)) == grid.index(axis) for axis in ("row", "column")]
-    return sums, own, mesh.get_local_rank("row"), grid.position
+    return sums, own
 
 
 @pytest.mark.skipif(
     "sort_ranks" not in inspect.signature(dist.new_group).parameters, reason="torch before 2.13 sorts a group's ranks"
 )
-def test_groups_and_mesh_agree_with_the_rows_even_for_scattered_hosts():
+def test_groups_agree_with_the_rows_for_scattered_hosts():
     results = run_threads(4, places_by_group)
-    assert [sums for sums, *_ in results] == [[3, 1], [3, 1], [3, 5], [3, 5]]
-    assert all(all(own) for _, own, *_ in results)
-    assert all(local == x for *_, local, (x, _) in results)
-
-
-def grid_of_a_mesh():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("column", "row"))
-    grid = Grid.from_mesh(mesh)
-    with pytest.raises(SettingsError, match="needed \\('column', 'row'\\)"):
-        Grid.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
-    return grid.rows, grid.group("row") is mesh.get_group("row")
-
-
-@pytest.mark.multiprocess
-def test_a_device_mesh_with_named_axes_is_a_grid():
-    assert run_processes(4, grid_of_a_mesh) == [(((0, 1), (2, 3)), True)] * 4
+    assert [sums for sums, _ in results] == [[3, 1], [3, 1], [3, 5], [3, 5]]
+    assert all(all(own) for _, own in results)

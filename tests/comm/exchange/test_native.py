@@ -1,4 +1,4 @@
-"""The path of NCCL, run on memory groups: the backend's own reduce-scatter and all-gather, and no threads of ours."""
+"""NCCL's code path on in-memory groups: the backend's own reduce-scatter and all-gather, and no helper threads."""
 
 import contextlib
 import threading
@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_threads
+from stages import sum_by_stages
 
 from megabatch.comm.exchange import state as engine
-from megabatch.comm.exchange.algorithms import ALGORITHMS, all_reduce, routes
+from megabatch.comm.exchange.algorithms import ALGORITHMS, routes
 from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.primitives import is_native
 from megabatch.comm.exchange.state import ExchangeState
@@ -17,7 +18,7 @@ from megabatch.comm.exchange.timeline import Timeline
 
 
 class NoStreams:
-    """Stands in for CUDA streams where there is no GPU."""
+    """Mock of `Streams` for machines without a GPU."""
 
     def __init__(self, _device):
         self.next = contextlib.nullcontext
@@ -33,12 +34,12 @@ def stages_and_sum(shape, algorithm):
     grid = make_grid(shape=shape)
     names = [[stage.name for stage in route] for route in routes(algorithm, grid)]
     value = torch.arange(37.0, dtype=torch.float64) * (dist.get_rank() + 1)
-    return names, all_reduce(value, algorithm, grid, chunk_mib=64 / 2**20)
+    return names, sum_by_stages(value, algorithm, grid)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 4), (4, 1)])
-def test_every_algorithm_sums_with_the_backends_own_collectives(native, algorithm, shape):
+def test_every_algorithm_gives_the_sum_with_the_backends_own_collectives(native, algorithm, shape):
     num_ranks = shape[0] * shape[1]
     for _, total in run_threads(num_ranks, stages_and_sum, shape, algorithm):
         assert torch.equal(total, torch.arange(37.0, dtype=torch.float64) * (num_ranks * (num_ranks + 1) / 2))
@@ -61,7 +62,7 @@ def exchanged_on_streams(wire):
 
 
 @pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])
-def test_buckets_go_through_streams_and_start_no_thread_beside_the_ranks_own(native, wire):
+def test_buckets_use_streams_and_start_no_threads(native, wire):
     for result, threads, step in run_threads(4, exchanged_on_streams, wire):
         assert torch.equal(result, torch.full((10,), 2.5))
         assert len(threads) == 1

@@ -1,4 +1,4 @@
-"""What is sent is what the wire says: its type, its bytes, its rounding and its range."""
+"""The wire: the type, bytes, rounding and range of what is sent."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from ranks import run_processes, run_threads
 from megabatch.comm.exchange.algorithms import ALGORITHMS, padded_numel, routes, sent_bytes
 from megabatch.comm.exchange.grid import Grid, make_grid
 from megabatch.comm.exchange.state import ExchangeState
-from megabatch.comm.exchange.wire import WIRE_BYTES, pack, unpack, wire_dtype
+from megabatch.comm.exchange.wire import WIRE_DTYPES, pack, unpack, wire_dtype
 from megabatch.errors import SettingsError
 
 HALF = ["fp16", "bf16"]
@@ -149,11 +149,11 @@ def test_the_result_is_the_mean_or_on_request_the_sum():
 
 
 class Counted:
-    """Bytes that a memory group's collectives take from each rank to others, by the definition of each."""
+    """Counts the bytes that each rank sends in a memory group's collectives."""
 
     def __init__(self, monkeypatch):
         self.sent = {}
-        for name in ("all_to_all_single", "send", "allreduce", "reduce", "broadcast"):
+        for name in ("all_to_all_single", "send", "allreduce"):
             monkeypatch.setattr(MemoryGroup, name, self._counting(name, getattr(MemoryGroup, name)))
         monkeypatch.setattr(MemoryGroup, "alltoall_base", MemoryGroup.all_to_all_single)  # its name before torch 2.13
 
@@ -174,22 +174,20 @@ class Counted:
     def allreduce(self, group, tensors, *_):
         return 2 * tensors[0].nbytes * (group.size() - 1) / group.size()
 
-    def reduce(self, group, tensors, opts):
-        return 0 if group.rank() == opts.rootRank else tensors[0].nbytes * (1 - 1 / group.size())
-
-    def broadcast(self, group, tensors, opts):
-        return (group.size() - 1) * tensors[0].nbytes if group.rank() == opts.rootRank else 0
-
 
 def exchange_and_formula(shape, numel, algorithm, wire):
     grid = make_grid(shape=shape)
     ExchangeState(grid, wire=wire).exchange(torch.ones(numel), algorithm).wait()
+    return formula_bytes(grid, numel, algorithm, wire)
+
+
+def formula_bytes(grid, numel, algorithm, wire):
     made = routes(algorithm, grid)
-    length = padded_numel(numel, algorithm, grid) * WIRE_BYTES[wire]
+    length = padded_numel(numel, algorithm, grid) * wire_dtype(wire).itemsize
     return sum(sent_bytes(route, length / len(made)) for route in made)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["flat", "torus", "split_torus"])  # reduce and broadcast: see the kernel's count
 @pytest.mark.parametrize("shape", [(2, 3), (4, 2)])
 def test_every_rank_sends_the_bytes_of_the_formula_and_half_of_them_in_half_precision(monkeypatch, shape, algorithm):
     counted = {}
@@ -209,19 +207,19 @@ def test_the_torus_sends_as_little_as_a_ring():
     assert sent == pytest.approx([2 * (6 - 1) / 6 * 4 * numel] * 6)
 
 
-def bytes_of_exchanges(numel, repeats):
-    """Bytes that this rank's sockets carried to its peers, as the kernel counts them, per algorithm and wire."""
+def bytes_of_exchanges(shape, numel, repeats):
+    """(bytes that this rank's sockets sent, by the kernel's count; bytes by the formula) per algorithm and wire."""
     counted = {}
     buffer = torch.ones(numel)
-    for algorithm, wire in itertools.product(("flat", "torus", "split_torus"), WIRE_BYTES):
-        state = ExchangeState(make_grid(shape=(2, 2)), wire=wire)
+    for algorithm, wire in itertools.product(ALGORITHMS, WIRE_DTYPES):
+        state = ExchangeState(make_grid(shape=shape), wire=wire)
         state.exchange(buffer, algorithm).wait()
         dist.barrier()
         before = bytes_sent()
         for _ in range(repeats):
             state.exchange(buffer, algorithm).wait()
         dist.barrier()
-        counted[algorithm, wire] = bytes_sent() - before
+        counted[algorithm, wire] = bytes_sent() - before, repeats * formula_bytes(state.grid, numel, algorithm, wire)
     return counted
 
 
@@ -246,8 +244,34 @@ def tcp_information(number):
 
 
 @pytest.mark.multiprocess
-def test_the_kernel_counts_the_bytes_of_the_formula_and_half_of_them_in_half_precision():
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (3, 1)])
+@pytest.mark.parametrize(
+    "numel", [2**18, 2**21]
+)  # 8 MiB of fp32: gloo's reduce then sends more than 2 segments a chunk
+def test_the_kernel_counts_the_bytes_of_the_formula_on_every_rank(shape, numel):
+    for counted in run_processes(shape[0] * shape[1], bytes_of_exchanges, shape, numel, 4):
+        for case, (sent, formula) in counted.items():
+            assert sent == pytest.approx(formula, rel=0.01, abs=4000), case  # messages of barriers
+
+
+@pytest.mark.multiprocess
+def test_the_kernel_counts_the_bytes_of_a_ring_for_flat_and_torus_and_half_of_them_in_half_precision():
     numel, repeats = 2**18, 4
-    for counted in run_processes(4, bytes_of_exchanges, numel, repeats):
-        for (_, wire), sent in counted.items():
-            assert sent == pytest.approx(repeats * 2 * (3 / 4) * WIRE_BYTES[wire] * numel, rel=0.01)
+    for counted in run_processes(4, bytes_of_exchanges, (2, 2), numel, repeats):
+        for (algorithm, wire), (sent, _) in counted.items():
+            if algorithm != "hierarchical":
+                ring = 2 * (3 / 4) * wire_dtype(wire).itemsize * numel
+                assert sent == pytest.approx(repeats * ring, rel=0.01)
+
+
+def hierarchical_bytes(shape, numel):
+    return formula_bytes(make_grid(shape=shape), numel, "hierarchical", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "megabytes"), [((2, 2), 64.1), ((4, 1), 54.1), ((2, 3), 75.1), ((3, 2), 68.2), ((6, 1), 65.1)]
+)
+def test_the_hierarchical_algorithm_sends_the_bytes_that_were_measured_over_all_ranks(shape, megabytes):
+    num_ranks = shape[0] * shape[1]
+    numel = {4: 4_000_000, 6: 3_000_000}[num_ranks]
+    assert sum(run_threads(num_ranks, hierarchical_bytes, shape, numel)) / 1e6 == pytest.approx(megabytes, rel=0.005)

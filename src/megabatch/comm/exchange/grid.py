@@ -1,7 +1,7 @@
-"""The 2-D grid of ranks that the torus and the hierarchy run on, and the process groups of its axes.
+"""The 2-D grid of ranks for the torus and hierarchical algorithms, and the process groups of its axes.
 
-A *row* is X ranks joined by fast links, as a rule those of one host; a *column* is the Y ranks that hold the same
-place in each row. The world is X * Y ranks (Mikami et al. 2018, arXiv:1811.05233, where X is the horizontal size).
+A *row* is X ranks joined by fast links, usually those of one host. A *column* is the Y ranks with the same index in
+each row. The world is X * Y ranks (Mikami et al. 2018, arXiv:1811.05233, where X is the horizontal size).
 """
 
 import contextlib
@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from megabatch.errors import SettingsError
 
@@ -25,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Grid:
-    """Ranks in rows and columns, seen from one of them; groups are made on first use, by all ranks together.
+    """Ranks in rows and columns, as seen by one rank. Process groups are created on first use, by all ranks together.
 
-    `rows[y][x]` is the rank at place x of row y. `group(axis, lane)` is the process group of this rank's row or
-    column. Lanes are separate groups over the same ranks: collectives of one group must start in the same order on
-    every rank, so whatever may start in another order on another rank needs a lane of its own.
+    `rows[y][x]` is the rank at index x of row y; `why` is the reason for this shape. `group(axis, lane)` is the process
+    group of this rank's row or column. Lanes are separate groups over the same ranks: collectives of one group must
+    start in the same order on every rank, so collectives whose order may differ between ranks need different lanes.
     """
 
     def __init__(
@@ -47,23 +45,9 @@ class Grid:
         self._groups: dict[tuple[Axis, int], dist.ProcessGroup] = {}
         _check_rows(self.rows)
 
-    @classmethod
-    def from_mesh(cls, mesh: DeviceMesh, *, timeout_s: float | None = None) -> "Grid":
-        """The grid of a 2-D mesh with axes ("column", "row"), as `init_device_mesh(..., (Y, X), ...)` makes it."""
-        if mesh.mesh_dim_names != ("column", "row"):
-            raise SettingsError(
-                f"the mesh has axes {mesh.mesh_dim_names}, needed ('column', 'row'); for example "
-                "init_device_mesh('cpu', (2, 4), mesh_dim_names=('column', 'row')) for two rows of four ranks"
-            )
-        rows: Tensor = mesh.mesh
-        grid = cls(rows.tolist(), timeout_s=timeout_s, why="of a device mesh")
-        for axis in ("row", "column"):
-            grid._groups[axis, 0] = mesh.get_group(axis)
-        return grid
-
     @property
     def shape(self) -> tuple[int, int]:
-        """(X, Y): ranks in a row, ranks in a column."""
+        """(X, Y): number of ranks per row, number of ranks per column."""
         return len(self.rows[0]), len(self.rows)
 
     @property
@@ -72,7 +56,7 @@ class Grid:
 
     @cached_property
     def position(self) -> tuple[int, int]:
-        """(x, y) of this rank."""
+        """(x, y): this rank's index in its row and in its column."""
         for y, row in enumerate(self.rows):
             if self._rank in row:
                 return row.index(self._rank), y
@@ -82,11 +66,11 @@ class Grid:
         return {"row": self.shape[0], "column": self.shape[1], "world": self.num_ranks}[axis]
 
     def index(self, axis: Axis) -> int:
-        """This rank's place along `axis`, which is its rank in `group(axis)`."""
+        """Returns this rank's index along `axis`, which is its rank in `group(axis)`."""
         return self.ranks(axis).index(self._rank)
 
     def ranks(self, axis: Axis) -> tuple[int, ...]:
-        """The global ranks along `axis` through this rank, in the order of their places."""
+        """Returns the global ranks of this rank's row or column, or of the world, by index."""
         x, y = self.position
         if axis == "row":
             return self.rows[y]
@@ -95,7 +79,7 @@ class Grid:
         return tuple(sorted(rank for row in self.rows for rank in row))
 
     def group(self, axis: Axis, lane: int = 0) -> dist.ProcessGroup:
-        """The process group along `axis`; a new lane is made by all its ranks calling this in the same order."""
+        """Returns the process group along `axis`; all its ranks must create new lanes in the same order."""
         if (axis, lane) not in self._groups:
             self._groups[axis, lane] = self._make_group(axis)
         return self._groups[axis, lane]
@@ -111,13 +95,6 @@ class Grid:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """This grid as a `DeviceMesh` with axes ("column", "row")."""
-        groups = [self.group("column"), self.group("row")]
-        return DeviceMesh.from_group(
-            groups, device_type, mesh=torch.tensor(self.rows, dtype=torch.int), mesh_dim_names=("column", "row")
-        )
-
     def __repr__(self) -> str:
         x, y = self.shape
         return f"Grid({x} x {y}, {self.why})"
@@ -131,13 +108,28 @@ def make_grid(
     hosts: Sequence[str] | None = None,
     timeout_s: float | None = None,
 ) -> Grid:
-    """The grid of this job: rows are hosts where that is known, else near-square.
+    """Returns the grid of this job: its rows are hosts if they are known, else the grid is near-square.
 
-    `shape` (X, Y) decides if given. Else `hosts`, one name per rank, in any order of ranks: ranks of a host form
-    rows (several equal rows per host where hosts differ in size). Else `local_world_size`: each run of that many
-    ranks is a host. Else, and where one host or one rank per host leaves no choice, the divisor of `world_size`
-    closest to its square root, which has the fewest hops. A prime world becomes one column. `Grid.why` tells.
-    Of `hosts` and `shape` together, `shape` must fit the hosts' ranks or its rows are runs of ranks.
+    The first of these that applies decides, and `Grid.why` names it:
+
+        shape              (X, Y): X ranks per row, Y ranks per column
+        hosts              ranks of one host form a row, or several rows if hosts differ in their number of ranks
+        local_world_size   each run of that many consecutive ranks is a host
+        near-square        X is the largest divisor of `world_size` up to its square root, which gives the fewest
+                           hops, 2 (X - 1) + 2 (Y - 1); also used for one host and for one rank per host
+
+    A prime number of ranks becomes one column. With both `shape` and `hosts`, rows of X ranks are cut from the ranks
+    ordered by host. Rows and columns as in Mikami et al. 2018, arXiv:1811.05233. Creates no process group yet.
+
+    Args:
+        world_size: number of ranks; None takes that of `torch.distributed`'s default group.
+        shape: ranks per row and ranks per column; their product must be `world_size`.
+        local_world_size: ranks per host, as torchrun's LOCAL_WORLD_SIZE.
+        hosts: host name of every rank, in rank order.
+        timeout_s: timeout of the grid's process groups, in seconds; None takes the default group's.
+
+    Raises:
+        SettingsError: `shape`, `hosts` or `local_world_size` do not fit the number of ranks.
     """
     world_size = dist.get_world_size() if world_size is None else world_size
     rows, why = choose_rows(world_size, shape=shape, local_world_size=local_world_size, hosts=hosts)
@@ -153,7 +145,7 @@ def choose_rows(
     local_world_size: int | None = None,
     hosts: Sequence[str] | None = None,
 ) -> tuple[list[list[int]], str]:
-    """The rows of `make_grid` and the reason for them; needs no process group."""
+    """Returns the rows of `make_grid` and the reason for them; needs no process group."""
     by_host = _ranks_by_host(world_size, local_world_size, hosts)
     order = [rank for ranks in by_host for rank in ranks]
     if shape is not None:
@@ -161,9 +153,8 @@ def choose_rows(
     row = math.gcd(*(len(ranks) for ranks in by_host))
     if 1 < row < world_size:
         even = all(len(ranks) == row for ranks in by_host)
-        return _cut(
-            order, row
-        ), "rows are hosts" if even else f"hosts differ in size: rows of their common divisor {row}"
+        why = "rows are hosts" if even else f"hosts differ in size: rows of their common divisor {row}"
+        return _cut(order, row), why
     side = max(x for x in range(1, math.isqrt(world_size) + 1) if world_size % x == 0)
     why = "near-square" if side > 1 else f"{world_size} ranks do not form rows: one column"
     return _cut(order, side), why
@@ -208,17 +199,17 @@ def _check_rows(rows: tuple[tuple[int, ...], ...]) -> None:
 
 
 def _unsorted_or_raise(ranks: list[int]) -> bool:
-    """False, the value of `sort_ranks`, where this torch lets a group keep the order of its ranks."""
+    """Returns False, the value of `new_group`'s `sort_ranks`; raises SettingsError if torch has no such option."""
     if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
         raise SettingsError(
-            f"this torch cannot make a group of ranks in the order {ranks}; "
-            "start the hosts so that ranks are in block or round-robin order, for example 0 1 2 3 on two hosts of two"
+            f"torch {torch.__version__} cannot create a group with ranks in the order {ranks} (2.13 can); "
+            "number the ranks in block or round-robin order, for example 0 1 on the first host and 2 3 on the second"
         )
     return False
 
 
 def _world_timeout() -> timedelta | None:
-    """The timeout that the default group was made with; `new_group` alone would take torch's default, half an hour."""
+    """Returns the default group's timeout, or None. Without one, `new_group` uses torch's default of 30 minutes."""
     with contextlib.suppress(AttributeError, RuntimeError):
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         timeout = _default_group()._get_backend(device).options._timeout
