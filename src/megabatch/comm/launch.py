@@ -1,8 +1,8 @@
-"""Starting local workers, and joining the workers that are there.
+"""Start local workers, and join the process group of a job.
 
-A worker is one process of `torch.distributed`. `run_local_workers` starts them through torch's elastic launch API;
-`join` makes the calling process a member of the group that torchrun (or `run_local_workers`) described in the
-environment, or a world of one where there is none. This module and the command line alone read the environment.
+A worker is one process of `torch.distributed`. `run_local_workers` starts workers through torch's elastic launch API.
+`join` adds the calling process to the group that torchrun (or `run_local_workers`) describes in the environment;
+without such a description the world has one worker. Only this module and the command line read the environment.
 """
 
 import contextlib
@@ -23,46 +23,40 @@ import torch.distributed as dist
 from megabatch.errors import SettingsError
 
 T = TypeVar("T")
-_LOCAL_WORKER = "MEGABATCH_LOCAL_WORKER"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the workers."""
+    """The rank of this process, the number of workers, and its device."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    num_restarts: int = 0  # by torchrun, after a worker failed
+    num_restarts: int = 0  # how often torchrun has restarted the workers after a failure
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes files and talks to people."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
 
 def started_by_launcher() -> bool:
-    """Whether torchrun, or `run_local_workers`, started this process as a worker."""
+    """True if torchrun or `run_local_workers` started this process as a worker."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def started_locally() -> bool:
-    """Whether `run_local_workers` started this process."""
-    return _LOCAL_WORKER in os.environ
-
-
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Number of cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
-    """Runs `python -m megabatch ARGUMENTS` as `num_workers` local workers; the exit code of the first that failed.
+    """Runs `python -m megabatch ARGUMENTS` in `num_workers` local workers and returns an exit code.
 
-    All end together: when one fails, or at Ctrl-C, the others receive the signal too, and have 30 s to write a last
-    checkpoint before they are killed.
+    The code is 0 on success, 2 if a worker exited with 2 (invalid input), else 1. When one worker fails, or at Ctrl-C,
+    the others receive SIGTERM or SIGINT and have 30 s to write a last checkpoint before they are killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -92,10 +86,18 @@ def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None = None) -> Iterator[World]:
-    """The world this process belongs to; when the block ends the process group is left, and threads are as before.
+    """Joins the job's process group and yields this process's `World`.
+
+    Without a launcher's environment variables the world has one worker and no process group. When the block ends the
+    group is shut down, and the number of threads and the denormal mode are restored.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        timeout_s: timeout of collectives, in seconds.
+        threads: CPU threads of this worker; None divides the cores among the local workers.
 
     Raises:
-        SettingsError: `device` is "cuda" and there is none, or fewer GPUs than local workers.
+        SettingsError: `device` is "cuda" and torch finds no GPU, or there are fewer GPUs than local workers.
     """
     if not started_by_launcher():
         world = World(device=_device(device, 0, 1))
@@ -122,18 +124,22 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
 
 
 def shutdown_process_group() -> None:
-    """Leave all process groups, after which the process may end; instead of `torch.distributed.destroy_process_group`.
+    """Waits until gloo's threads are idle, then destroys all process groups.
 
-    A thread of gloo may let go of its last collective's tensors late, when the interpreter is ending already, and
-    aborts the process then ("terminate called without an active exception"; torch 2.13: about one of thirty short
-    DistributedDataParallel runs on busy cores). This waits until those threads are idle.
+    Use it in place of `torch.distributed.destroy_process_group` at the end of a process. A gloo thread may release the
+    tensors of its last collective while the interpreter shuts down, which aborts the process ("terminate called
+    without an active exception"; torch 2.13: about 1 in 30 short DistributedDataParallel runs on busy cores).
     """
     _wait_for_threads("pt_gloo_runloop")
     dist.destroy_process_group()
 
 
 def _wait_for_threads(name: str, *, tasks: Path = Path("/proc/self/task"), timeout_s: float = 5.0) -> None:
-    """Until all threads of that name sleep. One that wants Python's lock gets it while this waits between two looks."""
+    """Waits until all threads of that name sleep, for at most `timeout_s`.
+
+    Three samples in a row must show them asleep: a thread that waits for the GIL also counts as asleep, and acquires
+    it during one of the 2 ms pauses, in which this thread releases it.
+    """
     deadline = time.monotonic() + timeout_s
     times_idle = 0
     while times_idle < 3 and time.monotonic() < deadline:
@@ -142,10 +148,10 @@ def _wait_for_threads(name: str, *, tasks: Path = Path("/proc/self/task"), timeo
 
 
 def _thread_states(name: str, tasks: Path) -> list[str]:
-    """The kernel's letters for what these threads do, "S" for sleeping; none on a system without /proc."""
+    """State letters of the threads of that name, "S" for sleeping (proc(5)); empty on a system without /proc."""
     states = []
     for task in tasks.glob("*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the thread has ended since the listing
             thread, state = re.match(r"\d+ \((.*)\) (\w)", task.read_text()).groups()  # type: ignore[union-attr]
             if thread == name:
                 states.append(state)
@@ -153,23 +159,23 @@ def _thread_states(name: str, tasks: Path) -> list[str]:
 
 
 def sum_over_workers(values: torch.Tensor, world: World) -> torch.Tensor:
-    """`values` summed over all workers, in place; the same tensor."""
+    """Sums `values` over all workers, in place; returns the same tensor."""
     if world.world_size > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast_from_rank0(value: T, world: World) -> T:
-    """What the first worker holds as `value`, on every worker (workers of one run trust one another)."""
+    """Returns rank 0's `value` on every worker. It is pickled: workers of one run trust one another."""
     if world.world_size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def all_gather_objects(value: T, world: World) -> list[T]:
-    """What each worker holds as `value`, in rank order, on every worker."""
+    """Returns every worker's `value`, in rank order, on every worker. Values are pickled."""
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size
@@ -180,7 +186,7 @@ def all_gather_objects(value: T, world: World) -> list[T]:
 def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
     found = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cuda" and not found:
-        raise SettingsError("device=cuda was asked for, but torch finds no GPU; --device cpu works")
+        raise SettingsError("device=cuda was given, but torch finds no GPU; --device cpu works")
     if not found:
         return torch.device("cpu")
     if local_world_size > found:
@@ -192,10 +198,10 @@ def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device
 
 @contextlib.contextmanager
 def _threads(threads: int | None, world: World) -> Iterator[None]:
-    """Within the block the cores are divided among the local workers, and denormal numbers are zero.
+    """Divides the cores among the local workers and flushes denormal numbers to zero, within the block.
 
-    More threads than cores make every worker wait for another; gradients that fade to denormals cost a quarter of the
-    speed on x86.
+    With more threads than cores the workers wait for each other. Gradients that decay to denormal numbers cost a
+    quarter of the speed on x86.
     """
     num_threads, flushed = torch.get_num_threads(), _flushes_denormals()
     torch.set_num_threads(threads or max(1, available_cores() // world.local_world_size))
@@ -208,7 +214,7 @@ def _threads(threads: int | None, world: World) -> Iterator[None]:
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread's arithmetic makes zero of what is below the smallest normal number."""
+    """True if this thread's arithmetic flushes denormal results to zero."""
     smallest = torch.tensor(sys.float_info.min, dtype=torch.float64)
     return bool(smallest / 2 == 0)
 
@@ -217,10 +223,9 @@ def _worker_environment(num_workers: int) -> dict[str, str]:
     threads = str(max(1, available_cores() // num_workers))
     loopback = "lo" if sys.platform.startswith("linux") else "lo0"
     return {
-        _LOCAL_WORKER: "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
-        # A worker that is started again must not meet the addresses its predecessor left in the agent's store.
+        # Without this, restarted workers would read the addresses of the previous ones from the agent's store.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
 
@@ -241,7 +246,7 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Silences the agent's own log: what a failed worker said stands on stderr already, one clear line."""
+    """Disables logging in the launcher: a failed worker has already printed its one-line error to stderr."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,117 +1,63 @@
-"""Which peers there are, how to reach them, and which one died: an error that names rank and host, never a hang.
+"""Failure detection: a dead or frozen worker raises a `PeerError` that names its rank and host, instead of a hang.
 
-Heartbeats go through the rendezvous store: each rank counts its own beats and watches its right neighbour's. Who
-finds a silent neighbour writes it down for all, so every rank knows within about `timeout_s`, at three small requests
-per rank and interval. Clocks are not compared between hosts.
+Heartbeats go through the rendezvous store. Each rank increments a counter of its own and reads the counter of its
+right neighbour. A rank that detects a silent neighbour publishes it to the store, and every rank reads it from there,
+so all ranks know within about `timeout_s`. The cost is three small requests per rank and interval. Only the time since
+a counter's last change is measured, on the reader's clock: clocks of different hosts are never compared.
 """
 
 import contextlib
-import fcntl
 import json
 import re
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed's, where type checkers find them
+from torch._C._distributed_c10d import PrefixStore, Store  # type checkers do not find them in torch.distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megabatch.errors import PeerError, SettingsError
+from megabatch.errors import PeerError
 
-_LEFT = 2**40  # added to the beats of a rank that ended as planned
+_STORE_LOST = "the rendezvous store does not answer; the process that hosts it has probably ended"
+_ENDED = 2**40  # added to the beat counter of a rank that ended normally; no run beats that often
+_CALLBACK_PREFIX = "Got the following error when running the callback: "  # put there by torch.futures
 _NETWORK_WORDS = re.compile(
     r"connection|timed? ?out|socket|closed by peer|reset by peer|broken pipe|gloo|nccl|unreachable|store|aborted", re.I
 )
 
 
 def host_name() -> str:
-    """The name of this host, equal on all its ranks."""
+    """Name of this host, the same for all its ranks."""
     return socket.gethostname()
 
 
-def interface_towards(address: str) -> str:
-    """The name of the network interface that packets to `address` leave by, for GLOO_/NCCL_SOCKET_IFNAME.
-
-    Gloo takes the interface that the host's own name resolves to, which on many hosts is loopback or a management
-    network: ranks on other hosts cannot reach it. The one that leads to the rendezvous is the right one.
-    """
-    try:
-        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: it only picks the route
-            own_address = probe.getsockname()[0]
-    except OSError as error:
-        raise SettingsError(
-            f"no route to the rendezvous at {address!r} ({error}); give a name such as 10.0.0.1"
-        ) from error
-    for _, name in socket.if_nameindex():
-        if own_address in _addresses_of(name):
-            return name
-    raise SettingsError(
-        f"no interface holds {own_address}, the way to {address!r}; set GLOO_SOCKET_IFNAME, for example eth0"
-    )
-
-
-def _addresses_of(interface: str) -> list[str]:
-    """Its IPv4 address, and its IPv6 addresses where /proc lists them."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        request = struct.pack("256s", interface.encode()[:15])
-        answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-        found.append(socket.inet_ntoa(answer[20:24]))
-    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as table:
-        rows = [line.split() for line in table]
-        found += [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])) for row in rows if row[5] == interface]
-    return found
-
-
-def gather_hosts(
-    store: Store, rank: int, world_size: int, *, host: str | None = None, timeout_s: float = 300.0
-) -> list[str]:
-    """The host of every rank, in rank order: the meeting of all ranks before any collective.
-
-    Raises PeerError naming the ranks that did not come within `timeout_s`.
-    """
-    store.set(f"host/{rank}", host or host_name())
-    keys = [f"host/{peer}" for peer in range(world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        missing = [peer for peer, key in enumerate(keys) if not store.check([key])]
-        raise PeerError(
-            f"{len(missing)} of {world_size} ranks did not come within {timeout_s:g} s: ranks {_short(missing)}; "
-            "start them with the same rendezvous address, or give a longer timeout"
-        ) from error
-    return [store.get(key).decode() for key in keys]
-
-
 class PeerMonitor:
-    """Beats for this rank, watches its neighbour, and tells everyone who died.
+    """Sends this rank's heartbeats, watches its right neighbour, and reports a failed rank to all ranks.
 
         with PeerMonitor.of_job(hosts=hosts) as monitor:
-            monitor.on_failure(model.exchange_state.fail)  # waiting for a bucket ends at once
-            with monitor.guard():                          # other collectives' errors become PeerError
+            monitor.on_failure(model.exchange_state.fail)  # pending buckets fail at once
+            with monitor.guard():                          # errors of other collectives become PeerError
                 train()
 
-    A rank that leaves the context as planned is not missed; one that leaves with an exception tells the others which.
+    A rank that leaves the context normally is not reported. A rank that leaves it with an exception publishes that
+    exception's type and text. `timeout_s` is how long a rank may be silent, in seconds; `hosts`, one name per rank,
+    adds host names to the errors.
     """
 
     def __init__(
         self, store: Store, *, rank: int, world_size: int, hosts: Sequence[str] | None = None, timeout_s: float = 30.0
     ) -> None:
-        clone = getattr(store, "clone", None)  # a store of its own: a waiting main thread must not hold up the beats
-        own: Store = clone() if clone is not None else store
-        self._store = PrefixStore("peers", own)
+        # A second connection: on a shared one, a main thread that waits for a key would block the heartbeats.
+        clone = getattr(store, "clone", None)
+        connection: Store = clone() if clone is not None else store
+        self._store = PrefixStore("peers", connection)
         self._rank = rank
         self._world_size = world_size
         self._hosts = list(hosts) if hosts is not None else None
         self._timeout_s = timeout_s
-        self._interval_s = max(min(timeout_s / 8, 1.0), 0.05)
+        self._interval_s = max(min(timeout_s / 8, 1.0), 0.05)  # eight missed beats before a report
         self._failure: str | None = None
         self._callbacks: list[Callable[[PeerError], None]] = []
         self._stop = threading.Event()
@@ -121,10 +67,10 @@ class PeerMonitor:
     def of_job(
         cls, *, hosts: Sequence[str] | None = None, timeout_s: float = 30.0, generation: int = 0
     ) -> "PeerMonitor":
-        """The monitor of `torch.distributed`'s default group, over the store that the group met by.
+        """Returns a monitor of `torch.distributed`'s default group, over that group's rendezvous store.
 
-        `generation` must differ between restarts that share a store; torchrun counts them in
-        TORCHELASTIC_RESTART_COUNT.
+        `generation` must differ between restarts that share a store, or counters of the previous workers would be
+        read; torchrun counts restarts in TORCHELASTIC_RESTART_COUNT.
         """
         store = PrefixStore(f"generation {generation}", _get_default_store())
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -138,18 +84,18 @@ class PeerMonitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         self._stop.set()
         self._thread.join(self._timeout_s)
-        if error is not None and not isinstance(error, PeerError):
+        if error is not None and not isinstance(error, PeerError):  # a PeerError is another rank's failure
             self._announce(f"{self._name(self._rank)} failed with {type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):
-            self._store.add(_beat(self._rank), _LEFT)
+            self._store.add(_beat(self._rank), _ENDED)
 
     def on_failure(self, callback: Callable[[PeerError], None]) -> None:
-        """Have `callback(error)` called from the monitor's thread when a peer is found dead."""
+        """Registers `callback(error)`, which the monitor's thread calls once when a peer has failed."""
         self._callbacks.append(callback)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Turn a failure of communication inside the block into a PeerError that names the peer."""
+        """Replaces communication errors raised inside the block by a PeerError that names the failed rank."""
         try:
             yield
         except PeerError:
@@ -160,16 +106,17 @@ class PeerMonitor:
             raise self.explain(error) from error
 
     def explain(self, error: BaseException) -> PeerError:
-        """The PeerError for a collective's `error`; looks for up to about a second for peers that stopped beating."""
+        """Returns the PeerError for a collective's `error`; compares heartbeats for up to 3 s if no cause is known."""
         reason = self._failure or self._read_announcement() or self._name_silent()
-        seen = str(error).strip().split("\n", 1)[0].removeprefix("Got the following error when running the callback: ")
+        seen = str(error).strip().split("\n", 1)[0].removeprefix(_CALLBACK_PREFIX)
         if reason is None:
-            return PeerError(f"a collective failed on rank {self._rank} though every peer is alive: {seen}")
+            return PeerError(f"a collective failed on rank {self._rank}, but every peer still sends heartbeats: {seen}")
         if reason in seen:
             return PeerError(reason)
-        return PeerError(f"{reason} (rank {self._rank} saw: {seen})")
+        return PeerError(f"{reason} (error on rank {self._rank}: {seen})")
 
     def _run(self) -> None:
+        """Body of the monitor's thread: beat, read the neighbour's counter and any announcement, once per interval."""
         neighbour = (self._rank + 1) % self._world_size
         seen, since = -1, time.monotonic()
         while not self._stop.wait(self._interval_s):
@@ -178,18 +125,19 @@ class PeerMonitor:
                 beats = self._store.add(_beat(neighbour), 0)
                 reason = self._read_announcement()
             except RuntimeError as error:
-                reason = f"the rendezvous store is gone, and with it the process that held it: {error}"
+                reason = f"{_STORE_LOST}: {error}"
                 beats = seen
             now = time.monotonic()
             if beats != seen:
                 seen, since = beats, now
-            if reason is None and 0 < beats < _LEFT and now - since > self._timeout_s:
+            # A count of 0 is a rank that has not entered the context yet; start-up may take longer than the timeout.
+            if reason is None and 0 < beats < _ENDED and now - since > self._timeout_s:
                 reason = self._announce(f"{self._name(neighbour)} has been silent for {now - since:.1f} s")
             if reason is not None:
-                self._tell(reason)
+                self._call_back(reason)
                 return
 
-    def _tell(self, reason: str) -> None:
+    def _call_back(self, reason: str) -> None:
         if self._stop.is_set():
             return
         self._failure = reason
@@ -197,8 +145,8 @@ class PeerMonitor:
             callback(PeerError(reason))
 
     def _announce(self, reason: str) -> str:
-        """Tell all ranks; the first report is the cause, later ones are its effects and are dropped."""
-        with contextlib.suppress(RuntimeError):  # the store may be gone with the peer that held it
+        """Publishes `reason` unless a rank did so before: the first report is the cause, later ones are its effects."""
+        with contextlib.suppress(RuntimeError):  # the failed peer may have hosted the store
             if self._store.add("announcements", 1) == 1:
                 self._store.set("announcement", json.dumps(reason))
         return reason
@@ -210,17 +158,17 @@ class PeerMonitor:
         return None
 
     def _name_silent(self) -> str | None:
-        """Compare all peers' beats over a little more than two intervals."""
+        """Compares all peers' counters over three intervals; returns and publishes the silent ones, or None."""
         try:
             before = self._all_beats()
             time.sleep(min(3 * self._interval_s, self._timeout_s))
             after = self._all_beats()
         except RuntimeError as error:
-            return f"the rendezvous store is gone, and with it the process that held it: {error}"
+            return f"{_STORE_LOST}: {error}"
         announced = self._read_announcement()
         if announced is not None:
             return announced
-        silent = [rank for rank, beats in after.items() if beats == before[rank] and beats < _LEFT]
+        silent = [rank for rank, beats in after.items() if beats == before[rank] and beats < _ENDED]
         if not silent:
             return None
         names = ", ".join(map(self._name, silent[:8]))
@@ -235,7 +183,3 @@ class PeerMonitor:
 
 def _beat(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _short(ranks: Sequence[Any]) -> str:
-    return ", ".join(map(str, ranks[:16])) + (" ..." if len(ranks) > 16 else "")

@@ -1,16 +1,16 @@
-"""Jobs on their way through a route while backward goes on: threads on gloo, streams on NCCL.
+"""Runs jobs through the stages of a route during backward: with threads on gloo, with CUDA streams on NCCL.
 
-Without an order agreed between ranks, two collectives of one group may start the other way round on another rank
-and exchange each other's bytes. Here every stage has a group and a thread of its own; a thread takes jobs strictly
-in the order of submission, waits for its stage, and starts the next stage. So each group sees the jobs in the order
-in which backward made them, which is the same on all ranks, and a job waits only for jobs before it: no deadlock.
+If two ranks start two collectives of one group in different orders, each collective receives the other's bytes.
+Therefore every stage has its own group and its own thread. A thread takes jobs in the order of submission, waits for
+its stage's collective, and starts the next stage's. Each group thus sees the jobs in the order in which backward
+submitted them, which is the same on all ranks. A job waits only for earlier jobs, so there is no deadlock.
 """
 
 import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -22,14 +22,14 @@ _Queue = queue.SimpleQueue[tuple[Job, Done] | None]
 
 
 class Failure:
-    """The first error of an exchange; every job after it fails with it at once, instead of waiting its own timeout."""
+    """First error of an exchange. Later jobs fail with it at once instead of waiting for their own timeout."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
 
 class Pipeline:
-    """One route and its threads, one per stage; they start with the first job and end with `close`."""
+    """A route and its threads, one per stage. They start at the first job and stop at `close`."""
 
     def __init__(self, route: Route, name: str, failure: Failure) -> None:
         self._route = route
@@ -39,7 +39,7 @@ class Pipeline:
         self._close: Callable[[], object] = lambda: None
 
     def submit(self, job: Job, done: Done) -> None:
-        """Start the first stage here and now; `done(error or None)` is called by a thread after the last stage."""
+        """Starts the first stage in the calling thread; a thread calls `done(error or None)` after the last stage."""
         if not self._route:
             done(None)
             return
@@ -49,32 +49,35 @@ class Pipeline:
             self._queues[0].put((job, done))
 
     def close(self) -> None:
-        """End the threads after the jobs that they have."""
+        """Stops the threads once they have finished the submitted jobs."""
         self._close()
 
     def _start_threads(self) -> None:
         self._queues = [queue.SimpleQueue() for _ in self._route]
         threads = []
         for slot in range(len(self._route)):
+            # The threads get no reference to this pipeline, so that it can be collected, which stops them.
             arguments = (self._route, self._queues[slot : slot + 2], self._failure)
-            threads.append(threading.Thread(target=_serve, args=arguments, name=f"{self._name} {slot}", daemon=True))
+            threads.append(
+                threading.Thread(target=_run_stage, args=arguments, name=f"{self._name} {slot}", daemon=True)
+            )
             threads[-1].start()
-        self._close = weakref.finalize(self, _end, self._queues[0], threads)
+        self._close = weakref.finalize(self, _stop_threads, self._queues[0], threads)
 
 
-def _end(first: _Queue, threads: list[threading.Thread]) -> None:
-    """Ask the threads to end and wait for them, save one that hangs in a dead exchange.
+def _stop_threads(first: _Queue, threads: list[threading.Thread]) -> None:
+    """Stops the threads and waits up to 5 s for each; a thread may be blocked in a failed collective.
 
-    A thread that outlives the interpreter drops its process group when no interpreter is left, which aborts.
+    A thread that outlives the interpreter would release its process group during shutdown, which aborts the process.
     """
-    first.put(None)
+    first.put(None)  # each thread passes it on to the next
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(timeout=5.0)
 
 
-def _serve(route: Route, queues: list[_Queue], failure: Failure) -> None:
-    """Body of one stage's thread; `queues` are its own and the next stage's."""
+def _run_stage(route: Route, queues: list[_Queue], failure: Failure) -> None:
+    """Body of a stage's thread; `queues` holds the queue of this stage and, unless it is the last, of the next."""
     last = len(queues) == 1
     while (item := queues[0].get()) is not None:
         job, done = item
@@ -84,7 +87,7 @@ def _serve(route: Route, queues: list[_Queue], failure: Failure) -> None:
             done(None)
         elif _started(route, job, done, failure):
             queues[1].put((job, done))
-        del item, job, done  # or the last job's memory would be held until the next one
+        del item, job, done  # otherwise they would keep this job's memory until the next job arrives
     if not last:
         queues[1].put(None)
 
@@ -98,11 +101,11 @@ def _completed(route: Route, job: Job, done: Done, failure: Failure) -> bool:
 
 
 def _tried(step: Callable[[], None], done: Done, failure: Failure) -> bool:
-    """Whether `step` went well; if not, or if an earlier job failed, `done` hears of it."""
+    """Runs `step` and returns True; after an error, of `step` or of an earlier job, calls `done` and returns False."""
     if failure.error is None:
         try:
             step()
-        except BaseException as error:  # noqa: BLE001 - it belongs to the one who waits for the job
+        except BaseException as error:  # noqa: BLE001 - raised where the job's future is waited for
             failure.error = failure.error or error
         else:
             return True
@@ -111,15 +114,15 @@ def _tried(step: Callable[[], None], done: Done, failure: Failure) -> bool:
 
 
 class Streams:
-    """The same for NCCL: a job's stages are put on a CUDA stream of its own, and nothing waits on the host."""
+    """Round-robin CUDA streams for NCCL: a job's stages are enqueued on one stream, and the host does not wait."""
 
     def __init__(self, device: torch.device, num_streams: int = 4) -> None:
         self._streams = [torch.cuda.Stream(device) for _ in range(num_streams)]  # type: ignore[no-untyped-call]
         self._next = 0
 
     @contextlib.contextmanager
-    def next(self):  # type: ignore[no-untyped-def]
-        """The next stream as the current one, after the work that is on the current one now."""
+    def next(self) -> Iterator[torch.cuda.Stream]:
+        """Makes the next stream current; its work starts after the work enqueued on the present current stream."""
         stream = self._streams[self._next % len(self._streams)]
         self._next += 1
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -128,7 +131,7 @@ class Streams:
 
 
 def run_here(route: Route, job: Job) -> None:
-    """All stages one after another on the current stream."""
+    """Runs all stages one after another, on a GPU on the current stream."""
     for stage in route:
         stage.start(job)
         stage.complete(job)

@@ -1,10 +1,10 @@
-"""The engine behind the hooks: takes a buffer, sends it through an algorithm's stages, completes a future."""
+"""The engine behind the hooks: sends a buffer through an algorithm's stages and completes a future."""
 
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from megabatch.errors import SettingsError
 
 @dataclass
 class _Parcel:
-    """One buffer on its way: what is sent, and where the result goes."""
+    """One buffer in flight: the data that is sent, and the future that receives the result."""
 
     index: int
     buffer: Tensor
@@ -34,18 +34,34 @@ class _Parcel:
 
 
 class ExchangeState:
-    """State of the hooks: the grid, the type on the wire, and what is kept between steps.
+    """State of the communication hooks: the grid, the wire type, and what is kept from step to step.
 
-    `wire` is "fp32", "fp16" or "bf16". With `average` (DDP's meaning) the result is the mean over the ranks, divided
-    before it is sent; without it the sum, for losses that are divided by the global batch already.
-    fp16 is scaled per bucket by a power of two that follows the gradients (`WireScale`, in `scales`; keep its
-    `state_dict` to resume bitwise) and clipped so that no sum overflows; `wire_scale` fixes the power instead, and
-    does not clip. `error_feedback` keeps this rank's casting error per bucket in fp32 and sends it with the next
-    step; it is not part of a checkpoint. `grid` None makes one of all ranks.
+    For rank r's gradient g_r [n] of a bucket on N ranks, each hook leaves on every rank
 
-    Memory: per bucket a buffer in the wire's type (none for fp32 that needs no padding) and, on gloo, one as long as
-    it for each reduce-scatter. All ranks must build their states in the same order. Two states that may be under way at
-    the same time need a grid each: a grid's groups see one order.
+        result = unscale( sum over r of cast( scale * share * g_r ) )       share = 1 / N, or 1 without `average`
+
+    where cast rounds to the wire type: half precision is used for communication only (Akiba et al. 2017,
+    arXiv:1711.04325; Mikami et al. 2018, arXiv:1811.05233). `wrap` lists the bytes that each algorithm sends, for
+    M = n times 4 bytes (fp32) or 2 bytes (fp16, bf16).
+
+    Memory: per bucket one buffer in the wire type (none for fp32 without padding) and, on gloo, one of the same length
+    for each reduce-scatter. All ranks must construct their states in the same order. Two states that may be in flight
+    at the same time need separate grids, because the collectives of a process group must start in one order.
+
+    Args:
+        grid: ranks in rows and columns; None makes a grid of all ranks.
+        wire: "fp32", "fp16" or "bf16".
+        error_feedback: keeps this rank's casting error per bucket [n, fp32] and adds it to the next step's gradient
+            (see `pack`); not part of a checkpoint.
+        average: the result is the mean over the ranks, as DDP's; False gives the sum, for losses that are already
+            divided by the global batch.
+        wire_scale: fixed power of two as the scale, without clipping. None: 1 for fp32 and bf16; for fp16 a power of
+            two per bucket that follows the gradients, clipped so that no sum overflows (`WireScale`, in `scales`; its
+            `state_dict` belongs in a checkpoint for a bitwise resume).
+        timeline: records when each bucket was ready, sent and done.
+
+    Raises:
+        SettingsError: `wire` is unknown, or `wire_scale` is not a power of two.
     """
 
     def __init__(
@@ -72,16 +88,17 @@ class ExchangeState:
         self._pipelines: dict[str, list[Pipeline]] = {}
         self._streams: Streams | None = None
         self._failure = Failure()
-        self._under_way: set[Future[Tensor]] = set()
+        self._in_flight: set[Future[Tensor]] = set()
         self._lock = threading.Lock()
 
     def exchange(
         self, buffer: Tensor, algorithm: str, *, index: int = 0, parameters: Sequence[Tensor] = ()
     ) -> Future[Tensor]:
-        """Begin to reduce the flat `buffer` over the grid, in place; the future holds it when that is done.
+        """Starts the reduction of the flat fp32 `buffer` [n] over the grid, in place; the future's value is `buffer`.
 
-        `index` names the buffer from step to step, `parameters` tells whose gradients it holds, for error feedback.
-        All ranks must call it in the same order. An error of a collective becomes the future's.
+        `index` identifies the buffer from step to step. `parameters` are those whose gradients it holds: error feedback
+        starts afresh if they change. All ranks must call it in the same order. An error of a collective is set on the
+        future. Raises SettingsError if `algorithm` is unknown.
         """
         device = buffer.device
         future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else [])
@@ -89,7 +106,7 @@ class ExchangeState:
             future.set_result(buffer)
             return future
         with self._lock:
-            self._under_way.add(future)
+            self._in_flight.add(future)
         self._send(buffer, algorithm, index, parameters, future)
         return future.then(_value)
 
@@ -109,25 +126,28 @@ class ExchangeState:
 
     @property
     def failure(self) -> BaseException | None:
-        """The error that ended the exchange, as it was raised; DDP shows it only as a line of text."""
+        """The exception that ended the exchange, or None; DDP reports only its text."""
         return self._failure.error
 
     def fail(self, error: BaseException) -> None:
-        """End the exchange: whatever waits for a bucket raises now, instead of at the collective's timeout."""
+        """Fails the futures of all buckets in flight now, instead of at the collectives' timeout.
+
+        Every later exchange fails with the first error. May be called from any thread.
+        """
         with self._lock:
             self._failure.error = self._failure.error or error
-            waiting, self._under_way = self._under_way, set()
+            waiting, self._in_flight = self._in_flight, set()
         for future in waiting:
             future.set_exception(error)  # type: ignore[arg-type]
 
     def forget(self) -> None:
-        """Start error feedback and scales afresh, as after a rehearsal whose gradients are thrown away."""
+        """Resets error feedback and scales, for example after a warm-up step whose gradients are discarded."""
         self._residuals.clear()
         if self.scales is not None:
             self.scales.load_state_dict({})
 
     def close(self) -> None:
-        """End the helper threads; the state must not be used after it."""
+        """Stops the threads; the state must not be used afterwards."""
         for pipelines in self._pipelines.values():
             for pipeline in pipelines:
                 pipeline.close()
@@ -142,11 +162,11 @@ class ExchangeState:
         return self._pipelines[algorithm]
 
     def _packed(self, buffer: Tensor, algorithm: str, index: int) -> Tensor:
-        """What is sent: the buffer itself where it needs neither a cast nor padding."""
+        """Returns the tensor to send: `buffer` itself if it needs neither a cast nor padding."""
         numel = padded_numel(buffer.numel(), algorithm, self.grid)
         if numel == buffer.numel() and buffer.dtype == self._dtype and not self.error_feedback:
             return buffer
-        return self._kept(("packed", index), numel, self._dtype, buffer.device)
+        return self._reused(("packed", index), numel, self._dtype, buffer.device)
 
     def _scale(self, parcel: _Parcel) -> Tensor | float:
         return self.wire_scale if self.scales is None else self.scales.of(parcel.index, parcel.buffer.device)
@@ -164,6 +184,7 @@ class ExchangeState:
             parcel.times.sent = stamp(parcel.buffer.device)
 
     def _residual(self, buffer: Tensor, index: int, parameters: Sequence[Tensor]) -> Tensor:
+        # After DDP has rebuilt its buckets, an index holds other parameters, whose error must not be mixed in.
         owners = tuple(map(id, parameters))
         kept = self._residuals.get(index)
         if kept is None or kept[0] != owners or kept[1].numel() != buffer.numel():
@@ -178,16 +199,16 @@ class ExchangeState:
         return jobs
 
     def _scratch(self, index: int, part: int, slot: int, like: Tensor) -> Tensor:
-        return self._kept(("scratch", index, part, slot), like.numel(), like.dtype, like.device)
+        return self._reused(("scratch", index, part, slot), like.numel(), like.dtype, like.device)
 
-    def _kept(self, key: Hashable, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _reused(self, key: Hashable, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         memory = self._memory.get(key)
-        if memory is None or memory.numel() != numel:  # DDP cuts its buckets anew after the first step
+        if memory is None or memory.numel() != numel:  # DDP rebuilds its buckets after the first step
             memory = self._memory[key] = torch.empty(numel, dtype=dtype, device=device)
         return memory
 
     def _arrived(self, parcel: _Parcel, job: Job, error: BaseException | None) -> None:
-        """A part has gone through its route (called by its last thread); the last part completes the future."""
+        """Called by the last thread of a part's route, with its error or None; the last part completes the future."""
         with self._lock:
             parcel.parts_left -= 1
             parcel.error = parcel.error or error
@@ -210,14 +231,15 @@ class ExchangeState:
             parcel.future.set_result(parcel.buffer)
 
     def _claim(self, parcel: _Parcel) -> bool:
-        """Whether the future is still ours to complete: `fail` may have done it."""
+        """True once, for the caller that may complete the future; False if `fail` has already completed it."""
         with self._lock:
-            if parcel.future not in self._under_way:
+            if parcel.future not in self._in_flight:
                 return False
-            self._under_way.remove(parcel.future)
+            self._in_flight.remove(parcel.future)
             return True
 
     def _run_on_stream(self, parcel: _Parcel, algorithm: str, parameters: Sequence[Tensor]) -> None:
+        # On NCCL the host only enqueues: DDP's engine waits for the future on its own stream.
         if self._streams is None:
             self._streams = Streams(parcel.buffer.device)
         with self._streams.next():
@@ -233,12 +255,12 @@ class ExchangeState:
         sent = sum(sent_bytes(route, packed.nbytes / len(made)) for route in made)
         return self.timeline.ready(index, buffer.numel(), sent, buffer.device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("an ExchangeState holds process groups and threads: build a new one where it is needed")
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("an ExchangeState holds process groups and threads: build a new one instead of pickling it")
 
 
 def _value(future: Future[Tensor]) -> Tensor:
-    """As a callback: what makes an exception set in Python an error that DDP's engine raises with its text."""
+    """Callback that returns the value. Through it, DDP's engine raises an exception that was set in Python."""
     return future.value()
 
 

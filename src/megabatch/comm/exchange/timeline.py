@@ -1,9 +1,9 @@
-"""When each bucket was ready, sent and done, and how long backward waited: overlap made visible.
+"""Times at which each bucket was ready, sent and done, and the exposed communication of each step.
 
     exposed = last bucket done - last bucket ready
 
-A bucket is ready when the last of its gradients exists, so after the last bucket is ready backward has nothing left
-to compute: what follows is communication that nothing hides.
+A bucket is ready when the last of its gradients exists. Once the last bucket is ready, backward has nothing left to
+compute, so the rest of the exchange is not hidden by computation.
 """
 
 import json
@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -20,7 +20,7 @@ Stamp = float | torch.cuda.Event
 
 @dataclass
 class BucketTimes:
-    """One bucket in one step. Stamps are `perf_counter` seconds, or CUDA events until the step is finished."""
+    """One bucket in one step. Stamps are `perf_counter` seconds, or CUDA events until `finish_step`."""
 
     index: int
     numel: int
@@ -31,11 +31,30 @@ class BucketTimes:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
 
 
-class Timeline:
-    """Collects the buckets of each step; give one to `ExchangeState` or `wrap`, and call `finish_step` per step.
+class BucketReport(TypedDict):
+    """Times of one bucket in milliseconds, from the moment at which the step's first bucket was ready."""
 
-    On a GPU the stamps are events, and `finish_step` waits for the last of them; leave the timeline out where that
-    matters. `keep_steps` bounds what `to_chrome_trace` remembers.
+    index: int
+    numel: int
+    ready_ms: float
+    sent_ms: float
+    done_ms: float
+
+
+class StepReport(TypedDict):
+    """The exchange of one step; `bytes_on_wire` are sent by this rank, by the stages' formulas."""
+
+    exposed_ms: float
+    num_buckets: int
+    bytes_on_wire: int
+    buckets: list[BucketReport]
+
+
+class Timeline:
+    """Records the buckets of each step: pass one to `ExchangeState` or `wrap`, and call `finish_step` every step.
+
+    On a GPU the stamps are CUDA events and `finish_step` synchronizes with the last of them; train without a timeline
+    to avoid that. The last `keep_steps` steps are kept for `to_chrome_trace`.
     """
 
     def __init__(self, *, keep_steps: int = 100) -> None:
@@ -46,18 +65,14 @@ class Timeline:
         self._wall_offset_s = time.time() - time.perf_counter()
 
     def ready(self, index: int, numel: int, sent_bytes: float, device: torch.device) -> BucketTimes:
-        """Open a bucket's record: its gradients exist."""
+        """Starts the record of a bucket whose gradients exist now, and returns it."""
         times = BucketTimes(index, numel, sent_bytes, stamp(device))
         with self._lock:
             self._open.append(times)
         return times
 
-    def finish_step(self) -> dict[str, Any]:
-        """Close the step after backward and tell about it.
-
-        `exposed_ms`, `num_buckets`, `bytes_on_wire` (sent by this rank, by formula) and `buckets`: a list of
-        {index, numel, ready_ms, sent_ms, done_ms}, from the first bucket's ready. Without a bucket all is zero.
-        """
+    def finish_step(self) -> StepReport:
+        """Ends the step after backward and returns its report; without a bucket all values are zero or empty."""
         with self._lock:
             step, self._open = self._open, []
         if not step:
@@ -74,7 +89,7 @@ class Timeline:
         }
 
     def to_chrome_trace(self, path: Path | str, *, rank: int = 0) -> None:
-        """Write the kept steps as a trace for chrome://tracing or ui.perfetto.dev, one row per bucket."""
+        """Writes the recorded steps as a trace for chrome://tracing or ui.perfetto.dev, one row per bucket."""
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}: gradient exchange"}}
         ]
@@ -97,7 +112,7 @@ class Timeline:
 
 
 def stamp(device: torch.device) -> Stamp:
-    """Now, on `device`: the host's clock, or an event on the current CUDA stream."""
+    """Returns the present time on `device`: the host's clock, or an event on the current CUDA stream."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -106,7 +121,7 @@ def stamp(device: torch.device) -> Stamp:
 
 
 def _settle(step: list[BucketTimes]) -> None:
-    """Replace events by seconds on the host's clock; the last event's completion is taken as now."""
+    """Replaces events by seconds on the host's clock; the last event is taken to complete now."""
     if isinstance(step[0].ready, float):
         return
     events = [event for bucket in step for event in (bucket.ready, bucket.sent, bucket.done)]
@@ -124,14 +139,15 @@ def _settle(step: list[BucketTimes]) -> None:
 
 
 def _s(value: Stamp) -> float:
-    assert isinstance(value, float)
+    assert isinstance(value, float)  # `_settle` has replaced the events
     return value
 
 
-def _describe(bucket: BucketTimes, start_s: float) -> dict[str, Any]:
-    times = {"ready_ms": bucket.ready, "sent_ms": bucket.sent, "done_ms": bucket.done}
+def _describe(bucket: BucketTimes, start_s: float) -> BucketReport:
     return {
         "index": bucket.index,
         "numel": bucket.numel,
-        **{name: 1e3 * (_s(value) - start_s) for name, value in times.items()},
+        "ready_ms": 1e3 * (_s(bucket.ready) - start_s),
+        "sent_ms": 1e3 * (_s(bucket.sent) - start_s),
+        "done_ms": 1e3 * (_s(bucket.done) - start_s),
     }
