@@ -1,10 +1,10 @@
-"""The gradient exchange between workers of this machine, beside torch's own all-reduce and its stock DDP hooks.
+"""The gradient exchange between workers of this machine, compared with torch's all-reduce and its fp16 DDP hook.
 
     python benchmarks/allreduce.py --output benchmarks/out --workers 4
 
-Works take turns in one run, in an order drawn anew each round; a time is rank 0's from a barrier to the next one, so
-it is the slowest rank's. Buffers have the length of ResNet-50's gradient unless `--mib` says otherwise. On gloo; for
-other hosts and links see `megabatch bench allreduce` under torchrun, and `netlab/`.
+Repeats are interleaved in a random order per round. A time is measured on rank 0 from one barrier to the next, so it is
+that of the slowest rank. The default length is that of ResNet-50's gradient (`--mib`). The backend is gloo; for several
+hosts see `megabatch bench allreduce` under torchrun, and `netlab/`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ BASELINE = "torch all_reduce"
 
 
 def main() -> None:
-    """Starts itself under torchrun; each rank measures, the first one prints and writes `allreduce.jsonl`."""
+    """Restarts itself under torchrun; every rank measures, rank 0 prints and writes `allreduce.jsonl`."""
     options = _options()
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.workers}"]
@@ -53,7 +53,7 @@ def _works(options: argparse.Namespace) -> dict[str, Work]:
     gradient = torch.zeros(int(options.mib * 2**20) // 4)
     buckets = list(torch.split(gradient, int(options.bucket_mib * 2**20) // 4))
     works: dict[str, Work] = {
-        BASELINE: _between_barriers(lambda: _all(dist.all_reduce(bucket, async_op=True) for bucket in buckets)),
+        BASELINE: _between_barriers(lambda: _wait_all(dist.all_reduce(bucket, async_op=True) for bucket in buckets)),
         "torch all_reduce, fp16 cast": _between_barriers(lambda: _half(buckets)),
     }
     column = ExchangeState(make_grid(shape=(1, options.workers)))
@@ -67,20 +67,20 @@ def _works(options: argparse.Namespace) -> dict[str, Work]:
 
 def _exchange(state: ExchangeState, algorithm: str, buckets: list[torch.Tensor]) -> Work:
     def work() -> None:
-        _all(state.exchange(bucket, algorithm, index=index) for index, bucket in enumerate(buckets))
+        _wait_all(state.exchange(bucket, algorithm, index=index) for index, bucket in enumerate(buckets))
 
     return _between_barriers(work)
 
 
 def _half(buckets: list[torch.Tensor]) -> None:
-    """What torch's fp16 hook does: divide, cast, all-reduce, cast back."""
+    """The steps of torch's fp16 hook: divide, cast, all-reduce, cast back."""
     halves = [bucket.div(dist.get_world_size()).half() for bucket in buckets]
-    _all(dist.all_reduce(half, async_op=True) for half in halves)
+    _wait_all(dist.all_reduce(half, async_op=True) for half in halves)
     for bucket, half in zip(buckets, halves, strict=True):
         bucket.copy_(half)
 
 
-def _all(works: object) -> None:
+def _wait_all(works: object) -> None:
     for work in list(works):  # type: ignore[call-overload]
         work.wait()
 

@@ -1,8 +1,8 @@
-"""How long an all-reduce takes, in the alpha-beta model with the sender's overhead apart. Needs no torch.
+"""Time of an all-reduce by the alpha-beta model, with the sender's overhead as a separate term.
 
 M bytes on a grid of X ranks per row (a host) and Y rows. A rank's link inside its host moves B_r bytes/s, a host's
-link to the others B_c bytes/s, *shared by its X ranks*. A message takes a_r or a_c of latency, of which nobody is busy,
-and o of overhead, in which its rank can do nothing else (LogP: Culler et al. 1993).
+link to other hosts B_c bytes/s, *shared by its X ranks*. A message takes a latency a_r or a_c, during which its rank is
+free, and an overhead o, during which its rank is busy (LogP: Culler et al. 1993).
 
     flat ring      T = 2 (N - 1) / N * [(N - E)(a_r + o) + E (a_c + o)] + 2 (N - 1) / N * M * max(1 / B_r, e / B_c)
     torus, rings   T = 2 (X - 1)(a_r + o) + 2 (Y - 1)(a_c + o) + 2 (X - 1) / X * M / B_r + 2 (Y - 1) / Y * M / B_c
@@ -14,8 +14,8 @@ and o of overhead, in which its rank can do nothing else (LogP: Culler et al. 19
 
 where N = X Y, e = ring edges that leave a host (1 if ranks are numbered host by host, X if round-robin), E = e Y,
 and L = ceil(log2 X), the depth of the broadcast tree. With o = 0 the ring and torus terms are the usual ones (Mikami
-et al. 2018, arXiv:1811.05233, with NCCL's rings); the shared host link, and so the factor X that the torus takes from
-a round-robin ring and gives away in the split torus, is ours to model: the papers' hosts have a link per axis.
+et al. 2018, arXiv:1811.05233, with NCCL's rings). The shared host link is our addition: the papers' hosts have a link
+per axis. It gives the torus its factor X over a round-robin ring, which the split torus loses again.
 """
 
 import math
@@ -24,14 +24,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    """A message of m bytes takes latency_s + overhead_s + m / bytes_per_s; its sender is free in latency_s."""
+    """A message of m bytes takes latency_s + overhead_s + m / bytes_per_s; its sender is free during latency_s."""
 
     latency_s: float
     bytes_per_s: float
     overhead_s: float = 0.0
 
     def hop_s(self, num_messages: int = 1) -> float:
-        """Until the last of `num_messages` that a rank sends at once has arrived; 0 for none."""
+        """Returns the time until the last of `num_messages` sent at once by a rank has arrived; 0 for none."""
         return self.latency_s + num_messages * self.overhead_s if num_messages else 0.0
 
 
@@ -39,7 +39,7 @@ class Link:
 class Network:
     """`row`: a rank's link to the others of its host. `column`: a host's link to other hosts, shared by its ranks.
 
-    `direct`: reduce-scatter and all-gather are one exchange of all with all (gloo), not a ring (NCCL).
+    `direct`: reduce-scatter and all-gather send every shard directly (gloo) instead of in a ring (NCCL).
     `ring_edges_out`: edges of the flat ring that leave each host; 1 for ranks numbered host by host.
     """
 
@@ -51,25 +51,25 @@ class Network:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time by what takes it: messages, bytes inside hosts, bytes between hosts; and the bytes that leave a host."""
+    """Time in messages, in bytes inside hosts and in bytes between hosts; and the bytes that leave a host."""
 
     latency_s: float
     row_s: float
     column_s: float
     bytes_leaving_host: float
-    concurrent: bool = False  # rows and columns at work at the same time, whatever the number of chunks
+    concurrent: bool = False  # rows and columns work at the same time, for any number of chunks
 
     def seconds(self, num_chunks: int = 1) -> float:
-        """Of a buffer sent as `num_chunks` chunks that follow each other through the stages.
+        """Returns the seconds for a buffer sent as `num_chunks` chunks that follow each other through the stages.
 
-        The slower of the two kinds of links is always busy; the other shows only while the pipeline fills.
+        The slower of the two kinds of links is always busy; the other adds time only while the pipeline fills.
         """
         longer, shorter = max(self.row_s, self.column_s), min(self.row_s, self.column_s)
         return self.latency_s + longer + (0.0 if self.concurrent else shorter / num_chunks)
 
 
 def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Network) -> Cost:
-    """The cost of one all-reduce of `num_bytes` (as sent: half as many in half precision) on a grid of `shape`."""
+    """Returns the cost of an all-reduce of `num_bytes`, counted in the wire type, on a grid of `shape`."""
     if algorithm not in _COSTS:
         raise ValueError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'")
     return _COSTS[algorithm](num_bytes, *shape, network)
@@ -100,7 +100,7 @@ def _torus(m: float, x: int, y: int, net: Network) -> Cost:
 
 
 def _split_torus(m: float, x: int, y: int, net: Network) -> Cost:
-    """Half B goes through the columns first, unreduced: X ranks of a host send all of their half between hosts."""
+    """The second half goes through the columns first, unreduced: all X ranks of a host send it between hosts."""
     inside = (x - 1) / x * (1 + 1 / y) * m / net.row.bytes_per_s
     leaving = (y - 1) / y * (1 + x) * m
     return Cost(_torus_latency(x, y, net), inside, leaving / net.column.bytes_per_s, leaving, concurrent=True)

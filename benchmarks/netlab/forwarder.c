@@ -1,10 +1,10 @@
-/* A switch whose ports are TAP devices and which hands every frame on after a fixed delay.
+/* A switch whose ports are TAP devices and which forwards every frame after a fixed delay.
  *
  *   forwarder DELAY_US TAP...      prints "ready" when the devices exist; a line on stdin sets a new delay;
- *                                  ends when stdin closes.
+ *                                  exits when stdin closes.
  *
- * For kernels without sch_netem. Port i has the address 02:00:00:00:00:i (hexadecimal, from 1); other destinations
- * are flooded. Frames keep the offload header, so TCP segments of up to 64 KiB pass as one frame.
+ * For kernels without sch_netem. Port i has the address 02:00:00:00:00:i (hexadecimal, from 1); frames to other
+ * destinations are flooded. Frames keep the offload header, so TCP segments of up to 64 KiB pass as one frame.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -33,6 +33,7 @@ struct frame {
 static int ports[MAX_PORTS];
 static int num_ports;
 static long lost;
+/* Frames in order of arrival, which is the order of their due times as long as the delay does not shrink. */
 static struct frame *first, **last = &first;
 
 static int64_t now_ns(void) {
@@ -51,13 +52,13 @@ static int open_tap(const char *name) {
     return tap;
 }
 
-static void take(int port, int64_t delay_ns) {
+static void receive(int port, int64_t delay_ns) {
     static unsigned char buffer[FRAME];
     for (int i = 0; i < BATCH; i++) {
         ssize_t length = read(ports[port], buffer, sizeof buffer);
         if (length < HEADER + 14) return;
         struct frame *frame = malloc(sizeof *frame + (size_t)length);
-        if (!frame) return; /* a lost frame; TCP sends it again */
+        if (!frame) return; /* the frame is lost; TCP retransmits it */
         frame->next = NULL;
         frame->due_ns = now_ns() + delay_ns;
         frame->from = port;
@@ -68,13 +69,13 @@ static void take(int port, int64_t delay_ns) {
     }
 }
 
-static void hand_on(const struct frame *frame) {
+static void forward(const struct frame *frame) {
     static const unsigned char prefix[5] = {2, 0, 0, 0, 0};
     const unsigned char *to = frame->bytes + HEADER;
     int known = memcmp(to, prefix, 5) == 0 && to[5] >= 1 && to[5] <= num_ports;
     for (int port = 0; port < num_ports; port++)
         if (known ? port == to[5] - 1 : port != frame->from)
-            if (write(ports[port], frame->bytes, frame->length) < 0) lost++; /* a port that is not up yet, or full */
+            if (write(ports[port], frame->bytes, frame->length) < 0) lost++; /* the port is not up yet, or its queue is full */
 }
 
 static void deliver_due(void) {
@@ -82,7 +83,7 @@ static void deliver_due(void) {
         struct frame *frame = first;
         first = frame->next;
         if (!first) last = &first;
-        hand_on(frame);
+        forward(frame);
         free(frame);
     }
 }
@@ -101,6 +102,7 @@ int main(int argc, char **argv) {
     printf("ready\n");
     fflush(stdout);
     for (;;) {
+        /* ppoll, unlike poll, has a timeout in nanoseconds: delays are well below a millisecond. */
         int64_t wait_ns = first ? first->due_ns - now_ns() : 1000000000;
         if (wait_ns < 0) wait_ns = 0;
         struct timespec wait = {wait_ns / 1000000000, wait_ns % 1000000000};
@@ -112,9 +114,9 @@ int main(int argc, char **argv) {
             line[length] = 0;
             delay_ns = atoll(line) * 1000;
         }
-        deliver_due();
+        deliver_due(); /* before reading, so that a burst of new frames does not hold up frames that are due */
         for (int port = 0; port < num_ports; port++)
-            if (polled[port].revents & POLLIN) take(port, delay_ns);
+            if (polled[port].revents & POLLIN) receive(port, delay_ns);
         deliver_due();
     }
 }

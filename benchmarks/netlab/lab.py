@@ -1,13 +1,13 @@
-"""A network of hosts on one machine: each host is a network namespace, its link is shaped by tc and delayed by a TAP.
+"""A network of hosts on one machine: each host is a network namespace whose link has a given rate and delay.
 
     with NetworkLab(4, rate_mbit=200, delay_ms=0.5) as lab:
         lab.run_everywhere([sys.executable, "train.py"], ranks_per_host=2)
 
-Ranks of one host share its namespace: among them traffic stays on the host's own loopback, as fast as the machine.
-Between hosts it passes a token bucket at the sender and one at the receiver, and where a delay is asked for a small
-switch (forwarder.c), as many kernels have no sch_netem. Needs root and /dev/net/tun. Everything made here is named
-mblPID..., lives in its own namespaces, and is removed when the context ends, by whatever way; `remove_leftovers`
-removes what a killed run could not.
+Ranks of one host share its namespace and communicate over its loopback, at the machine's speed. Traffic between hosts
+passes a token bucket (tc) at the sender and another at the receiver. A delay is added by a small user-space switch on
+TAP devices (forwarder.c), because many kernels have no sch_netem. Needs root and, for a delay, /dev/net/tun and gcc.
+All namespaces are named mblPID... and are removed when the context ends, also after an error or a signal;
+`remove_leftovers` removes those of a killed process.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ from typing import IO
 
 HERE = Path(__file__).resolve().parent
 MTU = 9000
-CONGESTION_CONTROL = "reno"  # always there and always allowed; with bbr two flows on a link left a tenth of it idle
-GRACE_S = 5.0  # for the others, once a rank has failed, to say why
+CONGESTION_CONTROL = "reno"  # available in every kernel; with bbr two flows on a link left a tenth of it idle
+GRACE_S = 5.0  # time that the other ranks have after a failure to print their errors
 CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 _NAME = re.compile(r"mbl(\d+)(?:s|h\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class LabUnavailable(RuntimeError):  # noqa: N818 - it is no failure of the run
-    """This machine cannot build the laboratory; the message says what is missing."""
+class LabUnavailable(RuntimeError):  # noqa: N818 - a reason to skip, not an error
+    """The laboratory cannot be built on this machine; the message names what is missing."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Host:
     address: str
 
     def enter(self) -> None:
-        """Make the calling process one of this host's: its network, its host name. Cannot be undone."""
+        """Moves the calling process into this host's network namespace and host name; cannot be undone."""
         with open(f"/run/netns/{self.namespace}", encoding="ascii") as handle:
             _check(_libc.setns(handle.fileno(), CLONE_NEWNET))
         _check(_libc.unshare(CLONE_NEWUTS))
@@ -59,7 +59,7 @@ class Host:
 
 
 class NetworkLab:
-    """`num_hosts` hosts whose links carry `rate_mbit` each way, `delay_ms` one way; see the module."""
+    """`num_hosts` hosts whose links carry `rate_mbit` in each direction, with `delay_ms` one way."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class NetworkLab:
         self.hosts = [Host(i, f"host{i}", f"{self._prefix}h{i}", f"10.77.0.{i + 1}") for i in range(num_hosts)]
         self.rate_mbit = rate_mbit
         self.delay_ms = delay_ms
-        self._delayed = delay_ms > 0 if delayed is None else delayed  # whether links go through the forwarder
+        self._delayed = delay_ms > 0 if delayed is None else delayed  # True: links pass through the forwarder
         self._realtime = realtime
         self._switch = f"{self._prefix}s"
         self._stack = contextlib.ExitStack()
@@ -103,7 +103,7 @@ class NetworkLab:
         self._stack.close()
 
     def shape(self, rate_mbit: float, delay_ms: float = 0.0) -> None:
-        """Give every link another rate and delay, now."""
+        """Changes the rate and delay of every link, effective at once."""
         if delay_ms and not self._delayed:
             raise ValueError("links without a forwarder have no delay; build the lab with delayed=True")
         self.rate_mbit, self.delay_ms = rate_mbit, delay_ms
@@ -125,10 +125,10 @@ class NetworkLab:
         timeout_s: float = 600.0,
         output: Path | None = None,
     ) -> list[int]:
-        """Run `command` as every rank of every host, with torchrun's environment; exit codes in rank order.
+        """Runs `command` as every rank of every host, with torchrun's environment; returns exit codes in rank order.
 
-        Each rank has one core. Rank 0's output goes to this process's, the others' to files `rankN.txt` in `output`
-        (or nowhere). Ranks that have not ended after `timeout_s`, or soon after one failed, are killed.
+        Each rank is bound to one core. Rank 0 writes to this process's stdout and stderr, the others to `rankN.txt` in
+        the folder `output`, or nowhere. Ranks are killed after `timeout_s`, or `GRACE_S` after a rank has failed.
         """
         processes = []
         with contextlib.ExitStack() as files:
@@ -150,13 +150,13 @@ class NetworkLab:
             return _wait_all(processes, timeout_s)
 
     def places(self, ranks_per_host: int, order: str) -> list[tuple[Host, int]]:
-        """(host, local rank) of every rank: "block" fills host after host, "round_robin" deals ranks out."""
+        """Returns (host, local rank) of every rank; "block" fills one host after another, "round_robin" alternates."""
         if order == "block":
             return [(host, local) for host in self.hosts for local in range(ranks_per_host)]
         return [(host, local) for local in range(ranks_per_host) for host in self.hosts]
 
     def environment(self, rank: int, local_rank: int, host: Host, ranks_per_host: int) -> dict[str, str]:
-        """The variables that torchrun would give this rank."""
+        """Returns the environment variables that torchrun would set for this rank."""
         return {
             "MASTER_ADDR": self.hosts[0].address,
             "MASTER_PORT": "29500",
@@ -191,7 +191,7 @@ class NetworkLab:
         self._stack.callback(_stop, process)
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
-            raise LabUnavailable("the forwarder could not make its TAP devices; /dev/net/tun must be there")
+            raise LabUnavailable("the forwarder could not create its TAP devices; it needs /dev/net/tun")
         for host, tap in zip(self.hosts, taps, strict=True):
             _run("ip", "-n", self._switch, "link", "set", tap, "mtu", str(MTU), "txqueuelen", "20000",
                  "netns", host.namespace, "name", "eth0")  # fmt: skip
@@ -201,7 +201,7 @@ class NetworkLab:
         _run(*inside, "link", "set", "eth0", "address", f"02:00:00:00:00:{host.index + 1:02x}", "up")
         _run(*inside, "link", "set", "lo", "up")
         _run(*inside, "address", "add", f"{host.address}/24", "dev", "eth0")
-        for other in self.hosts:  # no address resolution traffic during measurements
+        for other in self.hosts:  # static neighbours: no ARP traffic during measurements
             if other != host:
                 _run(*inside, "neigh", "replace", other.address, "lladdr", f"02:00:00:00:00:{other.index + 1:02x}",
                      "dev", "eth0", "nud", "permanent")  # fmt: skip
@@ -217,14 +217,14 @@ class NetworkLab:
 
 
 def _become(host: Host, rank: int) -> None:
-    """A rank of `host` on one core: ranks that each see all cores would start threads for all of them."""
+    """Enters `host` and binds the process to one core: a rank that sees all cores would start threads for all."""
     host.enter()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def require() -> None:
-    """Raise LabUnavailable, saying what is missing, unless this machine can build the laboratory."""
+    """Raises LabUnavailable if root rights, `ip` or `tc` are missing."""
     if os.geteuid() != 0:
         raise LabUnavailable("the network laboratory needs root, to make network namespaces; run it with sudo")
     for tool in ("ip", "tc"):
@@ -233,7 +233,7 @@ def require() -> None:
 
 
 def remove_leftovers() -> list[str]:
-    """Remove the namespaces of laboratories whose process is gone; their names."""
+    """Removes the namespaces of laboratories whose process has ended; returns their names."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
     removed = []
     for name in listed:
@@ -245,7 +245,7 @@ def remove_leftovers() -> list[str]:
 
 
 def _shape(namespace: str, device: str, rate_mbit: float) -> None:
-    """A token bucket; 64 KiB at once, as a network card sends, and a queue deep enough to lose nothing."""
+    """Sets a token bucket: bursts of 64 KiB, as a network card sends, and a queue long enough to drop nothing."""
     _run("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf",
          "rate", f"{rate_mbit}mbit", "burst", "66000", "limit", "16000000")  # fmt: skip
 
@@ -262,7 +262,7 @@ def _build_forwarder(stack: contextlib.ExitStack) -> Path:
 def _enter_switch(namespace: str, realtime: bool) -> None:
     with open(f"/run/netns/{namespace}", encoding="ascii") as handle:
         _check(_libc.setns(handle.fileno(), CLONE_NEWNET))
-    if realtime:  # before the ranks: a delay must not wait for their turns on the processor
+    if realtime:  # priority above the ranks': scheduling must not lengthen the delay
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
 
 
@@ -282,7 +282,7 @@ def _wait_all(processes: Sequence["subprocess.Popen[bytes]"], timeout_s: float) 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that contexts are left and namespaces removed."""
+    """Turns SIGTERM and SIGHUP into SystemExit, so that contexts end and namespaces are removed."""
     before = {number: signal.signal(number, _raise_exit) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -296,7 +296,7 @@ def _raise_exit(number: int, _frame: object) -> None:
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
-    """Let the forwarder end by itself, which tells how many frames it lost; by force if it does not."""
+    """Closes the forwarder's stdin, on which it reports its lost frames and exits; kills it after 3 s."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):

@@ -1,10 +1,11 @@
-"""Exposed communication with overlap and without, in one run: a rank's script for `run.py launch`.
+"""Exposed communication with and without overlap, in one run: a rank's script for `run.py launch`.
 
     sudo python benchmarks/netlab/run.py launch --hosts 4 --ranks 1 --rate-mbit 200 -- \\
         python benchmarks/netlab/overlap.py --algorithm torus --output FILE.jsonl
 
-The same model is wrapped twice: with buckets that leave while backward goes on, and with one bucket that leaves when
-backward is over. Steps of the two take turns. A line per step of rank 0: step, exposed communication, buckets.
+The same model is wrapped twice: with buckets that are exchanged during backward, and with one bucket that is exchanged
+after backward. Steps of the two are interleaved. Rank 0 writes a line per step: step time, exposed communication,
+buckets.
 """
 
 import argparse
@@ -24,13 +25,13 @@ from megabatch.comm.peers import host_name
 
 
 def main() -> None:
-    """One rank."""
+    """Runs one rank."""
     options = _options()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     names: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(names, host_name())
-    ways = {}
+    wrapped = {}
     for name, bucket_mib in (("overlap", options.bucket_mib), ("one bucket", 1e4)):
         timeline = Timeline()
         model = wrap(
@@ -41,15 +42,15 @@ def main() -> None:
             first_bucket_mib=bucket_mib,
             timeline=timeline,
         )
-        ways[name] = (model, timeline)
+        wrapped[name] = (model, timeline)
     images = torch.randn(options.images, 64, 16, 16)
     rows = [
         {"way": name, "repeat": repeat} | _step(model, timeline, images)
         for repeat in range(-2, options.steps)
-        for name, (model, timeline) in ways.items()
+        for name, (model, timeline) in wrapped.items()
     ]
     if dist.get_rank() == 0:
-        _tell([row for row in rows if row["repeat"] >= 0], options)
+        _report([row for row in rows if row["repeat"] >= 0], options)
     dist.barrier()
     shutdown_process_group()
 
@@ -59,19 +60,19 @@ def _step(model: nn.Module, timeline: Timeline, images: torch.Tensor) -> dict[st
     start = time.perf_counter()
     torch.autograd.backward(model(images).square().mean())
     seconds = time.perf_counter() - start
-    told = timeline.finish_step()
-    return {"step_ms": 1e3 * seconds, "exposed_ms": told["exposed_ms"], "num_buckets": told["num_buckets"],
-            "bytes_on_wire": told["bytes_on_wire"]}  # fmt: skip
+    report = timeline.finish_step()
+    return {"step_ms": 1e3 * seconds, "exposed_ms": report["exposed_ms"], "num_buckets": report["num_buckets"],
+            "bytes_on_wire": report["bytes_on_wire"]}  # fmt: skip
 
 
 def _model(num_layers: int) -> nn.Module:
-    """Convolutions of 590 KB of gradients each, and enough arithmetic per byte to hide them behind."""
+    """Convolutions of 590 KB of gradients each, with enough arithmetic per byte to hide their exchange."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Conv2d(64 if i == 0 else 128, 128, 3, padding=1), nn.ReLU()) for i in range(num_layers)]
     return nn.Sequential(*layers)
 
 
-def _tell(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
+def _report(rows: list[dict[str, float]], options: argparse.Namespace) -> None:
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
         medians = {

@@ -1,4 +1,4 @@
-"""The laboratory's lines as markdown: times, ratios, bytes and time against the model, and what `auto` would pick."""
+"""The laboratory's measurements as markdown: times, ratios, bytes and times over the model's, and the choices."""
 
 import statistics
 from collections import defaultdict
@@ -9,13 +9,13 @@ from cost_model import Link, Network, cost
 
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 ON_THE_WIRE = 8948 / 9018  # payload of a frame of 9000 bytes: IPv4, TCP with timestamps, Ethernet header
-AHEAD = 1.05  # a promise of less is within the spread of the repeats
-BUSY = 0.9  # a cell that keeps the processors this busy measures them, not the network
+AHEAD = 1.05  # smaller predicted gains are within the spread of the repeats
+BUSY = 0.9  # above this load a cell measures the processors, not the network
 Line = dict[str, Any]
 
 
 def report(lines: Sequence[Line]) -> str:
-    """Every cell, then the claims: bytes, model, where each wins, the choice."""
+    """Returns a table of all conditions, then the claims: bytes, model, gains, quality of the choices."""
     groups: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for line in with_overhead(lines):
         groups[key_of(line)].append(line)
@@ -24,7 +24,7 @@ def report(lines: Sequence[Line]) -> str:
 
 
 def with_overhead(lines: Sequence[Line]) -> list[Line]:
-    """The lines with the software's share of a step between hosts: what the step takes where there is no delay."""
+    """Adds the software's share of a step between hosts: the median step time of the layout without delay."""
     kept: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for line in lines:
         if line["delay_ms"] == 0:
@@ -38,7 +38,7 @@ def _layout(line: Line) -> tuple[Any, ...]:
 
 
 def key_of(line: Line) -> tuple[Any, ...]:
-    """What cells are compared within."""
+    """Returns the condition of a line; cells are compared within a condition."""
     return tuple(line[name] for name in ("hosts", "ranks_per_host", "order", "rate_mbit", "delay_ms", "num_bytes"))
 
 
@@ -48,13 +48,13 @@ def median_s(line: Line) -> float:
 
 
 def predicted_s(line: Line) -> float:
-    """By the alpha-beta model, with the constants calibrated for this layout, rate and delay."""
+    """Seconds by the alpha-beta model, with the constants calibrated for this layout, rate and delay."""
     num_chunks = max(1, -(-line["num_bytes"] // int(line["cell"]["bucket_mib"] * 2**20)))
     return cost(line["cell"]["algorithm"], line["num_bytes"], _shape(line), _network(line)).seconds(num_chunks)
 
 
 def formula_bytes(line: Line) -> float:
-    """Bytes that leave a host, by the formula."""
+    """Bytes that leave a host, by the model."""
     if _shape(line)[0] == 1:  # one column of all ranks: every rank of a host sends its own
         n, x = line["hosts"] * line["ranks_per_host"], line["ranks_per_host"]
         return float(2 * line["num_bytes"] * x * (n - x) / n)
@@ -91,15 +91,15 @@ def _row(key: tuple[Any, ...], lines: Sequence[Line]) -> str:
     ours = min((line for name, line in best.items() if line and name != "flat"), key=median_s)
     counted = statistics.median(ours["host_bytes"]) / formula_bytes(ours)
     busy = max(statistics.median(line["busy"]) for line in lines)
-    times = " | ".join(f"{1e3 * median_s(line):.2f}{_ways(line)}" if line else "" for line in best.values())
+    times = " | ".join(f"{1e3 * median_s(line):.2f}{_options(line)}" if line else "" for line in best.values())
     return (
         f"| {hosts} x {ranks} | {order} | {rate:g} | {delay:g} | {size:,} | {times} "
-        f"| {_gain(lines):.2f} ({ours['cell']['algorithm']}) | {_promised(lines):.2f} "
+        f"| {_gain(lines):.2f} ({ours['cell']['algorithm']}) | {_predicted_gain(lines):.2f} "
         f"| {counted:.3f} | {median_s(ours) / predicted_s(ours):.2f} | {busy:.0%} |"
     )
 
 
-def _ways(line: Line) -> str:
+def _options(line: Line) -> str:
     shape = "" if _shape(line)[0] > 1 or line["ranks_per_host"] == 1 else " (1 column)"
     return f"{shape}{' (4 MiB)' if line['cell']['bucket_mib'] == 4 else ''}"
 
@@ -113,7 +113,7 @@ def _claims(groups: dict[tuple[Any, ...], list[Line]]) -> list[str]:
     picks = [pick for group in groups.values() if (pick := _pick(group)) is not None]
     modelled = [_model_pick(group) for group in groups.values()]
     ahead = {key: _gain(group) for key, group in groups.items()}
-    promised = {key: gain for key, gain in ahead.items() if _promised(groups[key]) >= AHEAD}
+    predicted = {key: gain for key, gain in ahead.items() if _predicted_gain(groups[key]) >= AHEAD}
     dealt = [gain for (_, _, order, *_), gain in ahead.items() if order == "round_robin"]
     late = [gain for (hosts, *_, size), gain in ahead.items() if hosts == 8 and size == 4096]
     return [
@@ -123,7 +123,7 @@ def _claims(groups: dict[tuple[Any, ...], list[Line]]) -> list[str]:
         f"- time / model: median {statistics.median(ratios):.2f}, within 1.3: {_share(r <= 1.3 for r in ratios)}; "
         f"where the ranks kept the processors less than {BUSY:.0%} busy: {_describe(free)}",
         f"- best of ours ahead of flat where the model promises {AHEAD:g} x or more: "
-        f"{_share(gain > 1 for gain in promised.values())}; not in {_names(promised, lambda gain: gain <= 1)}",
+        f"{_share(gain > 1 for gain in predicted.values())}; not in {_names(predicted, lambda gain: gain <= 1)}",
         f"- round-robin order: {_range(dealt)}; at least 2 x: {_share(gain >= 2 for gain in dealt)}",
         f"- 4 KB at 8 hosts: {_range(late)}; at least 2 x: {_share(gain >= 2 for gain in late)}",
         f"- auto, choosing by every other repeat, judged by the rest: within 5 % of the best "
@@ -139,14 +139,14 @@ def _gain(lines: Sequence[Line]) -> float:
     return flat / min(median_s(line) for line in lines if line["cell"]["algorithm"] != "flat")
 
 
-def _promised(lines: Sequence[Line]) -> float:
-    """The same by the model."""
+def _predicted_gain(lines: Sequence[Line]) -> float:
+    """The gain that the model predicts."""
     flat = min(predicted_s(line) for line in lines if line["cell"]["algorithm"] == "flat")
     return flat / min(predicted_s(line) for line in lines if line["cell"]["algorithm"] != "flat")
 
 
 def _model_pick(lines: Sequence[Line]) -> float:
-    """Measured time of the cell that the model calls fastest, over the best measured time."""
+    """Measured time of the cell with the smallest prediction, over the best measured time."""
     return median_s(min(lines, key=predicted_s)) / min(map(median_s, lines))
 
 
@@ -165,7 +165,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _pick(lines: Sequence[Line]) -> float | None:
-    """Time of the cell that is best by the even repeats, over the best time, both by the odd repeats."""
+    """Chooses a cell by the even repeats; returns its time over the best time, both by the odd repeats."""
     if min(len(line["seconds"]) for line in lines) < 3:
         return None
     chosen = min(lines, key=lambda line: statistics.median(line["seconds"][::2]))

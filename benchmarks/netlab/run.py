@@ -1,13 +1,13 @@
-"""Measure the exchange in the laboratory and keep every number.
+"""Measure the gradient exchange in the laboratory and record every repeat.
 
     sudo python benchmarks/netlab/run.py measure --hosts 4 --ranks 2 --order block --output FILE.jsonl
     sudo python benchmarks/netlab/run.py launch --hosts 4 --ranks 2 --rate-mbit 1000 -- megabatch train fashion_mnist
     sudo python benchmarks/netlab/run.py clean
     python benchmarks/netlab/run.py report FILE.jsonl... > table.md
 
-`measure` writes one line per rate, delay, size and way of exchanging (times, bytes that left each host, load of the
-processors) with the constants of the alpha-beta model as calibrated for that rate and delay. Without root it says so
-and ends with 0, as there is nothing to measure.
+`measure` writes one line per rate, delay, size and configuration of the exchange: times, bytes that left each host,
+load of the processors, and the constants of the alpha-beta model as calibrated for that rate and delay. If the
+laboratory is not available, for example without root, it prints the reason and exits with 0.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 
 
 def main() -> None:
-    """The command line."""
+    """Entry point of the command line."""
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """All rates, delays and sizes for one layout of ranks."""
+    """Measures all rates, delays and sizes for one layout of ranks."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     delays = [float(text) for text in options.delays.split(",")]
     rates = [float(text) for text in options.rates.split(",")]
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def launch(options: argparse.Namespace) -> int:
-    """A command on every rank of every host, with torchrun's environment."""
+    """Runs a command on every rank of every host, with torchrun's environment."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     with NetworkLab(options.hosts, rate_mbit=options.rate_mbit, delay_ms=options.delay_ms) as lab:
         codes = lab.run_everywhere(
@@ -71,20 +71,23 @@ def launch(options: argparse.Namespace) -> int:
 
 
 def clean(_options: argparse.Namespace) -> int:
-    """Remove what killed runs left behind."""
+    """Removes the namespaces of killed runs."""
     print("removed", *remove_leftovers())
     return 0
 
 
 def write_report(options: argparse.Namespace) -> int:
-    """Print the tables of measurement files as markdown."""
+    """Prints the tables of measurement files as markdown."""
     lines = [json.loads(line) for path in options.files for line in path.read_text().splitlines()]
     print(report(lines))
     return 0
 
 
 def cells_for(num_bytes: int, shape: tuple[int, int]) -> list[Cell]:
-    """Each algorithm whole and, where that is more than one bucket, in buckets of 4 MiB; one column for latency."""
+    """Returns all algorithms in 25 MiB buckets, and above 4 MiB all but the split torus in 4 MiB buckets too.
+
+    Up to 4 MiB, where latency counts, the torus on a single column of all ranks is added instead.
+    """
     cells = [Cell(algorithm, shape, 25.0, "fp32") for algorithm in ALGORITHMS]
     if num_bytes > 4 * 2**20:
         cells += [Cell(algorithm, shape, 4.0, "fp32") for algorithm in ALGORITHMS[:3]]
@@ -125,7 +128,7 @@ def _lab(options: argparse.Namespace, rate_mbit: float, delayed: bool) -> Networ
 
 @contextmanager
 def _ranks(lab: NetworkLab, options: argparse.Namespace) -> Iterator[Connection]:
-    """The ranks of the laboratory, forked from here so that torch is imported once; the line to rank 0."""
+    """Forks the ranks, so that torch is imported only once; yields the connection to rank 0."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     places = lab.places(options.ranks, options.order)
@@ -148,8 +151,8 @@ def _ranks(lab: NetworkLab, options: argparse.Namespace) -> Iterator[Connection]
             child.join(10.0)
 
 
-def _ask(control: Connection, **order: Any) -> Any:
-    control.send(order)
+def _ask(control: Connection, **request: Any) -> Any:
+    control.send(request)
     return _receive(control, 900.0)
 
 
@@ -171,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--delays", default="0,0.5,2", help="ms, one way")
     verb.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes of fp32 gradients")
     verb.add_argument("--effort", type=float, default=1.0, help="multiplies the number of repeats")
-    verb.add_argument("--realtime", action="store_true", help="schedule the ranks before the machine's other programs")
+    verb.add_argument("--realtime", action="store_true", help="give the ranks priority over other programs")
     verb.add_argument("--output", type=Path, required=True)
     verb.set_defaults(run=measure)
     verb = verbs.add_parser("launch", parents=[layout])

@@ -1,4 +1,4 @@
-"""A rank inside the laboratory: joins gloo, then measures what it is told to until it is told to end."""
+"""A rank inside the laboratory: joins gloo, then runs the measurements that the control process requests."""
 
 import os
 import time
@@ -21,10 +21,10 @@ TIMEOUT_S = 180.0
 
 
 def serve(host: Host, variables: dict[str, str], hosts: Sequence[str], control: Connection, realtime: bool) -> None:
-    """Body of a rank's process. Rank 0 takes orders from `control` and hands them to all."""
+    """Body of a rank's process. Rank 0 receives requests from `control` and broadcasts them to all ranks."""
     host.enter()
     if realtime:
-        come_first()
+        use_realtime_scheduling()
     os.environ.update(variables)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
@@ -32,28 +32,28 @@ def serve(host: Host, variables: dict[str, str], hosts: Sequence[str], control: 
     tasks = {"measure": _measure, "calibrate": _calibrate}
     if dist.get_rank() == 0:
         control.send("ready")
-    while (order := _next_order(control)) is not None:
-        answer = tasks[order.pop("task")](bench, hosts, **order)
+    while (request := _next_request(control)) is not None:
+        result = tasks[request.pop("task")](bench, hosts, **request)
         if dist.get_rank() == 0:
-            control.send(answer)
+            control.send(result)
     os._exit(0)
 
 
-def come_first() -> None:
-    """Take the processor before this machine's other programs, which must not decide the latency of a hop."""
+def use_realtime_scheduling() -> None:
+    """Gives this process priority over the machine's other programs, which would add to the latency of a hop."""
     os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
-def _next_order(control: Connection) -> dict[str, Any] | None:
-    box: list[Any] = [control.recv() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return None if box[0] is None else dict(box[0])
+def _next_request(control: Connection) -> dict[str, Any] | None:
+    requests: list[Any] = [control.recv() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(requests, src=0)
+    return None if requests[0] is None else dict(requests[0])
 
 
 def _measure(
     bench: Bench, hosts: Sequence[str], *, cells: Sequence[Cell], num_bytes: int, repeats: int, warmup: int
 ) -> list[dict[str, Any]]:
-    """Times, bytes leaving a host and the ranks' share of the processors, per cell, interleaved."""
+    """Measures times, bytes that leave a host and the load of the cores by the ranks, per cell, interleaved."""
     gradient, cores = torch.zeros(max(num_bytes // 4, 1)), len(os.sched_getaffinity(0))
     found = [{"cell": asdict(cell), "seconds": [], "host_bytes": [], "busy": []} for cell in cells]
     for repeat in range(warmup + repeats):
@@ -70,7 +70,7 @@ def _measure(
 
 
 def _calibrate(bench: Bench, hosts: Sequence[str], *, shape: tuple[int, int]) -> dict[str, float]:
-    """The model's constants: seconds per hop inside and between hosts, bytes per second inside."""
+    """Measures the model's constants: seconds per hop inside and between hosts, bytes per second inside a host."""
     del bench
     grid = make_grid(shape=shape, hosts=hosts)
     found = {}
@@ -81,7 +81,7 @@ def _calibrate(bench: Bench, hosts: Sequence[str], *, shape: tuple[int, int]) ->
 
 
 def _step_s(group: dist.ProcessGroup) -> float:
-    """Seconds of a step in which every rank of every such group sends a word to its neighbour; median."""
+    """Median seconds of a step in which every rank of every such group sends one value to its neighbour."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sent, received, times = torch.zeros(1), torch.zeros(1), []
     dist.barrier()
@@ -101,7 +101,7 @@ def _step_s(group: dist.ProcessGroup) -> float:
 
 
 def _row_bytes_per_s(group: dist.ProcessGroup, num_bytes: int = 2**23) -> float:
-    """What a rank sends per second to its row, all rows of all hosts at the same time (they share the processors)."""
+    """Bytes per second from a rank to its row, with all rows active at once, as they share the processors."""
     size = dist.get_world_size(group)
     whole = torch.zeros(num_bytes // 4 // size * size)
     received, times = torch.empty_like(whole), []
@@ -117,7 +117,7 @@ def _row_bytes_per_s(group: dist.ProcessGroup, num_bytes: int = 2**23) -> float:
 
 
 def _sent_bytes() -> int:
-    """Bytes that left this host, from the kernel's counter of its only outside interface."""
+    """Bytes that left this host, from the kernel's counter of its only external interface."""
     with open("/proc/self/net/dev", encoding="ascii") as table:
         return int(next(line for line in table if line.strip().startswith("eth0:")).split(":")[1].split()[8])
 

@@ -1,4 +1,4 @@
-"""Leaving the process groups."""
+"""Shutdown of the process groups, and the state that `join` restores."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ from megabatch.comm.launch import _wait_for_threads, join
 TASKS = Path("/proc/self/task")
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="looks at threads by /proc")
-def test_leaving_waits_for_threads_that_still_work_and_not_for_those_that_sleep():
-    """The stand-in for a thread of gloo works without Python's lock, then needs the lock, then sleeps."""
+@pytest.mark.skipif(not TASKS.exists(), reason="reads the states of threads from /proc")
+def test_shutdown_waits_for_busy_threads_but_not_for_sleeping_ones():
+    """The mock of a gloo thread works without the GIL, then acquires it, then sleeps."""
     named, work, idle, end = (threading.Event() for _ in range(4))
 
     def live():
@@ -42,7 +42,7 @@ def test_leaving_waits_for_threads_that_still_work_and_not_for_those_that_sleep(
 
 
 def fail_within_a_world():
-    dist.destroy_process_group()  # of the test's own; the block makes one anew
+    dist.destroy_process_group()  # the test's group; `join` creates a new one
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1"}
     try:
         with join(device="cpu"):
@@ -52,12 +52,12 @@ def fail_within_a_world():
 
 
 @pytest.mark.multiprocess
-def test_an_error_leaves_the_world_too():
+def test_an_error_destroys_the_process_group_too():
     assert run_processes(1, fail_within_a_world) == [False]
 
 
-def test_a_world_leaves_threads_and_denormal_numbers_as_they_were():
-    """Else whatever else the process computes would round otherwise from then on."""
+def test_join_restores_the_threads_and_the_denormal_mode():
+    """Otherwise later computations of the process would round differently."""
     smallest = torch.tensor(sys.float_info.min, dtype=torch.float64)
     before = torch.get_num_threads()
     with join(device="cpu", threads=before + 1):

@@ -1,4 +1,4 @@
-"""The network laboratory: hosts that talk at the rate and delay asked for, and nothing left behind."""
+"""The network laboratory: links have the requested rate and delay, and everything is removed afterwards."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def lab_or_skip(*arguments, **options):
     try:
         return NetworkLab(*arguments, **options).__enter__()
     except (LabUnavailable, subprocess.CalledProcessError, OSError) as missing:
-        pytest.skip(f"no network laboratory here: {missing}")
+        pytest.skip(f"the network laboratory is not available: {missing}")
 
 
 def namespaces():
@@ -82,7 +82,7 @@ def test_a_failing_or_hanging_rank_ends_all_ranks():
 
 
 @pytest.mark.multiprocess
-def test_what_a_killed_laboratory_left_is_removed_by_the_next():
+def test_namespaces_of_a_killed_laboratory_are_removed_later():
     lab_or_skip(1, rate_mbit=100).__exit__(None, None, None)
     killed = (
         "import os, signal; from lab import NetworkLab; NetworkLab(2, rate_mbit=9).__enter__(); os.kill(os.getpid(), 9)"
@@ -100,7 +100,7 @@ def test_ranks_are_placed_in_blocks_or_dealt_out():
     assert lab.environment(3, 1, lab.hosts[1], 2)["WORLD_SIZE"] == "4"
 
 
-def test_without_root_the_laboratory_says_so(monkeypatch):
+def test_without_root_the_laboratory_raises_an_error(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(LabUnavailable, match="needs root"):
         require()

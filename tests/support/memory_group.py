@@ -1,9 +1,9 @@
-"""A process group whose ranks are threads of one process: backend "memory" of `ranks.run_threads`.
+"""A process group whose ranks are threads of one process: the backend "memory" of `ranks.run_threads`.
 
-A collective is a slot that every rank fills with its tensors; the last one to arrive does the work for all and
-completes their futures, so `async_op=True` is truly asynchronous and several collectives may be in flight. A
-collective that a rank never joins stays pending until `Wire.abort` fails it: nothing waits for ever. Calls that
-differ between ranks (other operation, other length) fail at once, naming both.
+A collective is a slot that every rank fills with its tensors. The last rank to arrive computes all results and
+completes the futures of all ranks, so `async_op=True` is asynchronous and several collectives may be in flight. A
+collective that a rank never joins stays pending until `Wire.abort` fails it at the test's timeout. Calls that differ
+between ranks (operation or length) fail at once with an error that names both.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class _Slot:
 
 
 class Wire:
-    """What the ranks share: a store, the open slots, and the first failure."""
+    """State shared by the ranks: a store, the open slots and messages, and the first failure."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -53,7 +53,7 @@ class Wire:
         self._mail: dict[Any, list[Tensor]] = {}
 
     def abort(self, reason: str, cause: BaseException | None = None) -> None:
-        """Keep the first reason and fail whatever waits."""
+        """Records the first reason and fails all pending futures."""
         with self._lock:
             if self.failure is None:
                 self.failure, self.cause = reason, cause
@@ -74,7 +74,7 @@ class Wire:
     def join(
         self, key: Any, size: int, rank: int, name: str, work: Callable[[list[Any]], Any], data: Any
     ) -> Future[Any]:
-        """Fill a slot; the last of `size` ranks runs `work(data of every rank)` and wakes all."""
+        """Fills a slot; the last of `size` ranks runs `work(data of every rank)` and completes all futures."""
         future: Future[Any] = Future()
         with self._lock:
             self._raise_if_failed()
@@ -84,6 +84,7 @@ class Wire:
             slot.data[rank] = data
             slot.futures.append(future)
             complete = len(slot.data) == size
+            # The sequence number in `key` gives the next collective of the group a slot of its own.
             if complete:
                 del self._slots[key]
         if complete:
@@ -106,6 +107,7 @@ class Wire:
         done.set_result(None)
         with self._lock:
             self._raise_if_failed()
+            # A message without a posted receive is buffered, as in a socket.
             queue = self._receives.get(key)
             if not queue:
                 self._mail.setdefault(key, []).append(tensor.detach().clone())
@@ -134,7 +136,7 @@ class Wire:
 
 
 class MemoryGroup(dist.ProcessGroup):
-    """One rank's end of a group of threads."""
+    """One rank's handle of a group of threads."""
 
     def __init__(self, wire: Wire, key: str, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -208,7 +210,7 @@ class MemoryGroup(dist.ProcessGroup):
         root = opts.rootRank
         return self._join(f"scatter from {root}", lambda data: _scatter(data, root), (outputs, inputs))
 
-    def barrier(self, opts: Any = None) -> Any:  # noqa: ARG002 - torch gives it by name
+    def barrier(self, opts: Any = None) -> Any:  # noqa: ARG002 - torch passes it by keyword
         return self._join("barrier", lambda _: None, None)
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> Any:
@@ -219,7 +221,7 @@ class MemoryGroup(dist.ProcessGroup):
         key = (self._key, src, self._rank_here, tag)
         return torch._C._distributed_c10d._create_work_from_future(self._wire.receive(key, tensors[0]))
 
-    # torch 2.11 and 2.12 call these by their older names.
+    # Names in torch 2.11 and 2.12.
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
@@ -230,7 +232,7 @@ def _shape(tensors: Any) -> str:
 
 
 def _combine(tensors: list[Tensor], op: Any) -> Tensor:
-    """Reduce in rank order, in the tensors' own type, as a wire would."""
+    """Reduces in rank order in the tensors' own type, as a backend does."""
     total = tensors[0].detach().clone()
     for tensor in tensors[1:]:
         total = _REDUCE[op](total, tensor.detach())
@@ -294,12 +296,12 @@ if "MEMORY" not in Backend._plugins:
 
 
 class Worlds:
-    """Stands in for torch's registry of groups: each rank's threads see a registry of their own."""
+    """Replacement of torch's registry of process groups: each rank's threads see their own registry."""
 
     def _mine(self) -> SimpleNamespace:
         world = getattr(threading.current_thread(), "rank_world", None)
         if world is None:
-            raise RuntimeError("this thread belongs to no rank: run_threads or one of its ranks must start it")
+            raise RuntimeError("this thread belongs to no rank; start it from run_threads or from a rank's thread")
         return world
 
     def __getattr__(self, name: str) -> Any:
@@ -310,7 +312,7 @@ class Worlds:
 
     @contextlib.contextmanager
     def enter(self, wire: Wire) -> Iterator[None]:
-        """Make the current thread, and those that it starts, a rank of `wire`."""
+        """Makes the current thread, and the threads that it starts, a rank of `wire`."""
         tables = ("pg_map", "pg_names", "pg_group_ranks", "pg_backend_config", "tags_to_pg", "pg_to_tag")
         empty: dict[str, Any] = {name: {} for name in (*tables, "pg_coalesce_state")}
         thread = threading.current_thread()
@@ -323,7 +325,7 @@ class Worlds:
 
 @contextlib.contextmanager
 def install_worlds() -> Iterator[Worlds]:
-    """Give every rank thread its own registry while the context lasts; restore torch's afterwards."""
+    """Gives every rank's threads their own registry within the context; restores torch's registry afterwards."""
     before = c10d._world, threading.Thread.start, sys.excepthook
     worlds = c10d._world = Worlds()
     threading.Thread.start = _start_within_rank

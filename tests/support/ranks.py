@@ -1,7 +1,7 @@
-"""Ranks for tests: `run_threads` for algorithms (up to hundreds of ranks), `run_processes` for the gloo contract.
+"""Ranks for tests: `run_threads` for algorithms (up to hundreds of ranks), `run_processes` for real gloo processes.
 
-Both call `fn(*args)` once per rank inside an initialised default process group and return the results by rank.
-Both bound every wait, surface the first failure with its rank, and leave nothing running.
+Both call `fn(*args)` once per rank inside an initialised default process group and return the results by rank. Every
+wait has a timeout, the first failure is raised with its rank, and no thread or process outlives the call.
 
     def total(scale):                                    # a top-level function of the test module
         value = torch.full((3,), float(dist.get_rank() * scale))
@@ -11,9 +11,9 @@ Both bound every wait, surface the first failure with its rank, and leave nothin
     assert run_threads(4, total, 1)[0].tolist() == [6, 6, 6]
     assert run_processes(2, total, 1)[1].tolist() == [1, 1, 1]
 
-Threads share one memory, so their "wire" is a copy and their collectives are exact sums in rank order. A helper
-thread started by a rank belongs to that rank. Threads also share torch's global random generator: two ranks that
-seed it disturb each other, so give each rank a `torch.Generator` of its own. What a process returns is pickled.
+Threads share memory: sending is a copy, and collectives are exact sums in rank order. A thread that a rank starts
+belongs to that rank. Threads also share torch's global random generator, so each rank should use a `torch.Generator` of
+its own. Results of processes are pickled.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ import torch.distributed as dist
 from memory_group import Wire, install_worlds
 from torch.nn.parallel import DistributedDataParallel
 
-TESTS = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parent
 
 
 class RankError(AssertionError):
-    """A rank failed, died or did not finish in time; the message says which, and why."""
+    """A rank failed, died or did not finish in time; the message names the rank and the reason."""
 
 
 def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """`fn(*args)` on `world_size` ranks that are threads of this process; results by rank."""
+    """Runs `fn(*args)` on `world_size` ranks that are threads of this process; returns the results by rank."""
     wire = Wire(world_size)
     results: list[Any] = [None] * world_size
     with install_worlds() as worlds:
@@ -69,7 +69,8 @@ def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: 
             wire.abort(f"not finished within {timeout_s:g} s; {wire.describe_pending()}")
             for thread in threads:
                 thread.join(5.0)
-        # Forwards of several threads put this back in any order; what is left makes torch.compile split other models.
+        # Each DDP forward sets and restores this class attribute. Concurrent forwards may leave a model in it, which
+        # makes torch.compile split the graphs of later models.
         DistributedDataParallel._active_ddp_module = None
     if wire.failure is not None:
         raise RankError(wire.failure) from wire.cause
@@ -84,7 +85,7 @@ def _thread_rank(wire: Wire, worlds: Any, rank: int, results: list[Any], fn: Cal
                 results[rank] = fn(*args)
             finally:
                 dist.destroy_process_group()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, run_threads must hear of it
+    except BaseException as error:  # noqa: BLE001 - run_threads raises it
         wire.abort(f"rank {rank}: {type(error).__name__}: {error}", error)
 
 
@@ -95,11 +96,11 @@ def run_processes(
     timeout_s: float = 60.0,
     may_die: Collection[int] = (),
 ) -> list[Any]:
-    """`fn(*args)` on `world_size` gloo processes on the loopback interface; results by rank.
+    """Runs `fn(*args)` on `world_size` gloo processes on the loopback interface; returns the results by rank.
 
-    `fn` is a top-level function of a file; the file is imported in each process by its path. A rank in `may_die`
-    that ends without a result counts as None, and is not waited for once the others are done. The default group's
-    own timeout is `timeout_s`.
+    `fn` must be a top-level function; each process imports its file by path. For a rank in `may_die` that ends without
+    a result, the result is None; such ranks are not waited for once the others are done. `timeout_s` is also the
+    default group's timeout.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         context = _server()
@@ -125,7 +126,7 @@ def run_processes(
 
 
 def _server() -> Any:
-    """A fork server that has imported torch once: a rank starts in 20 ms, not in 2 s."""
+    """Returns a context whose fork server has imported torch: a rank then starts in 20 ms instead of 2 s."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
     return context
@@ -134,7 +135,7 @@ def _server() -> Any:
 def _collect(pipes: list[Connection], timeout_s: float, may_die: Collection[int]) -> list[Any]:
     results: list[Any] = [None] * len(pipes)
     open_ranks = {pipe: rank for rank, pipe in enumerate(pipes)}
-    deadline = time.monotonic() + timeout_s + 10.0  # starting the ranks is not theirs to answer for
+    deadline = time.monotonic() + timeout_s + 10.0  # time to start the processes
     while not set(open_ranks.values()) <= set(may_die):
         ready = wait(list(open_ranks), max(deadline - time.monotonic(), 0.0))
         if not ready:
@@ -147,7 +148,7 @@ def _collect(pipes: list[Connection], timeout_s: float, may_die: Collection[int]
 
 def _receive(pipe: Connection, rank: int, may_die: bool) -> Any:
     try:
-        kind, value = pickle.loads(pipe.recv_bytes())  # noqa: S301 - our own child wrote it
+        kind, value = pickle.loads(pipe.recv_bytes())  # noqa: S301 - written by our own child
     except EOFError:
         if may_die:
             return None
@@ -160,7 +161,7 @@ def _receive(pipe: Connection, rank: int, may_die: bool) -> Any:
 def _process_rank(
     pipe: Connection, spec: tuple[str, str, str], args: bytes, rank: int, world_size: int, folder: str, timeout_s: float
 ) -> None:
-    """Body of a rank's process: report, then wait to be killed, or for the parent's end."""
+    """Body of a rank's process: runs the function, sends its result, then waits until the parent kills it or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.dump_traceback_later(timeout_s + 15.0, exit=True)
     warnings.simplefilter("error")
@@ -171,19 +172,19 @@ def _process_rank(
         store = dist.FileStore(f"{folder}/store", world_size)
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-        answer = ("result", fn(*pickle.loads(args)))  # noqa: S301 - our own parent wrote it
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        answer = ("result", fn(*pickle.loads(args)))  # noqa: S301 - written by our own parent
+    except BaseException:  # noqa: BLE001 - the parent raises it
         answer = ("error", traceback.format_exc())
     pipe.send_bytes(pickle.dumps(answer))
     with contextlib.suppress(EOFError):
-        pipe.recv_bytes()  # stay: a closed connection would fail peers that are still at work
+        pipe.recv_bytes()  # do not exit yet: closed connections would fail peers that still run
     os._exit(0)
 
 
 def _load(path: str, module_name: str, qualname: str) -> Callable[..., Any]:
-    """The function `qualname` of the file `path`, imported under the name that it has in the parent."""
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
+    """Returns the function `qualname` of the file `path`, imported under the parent's name of that module."""
+    if str(SUPPORT) not in sys.path:
+        sys.path.insert(0, str(SUPPORT))
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, path)

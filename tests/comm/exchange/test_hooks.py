@@ -1,4 +1,4 @@
-"""The hooks inside DDP: the mean gradient on every rank, whatever the algorithm, wire, buckets and backend."""
+"""The hooks inside DDP: the mean gradient on every rank, for every algorithm, wire, bucket size and backend."""
 
 import os
 import pickle
@@ -128,7 +128,7 @@ def hook_without_state():
     model(torch.ones(1, 2)).sum().backward()
 
 
-def test_a_hook_without_its_state_says_what_to_give():
+def test_a_hook_without_its_state_raises_an_error_with_an_example():
     with pytest.raises(RankError, match=r"register_comm_hook\(ExchangeState\(\), torus_hook\)"):
         run_threads(2, hook_without_state)
 
@@ -147,7 +147,7 @@ def lose_an_exchange():
     return None
 
 
-def test_a_failed_exchange_fails_what_waits_and_all_that_comes_after_at_once():
+def test_a_failed_exchange_fails_pending_and_later_buckets_at_once():
     assert run_threads(2, lose_an_exchange, timeout_s=10) == ["rank 1 is gone", None]
 
 

@@ -1,4 +1,4 @@
-"""The test tools themselves: a rank's failure, death or hang must surface, and the collectives must be right."""
+"""The test tools themselves: a rank's failure, death or hang is reported, and the collectives are correct."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def every_collective(scale):
 
 
 @BOTH
-def test_the_collectives_of_two_ranks_are_the_sums_and_copies_they_claim(run):
+def test_the_collectives_of_two_ranks_give_the_expected_sums_and_copies(run):
     for rank, (total, gathered, exchanged, later, shared, objects) in enumerate(run(2, every_collective, 10)):
         assert torch.equal(total, 2 * torch.arange(6.0) + 10)
         assert torch.equal(later, total)
@@ -83,14 +83,14 @@ def test_a_failing_rank_is_named_and_releases_the_others(run):
         run(2, fail_on_rank_one, timeout_s=20)
 
 
-def wait_for_ever_on_rank_zero():
+def wait_forever_on_rank_zero():
     if dist.get_rank() == 0:
         dist.all_reduce(torch.zeros(3))
 
 
 def test_a_thread_that_waits_for_an_absent_peer_ends_at_the_timeout():
     with pytest.raises(RankError, match=r"allreduce float32\[3\].*ranks \[0\] wait"):
-        run_threads(2, wait_for_ever_on_rank_zero, timeout_s=0.5)
+        run_threads(2, wait_forever_on_rank_zero, timeout_s=0.5)
 
 
 def kill_rank_one():

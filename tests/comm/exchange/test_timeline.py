@@ -1,4 +1,4 @@
-"""The timeline's arithmetic, on stamps given by hand, and its trace."""
+"""The timeline's arithmetic, on given stamps, and its trace."""
 
 import json
 

@@ -50,7 +50,7 @@ def test_error_feedback_removes_the_bias_of_the_cast(wire):
     assert ((fed + residual - exact).abs() <= 1e-4 * exact.abs()).all()
 
 
-def test_an_overflow_does_not_stay_in_the_residual():
+def test_an_overflow_is_not_kept_in_the_residual():
     residual, packed = torch.zeros(2), torch.empty(2, dtype=torch.float16)
     pack(torch.tensor([1e6, 1.0]), packed, residual=residual)
     assert packed[0].isinf()
@@ -58,7 +58,7 @@ def test_an_overflow_does_not_stay_in_the_residual():
 
 
 def means_of_steps(values, options):
-    """The exchanged mean of each step; rank r holds the step's value times 1, 3 or 2, as r is 0, 1 or 2 modulo 3."""
+    """The exchanged mean of each step; rank r holds the step's value times 1, 3 or 2 for r modulo 3 = 0, 1 or 2."""
     state = ExchangeState(make_grid(shape=(2, 3)), **options)
     held = [1.0, 3.0, 2.0][dist.get_rank() % 3]
     return [float(state.exchange(torch.full((5,), held * value), "torus").wait()[0]) for value in values]
@@ -78,7 +78,7 @@ def test_a_fixed_scale_lifts_gradients_that_fp16_would_lose():
 
 
 @given(exponent=st.integers(-20, 12))
-def test_the_scale_follows_small_and_large_gradients_and_no_step_overflows(exponent):
+def test_the_scale_follows_small_and_large_gradients_without_overflow(exponent):
     value = 2.0**exponent
     results = run_threads(6, means_of_steps, [value] * 14 + [1000 * value, value], {"wire": "fp16"})
     assert all(result == results[0] for result in results)
@@ -101,23 +101,23 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_by_clipping(bad):
         assert torch.allclose(second, torch.ones(2), rtol=2e-3)
 
 
-def resumed(kept_after):
-    """Values of 12 steps of one state, and of two states of which the second goes on with the first one's scales."""
+def resumed(saved_after):
+    """True if 6 steps of one state equal those of two states, the second of which loads the first one's scales."""
     values = [torch.randn(7, generator=torch.Generator().manual_seed(step)) * 10.0**-step for step in range(6)]
     one, first, second = (ExchangeState(make_grid(shape=(1, 2)), wire="fp16") for _ in range(3))
     through = [one.exchange(value.clone(), "torus").wait() for value in values]
-    parts = [first.exchange(value.clone(), "torus").wait() for value in values[:kept_after]]
+    parts = [first.exchange(value.clone(), "torus").wait() for value in values[:saved_after]]
     second.scales.load_state_dict(first.scales.state_dict())
-    parts += [second.exchange(value.clone(), "torus").wait() for value in values[kept_after:]]
+    parts += [second.exchange(value.clone(), "torus").wait() for value in values[saved_after:]]
     return all(torch.equal(a, b) for a, b in zip(through, parts, strict=True))
 
 
-def test_kept_scales_resume_bitwise():
+def test_saved_scales_resume_bitwise():
     assert run_threads(2, resumed, 3) == [True, True]
 
 
 @pytest.mark.parametrize("wire", HALF)
-def test_error_feedback_is_kept_in_the_gradients_own_unit_while_the_scale_changes(wire):
+def test_error_feedback_is_independent_of_the_scale(wire):
     residual, packed = torch.zeros(1), torch.empty(1, dtype=wire_dtype(wire))
     gradient, total = torch.tensor([1.0 + 2.0**-12]), 0.0
     for step in range(64):
@@ -143,7 +143,7 @@ def sums(average):
     return state.exchange(torch.ones(3) * (dist.get_rank() + 1), "split_torus").wait()
 
 
-def test_the_result_is_the_mean_or_on_request_the_sum():
+def test_the_result_is_the_mean_or_without_average_the_sum():
     assert run_threads(4, sums, True)[0].tolist() == [2.5] * 3
     assert run_threads(4, sums, False)[0].tolist() == [10.0] * 3
 
