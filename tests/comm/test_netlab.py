@@ -93,7 +93,7 @@ def test_namespaces_of_a_killed_laboratory_are_removed_later():
     assert remove_leftovers() == []
 
 
-def test_ranks_are_placed_in_blocks_or_dealt_out():
+def test_ranks_are_placed_in_blocks_or_round_robin():
     lab = NetworkLab(2, rate_mbit=1)
     assert [host.index for host, _ in lab.places(2, "block")] == [0, 0, 1, 1]
     assert [host.index for host, _ in lab.places(2, "round_robin")] == [0, 1, 0, 1]

@@ -1,1 +1,1 @@
-"""Gradient exchange between workers: starting them, all-reduce algorithms as DDP hooks, failure detection."""
+"""Communication between workers: their start, all-reduce algorithms as DDP hooks, failure detection."""

@@ -115,7 +115,7 @@ def measured_cells():
     return Bench(None, torch.device("cpu")).measure(cells, 40_000, repeats=2)
 
 
-def test_the_bench_measures_each_cell_alike_on_all_ranks():
+def test_the_bench_returns_the_same_measurements_on_all_ranks():
     results = run_threads(4, measured_cells)
     assert all(result == results[0] for result in results)
     assert [r.cell.shape for r in results[0]] == [(2, 2), (2, 2), (1, 4)]
@@ -140,6 +140,15 @@ def test_auto_sets_up_the_chosen_exchange_on_every_rank(tmp_path):
         assert "fastest of 1 cells" in choice.why
         assert rows == ((0, 2), (1, 3))
         assert torch.equal(gradient, torch.full((2, 4), 1.5))
+
+
+def wrap_with_a_shape_of_three():
+    with pytest.raises(SettingsError, match="3 x 1 does not hold 4 ranks"):
+        wrap(torch.nn.Linear(4, 2), algorithm="auto", shape=(3, 1))
+
+
+def test_a_wrong_shape_is_an_error_on_every_rank():
+    run_threads(4, wrap_with_a_shape_of_three, timeout_s=20)
 
 
 def wrapped_with(path):

@@ -13,7 +13,7 @@ from megabatch.errors import SettingsError
 
 
 @given(num_hosts=st.integers(2, 6), ranks_per_host=st.integers(2, 6), data=st.data())
-def test_ranks_of_a_host_form_a_row_in_whatever_order_the_hosts_come(num_hosts, ranks_per_host, data):
+def test_ranks_of_a_host_form_a_row_for_any_order_of_ranks(num_hosts, ranks_per_host, data):
     hosts = data.draw(st.permutations([f"h{i}" for i in range(num_hosts)] * ranks_per_host))
     rows, why = choose_rows(len(hosts), hosts=hosts)
     assert why == "rows are hosts"
@@ -30,12 +30,12 @@ def test_every_world_gets_a_grid_that_holds_each_rank_once(world_size, shape):
 
 
 @pytest.mark.parametrize(("world_size", "side"), [(16, 4), (12, 3), (8, 2), (6, 2), (7, 1)])
-def test_without_knowledge_of_hosts_rows_are_the_largest_divisor_below_the_root(world_size, side):
+def test_without_hosts_the_row_length_is_the_largest_divisor_up_to_the_root(world_size, side):
     rows, _ = choose_rows(world_size)
     assert len(rows[0]) == side
 
 
-def test_a_prime_world_is_one_column_and_says_so():
+def test_a_prime_world_is_one_column():
     assert choose_rows(7) == ([[rank] for rank in range(7)], "7 ranks do not form rows: one column")
 
 
@@ -61,7 +61,7 @@ def test_a_given_shape_keeps_the_ranks_of_a_host_together():
         ({"world_size": 3, "hosts": ["a", "b"]}, "2 host names for 3 ranks"),
     ],
 )
-def test_what_does_not_fit_is_an_error_with_a_value_that_works(arguments, message):
+def test_an_impossible_grid_is_an_error_with_a_value_that_works(arguments, message):
     with pytest.raises(SettingsError, match=message):
         choose_rows(**arguments)
 
@@ -72,7 +72,7 @@ def test_rows_must_be_equally_long_and_hold_every_rank_once(rows):
         Grid(rows, rank=0)
 
 
-def test_a_rank_outside_the_grid_is_told_so():
+def test_a_rank_outside_the_grid_is_an_error():
     with pytest.raises(SettingsError, match="rank 5 is not in the grid"):
         _ = Grid([[0, 1]], rank=5).position
 

@@ -102,7 +102,7 @@ def kill_rank_one():
 
 
 @pytest.mark.multiprocess
-def test_a_process_that_dies_is_named_unless_it_may_die():
+def test_a_dead_process_is_named_unless_it_is_in_may_die():
     with pytest.raises(RankError, match="rank 1 died"):
         run_processes(2, kill_rank_one)
     assert run_processes(2, kill_rank_one, may_die=[1]) == ["alive", None]

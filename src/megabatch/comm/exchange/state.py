@@ -105,7 +105,7 @@ class ExchangeState:
         if self.grid.num_ranks == 1:
             future.set_result(buffer)
             return future
-        with self._lock:
+        with self._lock:  # before anything is sent, so that `fail` finds the future at any time
             self._in_flight.add(future)
         self._send(buffer, algorithm, index, parameters, future)
         return future.then(_value)
@@ -137,6 +137,7 @@ class ExchangeState:
         with self._lock:
             self._failure.error = self._failure.error or error
             waiting, self._in_flight = self._in_flight, set()
+        # Outside the lock: callbacks of a future run in this call and may need it.
         for future in waiting:
             future.set_exception(error)  # type: ignore[arg-type]
 
@@ -209,7 +210,7 @@ class ExchangeState:
 
     def _arrived(self, parcel: _Parcel, job: Job, error: BaseException | None) -> None:
         """Called by the last thread of a part's route, with its error or None; the last part completes the future."""
-        with self._lock:
+        with self._lock:  # the parts of a split torus arrive in different threads
             parcel.parts_left -= 1
             parcel.error = parcel.error or error
             if parcel.times is not None:
@@ -223,7 +224,7 @@ class ExchangeState:
 
     def _deliver(self, parcel: _Parcel) -> None:
         unpack(parcel.packed, parcel.buffer, factor=1 / self._scale(parcel))
-        if self.scales is not None:
+        if self.scales is not None:  # after unpacking, which needs the scale that was sent
             self.scales.learn(parcel.index, parcel.buffer)
         if parcel.times is not None:
             parcel.times.done = stamp(parcel.buffer.device)

@@ -50,7 +50,7 @@ def wrap(
     After backward every rank holds the mean of the ranks' gradients (the sum if not `average`), the same bits on all
     ranks. For M bytes of gradients on X ranks per row and Y rows, N = XY, a rank sends on average
 
-        flat          2 M (N - 1) / N, in 2 (N - 1) hops            the backend's all-reduce, a ring
+        flat          2 M (N - 1) / N, in 2 (N - 1) hops            the backend's all-reduce, on gloo a ring
         torus         2 M (N - 1) / N, in 4 hops on gloo, 2 (X - 1) + 2 (Y - 1) on NCCL
                                                                     Mikami et al. 2018, arXiv:1811.05233
         split_torus   as torus; both halves of M at once            Ying et al. 2018, arXiv:1811.06992
@@ -131,9 +131,9 @@ def choose_on_rank0(
     hosts = hosts or ["this host"] * dist.get_world_size()
     result: list[Choice | str | None] = [None]  # broadcast_object_list replaces the items of a list
     if dist.get_rank() == 0:
-        rows, _ = choose_rows(len(hosts), shape=shape, hosts=hosts)
-        grid, backend = (len(rows[0]), len(rows)), dist.get_backend()
         try:
+            rows, _ = choose_rows(dist.get_world_size(), shape=shape, hosts=hosts)
+            grid, backend = (len(rows[0]), len(rows)), dist.get_backend()
             result[0] = choose(
                 num_bytes=num_bytes, hosts=hosts, backend=backend, shape=grid, wires=(wire,), bucket_mib=bucket_mib,
                 path=tuning,
