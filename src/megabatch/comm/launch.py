@@ -77,6 +77,7 @@ def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", "megabatch", *arguments)
         except ChildFailedError as failure:
+            # Workers that end because of another one's failure exit with other codes: 2 is always a cause.
             codes = [worker.exitcode for worker in failure.failures.values()]
             return 2 if 2 in codes else 1
         except SignalException:
@@ -107,6 +108,7 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = _device(device, local_rank, local_world_size)
+    # Before the process group: NCCL would otherwise create its communicators on GPU 0.
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
@@ -215,12 +217,14 @@ def _threads(threads: int | None, world: World) -> Iterator[None]:
 
 def _flushes_denormals() -> bool:
     """True if this thread's arithmetic flushes denormal results to zero."""
+    # Half of the smallest normal number is denormal.
     smallest = torch.tensor(sys.float_info.min, dtype=torch.float64)
     return bool(smallest / 2 == 0)
 
 
 def _worker_environment(num_workers: int) -> dict[str, str]:
     threads = str(max(1, available_cores() // num_workers))
+    # Without an interface, gloo uses the one that the host name resolves to, which other processes may not reach.
     loopback = "lo" if sys.platform.startswith("linux") else "lo0"
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),

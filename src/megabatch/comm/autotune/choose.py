@@ -84,6 +84,7 @@ def write_table(path: Path, world: str, rows: Sequence[Measured], **facts: str) 
     tables = _read(path) if path.exists() else {}
     tables[world] = {"rows": [asdict(row) for row in rows], **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the file and renamed, so that a reader never sees half a table.
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"format": FORMAT, "tables": tables}, indent=1), encoding="utf-8")
     partial.replace(path)
@@ -127,6 +128,7 @@ def choose(
         algorithm = default_algorithm(backend, hosts, wires[0])
         why = f"default for {world}, as `megabatch bench allreduce --tune` has not measured it"
         return Choice(Cell(algorithm, shape, bucket_mib, wires[0]), why)
+    # Sizes are compared by ratio, as the time goes from latency to bandwidth over orders of magnitude.
     nearest = min({row.num_bytes for row in rows}, key=lambda size: abs(math.log(size / max(num_bytes, 1))))
     fit = [row for row in rows if row.num_bytes == nearest]
     fastest = min(row.median_s for row in fit)

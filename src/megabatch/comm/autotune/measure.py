@@ -64,8 +64,9 @@ class Bench:
         """Runs one exchange of the flat fp32 `gradient`; returns the seconds of the slowest rank."""
         state = self._state(cell)
         buckets = torch.split(gradient, max(int(cell.bucket_mib * 2**20) // 4, 1))
-        dist.barrier()
+        dist.barrier()  # a common start; the time of the slowest rank is collected below
         start = time.perf_counter()
+        # All buckets are submitted before the first wait, as backward would.
         futures = [state.exchange(bucket, cell.algorithm, index=index) for index, bucket in enumerate(buckets)]
         for future in futures:
             future.wait()

@@ -87,9 +87,10 @@ class Grid:
     def _make_group(self, axis: Axis) -> dist.ProcessGroup:
         if axis == "world" and self.num_ranks == dist.get_world_size():
             return _default_group()
+        # Only the group's own ranks take part in its creation, so that rows and columns are created concurrently.
         ranks = list(self.ranks(axis))
         options: dict[str, Any] = {"timeout": self._timeout or _world_timeout(), "use_local_synchronization": True}
-        if ranks != sorted(ranks):
+        if ranks != sorted(ranks):  # otherwise the shards would be in the order of ranks, not of indices
             options["sort_ranks"] = _unsorted_or_raise(ranks)
         group = dist.new_group(ranks, **options)
         assert isinstance(group, dist.ProcessGroup)
@@ -150,6 +151,7 @@ def choose_rows(
     order = [rank for ranks in by_host for rank in ranks]
     if shape is not None:
         return _cut(order, _checked_shape(world_size, shape)), "shape given"
+    # One host, or hosts without a common divisor, say nothing about the rows: then the grid is near-square.
     row = math.gcd(*(len(ranks) for ranks in by_host))
     if 1 < row < world_size:
         even = all(len(ranks) == row for ranks in by_host)
@@ -211,6 +213,7 @@ def _unsorted_or_raise(ranks: list[int]) -> bool:
 def _world_timeout() -> timedelta | None:
     """Returns the default group's timeout, or None. Without one, `new_group` uses torch's default of 30 minutes."""
     with contextlib.suppress(AttributeError, RuntimeError):
+        # torch has no public way to read the timeout of a group.
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         timeout = _default_group()._get_backend(device).options._timeout
         return timeout if isinstance(timeout, timedelta) else None

@@ -45,6 +45,7 @@ class Pipeline:
             return
         if not self._queues:
             self._start_threads()
+        # In the caller's thread, so that backward's order is the order on the first group.
         if _started(self._route, job, done, self._failure):
             self._queues[0].put((job, done))
 
@@ -125,6 +126,7 @@ class Streams:
         """Makes the next stream current; its work starts after the work enqueued on the present current stream."""
         stream = self._streams[self._next % len(self._streams)]
         self._next += 1
+        # The buffer's gradients are computed on the current stream.
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             yield stream

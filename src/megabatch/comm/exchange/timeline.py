@@ -62,6 +62,7 @@ class Timeline:
         self._steps: list[list[BucketTimes]] = []
         self._open: list[BucketTimes] = []
         self._lock = threading.Lock()
+        # Traces of several ranks are merged by wall-clock time.
         self._wall_offset_s = time.time() - time.perf_counter()
 
     def ready(self, index: int, numel: int, sent_bytes: float, device: torch.device) -> BucketTimes:
@@ -128,6 +129,7 @@ def _settle(step: list[BucketTimes]) -> None:
     cuda_events = [event for event in events if not isinstance(event, float)]
     for event in cuda_events:
         event.synchronize()
+    # Events give only differences; the last one, which `synchronize` has just awaited, links them to the host's clock.
     base, now = cuda_events[0], time.perf_counter()
     seconds = {id(event): 1e-3 * base.elapsed_time(event) for event in cuda_events}
     last = max(seconds.values())
