@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megabatch.cores import usable_cores
 from megabatch.errors import SettingsError
 
 T = TypeVar("T")
@@ -45,11 +46,6 @@ class World:
 def started_by_launcher() -> bool:
     """True if torchrun or `run_local_workers` started this process as a worker."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def available_cores() -> int:
-    """Number of cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
@@ -206,7 +202,7 @@ def _threads(threads: int | None, world: World) -> Iterator[None]:
     quarter of the speed on x86.
     """
     num_threads, flushed = torch.get_num_threads(), _flushes_denormals()
-    torch.set_num_threads(threads or max(1, available_cores() // world.local_world_size))
+    torch.set_num_threads(threads or max(1, usable_cores() // world.local_world_size))
     torch.set_flush_denormal(True)
     try:
         yield
@@ -223,7 +219,7 @@ def _flushes_denormals() -> bool:
 
 
 def _worker_environment(num_workers: int) -> dict[str, str]:
-    threads = str(max(1, available_cores() // num_workers))
+    threads = str(max(1, usable_cores() // num_workers))
     # Without an interface, gloo uses the one that the host name resolves to, which other processes may not reach.
     loopback = "lo" if sys.platform.startswith("linux") else "lo0"
     return {

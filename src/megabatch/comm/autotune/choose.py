@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError
-from megabatch.files import cache_folder
+from megabatch.files import cache_folder, write_text
 
 FORMAT = 1
 TIE = 0.05  # relative difference of medians below which two cells count as equally fast
@@ -84,10 +84,7 @@ def write_table(path: Path, world: str, rows: Sequence[Measured], **facts: str) 
     tables = _read(path) if path.exists() else {}
     tables[world] = {"rows": [asdict(row) for row in rows], **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the file and renamed, so that a reader never sees half a table.
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"format": FORMAT, "tables": tables}, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({"format": FORMAT, "tables": tables}, indent=1))
 
 
 def read_table(path: Path, world: str) -> list[Measured]:
