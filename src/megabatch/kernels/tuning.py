@@ -1,7 +1,15 @@
-"""Which of several ways to compute the same is fastest on this device: measured at first use, then looked up.
+"""Autotuning: times the candidate implementations of an operation at first use and looks the fastest up afterwards.
 
-Ways differ in the order of sums, so results are equal bit by bit only for equal choices. Choices are kept in a file per
-device and versions; processes that share it agree on what was chosen first.
+A task is the name of an operation, e.g. "join_conv forward". Its candidates are functions that compute the same result,
+e.g. one per tiling of a kernel, and always one named `PLAIN`, which uses torch's own operations. Candidates differ in
+the order of summation, so two runs are bitwise equal only if they use the same choices.
+
+Files: the default table writes $XDG_CACHE_HOME/megabatch/kernels/DEVICE.json (~/.cache/megabatch/kernels without that
+environment variable, or where its path is not absolute), where DEVICE is `device_name`: the GPU's name, the versions
+of torch and Triton, and `EDITION`. The file is one JSON object that maps "TASK DTYPE SIZE SIZE ..." to the name of the
+chosen candidate. It is replaced atomically under an exclusive lock on DEVICE.lock beside it. If two processes measure
+the same key, both use the choice that was written first. Delete the files, or call `Table.clear`, to measure again.
+No other environment variable is read; compiled kernels are cached by Triton, in TRITON_CACHE_DIR.
 """
 
 import functools
@@ -25,20 +33,24 @@ from megabatch.kernels.dispatch import on_device
 Result = TypeVar("Result")
 Timer = Callable[[Callable[[], object]], float]
 PLAIN = "plain"
-"""The name of the way that is taken where nothing is known; every task has it."""
+"""Name of the default candidate, used where nothing can be measured; every task has it."""
 EDITION = 2
-"""Of the kernels: raised when their speed changes, so that older choices are made anew."""
+"""Version of the kernels' speed, part of the file name: raise it when a kernel becomes faster or slower."""
 REPEATS = 5
-_LAUNCHES_CYCLES = 2_000_000  # of a GPU's clock, a millisecond: longer than Python takes to launch what is timed
+"""Timed runs per candidate, of which the shortest counts."""
+_LAUNCHES_CYCLES = 2_000_000  # GPU clock cycles, about 1 ms: longer than Python needs to launch what is timed
 
 
 class Table:
-    """What was chosen on one device. Safe with several threads and processes.
+    """Choices of the fastest candidate per device, task, dtype and sizes. Safe for several threads and processes.
 
-    `folder` holds the files; None keeps choices in memory alone. `timer` gives the seconds of a call; without one,
-    tensors on a GPU are timed by its events, and other tensors take the plain way. `fixed` maps tasks to ways that are
-    taken unmeasured wherever they exist. `on_first` is told before the first measurement: with the
-    compiling that goes with it, it may take minutes.
+    Args:
+        folder: where the files are; None keeps choices in memory only.
+        timer: returns the seconds that a call takes. Without one, CUDA events time tensors on a GPU, and other tensors
+            use the plain candidate.
+        fixed: maps tasks to candidates that are used without measuring, where the task has that candidate.
+
+    `on_first` is called once, before the first measurement, which may take minutes as it compiles the kernels.
     """
 
     def __init__(
@@ -51,46 +63,54 @@ class Table:
         self._choices: dict[str, dict[str, str]] = {}
         self._lock = threading.RLock()
 
-    def take(self, task: str, sizes: tuple[int, ...], like: Tensor, ways: Mapping[str, Callable[[], Result]]) -> Result:
-        """The result of the way that is fastest for `task` on tensors like this one, of these sizes."""
-        return ways[self.choose(task, sizes, like, ways)]()
+    def run_fastest(
+        self, task: str, sizes: tuple[int, ...], like: Tensor, candidates: Mapping[str, Callable[[], Result]]
+    ) -> Result:
+        """Runs the fastest candidate for `task` at these sizes, dtype and device of `like`; returns its result."""
+        return candidates[self.choose(task, sizes, like, candidates)]()
 
-    def choose(self, task: str, sizes: tuple[int, ...], like: Tensor, ways: Mapping[str, Callable[[], object]]) -> str:
-        """The name of that way. A way that fails is not taken; nothing is measured while a CUDA graph is captured.
+    def choose(
+        self, task: str, sizes: tuple[int, ...], like: Tensor, candidates: Mapping[str, Callable[[], object]]
+    ) -> str:
+        """Returns the name of the fastest candidate. One that raises an error is never the fastest.
 
-        Where memory runs out it is the plain way, and none is noted: with a smaller model beside it another may win.
+        Returns `PLAIN`, without recording it, while a CUDA graph is captured, as nothing can be timed then, and if
+        memory runs out, as another candidate may win beside a smaller model.
         """
-        if self.fixed.get(task) in ways:
+        # Fixed choices win over recorded ones.
+        if self.fixed.get(task) in candidates:
             return self.fixed[task]
-        if len(ways) == 1:
+        if len(candidates) == 1:
             return PLAIN
         device, key = device_name(like.device), " ".join(map(str, (task, like.dtype, *sizes)))
         with self._lock:
+            # A recorded candidate may no longer exist, e.g. a tiling of an older version; then it is measured again.
             known = self._of(device).get(key)
-            if known in ways:
+            if known in candidates:
                 return str(known)
+            # Measured under the lock: two threads that time kernels at once would disturb each other.
             timer = self._timer_for(like)
             if timer is None:
                 return PLAIN
-            self._tell()
+            self._announce()
             try:
                 with on_device(like):
-                    seconds = {name: _seconds(timer, work) for name, work in ways.items()}
+                    seconds = {name: _seconds(timer, work) for name, work in candidates.items()}
             except torch.OutOfMemoryError:
                 return PLAIN
-            return self._keep(device, key, min(seconds, key=lambda name: seconds[name]), ways)
+            return self._record(device, key, min(seconds, key=lambda name: seconds[name]), candidates)
 
     def clear(self) -> None:
-        """Forgets all, in memory and in the files."""
+        """Deletes all choices, in memory and in the files."""
         with self._lock:
             self._choices.clear()
             for path in self.folder.glob("*.json") if self.folder else ():
                 path.unlink(missing_ok=True)
 
-    def _tell(self) -> None:
-        told, self.on_first = self.on_first, None
-        if told is not None:
-            told()
+    def _announce(self) -> None:
+        callback, self.on_first = self.on_first, None
+        if callback is not None:
+            callback()
 
     def _timer_for(self, like: Tensor) -> Timer | None:
         if self.timer is not None:
@@ -104,18 +124,19 @@ class Table:
             self._choices[device] = _read(self._path(device))
         return self._choices[device]
 
-    def _keep(self, device: str, key: str, way: str, ways: Collection[str]) -> str:
-        """Notes a choice; where another process was first, its choice. Returns what is noted."""
+    def _record(self, device: str, key: str, fastest: str, candidates: Collection[str]) -> str:
+        """Records a choice and returns it; if another process was first, records and returns that one's choice."""
         choices, path = self._choices[device], self._path(device)
-        choices[key] = way
+        choices[key] = fastest
         if path is None:
-            return way
-        with suppress(OSError):  # a folder that cannot be written costs only the measuring again
+            return fastest
+        with suppress(OSError):  # an unwritable folder only means that the next process measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path):
+                # Read again under the lock: the file may have grown since this process read it.
                 written = _read(path)
-                if written.get(key) not in ways:
-                    written[key] = way
+                if written.get(key) not in candidates:
+                    written[key] = fastest
                 choices.update(written)
                 _write(path, choices)
         return choices[key]
@@ -125,16 +146,16 @@ class Table:
 
 
 def gpu_seconds(work: Callable[[], object]) -> float:
-    """The shortest of a few runs on the current GPU, after two that compile and warm up.
+    """Returns the shortest GPU time of `REPEATS` runs on the current GPU, after two runs that compile and warm up.
 
-    Of the GPU's time alone: launches take as long as a small batch's kernels, and in a CUDA graph nothing. They are
-    made while the GPU is kept busy otherwise.
+    Launch overhead is excluded, since a CUDA graph has none: the GPU is kept busy until the launches are queued.
     """
     for _ in range(2):
         work()
     seconds = []
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        # The GPU idles in a spin loop while Python launches `work`, so the events enclose GPU time only.
         torch.cuda._sleep(_LAUNCHES_CYCLES)  # type: ignore[no-untyped-call]
         begin.record()
         work()
@@ -146,7 +167,7 @@ def gpu_seconds(work: Callable[[], object]) -> float:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """A file name for the device with the versions that decide speed."""
+    """Returns a file name, without suffix, made of the device and the versions that determine speed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:
         triton = version("triton")
@@ -159,41 +180,41 @@ _table: Table | None = None
 
 
 def table() -> Table:
-    """The table that kernels ask; by default its files are in `kernels` of the cache folder."""
-    global _table  # noqa: PLW0603  # what is fastest is a fact about the machine, one for all models
+    """Returns the table that the kernels use; by default one with files in `cache_folder() / "kernels"`."""
+    global _table  # noqa: PLW0603  # choices depend on the machine only, so all models share them
     if _table is None:
         _table = Table(cache_folder() / "kernels")
     return _table
 
 
 def use_table(chosen: Table | None) -> None:
-    """From now on kernels ask `chosen`; None: the default again."""
+    """Makes the kernels use the table `chosen` from now on; None restores the default."""
     global _table  # noqa: PLW0603
     _table = chosen
 
 
 def _seconds(timer: Timer, work: Callable[[], object]) -> float:
-    """Infinite for a way that fails, as one that needs more shared memory than there is."""
+    """Time of one candidate; infinite if it raises, e.g. because it needs more shared memory than the GPU has."""
     try:
         return timer(work)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # noqa: BLE001  # Triton's errors have no common base; if all fail the plain way says why
+    except Exception:  # noqa: BLE001  # Triton's errors have no common base; if all fail, running PLAIN raises its own
         return float("inf")
 
 
 def _read(path: Path | None) -> dict[str, str]:
-    """What the file holds; nothing where there is none, or none that can be read."""
+    """Returns the choices in the file; none if it is missing, unreadable or corrupt."""
     try:
         values = json.loads(path.read_text()) if path else {}
     except (OSError, ValueError):
         return {}
     entries = values.items() if isinstance(values, dict) else ()
-    return {key: way for key, way in entries if isinstance(way, str)}
+    return {key: name for key, name in entries if isinstance(name, str)}
 
 
 def _write(path: Path, choices: dict[str, str]) -> None:
-    """Replaces the file whole, so that nobody reads half of it."""
+    """Replaces the file atomically, so that no reader sees a partial file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w") as file:
         file.write(json.dumps(dict(sorted(choices.items())), indent=1) + "\n")
@@ -202,7 +223,7 @@ def _write(path: Path, choices: dict[str, str]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes, where the system can lock files."""
+    """Holds an exclusive lock between processes, on systems with fcntl; does nothing elsewhere."""
     try:
         import fcntl
     except ImportError:

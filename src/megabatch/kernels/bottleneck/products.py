@@ -77,7 +77,7 @@ def apart_or_together(
     ways = {tuning.PLAIN: apart}
     if _can_take(x, weight, triton=triton):
         ways[TOGETHER] = partial(gradients, dy, rest)
-    return tuning.table().take(task, _sizes(x, weight), x, ways)
+    return tuning.table().run_fastest(task, _sizes(x, weight), x, ways)
 
 
 def data_gradient(
