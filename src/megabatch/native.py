@@ -1,6 +1,7 @@
-"""Optional shared libraries in C, each beside the module that calls it: built with the package where a compiler is.
+"""Builds and opens the optional shared libraries in C, each in the folder of the module that calls it.
 
-They need no headers, neither Python's nor torch's, and are called through ctypes, so without the interpreter's lock.
+They are built when the package is installed, if there is a C compiler. They need no headers of Python or torch, and are
+called through ctypes, which releases the GIL.
 """
 
 import ctypes
@@ -19,12 +20,12 @@ COMPILE_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden")
 
 
 def file_name(name: str) -> str:
-    """What the library `name` is called on this platform."""
+    """File name of the library `name` on this platform."""
     return name + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
 
 def open_function(path: Path, name: str) -> Any:
-    """The library's function, or None where the library is missing, older than it, or built for another machine."""
+    """Returns the library's function, or None if the library is missing, too old, or built for another machine."""
     if not path.exists():
         return None
     try:
@@ -34,26 +35,26 @@ def open_function(path: Path, name: str) -> Any:
 
 
 def build_library(name: str, sources: Iterable[Path], folder: Path, *, flags: Iterable[str] = ()) -> Path:
-    """Compiles `sources` into `folder` and returns the library's path.
+    """Compiles `sources` into a library in `folder` and returns its path.
 
     Raises:
-        SettingsError: no C compiler, or one that cannot build this.
+        SettingsError: there is no C compiler, or it fails.
     """
     compiler = shutil.which(os.fspath((sysconfig.get_config_var("CC") or "cc").split()[0])) or shutil.which("cc")
     if compiler is None:
         raise SettingsError(
-            "no C compiler was found on PATH; install one, for example gcc, or go on without: it is optional"
+            "no C compiler was found on PATH; install one, for example gcc, or continue without; it is optional"
         )
     target = folder / file_name(name)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         objects, built = _objects(compiler, sources, Path(scratch), flags), Path(scratch) / target.name
         _run([compiler, "-shared", *map(str, objects), "-o", str(built), "-lm"])
-        built.replace(target)  # at once, so that no other process loads half a file
+        built.replace(target)  # atomic: no other process can load a partial file
     return target
 
 
 def _objects(compiler: str, sources: Iterable[Path], folder: Path, flags: Iterable[str]) -> list[Path]:
-    """Compiled apart from linking, so that what a flag would link (OpenMP's library) stays out."""
+    """Compiles each source to an object; linking is separate, so that -fopenmp does not link OpenMP's library."""
     objects = []
     for source in sorted(sources):
         objects.append(folder / f"{source.stem}.o")
@@ -62,6 +63,7 @@ def _objects(compiler: str, sources: Iterable[Path], folder: Path, flags: Iterab
 
 
 def _run(command: list[str]) -> None:
+    """Runs the compiler; SettingsError with the end of its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode != 0:
         raise SettingsError(f"{command[0]} could not build {Path(command[-1]).stem}: {done.stderr.strip()[-2000:]}")

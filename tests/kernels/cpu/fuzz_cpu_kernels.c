@@ -1,18 +1,19 @@
-/* Call the CPU kernels with random shapes: fuzz COUNT. Built with sanitizers by test_cpu_native.py; every buffer has
- * exactly the size that the kernels are told, and what they write is filled with NaN before and must be written. */
+/* Fuzzes the CPU kernels: `fuzz COUNT` calls them COUNT times with random shapes. test_library.py builds it with
+ * sanitizers. Every buffer has exactly the size that the kernels expect; output buffers are filled with NaN first, and
+ * every value must be overwritten. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct { /* as cpu_batch_norm.py packs it */
+typedef struct { /* as megabatch/kernels/cpu/batch_norm.py packs it */
     int64_t is_bf16, rows, span_rows, channels, relu, threads;
     double eps;
     void *x, *residual, *dy, *output, *y, *dz, *dx;
     float *weight, *bias, *mean, *variance, *rstd, *dweight, *dbias, *first, *total;
 } Norm;
 
-typedef struct { /* as cpu_conv.py packs it */
+typedef struct { /* as megabatch/kernels/cpu/conv.py packs it */
     int64_t count, height, width, inputs, outputs, down, across, out_height, out_width, stride, padding, threads;
     uint16_t *images, *weight, *gradient, *result;
 } Conv;
@@ -37,7 +38,7 @@ static void free_all(void) {
     while (num_kept) free(kept[--num_kept]);
 }
 
-/* Values between -2 and 2. */
+/* Random values between -2 and 2. */
 static void *drawn(int64_t count, int is_bf16) {
     float *values = keep(malloc(count * (is_bf16 ? 2 : 4)));
     for (int64_t at = 0; at < count; at++) {
@@ -93,7 +94,7 @@ static void fuzz_conv(void) {
     Conv conv = {8 + below(30), 1 + below(12), 1 + below(12), 16 * (1 + below(6)), 16 * (1 + below(6))};
     conv.down = 1 + below(4), conv.across = 1 + below(4), conv.stride = 1 + below(3), conv.padding = below(4);
     if (below(8) == 0) conv.height = 30 + below(20), conv.width = 30 + below(20), conv.count = 8;
-    if (below(3) == 0) conv.inputs = 1 + below(15); /* an image's */
+    if (below(3) == 0) conv.inputs = 1 + below(15); /* few channels: conv_few.c */
     conv.threads = 1 + below(3);
     int64_t down = conv.height + 2 * conv.padding - conv.down, across = conv.width + 2 * conv.padding - conv.across;
     if (down < 0 || across < 0) return;

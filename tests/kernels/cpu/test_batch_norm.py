@@ -1,4 +1,4 @@
-"""The compiled batch norm, residual and ReLU of a CPU against torch's operations in float64."""
+"""The compiled batch norm, residual and ReLU for CPUs against torch's operations in float64."""
 
 from typing import Any
 
@@ -25,12 +25,12 @@ needs_library = pytest.mark.skipif(not cpu_batch_norm.is_available(), reason="th
 
 CASES = (
     Case((5, 20, 3, 3), 2, residual=True, relu=True),  # two whole spans and a short one
-    Case((4, 8, 5, 5), 4, residual=False, relu=True),  # folded: rows are widened
+    Case((4, 8, 5, 5), 4, residual=False, relu=True),  # folded: consecutive rows are treated as one
     Case((6, 130, 4, 4), 3, residual=True, relu=False),
     Case((8, 64, 40, 40), 9, residual=True, relu=True),  # a span longer than the batch; several parts
     Case((8, 64, 40, 40), 4, residual=False, relu=True),
     Case((3, 16, 1, 1), 1, residual=False, relu=False),  # one value per channel and span
-    Case((2, 3000, 5, 7), 2, residual=False, relu=True),  # wider than anything known
+    Case((2, 3000, 5, 7), 2, residual=False, relu=True),  # more channels than any known network
 )
 
 
@@ -45,13 +45,13 @@ def exact(given: dict[str, Any], case: Case) -> Run:
 @needs_library
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_statistics_and_gradients_are_those_of_float64(case, dtype):
+def test_outputs_statistics_and_gradients_match_float64(case, dtype):
     values = inputs(case, dtype)
     ours, expected = run(values, case), exact(values, case)
     assert error(ours.y, expected.y) < ROUNDING[dtype]
     assert error(ours.mean, expected.mean) < 2e-6
     assert error(ours.var, expected.var) < 2e-6
-    if case.shape[2] * case.span == 1:  # nothing to normalise: x has no gradient, and no scale to compare it with
+    if case.shape[2] * case.span == 1:  # one value per channel: the gradient of x is 0, so no relative error
         assert ours.gradients[0].abs().max() < 1e-3
         ours, expected = (Run(*found[:3], found.gradients[2:]) for found in (ours, expected))
     for gradient, right in zip(ours.gradients, expected.gradients, strict=True):
@@ -71,7 +71,7 @@ def test_outputs_statistics_and_gradients_are_those_of_float64(case, dtype):
     relu=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape_and_span_gives_what_float64_gives(count, channels, height, width, span, residual, relu, seed):
+def test_any_shape_and_span_matches_float64(count, channels, height, width, span, residual, relu, seed):
     case = Case((count, channels, height, width), span, residual, relu)
     values = inputs(case, torch.float32, seed=seed)
     ours, expected = run(values, case), exact(values, case)
@@ -81,7 +81,7 @@ def test_any_shape_and_span_gives_what_float64_gives(count, channels, height, wi
 
 
 @needs_library
-def test_errors_of_bfloat16_are_no_larger_than_those_of_torchs_own_operations():
+def test_errors_in_bfloat16_are_no_larger_than_those_of_torch():
     case = Case((16, 64, 20, 20), 16, residual=True, relu=True)
     values = inputs(case, torch.bfloat16)
     expected = exact(values, case)
@@ -92,7 +92,7 @@ def test_errors_of_bfloat16_are_no_larger_than_those_of_torchs_own_operations():
 
 
 @needs_library
-def test_the_variance_keeps_its_digits_where_the_mean_is_a_thousand_deviations():
+def test_the_variance_stays_accurate_if_the_mean_is_a_thousand_standard_deviations():
     case = Case((8, 16, 16, 16), 8, residual=False, relu=False)
     values = inputs(case, torch.float32, offset=2000.0)
     assert error(run(values, case).var, exact(values, case).var) < 1e-3
@@ -117,7 +117,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 @needs_library
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_what_is_not_a_number_is_passed_on_and_not_clamped_away(dtype):
+def test_nan_propagates_to_outputs_and_gradients(dtype):
     case = Case((4, 8, 3, 3), 4, residual=True, relu=True)
     values = inputs(case, dtype)
     values["x"][1, 3, 2, 0] = float("nan")
@@ -128,7 +128,7 @@ def test_what_is_not_a_number_is_passed_on_and_not_clamped_away(dtype):
 
 
 @needs_library
-def test_squares_that_overflow_are_not_taken_for_a_net_that_is_constant():
+def test_overflowing_squares_give_nan_not_a_constant_output():
     case = Case((4, 8, 3, 3), 4, residual=False, relu=True)
     values = inputs(case, torch.float32)
     values["x"][:, 2] *= 1e25
@@ -139,7 +139,7 @@ def test_squares_that_overflow_are_not_taken_for_a_net_that_is_constant():
 
 @needs_library
 @pytest.mark.parametrize("value", [3.0e38, -3.0e38, float("inf"), 0.0, -0.0, 1e-40])
-def test_values_at_the_ends_of_the_range_are_rounded_as_torch_rounds_them(value):
+def test_extreme_values_and_ties_round_as_in_torch(value):
     x = torch.tensor([value, 1.00390625, 1.01171875, -1.00390625]).repeat(16)  # ties, to even on either side
     residual = x.view(4, 16, 1, 1).expand(4, 16, 2, 2).contiguous(memory_format=torch.channels_last)
     blank = torch.zeros_like(residual)
@@ -151,7 +151,7 @@ def test_values_at_the_ends_of_the_range_are_rounded_as_torch_rounds_them(value)
 
 
 @needs_library
-def test_statistics_are_collected_as_keep_statistics_collects_them():
+def test_statistics_accumulate_as_keep_statistics_accumulates_them():
     case = Case((7, 12, 6, 6), 3, residual=False, relu=True)
     ours, theirs = ([torch.zeros(25), torch.zeros(25)] for _ in range(2))
     for seed in range(3):
@@ -166,7 +166,7 @@ def test_statistics_are_collected_as_keep_statistics_collects_them():
 @needs_library
 @pytest.mark.parametrize("collects", [False, True])
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(12), lambda: SpanBatchNorm2d(12, span=3)])
-def test_a_layer_keeps_the_statistics_that_its_own_forward_keeps(make, collects):
+def test_a_fused_layer_accumulates_the_statistics_of_a_plain_one(make, collects):
     torch.manual_seed(0)
     fused, plain = make(), make()
     collect_statistics(fused, collects)
@@ -189,13 +189,13 @@ def test_a_layer_keeps_the_statistics_that_its_own_forward_keeps(make, collects)
         torch.randn(4, 8, 5, 5).double().contiguous(memory_format=torch.channels_last),
     ],
 )
-def test_what_the_library_does_not_take_goes_to_torchs_operations(x):
+def test_unsupported_images_use_torchs_operations(x):
     assert not cpu_batch_norm.supports(x)
     norm = nn.BatchNorm2d(8).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     assert not norm_act(norm, x, fusion="auto").grad_fn.name().startswith("_NormAct")
 
 
-def test_without_the_library_the_reference_answers(monkeypatch):
+def test_without_the_library_the_reference_is_used(monkeypatch):
     monkeypatch.setattr(cpu_batch_norm, "_functions", lambda: None)
     case = CASES[1]
     values = inputs(case, torch.float32)
@@ -204,7 +204,7 @@ def test_without_the_library_the_reference_answers(monkeypatch):
 
 
 @needs_library
-def test_a_training_step_of_a_whole_model_is_the_same_but_for_rounding():
+def test_a_training_step_of_a_whole_model_is_equal_up_to_rounding():
     def step(fusion: str) -> list[Tensor]:
         torch.manual_seed(1)
         model = resnet8(in_channels=3).to(memory_format=torch.channels_last)

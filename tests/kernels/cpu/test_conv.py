@@ -1,4 +1,4 @@
-"""The compiled convolutions of a CPU against torch's in float64."""
+"""The compiled convolutions for CPUs against torch's in float64."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from megabatch.kernels.cpu import conv as cpu_conv
 
-ROUNDING = 2.0**-9  # of bfloat16: half a unit in the last of 8 places
+ROUNDING = 2.0**-9  # half a unit in the last place of bfloat16, which has 8 significant bits
 
 needs_kernels = pytest.mark.skipif(not cpu_conv.is_available(), reason="no compiled kernels or no AVX-512 BF16")
 
@@ -32,8 +32,8 @@ class Case(NamedTuple):
 
 CASES = (
     Case(16, 16, 16, 14, 14),
-    Case(13, 16, 32, 7, 7, stride=2),  # an image without another
-    Case(27, 64, 64, 4, 4),  # images in tiles of unequal size
+    Case(13, 16, 32, 7, 7, stride=2),  # an odd number of images
+    Case(27, 64, 64, 4, 4),  # tiles of different numbers of images
     Case(9, 80, 112, 5, 6),  # a strip of 16 channels behind one of 64
     Case(8, 96, 272, 4, 4),  # several tiles
     Case(8, 48, 48, 40, 33),  # several blocks of pixels in an image
@@ -41,9 +41,9 @@ CASES = (
     Case(8, 272, 336, 3, 3, down=1, across=1, padding=0),  # several tiles, and strips in each
     Case(8, 16, 16, 8, 9, stride=3),
     Case(8, 16, 32, 6, 5, down=5, across=2, padding=2),
-    Case(8, 16, 16, 2, 1, down=1, across=1, padding=2),  # most of the output meets padding alone
+    Case(8, 16, 16, 2, 1, down=1, across=1, padding=2),  # most output pixels see only padding
     Case(8, 16, 16, 3, 3, down=3, across=3, padding=0),  # one pixel of output
-    Case(8, 16, 16, 7, 7, down=1, across=2, stride=3, padding=0),  # pixels that no tap meets
+    Case(8, 16, 16, 7, 7, down=1, across=2, stride=3, padding=0),  # pixels that no tap reads
     Case(15, 1, 16, 28, 28, stride=2),  # few channels
     Case(27, 3, 64, 32, 32),
     Case(9, 3, 80, 37, 41, down=7, across=7, stride=2, padding=3),
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def drawn(case: Case, *, integers: bool = False, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and dy in bfloat16 with the channels last; integers from -2 to 2 have exact products and sums."""
+    """x, weight and dy in bfloat16, channels_last. With `integers`, values from -2 to 2, whose sums are exact."""
     generator = torch.Generator().manual_seed(seed)
     shape = (case.images, case.inputs, case.height, case.width)
     weight_shape = (case.outputs, case.inputs, case.down, case.across)
@@ -114,7 +114,7 @@ def test_sums_of_integers_are_exact_and_rounded_once(case: Case) -> None:
     padding=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_sums_of_integers_are_exact_whatever_the_shape(
+def test_sums_of_integers_are_exact_for_any_shape(
     images: int,
     channels: tuple[int, int],
     size: tuple[int, int],
@@ -132,7 +132,7 @@ def test_sums_of_integers_are_exact_whatever_the_shape(
 
 @needs_kernels
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_errors_are_those_of_one_rounding_and_no_larger_than_those_of_torch(case: Case) -> None:
+def test_errors_are_within_one_rounding_and_no_larger_than_those_of_torch(case: Case) -> None:
     given = drawn(case)
     ours, theirs = run(case, *given), run(case, *given, function=functional.conv2d)
     for result, other, expected in zip(ours, theirs, exact(case, *given), strict=True):
@@ -142,7 +142,7 @@ def test_errors_are_those_of_one_rounding_and_no_larger_than_those_of_torch(case
 
 @needs_kernels
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
-def test_no_bit_depends_on_the_number_of_threads(case: Case) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     given = drawn(case)
     alone = run(case, *given)
     for threads in (2, 3, 7):
@@ -154,7 +154,7 @@ def test_no_bit_depends_on_the_number_of_threads(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "which"), [(case, which) for case in CASES for which in range(3) if which != 1 or case.inputs % 16 == 0]
 )
-def test_kernels_read_and_write_their_tensors_alone_and_all_of_the_result(case: Case, which: int) -> None:
+def test_kernels_access_only_their_tensors_and_write_all_of_the_result(case: Case, which: int) -> None:
     x, weight, dy = map(amid_nans, drawn(case))
     like = (dy, x, weight)[which]
     result, y = amid_nans(torch.full_like(like, float("nan"))), like if which == 0 else dy
@@ -167,13 +167,13 @@ def test_kernels_read_and_write_their_tensors_alone_and_all_of_the_result(case: 
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Of the memory that the tensor lies in, as they are now."""
+    """A copy of the bits of the memory around the tensor."""
     assert tensor._base is not None
     return tensor._base.clone().view(torch.int16)
 
 
 def amid_nans(tensor: Tensor) -> Tensor:
-    """The tensor's values in the midst of memory full of NaN."""
+    """A copy of the tensor, surrounded by NaN in memory."""
     _, channels, height, width = tensor.shape
     memory = torch.full((tensor.numel() + 256,), float("nan"), dtype=tensor.dtype)
     strides = (height * width * channels, 1, width * channels, channels)
@@ -181,7 +181,7 @@ def amid_nans(tensor: Tensor) -> Tensor:
 
 
 @needs_kernels
-def test_only_gradients_that_are_wanted_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_required_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     case, called, call = CASES[0], [], cpu_conv._call
     monkeypatch.setattr(cpu_conv, "_call", lambda which, *rest: (called.append(which), call(which, *rest)))
     x, weight, dy = drawn(case)
@@ -196,7 +196,7 @@ def test_only_gradients_that_are_wanted_are_computed(monkeypatch: pytest.MonkeyP
 
 
 @needs_kernels
-def test_gradients_lie_in_memory_as_what_they_are_of() -> None:
+def test_gradients_have_the_memory_layout_of_their_tensors() -> None:
     for case in (CASES[0], CASES[5]):
         x, weight, dy = drawn(case)
         expected = run(case, x, weight, dy)
@@ -209,7 +209,7 @@ def test_gradients_lie_in_memory_as_what_they_are_of() -> None:
 
 
 @needs_kernels
-def test_a_gradient_of_a_gradient_is_refused() -> None:
+def test_a_second_derivative_raises_an_error() -> None:
     x, weight, dy = drawn(CASES[0])
     leaf, slope = weight.requires_grad_(), dy.requires_grad_()
     (gradient,) = torch.autograd.grad(cpu_conv.conv2d(x, leaf, padding=1), leaf, slope, create_graph=True)
@@ -217,7 +217,7 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
         gradient.sum().backward()
 
 
-def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
+def test_unsupported_arguments_use_torch() -> None:
     x, weight, _ = drawn(CASES[0])
     others = {
         "fp32": (x.float(), weight.float()),
@@ -233,7 +233,7 @@ def test_what_the_kernels_do_not_serve_is_left_to_torch() -> None:
         assert torch.equal(y, functional.conv2d(images, taps, stride=2, padding=1))
 
 
-def test_without_the_kernels_all_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_kernels_torch_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_conv, "_functions", lambda: None)
     x, weight, _ = drawn(CASES[0])
     assert not cpu_conv.is_available()
@@ -241,21 +241,21 @@ def test_without_the_kernels_all_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"padding": -1}, {}])
-def test_what_cannot_be_convolved_raises_torchs_errors(options: dict[str, int]) -> None:
+def test_invalid_arguments_raise_torchs_errors(options: dict[str, int]) -> None:
     x, weight, _ = drawn(Case(8, 16, 16, 2, 2))
     with pytest.raises(RuntimeError):
         cpu_conv.conv2d(x, weight, **options)
 
 
-def test_a_call_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_raises_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_conv, "_functions", lambda: (lambda _: 1,) * 3)
     x, weight, _ = drawn(CASES[0])
-    with pytest.raises(MemoryError, match="no memory"):
+    with pytest.raises(MemoryError, match="could not allocate memory"):
         cpu_conv.conv2d(x, weight, padding=1)
 
 
 @needs_kernels
-def test_a_gradient_of_images_of_few_channels_is_torchs() -> None:
+def test_the_gradient_of_images_with_few_channels_is_torchs() -> None:
     case = Case(8, 3, 16, 6, 6)
     given = drawn(case, integers=True)
     assert cpu_conv.supports(*given[:2])

@@ -1,4 +1,4 @@
-"""The C sources of the CPU kernels: that they can be built, and stay within their buffers."""
+"""The C sources of the CPU kernels build, and do not access memory outside their buffers."""
 
 import shutil
 import subprocess
@@ -15,12 +15,12 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
 
 @needs_gcc
-def test_the_library_can_be_built_and_was_built(tmp_path):
+def test_the_library_builds_and_was_built_by_the_installation(tmp_path):
     assert native.open_function(cpu_native.build(tmp_path), "megabatch_norm_backward") is not None
-    assert cpu_batch_norm.is_available(), "there is a compiler, so installing should have built it"
+    assert cpu_batch_norm.is_available(), "there is a compiler, so the installation should have built it"
 
 
-def test_a_missing_compiler_is_named_and_called_optional(monkeypatch, tmp_path):
+def test_a_missing_compiler_raises_an_error_that_calls_it_optional(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SettingsError, match=r"no C compiler.*optional"):
         cpu_native.build(tmp_path)
@@ -36,8 +36,8 @@ def test_a_library_that_lacks_a_function_counts_as_missing(tmp_path):
 
 
 @needs_gcc
-def test_no_read_or_write_leaves_its_buffer_and_every_value_is_written(tmp_path):
-    """Under the address and undefined-behaviour sanitizers, with random shapes, spans, strides and threads."""
+def test_kernels_stay_within_their_buffers_and_write_every_value(tmp_path):
+    """Random shapes, spans, strides and threads under the address and undefined-behaviour sanitizers."""
     sources = [*cpu_native.SOURCES.glob("*.c"), Path(__file__).with_name("fuzz_cpu_kernels.c")]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DNO_CLONES", "-O1", "-fopenmp", "-w"]
     program = tmp_path / "fuzz"

@@ -1,9 +1,8 @@
-"""Batch norm over spans, a residual and ReLU on a CPU, in one compiled call forward and one backward.
+"""Fused batch norm over spans, residual and ReLU on a CPU: one compiled call forward and one backward.
 
-The same equations as `batch_norm`, for float32 and bfloat16 images with the channels last. torch takes three
-operations forward and three backward; this takes as few passes over memory as the arithmetic needs, and rounds once.
-Results depend on neither the number of threads nor their timing. Whole steps with it and without it are in
-benchmarks/records.
+Computes the equations of `norm.batch_norm`, for float32 and bfloat16 images in channels_last. torch needs three
+operations in each direction; the compiled code makes two passes over the images in each and rounds once. Results depend
+on neither the number of threads nor their timing. Timings of whole training steps are in benchmarks/records.
 """
 
 import functools
@@ -18,16 +17,16 @@ from megabatch.kernels.cpu import library as cpu_native
 from megabatch.kernels.statistics import SpanSums, StatisticsSink, has_kernel, keep_statistics
 
 _ARGUMENTS = struct.Struct("6qd16P")
-"""`Norm` in csrc/norm.c; packed, as filling in a ctypes structure takes as long as a small batch norm."""
+"""The struct `Norm` in csrc/norm.c. Filling in a ctypes structure would take as long as a small batch norm."""
 
 
 def is_available() -> bool:
-    """Whether the compiled kernels are there and load."""
+    """True if the library of compiled kernels exists and loads."""
     return _functions() is not None
 
 
 def supports(x: Tensor, *vectors: Tensor) -> bool:
-    """Whether the compiled kernels take such images (N, C, H, W), and these vectors, as they lie in memory."""
+    """True if the compiled kernels support images x (N, C, H, W) and these vectors, by device, dtype and layout."""
     return (
         x.device.type == "cpu"
         and x.dtype in {torch.bfloat16, torch.float32}
@@ -48,12 +47,14 @@ def norm_act(
     relu: bool = True,
     sink: StatisticsSink | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, mean, var)` of `batch_norm.fused_bn_act`, which checks shapes, for what `supports` allows; differentiable.
+    """Returns `(y, mean, var)` of `norm.batch_norm.fused_bn_act`, differentiable. `supports` must be true.
 
-    `SpanSums` are kept by the same call, other statistics after it.
+    Shapes are not checked here. The compiled call itself accumulates into `SpanSums`; torch accumulates into any other
+    sink after it.
     """
     sums = sink if isinstance(sink, SpanSums) and has_kernel(sink) else None
     statistics = x.new_empty((3, -(-len(x) // span), len(weight)), dtype=torch.float32)
+    # Allocated here and written by forward, as mean and variance are returned without going through autograd.
     y = _NormAct.apply(x, weight, bias, residual, statistics, sums, span, eps, relu)  # type: ignore[no-untyped-call]
     if sink is not None and sums is None:
         keep_statistics(sink, statistics[0], statistics[1], triton=False)
@@ -61,7 +62,7 @@ def norm_act(
 
 
 class _NormAct(torch.autograd.Function):
-    """`statistics` are written: mean, unbiased variance, 1 / sqrt(biased variance + eps), each (spans, C)."""
+    """Forward writes `statistics`: mean, unbiased variance and 1 / sqrt(biased variance + eps), each (spans, C)."""
 
     @staticmethod
     def forward(
@@ -79,7 +80,8 @@ class _NormAct(torch.autograd.Function):
         y = torch.empty_like(x)
         given = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         _call(0, x, weight, bias, statistics, span, relu, eps, residual=given, y=y, sums=sums)
-        has_output = relu and residual is not None  # whose sign is ReLU's mask; otherwise x tells it
+        # With a residual, ReLU's mask comes from the sign of y; without one, backward recomputes it from x.
+        has_output = relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, *([y] if has_output else []))
         ctx.span, ctx.relu, ctx.has_residual = span, relu, residual is not None
         return y
@@ -90,15 +92,17 @@ class _NormAct(torch.autograd.Function):
         x, weight, bias, statistics, *kept = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        # Where y was saved, dz is written, as it is also the residual's gradient; otherwise dy is masked while read.
         output, dz = (kept[0], torch.empty_like(x)) if kept else (None, None)
         gradients = (dx, dweight, dbias)
         _call(1, x, weight, bias, statistics, ctx.span, ctx.relu, dy=dy, output=output, dz=dz, gradients=gradients)
+        # Without ReLU nothing is masked: the residual's gradient is dy.
         of_residual = (dy if dz is None else dz) if ctx.has_residual else None
         return dx, dweight, dbias, of_residual, None, None, None, None, None
 
 
 def _call(
-    which: int,
+    direction: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -115,12 +119,13 @@ def _call(
     gradients: tuple[Tensor | None, ...] = (None, None, None),
     sums: SpanSums | None = None,
 ) -> None:
-    """Forward (0) or backward (1)."""
+    """Runs the compiled forward (direction 0) or backward (direction 1)."""
     functions, (count, channels, height, width) = _functions(), x.shape
-    assert functions is not None, "what `supports` allows"
+    assert functions is not None, "supports() must be true"
     dx, dweight, dbias = gradients
     first, total = sums or (None, None)
     vectors = (weight, bias, *statistics.unbind(), dweight, dbias, first, total)
+    # The fields of `Norm`, in its order; a NULL pointer stands for a tensor that is not given.
     arguments = _ARGUMENTS.pack(
         x.dtype == torch.bfloat16,
         count * height * width,
@@ -131,11 +136,12 @@ def _call(
         eps,
         *[0 if t is None else t.data_ptr() for t in (x, residual, dy, output, y, dz, dx, *vectors)],
     )
-    if functions[which](arguments):
-        raise MemoryError(f"batch norm of {tuple(x.shape)} found no memory for its sums")
+    if functions[direction](arguments):
+        raise MemoryError(f"batch norm of {tuple(x.shape)} could not allocate memory for its sums")
 
 
 @functools.cache
 def _functions() -> tuple[Any, Any] | None:
+    """The compiled forward and backward, or None without the library."""
     forward, backward = map(cpu_native.function, ("megabatch_norm_forward", "megabatch_norm_backward"))
     return None if forward is None or backward is None else (forward, backward)

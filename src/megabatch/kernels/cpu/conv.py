@@ -1,11 +1,11 @@
-"""Convolutions of bfloat16 images on a CPU: output and both gradients by compiled kernels that skip padding.
+"""Compiled convolutions of bfloat16 images on a CPU: output and both gradients, without arithmetic on padding.
 
     y[n, k, p] = sum over c, tap of weight[k, c, tap] x[n, c, p stride + tap - padding]
 
-Products are added in float32 and rounded once, as in oneDNN; nothing but the order of sums differs. The kernels need
-AVX-512 BF16. Whether they or torch compute follows from shapes and processor alone, and no sum depends on the number of
-threads, so a run that is continued, or cut among other workers, rounds as before. Measured shape by shape beside oneDNN
-in benchmarks/records/2026-11-20_2cores_cpu_conv.
+Products are added in float32 and rounded once, as in oneDNN; only the order of sums differs. The kernels need AVX-512
+BF16. The choice between them and torch depends on shapes and processor alone, and no sum depends on the number of
+threads, so a run that resumes, or is divided among other workers, rounds as before. Timings per shape beside oneDNN
+are in benchmarks/records/2026-11-20_2cores_cpu_conv.
 """
 
 import functools
@@ -20,23 +20,25 @@ from torch.nn import functional
 from megabatch.kernels.cpu import library as cpu_native
 
 _ARGUMENTS = struct.Struct("12q4P")
-"""`Conv` in csrc/conv.h; packed, as filling in a ctypes structure takes as long as a small convolution."""
+"""The struct `Conv` in csrc/conv.h. Filling in a ctypes structure would take as long as a small convolution."""
 
 _PARTS = ("forward", "data_gradient", "weight_gradient")
 _CHANNELS = 16
+"""The kernels compute 16 channels per register."""
 _FEWEST_IMAGES = 8
-"""Images are what registers hold next to one another: with fewer of them additions wait for one another."""
+"""A tile holds the sums of several images; with fewer than 8, each addition would wait for the one before it."""
 
 
 def is_available() -> bool:
-    """Whether the compiled kernels are there, and the processor has what they need."""
+    """True if the library of compiled kernels exists and the processor supports AVX-512 BF16."""
     return _functions() is not None
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled kernels take images x (N, C, H, W) and weight (K, C, R, S); groups and dilation they do not.
+    """True if the compiled kernels support images x (N, C, H, W) and weight (K, C, R, S).
 
-    They do from 8 bfloat16 images with the channels last, where K is a multiple of 16, and C too or less than 16.
+    They need at least 8 bfloat16 images in channels_last, K a multiple of 16, and C a multiple of 16 or less than 16.
+    Groups and dilation are not supported.
     """
     return (
         x.device.type == "cpu"
@@ -54,10 +56,11 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 
 
 def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
-    """`torch.nn.functional.conv2d` of images x (N, C, H, W) and weight (K, C, R, S), once differentiable.
+    """Returns `torch.nn.functional.conv2d` of images x (N, C, H, W) and weight (K, C, R, S), once differentiable.
 
-    Takes the compiled kernels where they serve, and torch elsewhere; so errors are torch's.
+    Uses the compiled kernels if they support the arguments, and torch otherwise, which also raises all errors.
     """
+    # An output without pixels, a stride below 1 and a negative padding go to torch, whose errors and results they get.
     if not supports(x, weight) or min(stride, padding + 1, *_output_size(x, weight, 1, padding)) < 1:
         return functional.conv2d(x, weight, stride=stride, padding=padding)
     y: Tensor = _Conv2d.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
@@ -65,6 +68,7 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0) -> T
 
 
 def _output_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[int]:
+    """Height and width of the output; below 1 if the weight does not fit into the padded images."""
     pairs = zip(x.shape[2:], weight.shape[2:], strict=True)
     return [(size + 2 * padding - taps) // stride + 1 for size, taps in pairs]
 
@@ -86,11 +90,13 @@ class _Conv2d(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
 
         def gradient(which: int, like: Tensor) -> Tensor | None:
-            """Laid out as what it is the gradient of: DistributedDataParallel warns where it is not."""
+            """The gradient of `like`, in its memory layout, as DistributedDataParallel expects."""
             if not ctx.needs_input_grad[which]:
                 return None
-            if which == 0 and x.shape[1] % _CHANNELS:  # of a net's images, which nobody learns
-                return _torchs_data_gradient(dy, x, weight, ctx.stride, ctx.padding)
+            # Not compiled for few channels: such an x is usually a network's input, which needs no gradient.
+            if which == 0 and x.shape[1] % _CHANNELS:
+                return _data_gradient_reference(dy, x, weight, ctx.stride, ctx.padding)
+            # The kernel writes channels_last; a `like` in another layout gets a copy of that.
             is_last = like.is_contiguous(memory_format=torch.channels_last)
             result = torch.empty_like(like, memory_format=torch.preserve_format if is_last else torch.channels_last)
             _call(1 + which, x, weight, dy, result, ctx.stride, ctx.padding)
@@ -99,25 +105,32 @@ class _Conv2d(torch.autograd.Function):
         return gradient(0, x), gradient(1, weight), None, None
 
 
-def _torchs_data_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    places = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
-    dx: Tensor = torch.ops.aten.convolution_backward(dy, x, weight, None, *places, [True, False, False])[0]
+def _data_gradient_reference(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    options = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
+    dx: Tensor = torch.ops.aten.convolution_backward(dy, x, weight, None, *options, [True, False, False])[0]
     return dx
 
 
 def _call(which: int, x: Tensor, weight: Tensor, dy: Tensor, result: Tensor, stride: int, padding: int) -> None:
-    """Output (0), data gradient (1) or weight gradient (2) into `result`, which has the channels last."""
+    """Computes output (which 0), data gradient (1) or weight gradient (2) into `result`, which is channels_last.
+
+    For the output, `dy` only gives the shape.
+    """
     functions, (count, channels, height, width), (outputs, _, down, across) = _functions(), x.shape, weight.shape
-    assert functions is not None, "what `supports` allows"
+    assert functions is not None, "supports() must be true"
     weight = weight.contiguous(memory_format=torch.channels_last)
+    # The fields of `Conv`, in its order.
     sizes = (count, height, width, channels, outputs, down, across, *dy.shape[2:], stride, padding)
     arguments = _ARGUMENTS.pack(*sizes, torch.get_num_threads(), *(t.data_ptr() for t in (x, weight, dy, result)))
     if functions[which](arguments):
-        raise MemoryError(f"a convolution of {tuple(x.shape)} with {tuple(weight.shape)} found no memory for its sums")
+        raise MemoryError(
+            f"a convolution of {tuple(x.shape)} with {tuple(weight.shape)} could not allocate memory for its sums"
+        )
 
 
 @functools.cache
 def _functions() -> tuple[Any, ...] | None:
+    """The compiled functions, in the order of `_PARTS`, or None if they are missing or cannot run on this processor."""
     runs_here = cpu_native.function("megabatch_conv_runs_here")
     if runs_here is None or not runs_here():
         return None

@@ -1,15 +1,15 @@
-"""The compiled CPU kernels: an optional shared library, written in C beside this file, with torch's own threads.
+"""The optional shared library of compiled CPU kernels; its C sources are in csrc/.
 
-Built when the package is installed, where there is a C compiler on Linux; `python -m megabatch.kernels.cpu.library`
-builds it later. It is compiled with OpenMP but not linked with it: its threads are those of the OpenMP that torch has
-in the process already. Where it is missing, torch's operations do the work.
+It is built when the package is installed on Linux with a C compiler; `python -m megabatch.kernels.cpu.library` builds
+it later. It is compiled for OpenMP but not linked against it, so that it uses the OpenMP library, and the threads, that
+torch has already loaded. Without the library, torch's operations are used instead.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (before the library: torch's OpenMP must be there when it is loaded)
+import torch  # noqa: F401  (before the library, which needs torch's OpenMP when it is loaded)
 
 from megabatch import native
 
@@ -19,7 +19,7 @@ NAME = "_native"
 
 
 def function(name: str) -> Any:
-    """The library's function, or None where the library is missing."""
+    """Returns the library's function, or None if the library is missing or has no such function."""
     return native.open_function(FOLDER / native.file_name(NAME), name)
 
 

@@ -1,19 +1,24 @@
-/* A convolution's output and its data gradient on a CPU.
+/* Output and data gradient of a convolution on a CPU.
  *
- * Both are sums over those taps of the weight that meet an image, so zeros of padding cost nothing: at 4 x 4 pixels
- * that is a third of the arithmetic. A tile is the same pixel of several images, which all meet the same taps, times
- * 16 or 32 channels; its sums stay in registers from the first tap to the last. */
+ *     y[n, p, k]  = sum over c, tap of weight[k, tap, c] x[n, p stride + tap - padding, c]
+ *     dx[n, p, c] = sum over k, tap of weight[k, tap, c] dy[n, (p + padding - tap) / stride, k]
+ *
+ * Taps that fall on padding are left out of the sum: at 4 x 4 pixels that saves a third of the arithmetic. A tile is
+ * the same pixel of several images, which therefore all use the same taps, times 16 or 32 channels; its sums stay in
+ * registers from the first tap to the last. */
 #include "conv.h"
 
 #include <stdlib.h>
 
 #ifdef HAS_DOT_PRODUCTS
 
+/* More tasks than threads, so that a thread that finishes early takes over work. */
 enum { TASKS_PER_THREAD = 16 };
 
-/* y = weight x, or dx = weight^T dy, as sums over `depth` channels of `from`, for `lanes` channels of `to`. */
+/* Both operations in the same terms: `to` has `lanes` channels, each a sum over taps and over the `depth` channels of
+ * `from`. The lanes are divided into `blocks` of `vectors` registers. */
 typedef struct {
-    int64_t is_gradient, depth, lanes, vectors, blocks; /* vectors of registers in a block of lanes */
+    int64_t is_gradient, depth, lanes, vectors, blocks;
     int64_t from_height, from_width, to_height, to_width;
     const uint16_t *from;
     uint16_t *to;
@@ -35,7 +40,7 @@ static Product product_of(const Conv *conv, int is_gradient) {
     return product;
 }
 
-/* A block's weights as (taps, pairs of depth, lanes, 2). */
+/* Packs the weights of one block of lanes as (taps, pairs of depth, lanes, 2). */
 TARGET static void pack_block(const Conv *conv, const Product *product, int64_t block, uint16_t *packed) {
     int64_t taps = conv->taps_down * conv->taps_across, row = taps * conv->inputs, lanes = VECTOR * product->vectors;
     const __m512i rows = _mm512_mullo_epi32(
@@ -43,19 +48,22 @@ TARGET static void pack_block(const Conv *conv, const Product *product, int64_t 
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t at = 0; at < product->depth; at += 2, packed += 2 * lanes) {
             const uint16_t *from = conv->weight + tap * conv->inputs;
+            /* Data gradient: lanes are inputs, adjacent in memory; the pair is two outputs, one `row` apart. */
             if (product->is_gradient) {
                 from += at * row + block * lanes;
                 interleave(from, from + row, lanes, packed);
                 continue;
             }
+            /* Output: the pair is two adjacent inputs, gathered from 16 outputs that are one `row` apart each. */
             for (int64_t lane = 0; lane < lanes; lane += VECTOR)
                 _mm512_storeu_si512(packed + 2 * lane,
                                     _mm512_i32gather_epi32(rows, from + (block * lanes + lane) * row + at, 2));
         }
 }
 
-/* Where a tap at `at` of `to` meets `from`, along one axis; -1 where it meets padding or falls between strides. */
-static int64_t met(const Conv *conv, const Product *product, int64_t at, int64_t tap, int64_t size) {
+/* Index along one axis of `from` that the tap multiplies for index `at` of `to`; -1 if it falls on padding or, in a
+ * data gradient, between two strides. */
+static int64_t source_index(const Conv *conv, const Product *product, int64_t at, int64_t tap, int64_t size) {
     int64_t place = product->is_gradient ? at + conv->padding - tap : at * conv->stride + tap - conv->padding;
     if (product->is_gradient) {
         if (place < 0 || place % conv->stride) return -1;
@@ -64,13 +72,14 @@ static int64_t met(const Conv *conv, const Product *product, int64_t at, int64_t
     return place < size ? place : -1;
 }
 
+/* Lists the taps that contribute to one pixel of `to`; returns how many there are. */
 static int64_t find_terms(const Conv *conv, const Product *product, int64_t row, int64_t column,
                           const uint16_t *weights, Term *terms) {
     int64_t found = 0, tap_size = product->depth * VECTOR * product->vectors;
     for (int64_t down = 0; down < conv->taps_down; down++) {
-        int64_t y = met(conv, product, row, down, product->from_height);
+        int64_t y = source_index(conv, product, row, down, product->from_height);
         for (int64_t across = 0; y >= 0 && across < conv->taps_across; across++) {
-            int64_t x = met(conv, product, column, across, product->from_width);
+            int64_t x = source_index(conv, product, column, across, product->from_width);
             const uint16_t *of_tap = weights + (down * conv->taps_across + across) * tap_size;
             if (x >= 0) terms[found++] = (Term){of_tap, (y * product->from_width + x) * product->depth};
         }
@@ -78,13 +87,14 @@ static int64_t find_terms(const Conv *conv, const Product *product, int64_t row,
     return found;
 }
 
-/* All channels of one row of pixels, of the images from `first` to `end`. */
-static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row,
-                            int64_t first, int64_t end) {
+/* Computes one row of pixels of `to`, all channels, for the images from `first` up to `end`. */
+static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row, int64_t first,
+                     int64_t end) {
     int64_t taps = conv->taps_down * conv->taps_across, lanes = VECTOR * product->vectors;
     int64_t from_image = product->from_height * product->from_width * product->depth;
     int64_t to_image = product->to_height * product->to_width * product->lanes;
     Term terms[taps];
+    /* Blocks outermost: one block's packed weights stay in the cache for the whole row. */
     for (int64_t block = 0; block < product->blocks; block++)
         for (int64_t column = 0; column < product->to_width; column++) {
             const uint16_t *weights = packed + block * taps * product->depth * lanes;
@@ -95,12 +105,13 @@ static void fill_row(const Conv *conv, const Product *product, const uint16_t *p
         }
 }
 
-/* 0, or 1 without memory. */
+/* Computes either operation. Returns 0, or 1 if memory cannot be allocated. */
 static int run(const Conv *conv, int is_gradient) {
     Product product = product_of(conv, is_gradient);
     int64_t taps = conv->taps_down * conv->taps_across, block_size = taps * product.depth * VECTOR * product.vectors;
-    int64_t tiles = up(conv->count, most_images(product.vectors));
-    int64_t cuts = least(product.to_height, up(TASKS_PER_THREAD * conv->threads, tiles));
+    /* A task is a group of images, as many as fit into registers, times a range of rows. */
+    int64_t tiles = ceil_div(conv->count, most_images(product.vectors));
+    int64_t cuts = min_of(product.to_height, ceil_div(TASKS_PER_THREAD * conv->threads, tiles));
     uint16_t *packed = aligned_alloc(64, product.blocks * block_size * sizeof *packed);
     if (!packed) return 1;
 #pragma omp parallel num_threads((int)conv->threads)
@@ -119,18 +130,18 @@ static int run(const Conv *conv, int is_gradient) {
     return 0;
 }
 
-/* Whether this processor has the dot product. */
+/* 1 if this processor supports the instructions used here, else 0. */
 PUBLIC int megabatch_conv_runs_here(void) {
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl");
 }
 
-/* y of `images` and `weight`. */
+/* result = y. Returns 0, or 1 if memory cannot be allocated. */
 PUBLIC int megabatch_conv_forward(const Conv *conv) {
     return conv->inputs % VECTOR ? conv_few_forward(conv) : run(conv, 0);
 }
 
-/* dx of `gradient` and `weight`. */
+/* result = dx. Returns 0, or 1 if memory cannot be allocated. */
 PUBLIC int megabatch_conv_data_gradient(const Conv *conv) { return run(conv, 1); }
 
 #else

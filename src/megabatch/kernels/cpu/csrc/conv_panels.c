@@ -1,4 +1,8 @@
-/* What weight gradients on a CPU sum with, whatever their lanes and rows are. */
+/* Inner loops of the weight gradients on a CPU: sums of outer products over pixels.
+ *
+ *     tile[row, lane] += sum over pixels of rows[pixel, row] lanes[pixel, lane]
+ *
+ * A panel is as many rows of a tile as 24 registers hold sums for; the other 8 registers hold operands. */
 #include "conv.h"
 
 #ifdef HAS_DOT_PRODUCTS
@@ -7,13 +11,15 @@
 #include <omp.h>
 #endif
 
-/* tile[rows, lanes] += sum over the pixels of runs of a row's value times a lane's. */
+/* One panel. `vectors` and `rows` must be compile-time constants, so that the loops unroll and `sums` stays in
+ * registers; CASE provides them. `row_first` is the offset of the panel's first row within a pixel. */
 INLINE void add_runs(int vectors, int rows, const Run *runs, int64_t num_runs, int64_t lanes_step, int64_t row_first,
                      int64_t rows_step, float *tile) {
     __m512 sums[24];
 #pragma GCC unroll 24
     for (int at = 0; at < rows * vectors; at++) {
         sums[at] = _mm512_setzero_ps();
+        /* The tile is needed only at the end: by then it has arrived in the cache. */
         _mm_prefetch((const char *)(tile + at * VECTOR), _MM_HINT_T0);
     }
     for (const Run *run = runs; run < runs + num_runs; run++) {
@@ -24,6 +30,7 @@ INLINE void add_runs(int vectors, int rows, const Run *runs, int64_t num_runs, i
             for (int v = 0; v < vectors; v++) pairs[v] = _mm512_loadu_si512(lanes + 2 * VECTOR * v);
 #pragma GCC unroll 24
             for (int row = 0; row < rows; row++) {
+                /* One row's pair, the same pixel of two images, broadcast to all lanes. */
                 __m512i pair = _mm512_set1_epi32(*(const Pair *)(values + 2 * row));
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++)
@@ -54,24 +61,24 @@ TARGET static void add_panel(int64_t vectors, int64_t rows, const Run *runs, int
     }
 }
 
-/* tile[rows, lanes] += sum over the pixels of runs, as many rows at a time as 24 registers hold sums for. */
+/* See conv.h. `lanes_step` and `rows_step` are the values from one pixel to the next; panels are of nearly equal
+ * size. */
 void conv_add_panels(int64_t lanes, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
                      int64_t rows_step, float *tile) {
-    int64_t vectors = lanes / VECTOR, panels = up(rows, vectors == 1 ? 16 : 24 / vectors);
+    int64_t vectors = lanes / VECTOR, panels = ceil_div(rows, vectors == 1 ? 16 : 24 / vectors);
     for (int64_t panel = 0; num_runs && panel < panels; panel++) {
         int64_t first = rows * panel / panels, count = rows * (panel + 1) / panels - first;
         add_panel(vectors, count, runs, num_runs, lanes_step, 2 * first, rows_step, tile + first * lanes);
     }
 }
 
-/* 16 values of the result: parts added in their order, rounded once. */
+/* 16 values of the result: parts are added in ascending order and rounded once. */
 TARGET void conv_add_parts(const float *sums, int64_t parts, int64_t size, uint16_t *result) {
     __m512 sum = _mm512_loadu_ps(sums);
     for (int64_t part = 1; part < parts; part++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part * size));
     _mm256_storeu_si256((void *)result, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
-/* The number of this thread. */
 int64_t conv_thread(void) {
 #ifdef _OPENMP
     return omp_get_thread_num();

@@ -1,10 +1,16 @@
-/* Tiles of outputs and data gradients on a CPU, whose sums stay in registers from the first term to the last. */
+/* Inner loops of outputs and data gradients on a CPU.
+ *
+ *     to[image, lane] = sum over terms and channels of from[image, term's pixel, channel] weights[term, channel, lane]
+ *
+ * A tile is one pixel of `images` images times `vectors` registers of lanes. Its sums stay in registers from the first
+ * term to the last and are rounded once. */
 #include "conv.h"
 
 #ifdef HAS_DOT_PRODUCTS
 
-/* The tile's sums over all terms, rounded. Weights are loaded for `ahead` pairs of channels at a time, so that an
- * image's address is computed once for so many. */
+/* `vectors`, `images` and `ahead` must be compile-time constants, so that the loops unroll and `sums` stays in
+ * registers; TILE provides them. Weights are loaded for `ahead` pairs of channels at a time, so that the address of an
+ * image is computed once for all of them. */
 INLINE void add_terms(int vectors, int images, int ahead, const Term *terms, int64_t num_terms, const uint16_t *from,
                       int64_t from_image, int64_t depth, uint16_t *to, int64_t to_image) {
     __m512 sums[32];
@@ -21,6 +27,7 @@ INLINE void add_terms(int vectors, int images, int ahead, const Term *terms, int
             for (int row = 0; row < images; row++) {
 #pragma GCC unroll 4
                 for (int next = 0; next < ahead; next++) {
+                    /* Two adjacent channels of this image, broadcast to all lanes. */
                     __m512i pair = _mm512_set1_epi32(*(const Pair *)(image + 2 * next));
 #pragma GCC unroll 2
                     for (int v = 0; v < vectors; v++)
@@ -28,7 +35,7 @@ INLINE void add_terms(int vectors, int images, int ahead, const Term *terms, int
                             add_products(sums[row * vectors + v], pairs[next * vectors + v], pair);
                 }
                 image += from_image;
-                __asm__("" : "+r"(image)); /* or 24 addresses are kept, which spill */
+                __asm__("" : "+r"(image)); /* hides the value: else GCC precomputes all addresses, which spill */
             }
             weights += 2 * VECTOR * vectors * ahead;
             first += 2 * ahead;
@@ -41,6 +48,7 @@ INLINE void add_terms(int vectors, int images, int ahead, const Term *terms, int
             _mm256_storeu_si256((void *)(to + VECTOR * v), (__m256i)_mm512_cvtneps_pbh(sums[row * vectors + v]));
 }
 
+/* A switch over all sizes of a tile: `narrow` and `wide` are `ahead` for 1 and 2 registers of lanes. */
 #define TILE(vectors, images, ahead)                                                                       \
     case 100 * vectors + images:                                                                           \
         add_terms(vectors, images, ahead, terms, num_terms, from, from_image, depth, to, to_image);        \
@@ -65,6 +73,7 @@ TARGET static void add_tile_pair_by_pair(ARGUMENTS) {
     switch (100 * vectors + images) { EACH_TILE(1, 1) }
 }
 
+/* See conv.h. Depths that are not a multiple of 8 channels, which `ahead` = 4 pairs needs, go pair by pair. */
 void conv_add_tile(ARGUMENTS) {
     (depth % 8 ? add_tile_pair_by_pair : add_tile)(vectors, images, terms, num_terms, from, from_image, depth, to,
                                                    to_image);

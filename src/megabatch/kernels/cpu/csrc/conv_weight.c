@@ -1,9 +1,12 @@
-/* A convolution's weight gradient on a CPU: dweight[k, tap, c] = sum over pixels of dy[pixel, k] x[pixel met, c].
+/* Weight gradient of a convolution on a CPU.
  *
- * The dot product takes pairs, and a pair here is the same pixel of two images, so that every tap reads the same packed
- * copy of x, and none meets padding. A task is a tile of the gradient, all its taps, over a part of the images; how
- * both are cut depends on the shapes alone, and parts are added in one order. Within a task x and dy are packed a block
- * of pixels at a time, whose products are summed in registers and then added to the tile. */
+ *     dweight[k, tap, c] = sum over n, p of dy[n, p, k] x[n, p stride + tap - padding, c]
+ *
+ * A pair, the operand of the dot product, is the same pixel of two images. All taps can therefore read the same packed
+ * copy of x, and pixels of padding are left out. A task is a tile of the gradient (a range of k, a range of c, all
+ * taps) summed over a part of the images. Tiles and parts depend on the shapes alone, and parts are added in a fixed
+ * order, so results do not depend on the number of threads. Within a task, x and dy are packed a block of pixels at a
+ * time; the products of a block are summed in registers and then added to the tile. */
 #include "conv.h"
 
 #ifdef HAS_DOT_PRODUCTS
@@ -11,35 +14,39 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Channels of x side by side in registers; most channels of a tile along one axis; values of a tile, and pairs of
+ * pixels packed at a time, which both bound cache use; number of tasks aimed at. */
 enum { STRIP = 64, WIDEST = 256, TILE_VALUES = 72 << 10, PAIRS_IN_BLOCK = 512, TASKS = 16 };
 
-/* How images are cut: `group` pairs of images, `rows` rows of dy, are packed at a time; and how channels are. */
+/* How the work is divided. Images: `pairs` of them in `parts`; a block is `group` pairs of images and `rows` rows of
+ * dy. Channels: tiles_in x tiles_out tiles of at most widest_in x widest_out. */
 typedef struct {
     int64_t pairs, group, rows, parts, widest_in, widest_out, tiles_in, tiles_out;
-    int64_t half_width;                 /* of a row of x, packed as `stride` runs of every stride-th pixel */
-    int64_t tile_size, x_size, dy_size; /* of a thread's own memory: floats, then pairs of bfloat16 */
+    int64_t half_width;                 /* of a row of x, packed as `stride` runs of every stride-th pixel each */
+    int64_t tile_size, x_size, dy_size; /* of one thread's memory: floats, then pairs of bfloat16 */
 } Cut;
 
-/* The fewer taps, the fewer products there are for a packed value, and the more channels a tile has. */
-static int64_t widest(int64_t values) { return most(STRIP, least(WIDEST, values / STRIP * STRIP)); }
+/* `values` channels rounded to strips and bounded. With fewer taps a packed value is used in fewer products per
+ * channel; tiles then get more channels to make up for it. */
+static int64_t widest(int64_t values) { return max_of(STRIP, min_of(WIDEST, values / STRIP * STRIP)); }
 
 static Cut cut_of(const Conv *conv) {
     int64_t taps = conv->taps_down * conv->taps_across;
-    Cut cut = {.pairs = up(conv->count, 2), .half_width = up(conv->width, conv->stride)};
-    cut.group = least(cut.pairs, most(1, PAIRS_IN_BLOCK / (conv->out_height * conv->out_width)));
-    cut.rows = least(conv->out_height, most(1, PAIRS_IN_BLOCK / (conv->out_width * cut.group)));
-    cut.widest_out = least(conv->outputs, widest(TILE_VALUES / taps / STRIP));
-    cut.widest_in = least(conv->inputs, widest(TILE_VALUES / taps / cut.widest_out));
-    cut.tiles_in = up(conv->inputs, cut.widest_in), cut.tiles_out = up(conv->outputs, cut.widest_out);
-    cut.parts = most(1, least(up(cut.pairs, cut.group), TASKS / (cut.tiles_in * cut.tiles_out)));
-    int64_t x_rows = least(conv->height, (cut.rows - 1) * conv->stride + conv->taps_down);
+    Cut cut = {.pairs = ceil_div(conv->count, 2), .half_width = ceil_div(conv->width, conv->stride)};
+    cut.group = min_of(cut.pairs, max_of(1, PAIRS_IN_BLOCK / (conv->out_height * conv->out_width)));
+    cut.rows = min_of(conv->out_height, max_of(1, PAIRS_IN_BLOCK / (conv->out_width * cut.group)));
+    cut.widest_out = min_of(conv->outputs, widest(TILE_VALUES / taps / STRIP));
+    cut.widest_in = min_of(conv->inputs, widest(TILE_VALUES / taps / cut.widest_out));
+    cut.tiles_in = ceil_div(conv->inputs, cut.widest_in), cut.tiles_out = ceil_div(conv->outputs, cut.widest_out);
+    cut.parts = max_of(1, min_of(ceil_div(cut.pairs, cut.group), TASKS / (cut.tiles_in * cut.tiles_out)));
+    int64_t x_rows = min_of(conv->height, (cut.rows - 1) * conv->stride + conv->taps_down);
     cut.tile_size = taps * cut.widest_out * cut.widest_in;
-    cut.x_size = x_rows * conv->stride * cut.half_width * cut.group * least(conv->inputs, STRIP);
+    cut.x_size = x_rows * conv->stride * cut.half_width * cut.group * min_of(conv->inputs, STRIP);
     cut.dy_size = cut.rows * conv->out_width * cut.group * cut.widest_out;
     return cut;
 }
 
-/* A task's channels, its pairs of images, and its thread's memory. */
+/* A task: its channels, its pairs of images, and its thread's memory. */
 typedef struct {
     int64_t in_first, in_count, out_first, out_count, pair_first, pair_end;
     float *tile;      /* strip after strip: (taps, out_count, the strip's channels of x) */
@@ -50,19 +57,21 @@ static Task task_of(const Conv *conv, const Cut *cut, int64_t number, float *mem
     int64_t part = number % cut->parts, tile = number / cut->parts;
     Task task = {.in_first = tile % cut->tiles_in * cut->widest_in,
                  .out_first = tile / cut->tiles_in * cut->widest_out};
-    task.in_count = least(cut->widest_in, conv->inputs - task.in_first);
-    task.out_count = least(cut->widest_out, conv->outputs - task.out_first);
+    task.in_count = min_of(cut->widest_in, conv->inputs - task.in_first);
+    task.out_count = min_of(cut->widest_out, conv->outputs - task.out_first);
     task.pair_first = cut->pairs * part / cut->parts, task.pair_end = cut->pairs * (part + 1) / cut->parts;
     task.tile = memory;
     task.x = (uint16_t *)(memory + cut->tile_size), task.dy = task.x + 2 * cut->x_size;
     return task;
 }
 
-/* A row of pixels of a pair of images, each `step` after the one before; pixels that no tap meets are left out. */
+/* Packs a row of pixels of a pair of images, `step` values from one pixel to the next, in `stride` phases: first pixels
+ * 0, stride, 2 stride, ..., then 1, stride + 1, ... Phases that no tap reads are left out. `odd_step` is 0 where `odd`
+ * is a row of zeros. */
 TARGET static void pack_row(const Conv *conv, const uint16_t *even, const uint16_t *odd, int64_t odd_step,
                             int64_t width, int64_t channels, int64_t count, int64_t stride, uint16_t *packed,
                             int64_t step) {
-    int64_t half_width = up(width, stride);
+    int64_t half_width = ceil_div(width, stride);
     for (int64_t phase = 0; phase < stride; phase++) {
         if ((phase + conv->padding) % stride >= conv->taps_across) continue;
         uint16_t *to = packed + phase * half_width * step;
@@ -71,16 +80,17 @@ TARGET static void pack_row(const Conv *conv, const uint16_t *even, const uint16
     }
 }
 
-/* Rows from `first` to `end` of `pairs` pairs of images: pixel w at w % stride * (width / stride) + w / stride, so that
- * a tap meets pixels that follow each other. A last image without another has zeros beside it. */
+/* Packs rows from `first` up to `end` of `pairs` pairs of images as (row, pixel, pair of images, channel, 2). Pixel w
+ * is at w % stride * half_width + w / stride, so that a tap, which reads every stride-th pixel, reads adjacent ones. An
+ * odd last image is paired with zeros. */
 TARGET static void pack(const uint16_t *images, const Conv *conv, int64_t height, int64_t width, int64_t channels,
                         int64_t channel_first, int64_t channel_count, int64_t stride, int64_t pair_first, int64_t pairs,
                         int64_t first, int64_t end, uint16_t *packed) {
     static const uint16_t zeros[WIDEST];
-    int64_t half_width = up(width, stride), image_size = height * width * channels;
+    int64_t half_width = ceil_div(width, stride), image_size = height * width * channels;
     for (int64_t pair = 0; pair < pairs; pair++)
         for (int64_t row = first; row < end; row++) {
-            if ((row + conv->padding) % stride >= conv->taps_down) continue; /* no tap meets it */
+            if ((row + conv->padding) % stride >= conv->taps_down) continue; /* no tap reads this row */
             int64_t image = 2 * (pair_first + pair), is_last = image + 1 == conv->count;
             const uint16_t *even = images + image * image_size + row * width * channels + channel_first;
             pack_row(conv, even, is_last ? zeros : even + image_size, is_last ? 0 : channels, width, channels,
@@ -90,23 +100,23 @@ TARGET static void pack(const uint16_t *images, const Conv *conv, int64_t height
         }
 }
 
-/* Pixels that are packed at a time: `pairs` pairs of images from `pair`, rows of dy from `first` to `end`, and the rows
- * of x that they meet. */
+/* Pixels that are packed at a time: `pairs` pairs of images from `pair`, rows of dy from `first` up to `end`, and the
+ * rows of x that those read. */
 typedef struct {
     int64_t pair, pairs, first, end, x_first, x_end;
 } Block;
 
 static Block block_of(const Conv *conv, const Cut *cut, const Task *task, int64_t number) {
-    int64_t in_image = up(conv->out_height, cut->rows);
+    int64_t in_image = ceil_div(conv->out_height, cut->rows);
     Block block = {.pair = task->pair_first + number / in_image * cut->group, .first = number % in_image * cut->rows};
-    block.pairs = least(cut->group, task->pair_end - block.pair);
-    block.end = least(conv->out_height, block.first + cut->rows);
-    block.x_first = most(0, block.first * conv->stride - conv->padding);
-    block.x_end = least(conv->height, (block.end - 1) * conv->stride - conv->padding + conv->taps_down);
+    block.pairs = min_of(cut->group, task->pair_end - block.pair);
+    block.end = min_of(conv->out_height, block.first + cut->rows);
+    block.x_first = max_of(0, block.first * conv->stride - conv->padding);
+    block.x_end = min_of(conv->height, (block.end - 1) * conv->stride - conv->padding + conv->taps_down);
     return block;
 }
 
-/* At most 64 of a task's channels of x, which fill registers side by side. */
+/* At most 64 of a task's channels of x: as many as fill four registers. Strips are consecutive in the task's tile. */
 typedef struct {
     int64_t first, count;
     float *tile;
@@ -114,15 +124,16 @@ typedef struct {
 
 static Strip strip_of(const Conv *conv, const Task *task, int64_t first) {
     int64_t before = conv->taps_down * conv->taps_across * task->out_count * first;
-    return (Strip){first, least(STRIP, task->in_count - first), task->tile + before};
+    return (Strip){first, min_of(STRIP, task->in_count - first), task->tile + before};
 }
 
-/* Where the tap meets pixels within the images; returns the number of runs, at most one a row. */
+/* Lists the runs of pixels at which this tap falls within the images, at most one per row of dy; returns how many. */
 static int64_t find_runs(const Conv *conv, const Cut *cut, const Task *task, const Block *block, const Strip *strip,
                          int64_t tap, Run *runs) {
+    /* Column w of dy reads column w stride - shift of x, which is inside for left <= w < right. */
     int64_t down = tap / conv->taps_across, shift = conv->padding - tap % conv->taps_across;
-    int64_t last = conv->width - 1 + shift, left = up(most(0, shift), conv->stride), found = 0;
-    int64_t right = last < 0 ? 0 : least(conv->out_width, last / conv->stride + 1);
+    int64_t last = conv->width - 1 + shift, left = ceil_div(max_of(0, shift), conv->stride), found = 0;
+    int64_t right = last < 0 ? 0 : min_of(conv->out_width, last / conv->stride + 1);
     int64_t at = left * conv->stride - shift, x_pixel = at % conv->stride * cut->half_width + at / conv->stride;
     for (int64_t row = block->first; row < block->end && left < right; row++) {
         int64_t y = row * conv->stride + down - conv->padding;
@@ -135,6 +146,7 @@ static int64_t find_runs(const Conv *conv, const Cut *cut, const Task *task, con
     return found;
 }
 
+/* Adds the products of a block for one tap and one strip to the tile. */
 static void add_tap(const Conv *conv, const Cut *cut, const Task *task, const Block *block, const Strip *strip,
                     int64_t tap) {
     Run runs[cut->rows];
@@ -143,6 +155,7 @@ static void add_tap(const Conv *conv, const Cut *cut, const Task *task, const Bl
                     strip->tile + tap * task->out_count * strip->count);
 }
 
+/* Packs a block of dy once, and of x strip by strip, and adds its products to the tile. */
 TARGET static void add_block(const Conv *conv, const Cut *cut, const Task *task, const Block *block) {
     pack(conv->gradient, conv, conv->out_height, conv->out_width, conv->outputs, task->out_first, task->out_count, 1,
          block->pair, block->pairs, block->first, block->end, task->dy);
@@ -155,16 +168,17 @@ TARGET static void add_block(const Conv *conv, const Cut *cut, const Task *task,
     }
 }
 
+/* Computes a task's tile, block after block. */
 static void add_part(const Conv *conv, const Cut *cut, const Task *task) {
     memset(task->tile, 0, cut->tile_size * sizeof(float));
-    int64_t blocks = up(task->pair_end - task->pair_first, cut->group) * up(conv->out_height, cut->rows);
+    int64_t blocks = ceil_div(task->pair_end - task->pair_first, cut->group) * ceil_div(conv->out_height, cut->rows);
     for (int64_t number = 0; number < blocks; number++) {
         Block block = block_of(conv, cut, task, number);
         add_block(conv, cut, task, &block);
     }
 }
 
-/* Puts a tile where it belongs in (outputs, taps, inputs). */
+/* Copies a tile to its place in `sums`, (outputs, taps, inputs). */
 static void put_tile(const Conv *conv, const Task *task, float *sums) {
     int64_t taps = conv->taps_down * conv->taps_across;
     for (int64_t first = 0; first < task->in_count; first += STRIP) {
@@ -176,17 +190,18 @@ static void put_tile(const Conv *conv, const Task *task, float *sums) {
     }
 }
 
-/* dweight of `images` and `gradient`. 0, or 1 without memory. */
+/* result = dweight. Returns 0, or 1 if memory cannot be allocated. */
 PUBLIC int megabatch_conv_weight_gradient(const Conv *conv) {
     if (conv->inputs % VECTOR) return conv_few_weight_gradient(conv);
     Cut cut = cut_of(conv);
     int64_t size = conv->outputs * conv->taps_down * conv->taps_across * conv->inputs;
-    int64_t own = cut.tile_size + cut.x_size + cut.dy_size;
-    float *sums = aligned_alloc(64, (cut.parts * size + conv->threads * own) * sizeof *sums);
+    /* One allocation: a copy of the gradient per part, then each thread's tile and packed blocks. */
+    int64_t per_thread = cut.tile_size + cut.x_size + cut.dy_size;
+    float *sums = aligned_alloc(64, (cut.parts * size + conv->threads * per_thread) * sizeof *sums);
     if (!sums) return 1;
 #pragma omp parallel num_threads((int)conv->threads)
     {
-        float *memory = sums + cut.parts * size + conv_thread() * own;
+        float *memory = sums + cut.parts * size + conv_thread() * per_thread;
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < cut.tiles_in * cut.tiles_out * cut.parts; number++) {
             Task task = task_of(conv, &cut, number, memory);
