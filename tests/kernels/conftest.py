@@ -1,4 +1,4 @@
-"""The tensors of these tests are tiny: one thread."""
+"""Runs these tests on one thread: their tensors are tiny."""
 
 from collections.abc import Iterator
 

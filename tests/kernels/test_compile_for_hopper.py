@@ -1,4 +1,4 @@
-"""No GPU is needed to compile for one: what the compiler refuses, or would spill, is found here."""
+"""Compiles every kernel for an H200 without one: finds compiler errors, register spills and oversized tiles."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 SHARED_MEMORY_BYTES = 227 * 1024
-"""What one program may have on an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
+"""Limit per program on an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
 WARPS = 8
 REGISTERS = 65536
 
@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """One process without the interpreter compiles all; a process can hold only one kind."""
+    """Resources of every kernel, from another process: a process either interprets kernels or compiles them."""
     script = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -31,7 +31,7 @@ def compiled() -> list[dict[str, Any]]:
 
 
 @needs_triton
-def test_every_kernel_compiles_for_an_h200_within_its_limits(compiled: list[dict[str, Any]]) -> None:
+def test_every_kernel_compiles_within_the_limits_of_an_h200(compiled: list[dict[str, Any]]) -> None:
     sources = (Path(__file__).parents[2] / "src").rglob("_*_triton.py")
     written = {name for source in sources for name in _kernels_of(source.read_text())}
     assert {kernel["kernel"] for kernel in compiled} == written
@@ -42,14 +42,14 @@ def test_every_kernel_compiles_for_an_h200_within_its_limits(compiled: list[dict
 
 
 @needs_triton
-def test_no_kernel_adds_by_atomic_operations_whose_order_changes_from_run_to_run(
+def test_no_kernel_uses_atomic_additions_whose_order_varies_between_runs(
     compiled: list[dict[str, Any]],
 ) -> None:
     assert [kernel for kernel in compiled if kernel["atomics"]] == []
 
 
 @needs_triton
-def test_kernels_that_move_whole_tensors_do_it_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
+def test_memory_bound_kernels_load_and_store_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
     movers = ("norms", "update", "moments", "normalise", "gradient_sums", "input_gradient")
     movers += ("join", "join_gradient", "two_input_gradients")
     for kernel in compiled:

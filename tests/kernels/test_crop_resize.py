@@ -1,4 +1,4 @@
-"""The batched crop against the resize of `data/jpeg/decode.py`, which is Pillow's, and against its own reference."""
+"""The batched crop and resize against that of `data/jpeg/decode.py`, which is Pillow's, and against its reference."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ BOXES = {
 
 
 def photographs(*shapes: tuple[int, int], seed: int = 0) -> list[Tensor]:
-    """Smooth images with noise upon them."""
+    """Smooth images with noise."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for height, width in shapes:
@@ -38,14 +38,14 @@ def photographs(*shapes: tuple[int, int], seed: int = 0) -> list[Tensor]:
 
 
 def to_pixels(batch: Tensor, number: int) -> np.ndarray[Any, Any]:
-    """Back to 0 to 255, rows x columns x channels."""
+    """Undoes the normalisation: (rows, columns, channels), 0 to 255."""
     image = batch[number, :3].permute(1, 2, 0).double()
     return (255 * (image * torch.tensor(STD) + torch.tensor(MEAN))).numpy()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("box", BOXES)
-def test_pixels_are_those_of_the_cpu_path_but_for_its_rounding_to_8_bit(box: str, backend: Any) -> None:
+def test_pixels_match_the_cpu_path_up_to_its_rounding_to_8_bits(box: str, backend: Any) -> None:
     (image,) = photographs((40, 50))
     boxes = torch.tensor([BOXES[box]], dtype=torch.float64)
     batch = crop_and_resize([image], boxes, size=SIZE, mean=MEAN, std=STD, dtype=torch.float32, backend=backend)
@@ -55,7 +55,7 @@ def test_pixels_are_those_of_the_cpu_path_but_for_its_rounding_to_8_bit(box: str
     assert difference.mean() < 0.35
 
 
-def test_many_sizes_flips_and_layouts_in_one_launch_are_those_of_the_reference() -> None:
+def test_one_launch_for_many_sizes_flips_and_layouts_matches_the_reference() -> None:
     images = photographs((40, 50), (17, 9), (90, 30))
     boxes = torch.tensor([[3, 4, 30, 40.0], [0, 0, 17, 9], [10.3, 2.6, 70.2, 20.9]])
     flip = torch.tensor([True, False, True])
@@ -73,7 +73,7 @@ def test_many_sizes_flips_and_layouts_in_one_launch_are_those_of_the_reference()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_no_pixel_outside_the_box_is_looked_at(backend: Any) -> None:
+def test_pixels_outside_the_box_do_not_affect_the_result(backend: Any) -> None:
     (image,) = photographs((40, 50))
     changed = torch.full_like(image, 255)
     changed[3:33, 4:44] = image[3:33, 4:44]
@@ -86,7 +86,9 @@ def test_no_pixel_outside_the_box_is_looked_at(backend: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize(("channels", "padded"), [(3, 4), (3, 3), (1, 1)])
-def test_the_batch_is_16_bit_with_the_channels_last_and_its_padding_0(channels: int, padded: int, backend: Any) -> None:
+def test_the_batch_is_float16_channels_last_with_zero_padding_channels(
+    channels: int, padded: int, backend: Any
+) -> None:
     image = photographs((40, 50))[0][..., :channels]
     batch = crop_and_resize(
         [image, image],
@@ -105,7 +107,7 @@ def test_the_batch_is_16_bit_with_the_channels_last_and_its_padding_0(channels: 
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_part_of_a_larger_batch_is_written_where_it_belongs(backend: Any) -> None:
+def test_out_may_be_a_slice_of_a_larger_batch(backend: Any) -> None:
     images = photographs((40, 50), (60, 45))
     boxes = torch.tensor([BOXES["shrunk"], BOXES["fractions"]])
     options: dict[str, Any] = {"size": SIZE, "mean": MEAN, "std": STD, "dtype": torch.float32, "backend": backend}
@@ -117,7 +119,7 @@ def test_a_part_of_a_larger_batch_is_written_where_it_belongs(backend: Any) -> N
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_flip_is_a_mirror_image(backend: Any) -> None:
+def test_a_flipped_image_is_the_mirror_image(backend: Any) -> None:
     (image,) = photographs((40, 50))
     boxes = torch.tensor([BOXES["fractions"]] * 2)
     batch = crop_and_resize(
@@ -144,7 +146,7 @@ def test_a_flip_is_a_mirror_image(backend: Any) -> None:
         ({"out": torch.zeros(1, 8, 8, 4).permute(0, 3, 1, 2)}, "out is torch.float32"),
     ],
 )
-def test_what_cannot_be_cut_is_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_errors_that_name_them(changes: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {
         "images": photographs((40, 50)),
         "boxes": torch.tensor([BOXES["whole"]]),

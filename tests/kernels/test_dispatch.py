@@ -1,4 +1,4 @@
-"""Which implementation runs, and that nothing here needs Triton before a kernel does."""
+"""Selection of the implementation; Triton is imported only when a kernel runs."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_every_module_imports_and_every_function_runs_without_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_cpu_tensor_takes_the_reference_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_tensor_uses_the_reference_unless_the_backend_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1)
     assert not dispatch.use_triton(x, "auto")
     assert not dispatch.use_triton(x, "reference")
@@ -60,7 +60,7 @@ def test_a_cpu_tensor_takes_the_reference_unless_asked_otherwise(monkeypatch: py
         ("triton", True, False, "TRITON_INTERPRET=1"),
     ],
 )
-def test_a_backend_that_cannot_run_is_named(
+def test_a_backend_that_cannot_run_raises_an_error_that_names_it(
     backend: Any, has_triton: bool, interprets: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: has_triton)

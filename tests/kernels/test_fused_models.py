@@ -1,4 +1,4 @@
-"""Whole networks through the kernels in Triton's interpreter: gradients no further from float64 than the plain ones."""
+"""Whole networks with fused kernels, interpreted: their gradients are as close to float64 as those of plain ones."""
 
 import copy
 import functools
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 COUNT, SPAN = 5, 2
 TILING = Tiling(32, 16, 16, 4, 3)
-SLACK = 1.5  # of two nets: which ReLUs flip by rounding is chance
+SLACK = 1.5  # mean over two networks: which ReLUs flip by rounding is random
 
 
 @pytest.fixture
 def convolution_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every part of a bottleneck that a kernel can compute is computed by one, with tiles that fit a small net."""
+    """Makes kernels compute every part of a bottleneck that they can, with tiles for small networks."""
     for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
         monkeypatch.setattr(conv1x1, name, (TILING,))
     together = dict.fromkeys(residual.GRADIENTS, products.TOGETHER)
@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def thin_bottlenecks(norm: Any) -> nn.Module:
-    """A ResNet of three bottlenecks of 16 and 64 channels, with the full stem."""
+    """A ResNet with the full stem and three bottlenecks of 16 and 64 channels."""
     model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10, norm=norm)
     make = functools.partial(Bottleneck, norm=norm)
     model.conv1, model.bn1 = convolution(3, 16, 7, 2), norm(16)
@@ -65,7 +65,7 @@ def build(make: Any, seed: int) -> nn.Module:
 
 
 def step(model: nn.Module, pixels: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of 64 times the mean loss, and the statistics collected; in 16 bit as autocast has it."""
+    """Returns the gradients of 64 times the mean loss, and the collected statistics; 16-bit dtypes through autocast."""
     images = torch.randn(COUNT, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast("cpu", dtype=dtype, enabled=dtype.itemsize == 2):
@@ -82,7 +82,10 @@ def error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 
 
 def mean_errors(make: Any, pixels: int, dtype: torch.dtype, seeds: tuple[int, ...]) -> list[tuple[float, float]]:
-    """Fused and plain: of the gradients, of the statistics; mean over nets, as one ReLU that flips is seen in one."""
+    """Errors (fused, plain) of the gradients, then of the statistics, averaged over networks with different seeds.
+
+    In a single network, one ReLU that flips by rounding can dominate the error.
+    """
     pairs = []
     for seed in seeds:
         plain = build(make, seed)
@@ -96,9 +99,9 @@ def mean_errors(make: Any, pixels: int, dtype: torch.dtype, seeds: tuple[int, ..
 
 
 @pytest.mark.usefixtures("convolution_kernels")
-def test_bottlenecks_of_kernels_alone_are_no_further_from_float64_than_the_plain_net() -> None:
+def test_bottlenecks_of_kernels_are_as_close_to_float64_as_plain_ones() -> None:
     for fused, plain in mean_errors(thin_bottlenecks, 24, torch.float16, seeds=(1, 2)):
-        assert plain < 0.2  # or the comparison would say nothing
+        assert plain < 0.2  # otherwise the comparison would mean nothing
         assert fused < SLACK * plain
 
 
@@ -107,7 +110,7 @@ def test_bottlenecks_of_kernels_alone_are_no_further_from_float64_than_the_plain
     [(thin_bottlenecks, 16), (functools.partial(resnet8, width=8), 16)],
     ids=["bottlenecks", "basic"],
 )
-def test_in_single_precision_fused_nets_have_the_gradients_and_statistics_of_float64(make: Any, pixels: int) -> None:
+def test_fused_networks_in_float32_have_the_gradients_and_statistics_of_float64(make: Any, pixels: int) -> None:
     for fused, plain in mean_errors(make, pixels, torch.float32, seeds=(0,)):
         assert fused < 1e-4
         assert plain < 1e-4

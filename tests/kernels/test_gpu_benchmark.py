@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` is for machines that are rare: every path that a CPU can take is taken here first."""
+"""Runs every path of `benchmarks/gpu.py` that a CPU can run, to find errors before using GPU time."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
-    """All sections, tiny; the results and what was printed."""
+    """Results and printed table of all sections, at tiny sizes."""
     folder = tmp_path_factory.mktemp("gpu")
     done = run("--quick", "--output", str(folder))
     assert done.returncode == 0, done.stderr
@@ -29,7 +29,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     return json.loads((folder / "gpu.json").read_text()), done.stdout
 
 
-def test_every_section_runs_and_none_fails(quick: tuple[list[dict[str, Any]], str]) -> None:
+def test_every_section_runs_without_error(quick: tuple[list[dict[str, Any]], str]) -> None:
     results, table = quick
     sections = ("environment", "ceilings", "optimizers", "loss", "batch_norm", "stem", "gradients", "input", "conv1x1")
     assert {result["section"] for result in results} == {*sections, "profile", "step", "choices", "compiled"}
@@ -51,7 +51,7 @@ def test_a_section_that_fails_loses_no_other(tmp_path: Path) -> None:
     assert [result["section"] for result in results][-2:] == ["loss", "loss"]
 
 
-def test_a_cpu_is_not_asked_for_a_gpus_sizes(tmp_path: Path) -> None:
+def test_full_sizes_on_a_cpu_are_refused(tmp_path: Path) -> None:
     done = run("--output", str(tmp_path))
     assert done.returncode == 2
     assert "--quick alone" in done.stderr

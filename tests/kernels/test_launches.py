@@ -1,4 +1,4 @@
-"""What a fused ResNet-50's forward and backward launches: at a batch of 32 launches are the time."""
+"""Number of launches of a fused ResNet-50 step: at a batch of 32, launch overhead dominates."""
 
 import importlib.util
 import json
@@ -13,13 +13,13 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_traffic.py"
 NORMS, JOINS, SHORTCUTS, CONVOLUTIONS = 53, 16, 4, 53
 SMALL_FILTERS = 5
-"""Whose tiles fill the GPU without the rows in several parts."""
+"""Convolutions whose weight-gradient tiles fill the GPU without dividing the rows into parts."""
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; pip install triton")
 
 
 def count(*arguments: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Launches and megabytes an image of each kind; in a process of its own, where kernels are not interpreted."""
+    """Launches, and megabytes per image, of each kind; in another process, in which kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -29,7 +29,7 @@ def count(*arguments: str) -> tuple[dict[str, int], dict[str, float]]:
 
 
 @needs_triton
-def test_a_step_of_torchs_convolutions_and_our_passes_launches_no_more_than_its_parts_need() -> None:
+def test_a_step_with_torch_convolutions_launches_each_pass_once_per_layer() -> None:
     launches, megabytes = count()
     assert launches["torch's convolutions"] == 3 * CONVOLUTIONS - 1
     assert launches["moments_kernel"] == launches["statistics_kernel"] == NORMS
@@ -39,13 +39,13 @@ def test_a_step_of_torchs_convolutions_and_our_passes_launches_no_more_than_its_
     assert launches["input_gradient_kernel"] == NORMS - 1 - 2 * SHORTCUTS
     assert launches["add_parts_kernel"] == NORMS - SHORTCUTS
     assert launches["other operations of torch"] == 17
-    assert "keep_kernel" not in launches  # of one span the statistics are kept as they are computed
+    assert "keep_kernel" not in launches  # with one span, statistics_kernel accumulates the statistics
     assert launches["all"] == 478
     assert megabytes["all"] - megabytes["torch's convolutions"] < 200
 
 
 @needs_triton
-def test_kernels_of_1x1_convolutions_take_moments_sums_and_batch_norms_backward_with_them() -> None:
+def test_1x1_convolution_kernels_fuse_moments_sums_and_the_batch_norm_backward() -> None:
     launches, megabytes = count("--kernels")
     products = 2 * JOINS - 1
     for kind in ("forward_kernel", "data_gradient_kernel", "weight_gradient_kernel"):

@@ -1,4 +1,4 @@
-"""The one-read cross entropy against torch's in float64."""
+"""The fused cross entropy against torch's in float64."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def error(result: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("classes", [2, 37, 1000])
-def test_loss_and_gradient_are_those_of_float64(classes: int, mix: str, dtype: torch.dtype) -> None:
+def test_loss_and_gradient_match_float64(classes: int, mix: str, dtype: torch.dtype) -> None:
     logits, labels, mixed = draw(classes, dtype)
     loss, gradient = exact(logits, labels, options(mixed, MIXES[mix], torch.float64))
     leaf = logits.clone().requires_grad_()
@@ -76,10 +76,10 @@ def test_a_hand_written_backward_gets_the_gradient_times_its_scale(backend: Any)
         assert error(gradient, 64 * expected) < ROUNDING[torch.float16]
 
 
-def test_a_loss_scale_acts_before_the_gradient_is_rounded() -> None:
+def test_a_loss_scale_is_applied_before_the_gradient_is_rounded() -> None:
     logits, labels, _ = draw(37, torch.float16)
-    small = 2.0**-20  # what 1 / global batch can be: float16 would keep few digits of such a gradient
-    for scale, fits in ((small, False), (1.0, True)):
+    inverse_batch = 2.0**-20  # 1 / global batch size: float16 keeps few digits of such a gradient
+    for scale, fits in ((inverse_batch, False), (1.0, True)):
         leaf = logits.clone().requires_grad_()
         (fused_cross_entropy_sum(leaf, labels, backend="triton") * scale).backward()
         assert leaf.grad is not None
@@ -87,7 +87,7 @@ def test_a_loss_scale_acts_before_the_gradient_is_rounded() -> None:
         assert (error(leaf.grad, expected) < ROUNDING[torch.float16]) is fits
 
 
-def test_logits_of_any_size_neither_overflow_nor_vanish() -> None:
+def test_large_logits_neither_overflow_nor_underflow() -> None:
     logits = torch.tensor([[1e4, 0.0, -1e4], [-3e4, -3e4, -3e4]], requires_grad=True)
     loss = fused_cross_entropy_sum(logits, torch.tensor([1, 2]), backend="triton")
     loss.backward()
@@ -96,7 +96,7 @@ def test_logits_of_any_size_neither_overflow_nor_vanish() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0, 0.0], [third, third, third - 1]]))
 
 
-def test_rows_and_labels_that_lie_apart_in_memory_are_read_where_they_are() -> None:
+def test_strided_logits_labels_and_weights_give_the_same_loss() -> None:
     logits, labels, mixed = draw(37, torch.float32)
     weight = torch.rand(COUNT)
     apart = torch.full((COUNT, 50), torch.nan)
@@ -111,7 +111,7 @@ def test_rows_and_labels_that_lie_apart_in_memory_are_read_where_they_are() -> N
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_samples_that_torch_ignores_count_for_nothing(mix: str) -> None:
+def test_labels_that_torch_ignores_add_nothing(mix: str) -> None:
     logits, labels, mixed = draw(37, torch.float32)
     labels[1], labels[2], mixed[2], mixed[3] = -100, -100, -100, -100
     chosen = options(mixed, MIXES[mix])
@@ -126,7 +126,7 @@ def test_samples_that_torch_ignores_count_for_nothing(mix: str) -> None:
 
 
 @pytest.mark.parametrize("label", [37, -1])
-def test_a_label_of_no_class_makes_the_loss_not_a_number(label: int) -> None:
+def test_a_label_outside_the_classes_makes_the_loss_nan(label: int) -> None:
     logits, labels, mixed = draw(37, torch.float32)
     labels[2] = label
     for chosen in ({}, {"mixed_labels": mixed, "mix_weight": 0.5}, {"mixed_labels": labels, "mix_weight": 0.5}):
@@ -134,19 +134,19 @@ def test_a_label_of_no_class_makes_the_loss_not_a_number(label: int) -> None:
         assert fused_cross_entropy_sum(logits, first, backend="triton", **chosen).isnan()
 
 
-def test_what_torch_compile_traces_is_the_reference() -> None:
+def test_torch_compile_traces_the_reference() -> None:
     logits, labels, _ = draw(37, torch.float32)
     compiled = torch.compile(fused_cross_entropy_sum, backend="eager", fullgraph=True)
     assert torch.equal(compiled(logits, labels, backend="triton"), cross_entropy_sum(logits, labels))
 
 
-def test_no_sample_gives_a_loss_of_0() -> None:
+def test_an_empty_batch_has_a_loss_of_0() -> None:
     logits, labels = torch.zeros(0, 10, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     for backend in ("triton", "reference"):
         assert fused_cross_entropy_sum(logits, labels, backend=backend).detach().tolist() == 0
 
 
-def test_more_classes_than_fit_into_registers_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_classes_than_fit_into_registers_use_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CLASSES", 36)
     logits, labels, _ = draw(37, torch.float32)
     ours = fused_cross_entropy_sum(logits, labels, backend="triton")
@@ -162,7 +162,7 @@ def test_more_classes_than_fit_into_registers_go_to_the_reference(monkeypatch: p
         ({"mixed_labels": torch.zeros(5, dtype=torch.int64), "mix_weight": torch.ones(3)}, r"mix_weight is \(3,\)"),
     ],
 )
-def test_tensors_that_do_not_agree_are_named(changes: dict[str, Any], message: str) -> None:
+def test_mismatched_tensors_raise_errors_that_name_them(changes: dict[str, Any], message: str) -> None:
     logits, labels, _ = draw(10, torch.float32)
     with pytest.raises(UserError, match=message):
         fused_cross_entropy_sum(**{"logits": logits, "labels": labels, **changes})

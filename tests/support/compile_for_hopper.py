@@ -1,10 +1,10 @@
-"""Compiles every kernel for an H200 without one, as calls of the public functions would, and prints what each needs.
+"""Compiles every kernel for an H200, without a GPU, by calling the public functions; prints the resources of each.
 
     python tests/support/compile_for_hopper.py [--all]
 
-Without --all one tiling of each convolution, and no sizes of 1. One JSON line per compiled variant: registers a
-thread, bytes spilled to local memory, bytes of shared memory, and how many of the machine's own instructions of some
-kinds it has. Nothing is run; results of the calls are meaningless.
+--all compiles every tiling of the convolutions, and sizes of 1; the default is one tiling of each. Prints one JSON
+line per compiled variant: registers per thread, bytes spilled to local memory, bytes of shared memory, and the number
+of machine instructions of each kind in INSTRUCTIONS. No kernel runs, so results of the calls are meaningless.
 """
 
 import functools
@@ -37,7 +37,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Hopper:
-    """Stands for the driver of a GPU that is not there: names the target, and is asked for nothing else."""
+    """Stub of Triton's driver that reports compute capability 9.0; compiling needs no more of it."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -50,13 +50,17 @@ class Hopper:
 
 
 def compile_only() -> list[dict[str, Any]]:
-    """From here on a launch compiles and records; returns the list that fills."""
+    """Makes every launch compile and record its kernel instead of running it; returns the list of records.
+
+    A variant that was compiled before is not recorded again.
+    """
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     run = JITFunction.run
 
     @functools.wraps(run)
     def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        # warmup=True stops after compilation.
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
@@ -64,13 +68,14 @@ def compile_only() -> list[dict[str, Any]]:
         return kernel
 
     JITFunction.run = record
+    # The wrappers accept CPU tensors only if they believe that the interpreter runs.
     driver.set_active(Hopper())
     dispatch.interprets = lambda: True
     return found
 
 
 def resources(name: str, kernel: Any) -> dict[str, Any]:
-    """What the assembler says of a compiled kernel."""
+    """Resources and instruction counts of a compiled kernel, by cuobjdump."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
@@ -83,12 +88,13 @@ def resources(name: str, kernel: Any) -> dict[str, Any]:
 
 
 def tool(name: str, *arguments: object) -> str:
+    """Output of one of the NVIDIA tools that Triton ships."""
     words = [str(TOOLS / name), *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def lars() -> None:
-    """ResNet-50's kind of tensors: float32 masters with bfloat16 copies, and bfloat16 gradients."""
+    """Tensors as in ResNet-50: float32 weights with bfloat16 copies, float32 or bfloat16 gradients."""
     from megabatch.optim.kernels.lars import LarsGroup, lars_step
 
     scalar = torch.tensor(0.1)
@@ -121,18 +127,18 @@ def batch_norm() -> None:
 
 
 def join() -> None:
-    """The join of a shortcut with a batch norm of its own, and its gradient between torch's convolutions."""
+    """Joins with and without a batch norm in the shortcut, and their gradients."""
     from megabatch.kernels.norm import join as join_passes
 
     x, norm = images(256), normalisation(256)
     for other in (None, norm):
-        _, passed = join_passes.join(x, norm, x, residual_norm=other, span=2, triton=True)
-        join_passes.join_gradient(x, x, norm, passed, addend=x, residual=x, residual_norm=other, span=2, triton=True)
+        _, relu_mask = join_passes.join(x, norm, x, residual_norm=other, span=2, triton=True)
+        join_passes.join_gradient(x, x, norm, relu_mask, addend=x, residual=x, residual_norm=other, span=2, triton=True)
     join_passes.two_input_gradients(x, x, norm, x, norm, torch.zeros(1, 4, 256), span=2, triton=True)
 
 
 def stem() -> None:
-    """A ResNet's, of two samples."""
+    """The stem of a ResNet, two samples."""
     from megabatch.kernels.norm.stem import fused_bn_relu_pool
 
     x = torch.zeros(2, 64, 112, 112, dtype=torch.float16).requires_grad_()
@@ -141,7 +147,7 @@ def stem() -> None:
 
 
 def statistics() -> None:
-    """Of one span, kept at once, and of several."""
+    """One span, accumulated by the same launch, and several; both kinds of sinks."""
     from megabatch.kernels.norm.passes import measure
     from megabatch.kernels.statistics import RunningAverages, SpanSums
 
@@ -162,7 +168,7 @@ def loss() -> None:
 
 
 def crop() -> None:
-    """A batch of 224 px."""
+    """One image to 224 px."""
     from megabatch.kernels.crop_resize import crop_and_resize
 
     image = torch.zeros(375, 500, 3, dtype=torch.uint8)
@@ -171,7 +177,7 @@ def crop() -> None:
 
 
 def convolutions(*, every_tiling: bool = False) -> None:
-    """One tiling or all of them, on a layer with as many channels as its tile is wide."""
+    """One tiling or all, each on a layer with as many channels as its tile is wide."""
     import megabatch.kernels.bottleneck.conv1x1 as module
 
     some = slice(None) if every_tiling else slice(1, 2)
@@ -179,6 +185,7 @@ def convolutions(*, every_tiling: bool = False) -> None:
         x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
         for given in (normalisation(tiling.inputs), None)[: 2 if every_tiling else 1]:
             module.conv1x1_forward(x, weight, span=2, normalisation=given, tiling=tiling, backend="triton")
+    # The data gradient has variants: behind a plain batch norm, a join, and a join with a batch norm in its shortcut.
     for tiling in module.DATA_GRADIENT_TILINGS[some]:
         x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
         dy, given = images(tiling.outputs), normalisation(tiling.inputs)
@@ -197,7 +204,7 @@ def convolutions(*, every_tiling: bool = False) -> None:
 
 
 def rests(y: torch.Tensor) -> list[Any]:
-    """Of a batch norm's backward, behind a convolution with this output: without a ReLU and with one."""
+    """Deferred batch norm backwards of a convolution's output y, without and with a ReLU."""
     from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 
     return [
@@ -207,7 +214,7 @@ def rests(y: torch.Tensor) -> list[Any]:
 
 
 def sizes_of_one() -> None:
-    """Triton compiles an argument of 1 as a constant, for which some operations are others."""
+    """Sizes of 1: Triton specialises arguments equal to 1 as constants, which changes the compiled code."""
     from megabatch.kernels.bottleneck.conv1x1 import (
         Tiling,
         conv1x1_data_gradient,
@@ -219,6 +226,7 @@ def sizes_of_one() -> None:
     from megabatch.kernels.norm.passes import Normalisation
     from megabatch.optim.kernels.lars import LarsGroup, lars_step
 
+    # One sample of one pixel: N, H, W, spans and parts are all 1.
     one = torch.ones(1, 16, 1, 1, dtype=torch.bfloat16)
     vector, label = torch.ones(16), torch.zeros(1, dtype=torch.int64)
     fused_bn_act(one.requires_grad_(), vector, vector, span=1, backend="triton")[0].backward(one)
@@ -248,7 +256,7 @@ ALL: tuple[Callable[[], None], ...] = (lars, batch_norm, join, stem, statistics,
 
 
 def main() -> None:
-    """Compiles all, prints one line each."""
+    """Compiles all kernels and prints one line each."""
     torch.set_num_threads(1)
     found = compile_only()
     for kernels in ALL:

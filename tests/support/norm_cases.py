@@ -1,4 +1,4 @@
-"""What the tests of fused batch norms share: cases, their inputs, one forward and backward, and errors."""
+"""Helpers for tests of fused batch norms: cases, inputs, one forward and backward, relative errors."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from megabatch.kernels.norm.batch_norm import fused_bn_act
 
 
 class Case(NamedTuple):
-    """Shape, span, with a residual, with a ReLU."""
+    """Shape of x, samples per span, and whether there is a residual and a ReLU."""
 
     shape: tuple[int, int, int, int]
     span: int

@@ -1,14 +1,15 @@
 # mypy: ignore-errors
-"""Triton kernels of batch norm's statistics. Loaded by `norm_passes` and `statistics` alone, when one runs on a GPU.
+"""Triton kernels of batch norm's statistics. Imported only by `norm.passes` and `statistics`, when one runs on a GPU.
 
-Matrices, spans and parts are those of `_batch_norm_triton`. One launch gives the moments of parts, one combines them,
-and what becomes of them is done by the latter, if there is one span, or by a launch of its own.
+Matrices, spans, parts and the grid are those of `norm/_batch_norm_triton.py`. `moments_kernel` reduces each part of a
+span and `statistics_kernel` combines the parts. The latter also accumulates the statistics into the sink if there is a
+single span; `keep_kernel` does so for several.
 """
 
 import triton
 import triton.language as tl
 
-from megabatch.kernels.norm._batch_norm_triton import _columns_here, _put_pair, _rows_of_part, _tile
+from megabatch.kernels.norm._batch_norm_triton import _part_rows, _program_columns, _store_pair, _tile_offsets
 
 
 @triton.jit
@@ -23,44 +24,56 @@ def moments_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Mean and sum of squared differences from it, per channel, of each part of a span.
+    """Mean and sum of squared differences from it, per channel, of one part. One program walks down one part.
 
-    Sums are of x minus the part's first row, so that no digits are lost where the mean is many deviations from 0.
+        d = x - x_0;   mean = x_0 + sum(d) / n;   M2 = sum(d^2) - sum(d)^2 / n
+
+    x_0 is the part's first row. Without that shift, subtracting two nearly equal numbers would cancel all digits where
+    the mean is many standard deviations from 0. x (num_rows, columns); partials (spans, parts, 2, columns), float32.
     """
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, rows_per_part, columns, block_columns)
     base = x + first * columns
-    shift = tl.load(base + column, mask=inside & (count > 0), other=0.0).to(tl.float32)
+    # A part without rows has no first row to read.
+    shift = tl.load(base + column, mask=column_mask & (count > 0), other=0.0).to(tl.float32)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     squares = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
-        place, here = _tile(column, inside, done, count, columns, block_rows)
-        values = tl.load(base + place, mask=here, other=0.0).to(tl.float32)
-        values = tl.where(here, values - shift[None, :], 0.0)
+        offset, mask = _tile_offsets(column, column_mask, done, count, columns, block_rows)
+        values = tl.load(base + offset, mask=mask, other=0.0).to(tl.float32)
+        # Masked positions must add 0, not (0 - x_0).
+        values = tl.where(mask, values - shift[None, :], 0.0)
         sums += values
         squares += values * values
     total = tl.sum(sums, axis=0)
-    above = total / tl.maximum(count, 1).to(tl.float32)
-    spread = tl.maximum(tl.sum(squares, axis=0) - above * total, 0.0)
-    _put_pair(partials, num_parts, shift + above, spread, column, inside, columns, block_columns)
+    shifted_mean = total / tl.maximum(count, 1).to(tl.float32)
+    m2 = tl.maximum(tl.sum(squares, axis=0) - shifted_mean * total, 0.0)  # rounding may make it negative
+    _store_pair(partials, num_parts, shift + shifted_mean, m2, column, column_mask, columns, block_columns)
 
 
 @triton.jit
-def _rows_of_parts(part, num_parts, size, rows_per_part):
-    """How many rows each of these parts of a span of `size` rows has, in float32."""
+def _part_sizes(part, num_parts, size, rows_per_part):
+    """Number of rows, as float32, of each of these parts of a span of `size` rows; 0 for parts that do not exist."""
     rows = tl.minimum(tl.maximum(size - part * rows_per_part, 0), rows_per_part)
     return tl.where(part < num_parts, rows, 0).to(tl.float32)
 
 
 @triton.jit
-def _add_to_sums(first, total, mean, var, mean_of_first, var_of_first, spans, column, inside, columns):
-    """Adds to `total`, and keeps the first span in the channels of `first` whose variance has no bit set."""
-    empty = tl.load(first + columns + column, mask=inside, other=1.0).to(tl.int32, bitcast=True) == 0
+def _add_to_sums(first, total, mean, var, mean_of_first, var_of_first, spans, column, column_mask, columns):
+    """Accumulates into `statistics.SpanSums`: adds to `total`, and fills the channels of `first` that are empty.
+
+    Both are (2 columns + 1): means, variances, count.
+    """
+    # A channel is empty if all bits of its variance are 0. The shared count cannot tell: programs run in any order.
+    empty = tl.load(first + columns + column, mask=column_mask, other=1.0).to(tl.int32, bitcast=True) == 0
     tl.store(first + column, mean_of_first, mask=empty)
-    marked = tl.where(var_of_first == 0, -(2**31), var_of_first.to(tl.int32, bitcast=True))  # 0 by its sign bit
+    # A variance of 0 is stored as -0 (only the sign bit set), so that the channel does not look empty.
+    marked = tl.where(var_of_first == 0, -(2**31), var_of_first.to(tl.int32, bitcast=True))
     tl.store(first + columns + column, marked.to(tl.float32, bitcast=True), mask=empty)
-    tl.store(total + column, tl.load(total + column, mask=inside, other=0.0) + mean, mask=inside)
-    tl.store(total + columns + column, tl.load(total + columns + column, mask=inside, other=0.0) + var, mask=inside)
+    tl.store(total + column, tl.load(total + column, mask=column_mask, other=0.0) + mean, mask=column_mask)
+    variances = total + columns + column
+    tl.store(variances, tl.load(variances, mask=column_mask, other=0.0) + var, mask=column_mask)
+    # Only the program with channel 0 updates the count, or it would be added once per program.
     counts = column == 0
     tl.store(first + 2 * columns + column, tl.full(column.shape, 1.0, tl.float32), mask=counts)
     before = tl.load(total + 2 * columns + column, mask=counts, other=0.0)
@@ -68,35 +81,40 @@ def _add_to_sums(first, total, mean, var, mean_of_first, var_of_first, spans, co
 
 
 @triton.jit
-def _move(running, new, momentum, column, inside):
-    old = tl.load(running + column, mask=inside, other=0.0)
-    tl.store(running + column, old + momentum * (new - old), mask=inside)
+def _update_average(running, new, momentum, column, column_mask):
+    """running = (1 - momentum) running + momentum new."""
+    old = tl.load(running + column, mask=column_mask, other=0.0)
+    tl.store(running + column, old + momentum * (new - old), mask=column_mask)
 
 
 @triton.jit
-def _keep(
-    one,
-    two,
-    count,
+def _accumulate(
+    sink_a,
+    sink_b,
+    sink_count,
     momentum,
-    keep: tl.constexpr,
+    sink_kind: tl.constexpr,
     mean,
     var,
     mean_of_first,
     var_of_first,
     spans,
     column,
-    inside,
+    column_mask,
     columns,
 ):
-    """Keeps statistics, of which `mean` and `var` are sums over spans, as `statistics` says of its kinds."""
-    if keep == "sums":
-        _add_to_sums(one, two, mean, var, mean_of_first, var_of_first, spans, column, inside, columns)
-    if keep == "averages":
-        _move(one, mean / spans, momentum, column, inside)
-        _move(two, var / spans, momentum, column, inside)
+    """Accumulates statistics into a sink; `mean` and `var` are sums over `spans` spans.
+
+    The sink's arguments are those of `statistics.kernel_arguments`: `first`, `total`, `total` for "sums", and the two
+    averages and the counter for "averages"; "none" accumulates nothing.
+    """
+    if sink_kind == "sums":
+        _add_to_sums(sink_a, sink_b, mean, var, mean_of_first, var_of_first, spans, column, column_mask, columns)
+    if sink_kind == "averages":
+        _update_average(sink_a, mean / spans, momentum, column, column_mask)
+        _update_average(sink_b, var / spans, momentum, column, column_mask)
         first = column == 0
-        tl.store(count + column, tl.load(count + column, mask=first, other=0) + 1, mask=first)
+        tl.store(sink_count + column, tl.load(sink_count + column, mask=first, other=0) + 1, mask=first)
 
 
 @triton.jit
@@ -110,67 +128,90 @@ def statistics_kernel(
     rows_per_part,
     num_parts,
     eps,
-    one,
-    two,
-    count,
+    sink_a,
+    sink_b,
+    sink_count,
     momentum,
-    keep: tl.constexpr,
+    sink_kind: tl.constexpr,
     columns,
     block_parts: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """One span's mean, unbiased variance and 1 / sqrt(variance + eps) from the moments of its parts, in one order.
+    """Mean, unbiased variance and rstd of a span from the moments of its parts, combined in a fixed order.
 
-    n = sum n_p,  m = sum n_p m_p / n,  M2 = sum M2_p + n_p (m_p - m)^2      (Chan, Golub and LeVeque 1979)
+        n = sum n_p;   m = sum n_p m_p / n;   M2 = sum M2_p + n_p (m_p - m)^2      (Chan, Golub and LeVeque 1979)
+        unbiased = M2 / (n - 1);   rstd = 1 / sqrt(M2 / n + eps)
 
-    A single span is kept as well.
+    Grid: (blocks of channels, spans). partials (spans, parts, 2, columns): m_p, M2_p; the outputs (spans, columns).
+    With a sink, which requires a single span, the statistics are also accumulated there.
     """
-    column, inside = _columns_here(columns, block_columns)
+    column, column_mask = _program_columns(columns, block_columns)
     span = tl.program_id(1)
     size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.int32)
     base = partials + span * num_parts * 2 * columns
+    # Pass 1: the span's mean. Dividing by n before summing keeps the sum in the range of the values.
     weighted = tl.zeros((block_parts, block_columns), dtype=tl.float32)
     for start in range(0, num_parts, block_parts):
         part = start + tl.arange(0, block_parts)
-        rows = _rows_of_parts(part, num_parts, size, rows_per_part)
-        here = (part < num_parts)[:, None] & inside[None, :]
-        means = tl.load(base + part[:, None] * 2 * columns + column[None, :], mask=here, other=0.0)
+        rows = _part_sizes(part, num_parts, size, rows_per_part)
+        mask = (part < num_parts)[:, None] & column_mask[None, :]
+        means = tl.load(base + part[:, None] * 2 * columns + column[None, :], mask=mask, other=0.0)
         weighted += means * (rows / size)[:, None]
-    middle = tl.sum(weighted, axis=0)
-    spreads = tl.zeros((block_parts, block_columns), dtype=tl.float32)
+    mu = tl.sum(weighted, axis=0)
+    # Pass 2: M2, which needs that mean.
+    squares = tl.zeros((block_parts, block_columns), dtype=tl.float32)
     for start in range(0, num_parts, block_parts):
         part = start + tl.arange(0, block_parts)
-        rows = _rows_of_parts(part, num_parts, size, rows_per_part)
-        here = (part < num_parts)[:, None] & inside[None, :]
-        place = base + part[:, None] * 2 * columns + column[None, :]
-        away = tl.load(place, mask=here, other=0.0) - middle[None, :]
-        spreads += tl.load(place + columns, mask=here, other=0.0) + rows[:, None] * away * away
-    spread = tl.sum(spreads, axis=0)
+        rows = _part_sizes(part, num_parts, size, rows_per_part)
+        mask = (part < num_parts)[:, None] & column_mask[None, :]
+        source = base + part[:, None] * 2 * columns + column[None, :]
+        difference = tl.load(source, mask=mask, other=0.0) - mu[None, :]
+        squares += tl.load(source + columns, mask=mask, other=0.0) + rows[:, None] * difference * difference
+    m2 = tl.sum(squares, axis=0)
     out = span * columns + column
-    variance = spread / tl.maximum(size - 1, 1).to(tl.float32)
-    tl.store(mean + out, middle, mask=inside)
-    tl.store(unbiased + out, variance, mask=inside)
-    inverse = 1.0 / tl.sqrt(spread / size.to(tl.float32) + eps)
-    inverse = tl.where(spread < float("inf"), inverse, float("nan"))  # not 0, which would make a diverged net constant
-    tl.store(rstd + out, inverse, mask=inside)
-    _keep(one, two, count, momentum, keep, middle, variance, middle, variance, 1, column, inside, columns)
+    variance = m2 / tl.maximum(size - 1, 1).to(tl.float32)
+    tl.store(mean + out, mu, mask=column_mask)
+    tl.store(unbiased + out, variance, mask=column_mask)
+    inverse = 1.0 / tl.sqrt(m2 / size.to(tl.float32) + eps)
+    # If squares overflowed, 1 / sqrt(inf) = 0 would turn a diverged network into a constant; NaN makes it visible.
+    inverse = tl.where(m2 < float("inf"), inverse, float("nan"))
+    tl.store(rstd + out, inverse, mask=column_mask)
+    _accumulate(
+        sink_a, sink_b, sink_count, momentum, sink_kind, mu, variance, mu, variance, 1, column, column_mask, columns
+    )
 
 
 @triton.jit
-def _totals(values, spans, column, inside, columns):
-    """Sum over spans of (spans, columns), in one order; and the first."""
-    first = tl.load(values + column, mask=inside, other=0.0)
+def _sum_over_spans(values, spans, column, column_mask, columns):
+    """Sum over spans of `values` (spans, columns), in a fixed order; and the first span's values."""
+    first = tl.load(values + column, mask=column_mask, other=0.0)
     total = first
     for span in range(1, spans):
-        total += tl.load(values + span * columns + column, mask=inside, other=0.0)
+        total += tl.load(values + span * columns + column, mask=column_mask, other=0.0)
     return total, first
 
 
 @triton.jit
-def keep_kernel(mean, var, spans, columns, one, two, count, momentum, keep: tl.constexpr, block: tl.constexpr):
-    """Keeps the statistics of several spans."""
+def keep_kernel(
+    mean, var, spans, columns, sink_a, sink_b, sink_count, momentum, sink_kind: tl.constexpr, block: tl.constexpr
+):
+    """Accumulates mean and unbiased variance of several spans, each (spans, columns). One program: `block` channels."""
     column = tl.program_id(0) * block + tl.arange(0, block)
-    inside = column < columns
-    means, first_mean = _totals(mean, spans, column, inside, columns)
-    variances, first_var = _totals(var, spans, column, inside, columns)
-    _keep(one, two, count, momentum, keep, means, variances, first_mean, first_var, spans, column, inside, columns)
+    mask = column < columns
+    means, first_mean = _sum_over_spans(mean, spans, column, mask, columns)
+    variances, first_var = _sum_over_spans(var, spans, column, mask, columns)
+    _accumulate(
+        sink_a,
+        sink_b,
+        sink_count,
+        momentum,
+        sink_kind,
+        means,
+        variances,
+        first_mean,
+        first_var,
+        spans,
+        column,
+        mask,
+        columns,
+    )

@@ -1,4 +1,4 @@
-"""Decoded images of many sizes to one training batch in one launch: cut, resize, flip, normalise, pad, 16 bit."""
+"""Crops, resizes, flips, normalises and pads decoded images of different sizes into one 16-bit batch, in one launch."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 32
-_ROUNDING = 1e-6  # a box that ends this little past a pixel's edge ends there
+"""Output pixels of one program's tile."""
+_ROUNDING = 1e-6  # pixels: a box that ends by less than this beyond a pixel's edge ends at that edge
 _AXES = {"HWC": (0, 1, 2), "CHW": (1, 2, 0)}
 
 
@@ -29,22 +30,22 @@ def crop_and_resize(
     out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A batch (N, padded_channels, rows, columns) with the channels last, from N decoded images and one box of each.
+    """Returns a channels_last batch (N, padded_channels, rows, columns) from N decoded images and one box of each.
 
-        out = (resized(image[box]) / 255 - mean) / std,    mirrored where `flip` is true, 0 in the channels of padding
+        out = (resized(image[box]) / 255 - mean) / std,    mirrored where `flip` is true, 0 in the padding channels
 
     Resizing is bilinear, antialiased when it shrinks: output i of an axis is the mean of the input pixels k weighted by
     max(0, 1 - |k + 1/2 - c| / max(s, 1)), where s is the box's length over the output's and c = start + (i + 1/2) s.
-    That is Pillow's BILINEAR, as in `data/jpeg/decode.py`, without its rounding to 8 bit after each axis. No pixel
-    outside the box is looked at, but for the rest of one that an edge cuts through.
+    This is Pillow's BILINEAR, as in `data/jpeg/decode.py`, without its rounding to 8 bits after each axis. No pixel
+    outside the box is read; a pixel that an edge of the box cuts through is read whole.
 
     Shapes: images uint8, each (H, W, C) or, with `layout="CHW"` as nvJPEG gives it, (C, H, W), any strides, on one
-    device; boxes (N, 4) = (top, left, height, width) in pixels, whole or not, and flip (N,) bool, both on the CPU;
-    mean and std of pixels in [0, 1], one per channel. The images must live until the kernel has run. With `out`, of the
-    result's shape, type and memory layout, the batch is written there.
+    device; boxes (N, 4) = (top, left, height, width) in pixels, integer or fractional, and flip (N,) bool, both on the
+    CPU; mean and std of pixels scaled to [0, 1], one per channel. The caller must keep the images alive until the
+    kernel has run. With `out`, of the result's shape, dtype and memory layout, the batch is written there.
 
     Raises:
-        UserError: no image, another type, a box that is not inside its image, or sizes that do not agree.
+        UserError: no image, a dtype other than uint8, a box that is not inside its image, or sizes that do not agree.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     _check(images, boxes, flip, layout, channels=len(mean), padded=padded_channels, size=(rows, columns))
@@ -72,7 +73,7 @@ class _Target(NamedTuple):
 
 
 def _written(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where the batch goes, with the channels last: (N, rows, columns, channels)."""
+    """Returns the memory of the batch, `out` or new, as (N, rows, columns, channels)."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     lines = out.permute(0, 2, 3, 1)
@@ -87,7 +88,7 @@ def _written(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, dev
 def crop_resize_reference(
     images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, layout: str, out: Tensor
 ) -> None:
-    """The same as two matrix products per image, in float32."""
+    """`crop_and_resize` in torch's operations: two matrix products per image, in float32."""
     device = images[0].device
     out[..., len(target.mean) :] = 0
     mean, std = (torch.tensor(values, device=device) for values in (target.mean, target.std))
@@ -96,27 +97,31 @@ def crop_resize_reference(
         top, left, height, width = box.tolist()
         by_row = _weights(top, height, pixels.shape[0], target.rows).to(device)
         by_column = _weights(left, width, pixels.shape[1], target.columns).to(device)
+        # Bilinear weights are separable: one (rows out, rows in) matrix and one (columns out, columns in) matrix.
         resized = torch.einsum("ih,hwc,jw->ijc", by_row, pixels, by_column)
         resized = resized.flip(1) if mirrored else resized
         written[..., : len(mean)] = (resized / 255 - mean) / std
 
 
 def _weights(start: float, length: float, num_in: int, num_out: int) -> Tensor:
-    """(num_out, num_in), float32: what each input pixel of one axis gives to each output."""
+    """Returns (num_out, num_in), float32: the weight of each input pixel of one axis in each output pixel."""
     scale = length / num_out
+    # The triangle spans the two nearest pixels when enlarging; when shrinking it widens with the scale (antialiasing).
     support = max(scale, 1.0)
     lowest, highest = _bounds(start, length, num_in)
     centres = start + (torch.arange(num_out, dtype=torch.float64)[:, None] + 0.5) * scale
     index = torch.arange(num_in, dtype=torch.float64)
+    # The first and the end of the pixels with centres within `support`, clamped to those that the box touches.
     first = (centres - support + 0.5).floor().clamp(min=lowest)
     last = (centres + support + 0.5).floor().clamp(max=highest)
     weights = (1 - (index + 0.5 - centres).abs() / support).clamp(min=0)
     weights = weights * ((index >= first) & (index < last))
+    # Normalised per output, as the weights of a clamped triangle do not sum to 1.
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
 def _bounds(start: float, length: float, num_in: int) -> tuple[int, int]:
-    """First input pixel that the box touches, and the one after its last."""
+    """Returns the half-open range of input pixels that the box touches along one axis."""
     return math.floor(start), min(num_in, math.ceil(start + length - _ROUNDING))
 
 
@@ -124,6 +129,7 @@ def _launch(
     images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...], out: Tensor
 ) -> None:
     device = images[0].device
+    # Two small tables, one row per image, tell the kernel where each image is and what to read of it.
     places = [
         [image.data_ptr(), *(image.stride(axis) for axis in axes), int(mirrored)]
         for image, mirrored in zip(images, flip.tolist(), strict=True)
@@ -142,6 +148,7 @@ def _launch(
             _sent(torch.tensor(places, dtype=torch.int64), device),
             _sent(torch.tensor(sides, dtype=torch.float32), device),
             _sent(255 * torch.tensor(target.mean), device),
+            # (v / 255 - mean) / std = (v - 255 mean) (1 / (255 std)): one subtraction and one product per pixel.
             _sent(1 / (255 * torch.tensor(target.std)), device),
             rows=target.rows,
             columns=target.columns,
@@ -155,12 +162,12 @@ def _launch(
 
 
 def _side(start: float, length: float, num_in: int, num_out: int) -> tuple[float, float, float, float]:
-    """One axis of a row of the box table; columns are named in `_crop_triton.py`."""
+    """Returns one axis' half of a row of the box table, whose columns `_crop_triton.py` names."""
     return start, length / num_out, *_bounds(start, length, num_in)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it; torch keeps pinned memory until the copy is done."""
+    """Copies to the device asynchronously; torch keeps the pinned memory alive until the copy has finished."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 

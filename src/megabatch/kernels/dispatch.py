@@ -1,4 +1,4 @@
-"""Which of two implementations runs: the Triton kernel or the plain-PyTorch reference."""
+"""Selects the implementation of an operation: the Triton kernel or the PyTorch reference."""
 
 import functools
 import importlib
@@ -12,20 +12,21 @@ from torch import Tensor
 from megabatch.errors import UserError
 
 Backend = Literal["auto", "triton", "reference"]
-"""`auto`: Triton on a GPU where it is installed, the reference elsewhere. The other two ask for one of them."""
+"""`auto` selects Triton on a GPU if Triton is installed, and the reference otherwise; the other two force one."""
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed; does not import it."""
+    """True if Triton is installed; does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def use_triton(tensor: Tensor, backend: Backend) -> bool:
-    """Whether the Triton kernel takes `tensor`.
+    """True if `backend` selects the Triton kernel for `tensor`.
 
     Raises:
-        UserError: an unknown backend, or `triton` where it is missing or has no device to run on.
+        UserError: an unknown backend, or `triton` without Triton installed, or for a tensor on a device that Triton
+            cannot use.
     """
     if backend == "auto":
         return tensor.is_cuda and has_triton()
@@ -37,17 +38,18 @@ def use_triton(tensor: Tensor, backend: Backend) -> bool:
 
 
 def load(name: str) -> Any:
-    """The module `megabatch.NAME` of Triton kernels; Triton is imported here only."""
+    """Imports and returns the module `megabatch.NAME` of Triton kernels. Triton is imported through here only."""
     return importlib.import_module(f"megabatch.{name}")
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, on which Triton launches."""
+    """Context in which the tensor's GPU is the current device: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def interprets() -> bool:
-    """Whether Triton was imported under TRITON_INTERPRET=1, which runs kernels on CPU tensors, slowly, for tests."""
+    """True if Triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly, for tests."""
+    # Triton decides at import whether to interpret, so the environment variable itself may have changed since.
     language: Any = importlib.import_module("triton.language")
     return type(language.cdiv).__name__ == "InterpretedFunction"
 

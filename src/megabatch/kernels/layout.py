@@ -1,20 +1,21 @@
-"""How tensors lie in memory, for kernels that walk memory and not indices."""
+"""Memory layout of tensors, for kernels that address memory directly and ignore strides."""
 
 import torch
 from torch import Tensor
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether element i in memory is the same element of both. Strides of dimensions of size 1 say nothing."""
+    """True if both tensors have the same shape and place equal indices at equal offsets in memory."""
     if one.shape != other.shape:
         return False
     if one.stride() == other.stride():
         return True
+    # Strides of dimensions of size 1 are arbitrary: they are never multiplied by an index other than 0.
     return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    """True if the elements fill one contiguous block of memory, with the dimensions in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -25,13 +26,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def rows_of(images: Tensor) -> Tensor:
-    """(N, C, H, W) with the channels last, as a matrix of (N * H * W, C) in row-major order; copies other layouts."""
+    """Row-major matrix (N * H * W, C) of images (N, C, H, W): a view if they are channels_last, otherwise a copy."""
     count, channels, height, width = images.shape
     last = images.contiguous(memory_format=torch.channels_last)
     return last.permute(0, 2, 3, 1).reshape(count * height * width, channels)
 
 
 def images_of(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `rows_of`: a view of shape (N, C, H, W) with the channels last; C may differ from `like`'s."""
+    """Inverse of `rows_of`: a channels_last view (N, C, H, W), with N, H and W of `like` and C of `rows`."""
     count, _, height, width = like.shape
     return rows.view(count, height, width, rows.shape[1]).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Softmax, label smoothing, mixed labels and cross entropy, forward and gradient, in one read of the logits."""
+"""Fused softmax cross entropy with label smoothing and mixed labels: loss and gradient from one read of the logits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
 
 MAX_CLASSES = 16384
-"""A row of logits stays in the registers of one program; the reference takes over above."""
+"""One program holds a whole row of logits in registers; with more classes the reference is used."""
 
 
 def fused_cross_entropy_sum(
@@ -23,22 +23,22 @@ def fused_cross_entropy_sum(
     mix_weight: Tensor | float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross entropy summed over the samples, 0-d, float32 (float64 for float64 logits); differentiable in the logits.
+    """Cross entropy summed over the samples (0-d, float32; float64 for float64 logits), differentiable in the logits.
 
         loss = -sum_i sum_k q_ik log softmax(logits_i)_k;   dlogits_ik = softmax(logits_i)_k - q_ik
         q_i = (1 - s) (w onehot(label_i) + (1 - w) onehot(mixed_i)) + s / K
 
     (Szegedy et al. 2016, arXiv:1512.00567, section 7; Zhang et al. 2018, arXiv:1710.09412.) The arguments are those of
-    `cross_entropy_sum` in nn/loss.py. Forward computes the gradient too and keeps it in float32; backward scales it and
-    rounds it to the logits' type once, so that a loss scale acts before the rounding.
+    `cross_entropy_sum` in nn/loss.py. Forward also computes the gradient and saves it in float32; backward scales it
+    and rounds it to the logits' dtype once, so that a loss scale is applied before rounding.
 
-    Labels of -100 count for nothing, as torch has it. A label of no class is torch's error from the reference; the
-    kernel, which cannot raise, makes the loss NaN. What torch.compile traces is the reference.
+    Labels of -100 are ignored, as in torch. For a label outside [0, K) the reference raises torch's error; the kernel,
+    which cannot raise, returns NaN. Under torch.compile the reference is used.
 
     Shapes: logits (N, K), labels and mixed_labels (N,) class indices in [0, K), mix_weight 0-d, (N,) or a number.
 
     Raises:
-        UserError: mixed_labels without mix_weight, or other shapes.
+        UserError: mixed_labels without mix_weight or the reverse, or tensors of wrong shapes.
     """
     _check(logits, labels, mixed_labels, mix_weight)
     if not _fits(logits, backend):
@@ -58,13 +58,15 @@ def cross_entropy_with_gradient(
     mix_weight: Tensor | float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`(loss sum, gradient)` for a backward written by hand: the gradient, in the logits' type, times `gradient_scale`.
+    """Returns `(loss sum, gradient)`, for a hand-written backward; no autograd.
 
-    With loss scale S and global batch B, `gradient_scale=S / B` is the gradient of S times the mean loss. Equations,
-    shapes and errors as in `fused_cross_entropy_sum`.
+    The gradient is multiplied by `gradient_scale` before it is rounded to the logits' dtype. With loss scale S and
+    global batch B, `gradient_scale=S / B` gives the gradient of S times the mean loss. Equations, shapes and errors as
+    in `fused_cross_entropy_sum`.
     """
     _check(logits, labels, mixed_labels, mix_weight)
     if not _fits(logits, backend):
+        # The gradient is taken in the wide dtype and rounded once, after the scale, as in the kernel.
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             wide = leaf if leaf.dtype == torch.float64 else leaf.float()
@@ -81,10 +83,11 @@ def cross_entropy_reference(
     mixed_labels: Tensor | None,
     mix_weight: Tensor | float | None,
 ) -> Tensor:
-    """The same in torch's own operations."""
+    """`fused_cross_entropy_sum` in torch's own operations."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if mixed_labels is None or mix_weight is None:
         return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    # The loss is linear in the target, so that of a mixed target is the mixture of two losses.
     first = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     second = functional.cross_entropy(logits, mixed_labels, reduction="none", label_smoothing=label_smoothing)
     return (mix_weight * first + (1 - mix_weight) * second).sum()
@@ -100,6 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         mixed_labels: Tensor | None,
         mix_weight: Tensor | float | None,
     ) -> Tensor:
+        # The gradient for an upstream gradient of 1; saving it instead of the logits costs no second read of them.
         loss, gradient = _launch(logits, labels, label_smoothing, mixed_labels, mix_weight, 1.0, torch.float32)
         ctx.save_for_backward(gradient)
         ctx.dtype = logits.dtype
@@ -122,6 +126,7 @@ def _launch(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     count, classes = logits.shape
+    # The kernel takes the stride between rows, but within a row the logits must be contiguous.
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     losses = logits.new_empty(count, dtype=torch.float32)
     gradient = logits.new_empty(count, classes, dtype=dtype)
@@ -141,6 +146,7 @@ def _launch(
                 mixed=mixed_labels is not None,
                 weight_per_row=weight.ndim == 1,
                 classes=classes,
+                # A program's block must be a power of two; wide rows get more warps, so that they stay in registers.
                 block=max(16, 1 << (classes - 1).bit_length()),
                 num_warps=4 if classes <= 2048 else 16,
             )
@@ -148,13 +154,14 @@ def _launch(
 
 
 def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
-    """The value in float32 where the kernel reads it; a number is written by the device, not copied from the host."""
+    """Returns the value as a float32 tensor on the device of `like`; a number is filled in there, not copied over."""
     if isinstance(value, Tensor):
         return value.detach().to(like.device, torch.float32).contiguous()
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _fits(logits: Tensor, backend: Backend) -> bool:
+    """True if the kernel runs: `backend` selects it, it is not being traced, and it supports dtype and classes."""
     if torch.compiler.is_compiling() or not use_triton(logits, backend):
         return False
     return logits.dtype != torch.float64 and 0 < logits.shape[1] <= MAX_CLASSES

@@ -1,4 +1,4 @@
-"""Fused batch norm, residual and ReLU against torch's operations in float64."""
+"""Fused batch norm, residual and ReLU (Triton) against torch's operations in float64."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from megabatch.kernels.norm.batch_norm import fused_bn_act
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-# Relative error of a result that is right but for its own rounding: half a unit in the last place for float16, and a
-# whole one for bfloat16, which Triton's interpreter rounds towards 0.
+# Relative error of a result that was rounded once: half a unit in the last place for float16, and a whole one for
+# bfloat16, which Triton's interpreter rounds towards 0.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 HALVES = (torch.float16, torch.bfloat16)
 
 
 CASES = (
-    Case((5, 20, 3, 3), 2, residual=True, relu=True),  # two whole spans and a short one; channels fill no block
+    Case((5, 20, 3, 3), 2, residual=True, relu=True),  # two whole spans and a short one; fewer channels than a block
     Case((4, 8, 5, 5), 4, residual=False, relu=True),
     Case((6, 130, 4, 4), 3, residual=True, relu=False),  # more channels than a block
     Case((4, 64, 9, 9), 9, residual=True, relu=True),  # a span longer than the batch; several parts
@@ -30,14 +30,14 @@ CASES = (
 
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, so that small tensors too are cut into parts whose sums are added."""
+    """Small tiles, so that small tensors are also divided into several parts."""
     monkeypatch.setattr(module, "TILE", 1024)
 
 
 @pytest.mark.usefixtures("many_parts")
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_statistics_and_gradients_are_those_of_float64(case: Case, dtype: torch.dtype) -> None:
+def test_outputs_statistics_and_gradients_match_float64(case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype)
     ours, exact = run(given, case, backend="triton"), run(in_float64(given), case, backend="reference")
     assert ours.y.dtype == dtype
@@ -51,7 +51,7 @@ def test_outputs_statistics_and_gradients_are_those_of_float64(case: Case, dtype
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
-def test_no_error_is_larger_than_that_of_torchs_own_operations(case: Case, dtype: torch.dtype) -> None:
+def test_errors_are_no_larger_than_those_of_torch(case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype)
     exact = run(in_float64(given), case, backend="reference")
     ours, plain = run(given, case, backend="triton"), run(given, case, backend="reference")
@@ -82,7 +82,7 @@ def test_one_span_is_torchs_batch_norm_and_relu() -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-def test_a_mean_of_a_thousand_deviations_costs_no_digits_of_the_variance() -> None:
+def test_the_variance_stays_accurate_if_the_mean_is_a_thousand_standard_deviations() -> None:
     case = Case((4, 16, 9, 9), 4, residual=False, relu=False)
     given = inputs(case, torch.float32, offset=2000.0)
     _, _, var = fused_bn_act(given["x"], given["weight"], given["bias"], span=4, backend="triton")
@@ -100,7 +100,7 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-def test_samples_of_one_span_do_not_reach_another() -> None:
+def test_samples_of_one_span_do_not_affect_another() -> None:
     case = Case((6, 8, 5, 5), 2, residual=True, relu=True)
     given = inputs(case, torch.float32)
     changed = {**given, "x": given["x"].clone(), "residual": given["residual"].clone(), "dy": given["dy"].clone()}
@@ -113,17 +113,17 @@ def test_samples_of_one_span_do_not_reach_another() -> None:
         assert not torch.equal(one[2:4], other[2:4])
 
 
-def test_where_the_output_is_0_relu_passes_no_gradient() -> None:
+def test_relu_passes_no_gradient_where_the_output_is_0() -> None:
     case = Case((4, 8, 3, 3), 4, residual=False, relu=True)
     given = inputs(case, torch.float32)
     given["weight"], given["bias"] = torch.zeros(8), torch.zeros(8)  # so every output is exactly 0
     assert all(not gradient.any() for gradient in run(given, case, backend="triton").gradients)
 
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # warnings of the interpreter
 @pytest.mark.parametrize("value", [torch.nan, 1e25])  # whose square overflows
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_value_that_is_not_a_number_or_too_large_is_not_hidden(residual: bool, value: float) -> None:
+def test_nan_and_overflow_make_the_outputs_and_gradients_of_their_span_nan(residual: bool, value: float) -> None:
     case = Case((4, 8, 3, 3), 2, residual=residual, relu=True)
     given = inputs(case, torch.float32)
     given["x"][3, 5, 1, 1] = value
@@ -133,7 +133,7 @@ def test_a_value_that_is_not_a_number_or_too_large_is_not_hidden(residual: bool,
     assert not ours.y[:2].isnan().any()
 
 
-def test_inputs_of_any_layout_give_the_same() -> None:
+def test_inputs_of_any_memory_layout_give_equal_results() -> None:
     case = CASES[0]
     given = inputs(case, torch.float32)
     other = {name: t.contiguous() for name, t in given.items()}
@@ -156,7 +156,7 @@ def test_inputs_of_any_layout_give_the_same() -> None:
         ({"residual": torch.ones(4, 8, 3, 3, dtype=torch.float16)}, "residual is torch.float16"),
     ],
 )
-def test_tensors_that_do_not_agree_are_named(changes: dict[str, Any], message: str) -> None:
+def test_mismatched_tensors_raise_errors_that_name_them(changes: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"x": torch.ones(4, 8, 3, 3), "weight": torch.ones(8), "bias": torch.ones(8), "span": 4}
     with pytest.raises(UserError, match=message):
         fused_bn_act(**{**given, **changes})

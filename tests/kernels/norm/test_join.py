@@ -1,4 +1,4 @@
-"""A residual join's passes: ReLU's mask as bits, and two batch norms whose gradients come from one read, in float64."""
+"""Passes of a residual join against float64: the ReLU mask as bits, and the fused gradients of two batch norms."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 EPS = 1e-3
 CASES = [((5, 20, 3, 3), 2), ((4, 130, 4, 3), 4), ((3, 8, 5, 5), 1)]
-"""Shapes and spans: a short span, channels that fill no byte and no block, a single block of one byte."""
+"""Shapes and spans: a short last span; channels that do not fill a byte or a block; one block of a single byte."""
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small tensors too are cut into several parts."""
+    """Small tiles, so that small tensors are also divided into several parts."""
     monkeypatch.setattr(norm_passes, "TILE", 512)
 
 
@@ -44,7 +44,7 @@ def doubled(norm: Normalisation) -> Normalisation:
 
 
 @pytest.mark.parametrize("columns", [8, 16, 20, 130])
-def test_bits_and_booleans_are_each_others_inverse(columns: int) -> None:
+def test_bits_and_booleans_round_trip(columns: int) -> None:
     images = draw((2, columns, 3, 2), torch.float32, seed=1)
     images[0, 3, 1, 1], images[1, 5, 2, 0] = torch.nan, 0.0
     bits = bits_of(images)
@@ -58,22 +58,22 @@ def test_bits_and_booleans_are_each_others_inverse(columns: int) -> None:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("two_norms", [False, True])
 @pytest.mark.parametrize(("shape", "span"), CASES)
-def test_the_join_and_its_gradients_are_those_of_float64(
+def test_the_join_and_its_gradients_match_float64(
     shape: tuple[int, ...], span: int, two_norms: bool, dtype: torch.dtype
 ) -> None:
     x, residual, dy, addend = (draw(shape, dtype, seed) for seed in range(4))
     norm, other = norm_of(x, span, 5), norm_of(residual, span, 6) if two_norms else None
     options: dict[str, Any] = {"span": span, "triton": True}
-    z, passed = join(x, norm, residual, residual_norm=other, **options)
-    assert passed is not None
-    assert torch.equal(passed, bits_of(z))
+    z, relu_mask = join(x, norm, residual, residual_norm=other, **options)
+    assert relu_mask is not None
+    assert torch.equal(relu_mask, bits_of(z))
 
     wide = [t.double() for t in (x, residual, dy, addend)]
     in_float64: dict[str, Any] = {"residual_norm": other and doubled(other), "span": span, "triton": False}
     expected, _ = join(wide[0], doubled(norm), wide[1], **in_float64)
     assert error(z, expected) < ROUNDING[dtype]
 
-    behind = {"passed": passed, "addend": addend, "residual": residual, "residual_norm": other}
+    behind = {"relu_mask": relu_mask, "addend": addend, "residual": residual, "residual_norm": other}
     dz, sums = join_gradient(dy, x, norm, **behind, **options)
     behind |= {"addend": wide[3], "residual": wide[1], **in_float64}
     expected_dz, expected_sums = join_gradient(wide[2], wide[0], doubled(norm), **behind)
@@ -91,15 +91,15 @@ def test_the_join_and_its_gradients_are_those_of_float64(
 def test_without_relu_nothing_is_masked() -> None:
     x, residual = (draw((4, 8, 3, 3), torch.float32, seed) for seed in range(2))
     norm = norm_of(x, 4, 5)
-    z, passed = join(x, norm, residual, span=4, triton=True, relu=False)
-    assert passed is None
+    z, relu_mask = join(x, norm, residual, span=4, triton=True, relu=False)
+    assert relu_mask is None
     assert (z < 0).any()
 
 
-def test_where_the_sum_is_not_a_number_its_bit_is_set() -> None:
+def test_the_bit_of_a_nan_is_set() -> None:
     x, residual = (draw((4, 8, 3, 3), torch.float32, seed) for seed in range(2))
     residual[2, 3, 1, 1] = torch.nan
-    z, passed = join(x, norm_of(x, 4, 5), residual, span=4, triton=True)
-    assert passed is not None
+    z, relu_mask = join(x, norm_of(x, 4, 5), residual, span=4, triton=True)
+    assert relu_mask is not None
     assert z[2, 3, 1, 1].isnan()
-    assert images_of_bits(passed, x)[2, 3, 1, 1]
+    assert images_of_bits(relu_mask, x)[2, 3, 1, 1]

@@ -1,4 +1,4 @@
-"""Batch norm, ReLU and max pooling in one, against torch's operations in float64, and their choice among equals."""
+"""Fused batch norm, ReLU and max pooling against torch's operations in float64, including ties within a window."""
 
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small tensors too are cut into several parts."""
+    """Small tiles, so that small tensors are also divided into several parts."""
     monkeypatch.setattr(norm_passes, "TILE", 512)
 
 
@@ -52,7 +52,7 @@ def error(result: Tensor, exact: Tensor) -> float:
 
 
 def without_ties(given: list[Tensor], span: int) -> list[Tensor]:
-    """dy is 0 where rounding could make another value the maximum: there no gradient is the right one."""
+    """Sets dy to 0 where rounding could make another value the maximum, which makes the gradient ambiguous."""
     x, weight, bias, dy = given
     h = torch.cat(
         [
@@ -68,7 +68,7 @@ def without_ties(given: list[Tensor], span: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("shape", "span"), CASES)
-def test_outputs_and_gradients_are_those_of_float64(shape: tuple[int, ...], span: int, dtype: torch.dtype) -> None:
+def test_outputs_and_gradients_match_float64(shape: tuple[int, ...], span: int, dtype: torch.dtype) -> None:
     given = without_ties(draw(shape, dtype), span)
     assert given[3].count_nonzero() > 0.3 * given[3].numel()
     exact = run([t.double() for t in given], span, "reference")
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_float64(shape: tuple[int, ...], span
     assert all(map(torch.equal, ours.gradients, again.gradients))
 
 
-def test_of_equal_values_the_first_in_the_order_of_rows_has_the_gradient() -> None:
+def test_of_equal_values_the_first_in_row_major_order_receives_the_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 3, (2, 16, 7, 6), generator=generator).float()  # so most windows have several maxima
     given = [x, torch.rand(16, generator=generator) + 0.5, torch.ones(16), torch.randn(2, 16, 4, 3)]
@@ -94,13 +94,13 @@ def test_of_equal_values_the_first_in_the_order_of_rows_has_the_gradient() -> No
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_where_a_whole_window_is_0_no_gradient_passes() -> None:
+def test_a_window_of_zeros_passes_no_gradient() -> None:
     given = draw((2, 8, 4, 4), torch.float32)
     given[1], given[2] = torch.zeros(8), torch.zeros(8)
     assert all(not gradient.any() for gradient in run(given, 2, "triton").gradients)
 
 
-def test_a_value_that_is_not_a_number_is_the_maximum_and_has_the_gradient() -> None:
+def test_nan_is_the_maximum_and_receives_the_gradient() -> None:
     given = draw((2, 8, 4, 4), torch.float32)
     given[0][1, 3, 2, 2] = torch.nan
     ours, torchs = run(given, 1, "triton"), run(given, 1, "reference")
@@ -110,7 +110,7 @@ def test_a_value_that_is_not_a_number_is_the_maximum_and_has_the_gradient() -> N
     assert not ours.gradients[0][0].isnan().any()
 
 
-def test_inputs_of_any_layout_give_the_same() -> None:
+def test_inputs_of_any_memory_layout_give_equal_results() -> None:
     given = draw((3, 16, 6, 8), torch.float32)
     first, second = run(given, 2, "triton"), run([t.contiguous() for t in given], 2, "triton")
     assert torch.equal(first.y, second.y)

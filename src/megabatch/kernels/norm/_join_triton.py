@@ -1,58 +1,63 @@
 # mypy: ignore-errors
-"""Triton kernels of a residual join: batch norm, sum and ReLU. Loaded by `join_passes` alone, when one runs on a GPU.
+"""Triton kernels of a residual join: batch norm, sum and ReLU. Imported by `join` and `bottleneck` kernels on a GPU.
 
-Matrices, spans, parts and partial sums are those of `_batch_norm_triton`. The residual may be a convolution's output
-that is still to be normalised by a batch norm of its own (`two_norms`). Where ReLU passes is kept as one bit a value:
-a matrix of bytes beside that of values, bit i of byte j in a row for column 8 j + i.
+    z = relu(batch norm of x + r);   dz = dy where z > 0;   dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n)
+
+The residual r is a tensor or, with `two_norms`, the batch norm of a tensor by statistics of its own (`other_...`).
+Matrices, spans, parts, partial sums and the grid are those of `_batch_norm_triton`.
+
+`relu_mask` holds one bit per value of z, 1 where z > 0 or z is NaN: uint8 (num_rows, ceil(columns / 8)), where bit i
+of byte j is channel 8 j + i. It takes a sixteenth of the memory traffic of a 16-bit z, which would tell the same.
 """
 
 import triton
 import triton.language as tl
 
 from megabatch.kernels.norm._batch_norm_triton import (
-    _columns_here,
+    _affine,
     _input_gradient,
-    _normalised,
-    _put_pair,
-    _rows_of_part,
-    _tile,
+    _part_rows,
+    _program_columns,
+    _store_pair,
+    _tile_offsets,
 )
 
 
 @triton.jit
-def _of_span(mean, rstd, column, inside, columns):
-    """Mean and rstd of this span's channels."""
-    own = tl.program_id(1) * columns + column
-    return tl.load(mean + own, mask=inside, other=0.0), tl.load(rstd + own, mask=inside, other=0.0)
+def _load_statistics(mean, rstd, column, column_mask, columns):
+    """Mean and rstd of this program's span and channels."""
+    of_span = tl.program_id(1) * columns + column
+    return tl.load(mean + of_span, mask=column_mask, other=0.0), tl.load(rstd + of_span, mask=column_mask, other=0.0)
 
 
 @triton.jit
-def _bytes_of(row, byte, count, columns):
-    """Offsets of these bytes of these rows' bits from those of the part's first row, and which of them exist."""
-    across = (columns + 7) // 8
+def _byte_offsets(row, byte, count, columns):
+    """Offsets of bytes of the ReLU mask from the part's first byte, and the mask of those that exist."""
+    across = (columns + 7) // 8  # bytes per row
     return row[:, None] * across + byte[None, :], (row[:, None] < count) & (byte[None, :] < across)
 
 
 @triton.jit
-def _bytes_here(columns, block_columns: tl.constexpr):
-    """The bytes that hold this program's columns."""
+def _program_bytes(columns, block_columns: tl.constexpr):
+    """Indices within a row of the bytes that hold the bits of this program's channels; block_columns is 8 or more."""
     block = tl.program_id(0) % ((columns + block_columns - 1) // block_columns)
     return block * (block_columns // 8) + tl.arange(0, block_columns // 8)
 
 
 @triton.jit
-def _put_bits(bits, values, row, byte, count, columns, block_rows: tl.constexpr, block_columns: tl.constexpr):
-    """Writes where `values` are 1 and not 0; `bits` begins with the part's first row."""
+def _store_bits(bits, values, row, byte, count, columns, block_rows: tl.constexpr, block_columns: tl.constexpr):
+    """Packs a tile of booleans into bytes and writes them; `bits` points to the part's first byte."""
+    # (rows, bytes, 8): each value is shifted to its bit, and the sum over the last axis is the bitwise or.
     apart = tl.reshape(values.to(tl.int32), (block_rows, block_columns // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    place, here = _bytes_of(row, byte, count, columns)
-    tl.store(bits + place, tl.sum(apart, axis=2).to(tl.uint8), mask=here)
+    offset, mask = _byte_offsets(row, byte, count, columns)
+    tl.store(bits + offset, tl.sum(apart, axis=2).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _bits(bits, row, byte, count, columns, block_rows: tl.constexpr, block_columns: tl.constexpr):
-    """Which of a tile's bits are set; `bits` begins with the part's first row."""
-    place, here = _bytes_of(row, byte, count, columns)
-    together = tl.load(bits + place, mask=here, other=0).to(tl.int32)
+    """Loads a tile of bits as booleans (block_rows, block_columns); `bits` points to the part's first byte."""
+    offset, mask = _byte_offsets(row, byte, count, columns)
+    together = tl.load(bits + offset, mask=mask, other=0).to(tl.int32)
     apart = (together[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(apart, (block_rows, block_columns)) != 0
 
@@ -62,7 +67,7 @@ def join_kernel(
     x,
     residual,
     y,
-    passed,
+    relu_mask,
     mean,
     rstd,
     weight,
@@ -79,29 +84,36 @@ def join_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """y = relu(weight (x - mean) rstd + bias + residual) in one pass, and with `relu` where y is not 0."""
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
-    place, here = _tile(column, inside, 0, count, columns, block_rows)
-    values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    added = tl.load(residual + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(mean, rstd, column, inside, columns)
-    slope = tl.load(weight + column, mask=inside, other=0.0) * scale
-    values = _normalised(values, middle, slope, tl.load(bias + column, mask=inside, other=0.0))
+    """Join, forward: y = relu((x - mean) rstd weight + bias + r), and its ReLU mask. One program writes one tile.
+
+    x, residual, y (num_rows, columns); mean, rstd and other_mean, other_rstd (spans, columns); weight, bias and
+    other_weight, other_bias (columns,). r is `residual` or, with `two_norms`, its batch norm. Without `relu`,
+    `relu_mask` is not written.
+    """
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
+    offset, mask = _tile_offsets(column, column_mask, 0, count, columns, block_rows)
+    values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
+    added = tl.load(residual + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
+    mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
+    scale = tl.load(weight + column, mask=column_mask, other=0.0) * inv_std
+    values = _affine(values, mu, scale, tl.load(bias + column, mask=column_mask, other=0.0))
     if two_norms:
-        middle, scale = _of_span(other_mean, other_rstd, column, inside, columns)
-        slope = tl.load(other_weight + column, mask=inside, other=0.0) * scale
-        added = _normalised(added, middle, slope, tl.load(other_bias + column, mask=inside, other=0.0))
+        mu, inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
+        scale = tl.load(other_weight + column, mask=column_mask, other=0.0) * inv_std
+        added = _affine(added, mu, scale, tl.load(other_bias + column, mask=column_mask, other=0.0))
+    # Both terms are float32 here: the sum is rounded once, to y's dtype.
     values += added
     if relu:
         values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
     rounded = values.to(y.dtype.element_ty)
-    tl.store(y + first * columns + place, rounded, mask=here)
+    tl.store(y + first * columns + offset, rounded, mask=mask)
     if relu:
-        row, byte = tl.arange(0, block_rows), _bytes_here(columns, block_columns)
-        passes = here & ~(rounded <= 0)
-        bits = passed + first * ((columns + 7) // 8)
-        _put_bits(bits, passes, row, byte, count, columns, block_rows, block_columns)
+        # The mask of the rounded values: a tiny positive value that became 0 in y passes no gradient. NaN passes it.
+        row, byte = tl.arange(0, block_rows), _program_bytes(columns, block_columns)
+        passes = mask & ~(rounded <= 0)
+        bits = relu_mask + first * ((columns + 7) // 8)
+        _store_bits(bits, passes, row, byte, count, columns, block_rows, block_columns)
 
 
 @triton.jit
@@ -110,7 +122,7 @@ def join_gradient_kernel(
     addend,
     x,
     residual,
-    passed,
+    relu_mask,
     dz,
     partials,
     mean,
@@ -127,42 +139,48 @@ def join_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dz = dy + addend where ReLU passed, and over each part of a span the sums of dz and of dz (x - mean) rstd.
+    """Join, backward: dz, and sums of dz and of dz h over one part of a span. One program walks down one part.
 
-    With `two_norms` also those of the residual's batch norm, behind them: the first of these is the same sum again.
+        dz = dy + addend where relu_mask is set, else 0;   h = (x - mean) rstd
+
+    dy, addend, x, residual, dz (num_rows, columns); partials (spans, parts, 2, columns), float32. With `two_norms`,
+    partials is (spans, parts, 4, columns): behind x's two sums follow those for h of `residual` by its own
+    statistics. The sum of dz is then stored twice, so that each batch norm has a pair of its own.
     """
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, rows_per_part, columns, block_columns)
     base = first * columns
-    bits, byte = passed + first * ((columns + 7) // 8), _bytes_here(columns, block_columns)
-    middle, scale = _of_span(mean, rstd, column, inside, columns)
+    bits, byte = relu_mask + first * ((columns + 7) // 8), _program_bytes(columns, block_columns)
+    mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     if two_norms:
-        other_middle, other_scale = _of_span(other_mean, other_rstd, column, inside, columns)
-        others = tl.zeros((block_rows, block_columns), dtype=tl.float32)
+        other_mu, other_inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
+        other_products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
-        place, here = _tile(column, inside, done, count, columns, block_rows)
-        gradient = tl.load(dy + base + place, mask=here, other=0.0).to(tl.float32)
-        values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
+        offset, mask = _tile_offsets(column, column_mask, done, count, columns, block_rows)
+        gradient = tl.load(dy + base + offset, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+        # The output's second gradient, e.g. of the next block's shortcut, is added before the mask.
         if has_addend:
-            gradient += tl.load(addend + base + place, mask=here, other=0.0).to(tl.float32)
+            gradient += tl.load(addend + base + offset, mask=mask, other=0.0).to(tl.float32)
         row = done + tl.arange(0, block_rows)
         passes = _bits(bits, row, byte, count, columns, block_rows, block_columns)
         rounded = tl.where(passes, gradient, 0.0).to(dz.dtype.element_ty)
-        tl.store(dz + base + place, rounded, mask=here)
+        tl.store(dz + base + offset, rounded, mask=mask)
+        # The sums are of dz as it was stored, rounded: dx is computed from the stored values.
         gradient = rounded.to(tl.float32)
         sums += gradient
-        products += gradient * tl.where(here, (values - middle[None, :]) * scale[None, :], 0.0)
+        products += gradient * tl.where(mask, (values - mu[None, :]) * inv_std[None, :], 0.0)
         if two_norms:
-            added = tl.load(residual + base + place, mask=here, other=0.0).to(tl.float32)
-            others += gradient * tl.where(here, (added - other_middle[None, :]) * other_scale[None, :], 0.0)
+            added = tl.load(residual + base + offset, mask=mask, other=0.0).to(tl.float32)
+            other_products += gradient * tl.where(mask, (added - other_mu[None, :]) * other_inv_std[None, :], 0.0)
     total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
     pairs: tl.constexpr = 2 if two_norms else 1
-    _put_pair(partials, num_parts, total, product, column, inside, columns, block_columns, pairs, 0)
+    _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns, pairs, 0)
     if two_norms:
-        product = tl.sum(others, axis=0)
-        _put_pair(partials, num_parts, total, product, column, inside, columns, block_columns, pairs, 1)
+        product = tl.sum(other_products, axis=0)
+        _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns, pairs, 1)
 
 
 @triton.jit
@@ -185,23 +203,29 @@ def two_input_gradients_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n) of both batch norms of a join, from one read of dz."""
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
-    place, here = _tile(column, inside, 0, count, columns, block_rows)
+    """Input gradients of both batch norms of a join from one read of dz. One program writes one tile of each.
+
+        dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n),    and the same for dresidual with `other_...`
+
+    dz, x, residual, dx, dresidual (num_rows, columns); sums (spans, 4, columns) as `join_gradient_kernel` orders them.
+    """
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
+    offset, mask = _tile_offsets(column, column_mask, 0, count, columns, block_rows)
     base = first * columns
-    gradient = tl.load(dz + base + place, mask=here, other=0.0).to(tl.float32)
+    gradient = tl.load(dz + base + offset, mask=mask, other=0.0).to(tl.float32)
     start = tl.program_id(1).to(tl.int64) * span_rows
     size = tl.minimum(num_rows - start, span_rows).to(tl.float32)
-    pairs = sums + tl.program_id(1) * 4 * columns
-    values = tl.load(x + base + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(mean, rstd, column, inside, columns)
-    slope = tl.load(weight + column, mask=inside, other=0.0) * scale
-    result = _input_gradient(gradient, values, middle, scale, slope, pairs, size, column, inside, columns)
-    tl.store(dx + base + place, result.to(dx.dtype.element_ty), mask=here)
-    values = tl.load(residual + base + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale = _of_span(other_mean, other_rstd, column, inside, columns)
-    slope = tl.load(other_weight + column, mask=inside, other=0.0) * scale
-    pairs += 2 * columns
-    result = _input_gradient(gradient, values, middle, scale, slope, pairs, size, column, inside, columns)
-    tl.store(dresidual + base + place, result.to(dresidual.dtype.element_ty), mask=here)
+    pair = sums + tl.program_id(1) * 4 * columns
+    values = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+    mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
+    scale = tl.load(weight + column, mask=column_mask, other=0.0) * inv_std
+    result = _input_gradient(gradient, values, mu, inv_std, scale, pair, size, column, column_mask, columns)
+    tl.store(dx + base + offset, result.to(dx.dtype.element_ty), mask=mask)
+    # The residual's batch norm: the second pair of sums, with the same dz still in registers.
+    values = tl.load(residual + base + offset, mask=mask, other=0.0).to(tl.float32)
+    mu, inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
+    scale = tl.load(other_weight + column, mask=column_mask, other=0.0) * inv_std
+    pair += 2 * columns
+    result = _input_gradient(gradient, values, mu, inv_std, scale, pair, size, column, column_mask, columns)
+    tl.store(dresidual + base + offset, result.to(dresidual.dtype.element_ty), mask=mask)

@@ -1,34 +1,46 @@
 # mypy: ignore-errors
-"""Triton kernels of batch norm, ReLU and max pooling in one. Loaded by `stem` alone, when it runs on a GPU.
+"""Triton kernels of batch norm, ReLU and max pooling in one. Imported only by `stem`, when it runs on a GPU.
 
-The pooling is 3x3 with stride 2 and a border of 1. Images are matrices of rows and columns as in `_batch_norm_triton`,
-whose parts and partial sums these kernels use; a row's place in its image follows from its number. The place of each
-maximum in its window is kept as one byte, from 0 to 8, or `NOWHERE` if ReLU lets no gradient through.
+    h = relu(batch norm of x);   y = max pooling of h in 3x3 windows, stride 2, padding 1
+
+Window (i, j) covers rows 2 i - 1 to 2 i + 1 and columns 2 j - 1 to 2 j + 1 of the image. Matrices, spans, parts,
+partial sums and the grid are those of `_batch_norm_triton`. The number of a row gives its sample and its pixel:
+row = (sample * height + i) * width + j.
+
+Forward stores the position of each window's maximum as one byte: 3 (row in the window) + (column in the window), 0 to
+8, or `NOWHERE` where the maximum is 0 and ReLU passes no gradient. Backward gathers: the pixel of x collects from the
+windows whose stored position is that pixel, so that no two programs add to one value, and the order of sums is fixed.
 """
 
 import triton
 import triton.language as tl
 
-from megabatch.kernels.norm._batch_norm_triton import _columns_here, _normalised, _put_pair, _rows_of_part, _tile
+from megabatch.kernels.norm._batch_norm_triton import (
+    _affine,
+    _part_rows,
+    _program_columns,
+    _store_pair,
+    _tile_offsets,
+)
 
 NOWHERE = tl.constexpr(9)
 
 
 @triton.jit
-def _channels(mean, rstd, weight, bias, column, inside, columns):
-    """Mean, rstd, rstd times weight, and bias of this span's channels."""
-    own = tl.program_id(1) * columns + column
-    scale = tl.load(rstd + own, mask=inside, other=0.0)
-    slope = tl.load(weight + column, mask=inside, other=0.0) * scale
-    middle = tl.load(mean + own, mask=inside, other=0.0)
-    return middle, scale, slope, tl.load(bias + column, mask=inside, other=0.0)
+def _load_channels(mean, rstd, weight, bias, column, column_mask, columns):
+    """Mean, rstd, weight rstd, and bias of this program's span and channels."""
+    of_span = tl.program_id(1) * columns + column
+    inv_std = tl.load(rstd + of_span, mask=column_mask, other=0.0)
+    scale = tl.load(weight + column, mask=column_mask, other=0.0) * inv_std
+    mu = tl.load(mean + of_span, mask=column_mask, other=0.0)
+    return mu, inv_std, scale, tl.load(bias + column, mask=column_mask, other=0.0)
 
 
 @triton.jit
 def pool_kernel(
     x,
     pooled,
-    places,
+    positions,
     mean,
     rstd,
     weight,
@@ -43,63 +55,75 @@ def pool_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """The first maximum of each window of relu(batch norm of x), in the order of rows; rows here are those pooled."""
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
-    middle, _, slope, shift = _channels(mean, rstd, weight, bias, column, inside, columns)
+    """Forward: maxima of the windows of relu((x - mean) rstd weight + bias), and their positions.
+
+    One program handles one tile of `pooled`: num_rows, span_rows and the tile count rows of pooled images here. Of
+    equal values the first in row-major order is the maximum, and NaN is larger than any number, as in torch.
+
+    x (N height width, columns); pooled and positions (N pooled_height pooled_width, columns), positions uint8; mean,
+    rstd (spans, columns); weight, bias (columns,).
+    """
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
+    mu, _, scale, shift = _load_channels(mean, rstd, weight, bias, column, column_mask, columns)
+    # 32-bit division is much faster than 64-bit; `stem` checks that row numbers fit.
     row = (first + tl.arange(0, block_rows)).to(tl.int32)
     exists = tl.arange(0, block_rows) < count
     sample = row // (pooled_height * pooled_width)
     top = row // pooled_width % pooled_height * 2 - 1
     left = row % pooled_width * 2 - 1
     best = tl.full((block_rows, block_columns), float("-inf"), dtype=tl.float32)
-    place = tl.full((block_rows, block_columns), NOWHERE, dtype=tl.int32)
+    position = tl.full((block_rows, block_columns), NOWHERE, dtype=tl.int32)
     for number in tl.static_range(9):
         i, j = top + number // 3, left + number % 3
-        here = exists & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-        here = here[:, None] & inside[None, :]
+        mask = exists & (i >= 0) & (i < height) & (j >= 0) & (j < width)  # the padding is never a maximum
+        mask = mask[:, None] & column_mask[None, :]
         source = ((sample * height + i) * width + j).to(tl.int64)[:, None] * columns + column[None, :]
-        values = tl.load(x + source, mask=here, other=0.0).to(tl.float32)
-        values = tl.maximum(_normalised(values, middle, slope, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+        values = tl.maximum(_affine(values, mu, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        # Rounded before comparing, as torch compares 16-bit values: values that round alike are equal.
         values = values.to(pooled.dtype.element_ty).to(tl.float32)
-        ahead = here & ((values > best) | (values != values))  # noqa: PLR0124  # not a number
+        ahead = mask & ((values > best) | (values != values))  # noqa: PLR0124  # x != x is true for NaN only
         best = tl.where(ahead, values, best)
-        place = tl.where(ahead, number, place)
-    place = tl.where(best <= 0, NOWHERE, place)
+        position = tl.where(ahead, number, position)
+    position = tl.where(best <= 0, NOWHERE, position)
     target = row.to(tl.int64)[:, None] * columns + column[None, :]
-    kept = exists[:, None] & inside[None, :]
-    tl.store(pooled + target, best.to(pooled.dtype.element_ty), mask=kept)
-    tl.store(places + target, place.to(tl.uint8), mask=kept)
+    written = exists[:, None] & column_mask[None, :]
+    tl.store(pooled + target, best.to(pooled.dtype.element_ty), mask=written)
+    tl.store(positions + target, position.to(tl.uint8), mask=written)
 
 
 @triton.jit
-def _gathered(
-    dpooled, places, row, here, column, height, width, pooled_height, pooled_width, columns, block_rows: tl.constexpr
+def _gather_gradient(
+    dpooled, positions, row, mask, column, height, width, pooled_height, pooled_width, columns, block_rows: tl.constexpr
 ):
-    """Sum of the gradients of the windows whose maximum is at each row's pixel: up to two rows and two columns of them.
+    """dz of a tile of pixels of x, float32: the sum of dpooled over the windows whose maximum is at that pixel.
 
-    Summed window by window in the order of rows, as float32.
+    Pixel (i, j) lies in at most four windows: rows i // 2 and i // 2 + 1 of them, and likewise columns. They are added
+    in row-major order.
     """
     sample = row // (height * width)
     i, j = row // width % height, row % width
     total = tl.zeros((block_rows, column.shape[0]), dtype=tl.float32)
     for number in tl.static_range(4):
         window_row, window_column = i // 2 + number // 2, j // 2 + number % 2
+        # The pixel's position in that window; negative if i or j is even and the second window does not reach it.
         down, right = i - 2 * window_row + 1, j - 2 * window_column + 1
-        there = (down >= 0) & (right >= 0) & (window_row < pooled_height) & (window_column < pooled_width)
+        in_window = (down >= 0) & (right >= 0) & (window_row < pooled_height) & (window_column < pooled_width)
         source = ((sample * pooled_height + window_row) * pooled_width + window_column).to(tl.int64)[:, None]
         source = source * columns + column[None, :]
-        there = there[:, None] & here
-        place = tl.load(places + source, mask=there, other=NOWHERE).to(tl.int32)
-        gradient = tl.load(dpooled + source, mask=there, other=0.0).to(tl.float32)
-        total += tl.where(place == (3 * down + right)[:, None], gradient, 0.0)
+        # A pixel receives a window's gradient only if it is the stored maximum; NOWHERE (9) matches no pixel.
+        in_window = in_window[:, None] & mask
+        position = tl.load(positions + source, mask=in_window, other=NOWHERE).to(tl.int32)
+        gradient = tl.load(dpooled + source, mask=in_window, other=0.0).to(tl.float32)
+        total += tl.where(position == (3 * down + right)[:, None], gradient, 0.0)
     return total
 
 
 @triton.jit
 def pool_gradient_sums_kernel(
     dpooled,
-    places,
+    positions,
     x,
     partials,
     mean,
@@ -116,31 +140,35 @@ def pool_gradient_sums_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Sums of dz and of dz (x - mean) rstd over each part of a span, dz gathered from the windows."""
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, rows_per_part, columns, block_columns)
-    own = tl.program_id(1) * columns + column
-    middle = tl.load(mean + own, mask=inside, other=0.0)
-    scale = tl.load(rstd + own, mask=inside, other=0.0)
+    """Backward, first pass: sums of dz and of dz (x - mean) rstd over one part. One program walks down one part.
+
+    dz is gathered from the windows and not written. partials (spans, parts, 2, columns), float32; the others as in
+    `pool_kernel`, but num_rows, span_rows and parts count rows of x.
+    """
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, rows_per_part, columns, block_columns)
+    of_span = tl.program_id(1) * columns + column
+    mu = tl.load(mean + of_span, mask=column_mask, other=0.0)
+    inv_std = tl.load(rstd + of_span, mask=column_mask, other=0.0)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
-        place, here = _tile(column, inside, done, count, columns, block_rows)
+        offset, mask = _tile_offsets(column, column_mask, done, count, columns, block_rows)
         row = (first + done + tl.arange(0, block_rows)).to(tl.int32)
-        gradient = _gathered(
-            dpooled, places, row, here, column, height, width, pooled_height, pooled_width, columns, block_rows
+        gradient = _gather_gradient(
+            dpooled, positions, row, mask, column, height, width, pooled_height, pooled_width, columns, block_rows
         )
-        values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
+        values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
         sums += gradient
-        products += gradient * tl.where(here, (values - middle[None, :]) * scale[None, :], 0.0)
+        products += gradient * tl.where(mask, (values - mu[None, :]) * inv_std[None, :], 0.0)
     total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
-    _put_pair(partials, num_parts, total, product, column, inside, columns, block_columns)
+    _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns)
 
 
 @triton.jit
 def pool_input_gradient_kernel(
     dpooled,
-    places,
+    positions,
     x,
     dx,
     sums,
@@ -158,15 +186,19 @@ def pool_input_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n), dz gathered from the windows again."""
-    column, inside = _columns_here(columns, block_columns)
-    first, count = _rows_of_part(num_rows, span_rows, block_rows, columns, block_columns)
-    place, here = _tile(column, inside, 0, count, columns, block_rows)
-    gradient = _gathered(
+    """Backward, second pass: dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n). One program writes one tile.
+
+    dz is gathered a second time: reading the pooled gradient, a quarter of x's size, costs less than writing and
+    reading dz. sums (spans, 2, columns); the others as in `pool_gradient_sums_kernel`.
+    """
+    column, column_mask = _program_columns(columns, block_columns)
+    first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
+    offset, mask = _tile_offsets(column, column_mask, 0, count, columns, block_rows)
+    gradient = _gather_gradient(
         dpooled,
-        places,
+        positions,
         (first + tl.arange(0, block_rows)).to(tl.int32),
-        here,
+        mask,
         column,
         height,
         width,
@@ -175,11 +207,12 @@ def pool_input_gradient_kernel(
         columns,
         block_rows,
     )
-    values = tl.load(x + first * columns + place, mask=here, other=0.0).to(tl.float32)
-    middle, scale, slope, _ = _channels(mean, rstd, weight, bias, column, inside, columns)
+    values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
+    mu, inv_std, scale, _ = _load_channels(mean, rstd, weight, bias, column, column_mask, columns)
     size = tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows).to(tl.float32)
+    # The means of dz and dz h over this span; the factor rstd of h is multiplied in per channel.
     pair = sums + tl.program_id(1) * 2 * columns + column
-    of_gradient = tl.load(pair, mask=inside, other=0.0) / size
-    of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * scale
-    gradient = gradient - of_gradient[None, :] - (values - middle[None, :]) * of_product[None, :]
-    tl.store(dx + first * columns + place, (gradient * slope[None, :]).to(dx.dtype.element_ty), mask=here)
+    mean_dz = tl.load(pair, mask=column_mask, other=0.0) / size
+    mean_dz_h = tl.load(pair + columns, mask=column_mask, other=0.0) / size * inv_std
+    gradient = gradient - mean_dz[None, :] - (values - mu[None, :]) * mean_dz_h[None, :]
+    tl.store(dx + first * columns + offset, (gradient * scale[None, :]).to(dx.dtype.element_ty), mask=mask)

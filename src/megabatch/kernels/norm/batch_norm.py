@@ -1,9 +1,15 @@
-"""Batch norm over spans, a residual and ReLU, each tensor read and written as few times as the arithmetic allows.
+"""Fused batch norm over spans, residual and ReLU, with few reads and writes of each tensor.
 
-For 16-bit images with the channels last. Passes over the images, with the plain operations' in brackets: forward reads
-2 and writes 1 (with a residual 3 and 1; plain 4 and 2, 6 and 3); backward reads 4 and writes 1 (with a residual 4 and
-2; plain 6 and 2, 6 and 2), and with a residual one bit a value each way, ReLU's mask. Statistics and sums are float32,
-added in one fixed order: equal inputs give equal bits.
+Fastest for 16-bit channels_last images. Image-sized tensors read + written:
+
+                         fused    torch's operations
+    forward              2 + 1    4 + 2
+    forward, residual    3 + 1    6 + 3
+    backward             4 + 1    6 + 2
+    backward, residual   4 + 2    6 + 2
+
+With a residual, forward also writes and backward reads the ReLU mask, one bit per value. Statistics and sums are
+float32 in a fixed order: equal inputs give equal bits.
 """
 
 from typing import Any
@@ -35,20 +41,20 @@ def fused_bn_act(
     sink: StatisticsSink | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, mean, var)`: each `span` samples by their own statistics, plus a residual, through ReLU; differentiable.
+    """Returns `(y, mean, var)`: batch norm with statistics per `span` samples, residual sum and ReLU; differentiable.
 
         h = (x - mean) / sqrt(biased variance + eps);   y = relu(weight h + bias + residual)      per span and channel
 
-    (Ioffe and Szegedy 2015, arXiv:1502.03167; the gradients are in `norm_passes`.) `mean` and `var` are (spans, C), in
-    float32 and without gradient; `var` is the unbiased variance, which running averages want. The last span
-    is short where N is no multiple of `span`. torch rounds between the three operations, the kernels only once. With
-    `sink` the statistics are also kept there, as a layer keeps those of its forwards.
+    (Ioffe and Szegedy 2015, arXiv:1502.03167; the gradients are in `norm.passes`.) `mean` and `var` are (spans, C),
+    float32, without gradient; `var` is the unbiased variance, the one that running averages use. The last span is
+    shorter if N is not a multiple of `span`. torch rounds after each of the three operations, the kernels only once.
+    With `sink`, the statistics are also accumulated there, e.g. into a layer's running averages.
 
-    Shapes: x and residual (N, C, H, W), float32, float16 or bfloat16, fastest with the channels last, in which y comes
-    back from a GPU; weight and bias (C,), float32.
+    Shapes: x and residual (N, C, H, W), float32, float16 or bfloat16, fastest in channels_last, which is also y's
+    layout on a GPU; weight and bias (C,), float32.
 
     Raises:
-        UserError: no sample, a span below 1, or tensors of other shapes or types.
+        UserError: no sample, a span below 1, or tensors of wrong shapes or dtypes.
     """
     check(x, weight, bias, residual, span)
     if not use_triton(x, backend) or x.dtype not in passes.TYPES:
@@ -58,6 +64,7 @@ def fused_bn_act(
         if sink is not None:
             keep_statistics(sink, mean, var, triton=False)
         return y, mean, var
+    # Moments are measured outside autograd; the gradient through them is part of `_NormAct`'s backward.
     found = passes.moments(x.detach(), span=span, eps=eps, triton=True, sink=sink)
     y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")
     return y, found.mean, found.var
@@ -73,9 +80,8 @@ def batch_norm_act_reference(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in torch's own operations, one batch norm per span; any floating-point type."""
-    wide = weight.dtype
-    statistics = torch.zeros(-(-len(x) // span), 2, len(weight), dtype=wide, device=x.device)
+    """`fused_bn_act` in torch's own operations, one batch norm per span; any floating-point dtype."""
+    statistics = torch.zeros(-(-len(x) // span), 2, len(weight), dtype=weight.dtype, device=x.device)
     outputs = [
         _reference_of_span(part, weight, bias, rows, eps)
         for part, rows in zip(torch.split(x, span), statistics, strict=True)
@@ -86,10 +92,12 @@ def batch_norm_act_reference(
 
 
 def _reference_of_span(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float) -> Tensor:
+    """Batch norm of one span; writes mean and unbiased variance into `statistics`, (2, C)."""
     mean, variance = statistics
-    if x.numel() == len(weight):  # one value per channel, which torch refuses: its variance is 0
+    if x.numel() == len(weight):  # one value per channel, variance 0: torch raises an error
         mean.copy_(x.detach().flatten())
         return ((x - x) * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
+    # With momentum 1 the running averages become the statistics of this span.
     return functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
@@ -105,13 +113,14 @@ def norm_act_of(
     leave: Handover | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """y of `fused_bn_act` where the moments of x are known, as of a convolution that measured its output.
+    """Returns y of `fused_bn_act` for known moments of x, e.g. from a convolution that measured its output.
 
-    Its gradient is that of batch norm whole, moments included. With `leave` the rest of it is left there to the
-    convolution that wrote x (`residual`), and nobody else may read x.
+    The gradient is that of the whole batch norm, through the moments too. With `leave`, backward defers its final
+    elementwise pass, dz to dx, to the convolution that wrote x (see `bottleneck.residual`); no other operation may
+    then use x.
 
     Raises:
-        UserError: tensors of shapes or types that do not agree.
+        UserError: tensors of shapes or dtypes that do not agree.
     """
     check(x, weight, bias, residual, span, moments)
     triton = use_triton(x, backend)
@@ -135,26 +144,30 @@ class _NormAct(torch.autograd.Function):
     ) -> Tensor:
         norm = Normalisation.of(moments, weight, bias)
         if residual is None:
-            y, passed = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
+            y, relu_mask = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
         else:
-            y, passed = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
+            y, relu_mask = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
         ctx.options, ctx.leave = {"span": span, "triton": triton}, leave
         ctx.relu, ctx.has_residual = relu, residual is not None
-        ctx.save_for_backward(x, *norm, passed)
+        # Without a residual, backward recomputes ReLU's mask from x; with one, it would have to read the residual.
+        ctx.save_for_backward(x, *norm, relu_mask)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight, bias, passed = ctx.saved_tensors
+        x, mean, rstd, weight, bias, relu_mask = ctx.saved_tensors
         norm = Normalisation(mean, rstd, weight, bias)
-        relu = ctx.relu and passed is None
-        if passed is None:
+        relu = ctx.relu and relu_mask is None
+        # First pass: the sums of dz and dz h. A join writes dz, which is also the residual's gradient.
+        if relu_mask is None:
             dz, sums = dy, passes.gradient_sums(dy, x, norm, relu=relu, **ctx.options)
         else:
-            dz, sums = join_passes.join_gradient(dy, x, norm, passed, **ctx.options)
+            dz, sums = join_passes.join_gradient(dy, x, norm, relu_mask, **ctx.options)
         dx: Tensor | None = dz
+        # Second pass: dx from dz, x and those sums.
         if ctx.leave:
+            # `dx` is then still dz (or dy): the convolution before applies the last pass as it reads it.
             ctx.leave.leave(DeferredNormBackward(x, norm, sums, relu))
         else:
             dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
@@ -163,14 +176,14 @@ class _NormAct(torch.autograd.Function):
 
 
 def over_spans(sums: Tensor) -> Tensor:
-    """(2, C): gradients of bias and weight from the sums of each span (spans, 2, C)."""
+    """Gradients of bias and weight, (2, C), from the sums of each span, (spans, 2, C)."""
     return sums.sum(0) if len(sums) > 1 else sums[0]
 
 
 def check(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int, moments: Moments | None = None
 ) -> None:
-    """Raises UserError for what a kernel, which knows no shapes, would read wrongly."""
+    """Raises UserError for tensors that a kernel, which checks no shapes, would read wrongly."""
     channels = x.shape[1] if x.ndim == 4 else None
     if channels is None or weight.shape != (channels,) or bias.shape != (channels,) or not x.numel():
         raise UserError(
@@ -186,5 +199,5 @@ def check(
     if moments is not None and any(values.shape != (-(-len(x) // span), channels) for values in moments):
         raise UserError(
             f"moments of {[tuple(values.shape) for values in moments]} were given with x {tuple(x.shape)} and "
-            f"span={span}, needed: three of {(-(-len(x) // span), channels)}, as norm_passes.measure gives them"
+            f"span={span}, needed: three of {(-(-len(x) // span), channels)}, as norm.passes.measure returns them"
         )

@@ -1,14 +1,15 @@
-"""The passes of a residual join, forward and backward: batch norm, a sum and ReLU; no autograd.
+"""Passes of a residual join, forward and backward: batch norm, residual sum and ReLU; without autograd.
 
-With h = (x - mean) rstd as in `norm_passes`:
+With h = (x - mean) rstd as in `passes`:
 
     z  = relu(weight h + bias + r)
     dz = dy + addend where z > 0;   dr = dz
 
-The residual r is a tensor, or, where a shortcut's convolution is behind it, batch norm of a tensor by statistics of
-that tensor's own; then the join reads what the convolution wrote, and the sums of both batch norms come from one pass.
-Where ReLU passes is kept as bits, which are a sixteenth of the output that would tell the same: uint8 (rows, C / 8,
-rounded up), bit i of byte j for channel 8 j + i.
+The residual r is a tensor, or the batch norm of a tensor by statistics of its own, where a shortcut has a convolution.
+In the latter case the join reads that convolution's output, and one pass computes the sums of both batch norms.
+
+`relu_mask` saves where z is positive or NaN as bits, a sixteenth of the size of a 16-bit z: uint8 (rows, ceil(C / 8)),
+bit i of byte j for channel 8 j + i.
 """
 
 import torch
@@ -30,19 +31,20 @@ def join(
     residual_norm: Normalisation | None = None,
     relu: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`(z, passed)`: one read of x and of the residual, one write; where ReLU passes, or None without it."""
+    """Returns `(z, relu_mask)`: one read of x and of the residual, and one write. Without `relu` the mask is None."""
     if not triton:
         return _join_reference(x, norm, residual, residual_norm, span, relu)
-    cut, rows = passes.cut(x.shape, span), rows_of(x)
+    cut, rows = passes.cut_rows(x.shape, span), rows_of(x)
     z = torch.empty_like(rows)
-    passed = rows.new_empty(_bits_shape(x) if relu else (0,), dtype=torch.uint8)
+    relu_mask = rows.new_empty(_bits_shape(x) if relu else (0,), dtype=torch.uint8)
     with on_device(x):
         load("kernels.norm._join_triton").join_kernel[cut.tiles()](
             rows,
             rows_of(residual),
             z,
-            passed,
+            relu_mask,
             *norm.in_rows(),
+            # Without a second norm the kernel does not read these pointers, but they must point somewhere.
             *(residual_norm or norm).in_rows(),
             cut.num_rows,
             cut.span_rows,
@@ -50,14 +52,14 @@ def join(
             relu=relu,
             **cut.block(2),
         )
-    return images_of(z, x), passed if relu else None
+    return images_of(z, x), relu_mask if relu else None
 
 
 def join_gradient(
     dy: Tensor,
     x: Tensor,
     norm: Normalisation,
-    passed: Tensor,
+    relu_mask: Tensor,
     *,
     span: int,
     triton: bool,
@@ -65,14 +67,16 @@ def join_gradient(
     residual: Tensor | None = None,
     residual_norm: Normalisation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(dz, sums)`, with the sums of dz and of dz h over each span, (spans, 2, C).
+    """Returns `(dz, sums)`; sums is (spans, 2, C): of dz and of dz h over each span.
 
-    With a `residual_norm` of `residual` sums is (spans, 4, C): x's, then those of dz and of dz times the residual's h.
+    With `residual_norm`, the batch norm of `residual`, sums is (spans, 4, C): x's two rows, then those of dz and of dz
+    times the residual's h. `addend` is a second gradient of z, e.g. that of the next block's shortcut.
     """
     if not triton:
-        return _join_gradient_reference(dy, x, norm, passed, span, addend, residual, residual_norm)
-    cut, rows, gradient = passes.cut(x.shape, span), rows_of(x), rows_of(dy)
+        return _join_gradient_reference(dy, x, norm, relu_mask, span, addend, residual, residual_norm)
+    cut, rows, gradient = passes.cut_rows(x.shape, span), rows_of(x), rows_of(dy)
     dz = torch.empty_like(gradient)
+    # With two norms, sums of dz h are needed for each h.
     num_sums = 2 if residual_norm is None else 4
     partials = rows.new_empty(cut.spans, cut.parts, num_sums, cut.columns, dtype=torch.float32)
     with on_device(x):
@@ -81,7 +85,7 @@ def join_gradient(
             gradient if addend is None else rows_of(addend),
             rows,
             rows if residual is None else rows_of(residual),
-            passed,
+            relu_mask,
             dz,
             partials,
             *norm.in_rows()[:2],
@@ -108,15 +112,16 @@ def two_input_gradients(
     span: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`(dx, dresidual)` through both batch norms, from sums (spans, 4, C): one read of dz, x and residual each."""
+    """Returns `(dx, dresidual)` from sums (spans, 4, C): one read of dz, x and residual, one write of each."""
+    # The reference runs the two batch norms one after the other.
     if not triton:
         pairs = ((x, norm, sums[:, :2]), (residual, residual_norm, sums[:, 2:]))
         dx, dresidual = (
-            passes.input_gradient(dz, values, own, pair, span=span, triton=False, relu=False)
-            for values, own, pair in pairs
+            passes.input_gradient(dz, values, of_values, pair, span=span, triton=False, relu=False)
+            for values, of_values, pair in pairs
         )
         return dx, dresidual
-    cut, rows = passes.cut(x.shape, span), rows_of(x)
+    cut, rows = passes.cut_rows(x.shape, span), rows_of(x)
     dx, dresidual = torch.empty_like(rows), torch.empty_like(rows)
     with on_device(x):
         load("kernels.norm._join_triton").two_input_gradients_kernel[cut.tiles()](
@@ -136,25 +141,32 @@ def two_input_gradients(
 
 
 def bits_of(images: Tensor) -> Tensor:
-    """Where these images are not 0 or below, as bits; where they are not a number too, as ReLU hides none."""
+    """ReLU mask of these images: a bit is 1 where a value is positive or NaN, since ReLU passes NaN on."""
     rows = rows_of(~(images <= 0))
     num_bytes = -(-rows.shape[1] // 8)
+    # Channels are padded to whole bytes; each group of 8 is shifted to its bits and summed.
     whole = torch.nn.functional.pad(rows, (0, 8 * num_bytes - rows.shape[1])).view(len(rows), num_bytes, 8)
     return (whole << torch.arange(8, device=rows.device)).sum(2).to(torch.uint8)
 
 
 def images_of_bits(bits: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `bits_of`: bool, of the shape of `like`."""
+    """Inverse of `bits_of`: bool images of the shape of `like`."""
+    # (rows, bytes, 8), one value per bit; surplus bits of the last byte are cut off.
     apart = (bits[:, :, None] >> torch.arange(8, device=bits.device)) & 1
     return images_of(apart.flatten(1)[:, : like.shape[1]].bool().contiguous(), like)
 
 
 def _gradient_block(cut: passes.Cut, residual_norm: Normalisation | None) -> dict[str, int]:
-    """Half as high with two norms: with three sums a value, more would take the registers of a second program."""
+    """Tile of the gradient kernel; half as high with two norms.
+
+    Then each value has three running sums, and higher tiles would need so many registers that only one program fits on
+    a multiprocessor.
+    """
     return cut.block() if residual_norm is None else {**cut.block(), "block_rows": cut.block_rows // 2}
 
 
 def _bits_shape(x: Tensor) -> tuple[int, int]:
+    """Shape of `relu_mask`: (rows, bytes per row)."""
     return x.numel() // x.shape[1], -(-x.shape[1] // 8)
 
 
@@ -171,14 +183,15 @@ def _join_gradient_reference(
     dy: Tensor,
     x: Tensor,
     norm: Normalisation,
-    passed: Tensor,
+    relu_mask: Tensor,
     span: int,
     addend: Tensor | None,
     residual: Tensor | None,
     residual_norm: Normalisation | None,
 ) -> tuple[Tensor, Tensor]:
+    # Rounded to dy's dtype, as autograd rounds the sum of two gradients.
     given = dy if addend is None else (passes.wide(dy) + passes.wide(addend)).to(dy.dtype)
-    dz = torch.where(images_of_bits(passed, x), given, 0.0)
+    dz = torch.where(images_of_bits(relu_mask, x), given, 0.0)
     sums = passes.sums_over_spans(dz, x, norm, span)
     if residual is None or residual_norm is None:
         return dz, sums
