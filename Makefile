@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*.[ch])
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 
 .PHONY: demo test check bench clean
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; `locked` then excludes nobody
+except ImportError:  # Windows has no flock: `locked` then excludes no other process
     fcntl = None  # type: ignore[assignment]
+
+CAN_LOCK = fcntl is not None
 
 
 def cache_folder() -> Path:
@@ -52,7 +54,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`, created if missing, among processes and threads.
+    """Holds an exclusive lock on the file `path`, created if missing, between processes and threads.
 
     The operating system releases the lock of a process that dies.
     """

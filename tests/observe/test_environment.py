@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import megabatch
-from megabatch.observe.environment import describe, git_commit, usable_cores
+from megabatch.cores import usable_cores
+from megabatch.observe.environment import describe, git_commit
 
 
 def test_versions_and_hardware_are_described() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megabatch.cores import usable_cores
 from megabatch.data.augment import crops
 from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_size, resize_box
 from megabatch.data.jpeg.formats import sniff
 from megabatch.data.jpeg.gpu import has_torchvision
-from megabatch.data.loading.prefetch import usable_cores
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError

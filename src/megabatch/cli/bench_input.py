@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megabatch.files import write_text
+
 if TYPE_CHECKING:
     from megabatch.bench.input_stages import InputReport, Stage
     from megabatch.data.sources.protocol import EncodedSource
@@ -35,7 +37,7 @@ def bench_input(
     )
     _show(report)
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(asdict(report), indent=1) + "\n")
 
 
 def open_training_part(path: Path) -> "EncodedSource":

@@ -14,6 +14,7 @@ import typer
 from megabatch import recipes
 from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.errors import SettingsError
+from megabatch.files import write_text
 from megabatch.recipe import Recipe, override
 from megabatch.runtime import Runtime
 
@@ -74,7 +75,7 @@ def bench_step(
         measured = measure(chosen, images, variants, world, seconds=seconds)
     typer.echo(table(measured, images, chosen.name))
     if output is not None:
-        output.write_text(json.dumps(as_json(measured, chosen, images), indent=1) + "\n")
+        write_text(output, json.dumps(as_json(measured, chosen, images), indent=1) + "\n")
 
 
 def variants_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool) -> list[Variant]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch.cli.options import CACHE_HELP
+from megabatch.files import write_text
 
 if TYPE_CHECKING:
     from megabatch.data.checking.check import CheckReport, Problem
@@ -90,7 +91,7 @@ def check(
         report = check_data(path, workers=workers, on_progress=on_progress)
     _list(report)
     if json_file is not None:
-        json_file.write_text(_as_json(report), encoding="utf-8")
+        write_text(json_file, _as_json(report))
     remaining = _repair_or_exclude(report, repair=repair, exclude=exclude, into=into)
     if any(strict or problem.is_bad for problem in remaining):
         raise typer.Exit(1)

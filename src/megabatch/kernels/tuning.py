@@ -14,12 +14,10 @@ No other environment variable is read; compiled kernels are cached by Triton, in
 
 import functools
 import json
-import os
 import re
-import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megabatch.files import cache_folder
+from megabatch.files import cache_folder, locked, write_text
 from megabatch.kernels.dispatch import on_device
 
 Result = TypeVar("Result")
@@ -132,13 +130,13 @@ class Table:
             return fastest
         with suppress(OSError):  # an unwritable folder only means that the next process measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with locked(path.with_suffix(".lock")):
                 # Read again under the lock: the file may have grown since this process read it.
                 written = _read(path)
                 if written.get(key) not in candidates:
                     written[key] = fastest
                 choices.update(written)
-                _write(path, choices)
+                write_text(path, json.dumps(dict(sorted(choices.items())), indent=1) + "\n")
         return choices[key]
 
     def _path(self, device: str) -> Path | None:
@@ -211,24 +209,3 @@ def _read(path: Path | None) -> dict[str, str]:
         return {}
     entries = values.items() if isinstance(values, dict) else ()
     return {key: name for key, name in entries if isinstance(name, str)}
-
-
-def _write(path: Path, choices: dict[str, str]) -> None:
-    """Replaces the file atomically, so that no reader sees a partial file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(dict(sorted(choices.items())), indent=1) + "\n")
-    Path(temporary).replace(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock between processes, on systems with fcntl; does nothing elsewhere."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,13 +1,14 @@
 """Describes the environment of a run: versions, hardware and commit, without user names or paths."""
 
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from megabatch.cores import usable_cores
 
 PACKAGES = ("megabatch", "torch", "numpy")
 
@@ -45,13 +46,6 @@ def cpu_model() -> str:
     except OSError:
         names = []
     return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Returns the number of cores in this process's affinity mask, which can be smaller than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def gpu_names() -> list[str]:

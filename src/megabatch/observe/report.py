@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from megabatch.files import write_text
 from megabatch.observe.curve import curve_text
 from megabatch.observe.figures import NUM_COLORS, Line, chart, span_kinds, timeline_chart
 from megabatch.observe.progress import duration
@@ -64,7 +65,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         warnings=[(run.label, text) for run in runs for text in run.warnings],
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    write_text(output, page)
     return output
 
 

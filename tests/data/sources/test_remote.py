@@ -22,9 +22,9 @@ from megabatch.errors import DataError, FetchError, SettingsError
 
 fsspec = pytest.importorskip("fsspec")
 
-from megabatch.data.packing.shard import file_sha256  # noqa: E402
-from megabatch.data.sources.file_cache import FileCache, RemoteFile, _lock  # noqa: E402
+from megabatch.data.sources.file_cache import FileCache, RemoteFile, _lock_of  # noqa: E402
 from megabatch.data.sources.remote import RemoteShards, open_remote_shards  # noqa: E402
+from megabatch.files import locked, sha256_of  # noqa: E402
 
 NUM_SHARDS, PER_SHARD = 5, 12
 MIB = 1 << 20
@@ -57,7 +57,7 @@ def bucket(tmp_path: Path) -> Path:
                 for member in [(f"{i:04d}.jpg", content(i)), (f"{i:04d}.cls", b"%d" % (i % 2))]
             ],
         )
-        write_index(build_index(path, extra={"tar_sha256": file_sha256(path)}), index_path(path))
+        write_index(build_index(path, extra={"tar_sha256": sha256_of(path)}), index_path(path))
     (folder / "classes.txt").write_text("cat\ndog\n")
     return folder
 
@@ -308,7 +308,7 @@ def test_a_copy_is_not_renamed_while_the_cache_is_counted(tmp_path):
     thread = threading.Thread(target=cache.fetch, args=[file], kwargs={"then": lambda _: None})
     thread.start()
     fetching.wait(10.0)
-    with _lock(tmp_path / "cache"):
+    with locked(_lock_of(tmp_path / "cache")):
         go_on.set()
         thread.join(0.3)
         assert held(tmp_path) == 5

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from megabatch.cores import usable_cores
 from megabatch.data.checking.check_file import BAD_KINDS, Finding, inspect_image
 from megabatch.data.jpeg.decode import MAX_PIXELS
-from megabatch.data.loading.prefetch import in_order, usable_cores
+from megabatch.data.loading.prefetch import in_order
 from megabatch.data.sources.folder import IMAGE_SUFFIXES
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource

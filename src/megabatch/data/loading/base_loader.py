@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megabatch.cores import usable_cores
 from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import GpuReader, ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_pixel_statistics
 from megabatch.data.loading.batch import Batch, Staging
-from megabatch.data.loading.prefetch import in_order, serial_threads, usable_cores
+from megabatch.data.loading.prefetch import in_order, serial_threads
 from megabatch.data.loading.read_ahead import ReadAhead
 from megabatch.data.loading.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
 from megabatch.data.sources.arrays import ArraySource

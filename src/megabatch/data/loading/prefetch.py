@@ -1,6 +1,5 @@
 """Prefetching by background threads, with results in order."""
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -11,13 +10,6 @@ import torch
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-
-
-def usable_cores() -> int:
-    """Number of CPU cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def serial_threads(count: int, name: str) -> ThreadPoolExecutor:

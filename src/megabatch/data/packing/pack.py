@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.cores import usable_cores
 from megabatch.data.loading.order import permute
-from megabatch.data.loading.prefetch import usable_cores
 from megabatch.data.packing.input import Part, open_parts
 from megabatch.data.packing.shard import DEFAULT_QUALITY, FinishedShard, Options, Shard, make_shard
 from megabatch.data.sources.shards import CLASSES_FILE
 from megabatch.errors import DataError
+from megabatch.files import write_text
 
 MANIFEST_FILE = "manifest.json"
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -85,8 +86,8 @@ def pack(
     _check_for_other_shards(dst, shards)
     progress = _Progress(sum(len(shard.samples) for shard in shards), on_progress)
     done = _make_all(shards, options, progress, workers or usable_cores())
-    _write(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
-    _write(dst / MANIFEST_FILE, _manifest(shards, done, options, class_names))
+    write_text(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
+    write_text(dst / MANIFEST_FILE, _manifest(shards, done, options, class_names))
     return _report(dst, shards, done, class_names)
 
 
@@ -199,12 +200,6 @@ def _manifest(
         "skipped": [skipped for made in done for skipped in made.header["skipped"]],
     }
     return json.dumps(record, indent=1, ensure_ascii=True) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-    unfinished.replace(path)
 
 
 def _report(

@@ -18,6 +18,7 @@ from megabatch.data.jpeg.formats import preferred_ending, sniff
 from megabatch.data.packing.input import Part
 from megabatch.data.sources.tar_index import build_index, index_path, open_index, write_index
 from megabatch.errors import DataError
+from megabatch.files import sha256_of
 
 DEFAULT_QUALITY = 90
 
@@ -83,15 +84,9 @@ def _kept(shard: Shard) -> FinishedShard | None:
         return None
     with contextlib.suppress(DataError):
         index = open_index(shard.path)
-        if index.header.get("plan") == shard.plan and index.header.get("tar_sha256") == file_sha256(shard.path):
+        if index.header.get("plan") == shard.plan and index.header.get("tar_sha256") == sha256_of(shard.path):
             return FinishedShard(index.header, shard.path.stat().st_size, len(index), True)
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _HashingWriter(io.RawIOBase):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megabatch.errors import FetchError, SettingsError
+from megabatch.files import locked
 
 _BLOCK = 4 << 20
 _ATTEMPTS = 3
@@ -58,7 +59,7 @@ class FileCache:
             SettingsError: the file is larger than the cache.
         """
         path = self.path(remote)
-        with _lock(path):
+        with locked(_lock_of(path)):
             if path.is_file() and path.stat().st_size == remote.num_bytes:
                 os.utime(path)
             else:
@@ -121,7 +122,7 @@ class FileCache:
 
     def _lock_listing(self) -> contextlib.AbstractContextManager[None]:
         """Lock under which no file is added to the folder or renamed, so that its files can be counted."""
-        return _lock(self._folder / "cache")
+        return locked(_lock_of(self._folder / "cache"))
 
     def _list_files(self, excluded: Path) -> Iterator[tuple[int, int, Path]]:
         """Yields (time of last use in ns, bytes, path) of each file in the cache, except those of the new file."""
@@ -143,14 +144,6 @@ class RemoteFile:
     version: str
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Exclusive lock, between processes and threads, on the files of this name. Released if the process dies."""
-    with path.with_name(path.name + _LOCK_ENDING).open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _delete(file: Path) -> bool:
     """Deletes a copy, or the partial file of a dead process; returns False if another process is fetching it."""
     owner = file.with_name(file.name.removesuffix(PART_ENDING) + _LOCK_ENDING)
@@ -161,3 +154,8 @@ def _delete(file: Path) -> bool:
             return False
         file.unlink(missing_ok=True)
     return True
+
+
+def _lock_of(path: Path) -> Path:
+    """Lock file of the cached file `path`."""
+    return path.with_name(path.name + _LOCK_ENDING)

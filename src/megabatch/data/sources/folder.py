@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megabatch.cores import usable_cores
 from megabatch.data.jpeg.decode import image_size
-from megabatch.data.loading.prefetch import usable_cores
 from megabatch.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
