@@ -53,9 +53,9 @@ def bench_allreduce(
         Path | None, typer.Option(help="File for --tune; default allreduce.json in ~/.cache/megabatch.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    timeout_s: Annotated[float, typer.Option(help="Timeout of collectives, in seconds.", min=1)] = 300.0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds after which a collective times out.", min=1)] = 300.0,
 ) -> None:
-    """Times the gradient exchange for each algorithm, bucket size and wire; a time is that of the slowest worker."""
+    """Times the gradient exchange. Each algorithm, bucket size and wire is timed; the slowest worker counts."""
     from megabatch.comm import launch
 
     plan = _Plan(
