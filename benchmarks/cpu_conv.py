@@ -23,10 +23,10 @@ from torch.nn import functional
 import batch_norm
 import harness
 from harness import Timing, Work, record, table, write_lines
+from megabatch.host_memory import keep_freed_memory
 from megabatch.kernels.cpu import conv as cpu_conv
 from megabatch.nn.resnet import resnet18, resnet50
 from megabatch.nn.small import resnet8
-from megabatch.train.host_memory import keep_freed_memory
 
 Compare = Callable[[dict[str, Work]], dict[str, Timing]]
 PARTS = ("output", "data gradient", "weight gradient")

@@ -19,10 +19,9 @@ from megabatch.errors import DivergedError, SettingsError
 from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
 from megabatch.train import step as update
-from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.cuda_graph import CapturedStep, Readback
 from megabatch.train.loop import train
 from megabatch.train.precision import Precision
-from megabatch.train.readback import Readback
 from megabatch.train.schedule import apply_settings, settings_at
 from megabatch.train.step import captured_work
 

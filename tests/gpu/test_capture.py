@@ -17,10 +17,9 @@ from megabatch.optim.lars import LARS
 from megabatch.optim.param_groups import param_groups
 from megabatch.optim.sgd import SGD
 from megabatch.runtime import Runtime
-from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.cuda_graph import CapturedStep, Readback
 from megabatch.train.loop import train
 from megabatch.train.precision import Precision
-from megabatch.train.readback import Readback
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.comm.launch import World, all_gather_objects
+from megabatch.host_memory import available_bytes
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
-from megabatch.train.host_memory import available_bytes
 from megabatch.train.precision import Precision
 
 MARGIN = 0.1

@@ -12,12 +12,12 @@ from megabatch.comm.launch import World
 from megabatch.cores import usable_cores
 from megabatch.data.loading.split import check_split
 from megabatch.errors import SettingsError
+from megabatch.host_memory import keep_freed_memory
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.cpu import conv as cpu_conv
 from megabatch.kernels.dispatch import has_triton
 from megabatch.recipe import Recipe, validate
 from megabatch.runtime import Runtime
-from megabatch.train.host_memory import keep_freed_memory
 from megabatch.train.precision import LARGEST_SCALE, Precision, fastest_precision
 
 

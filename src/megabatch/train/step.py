@@ -12,9 +12,9 @@ from megabatch.comm.launch import sum_over_workers
 from megabatch.data.loading.batch import Batch
 from megabatch.errors import DivergedError
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_step
+from megabatch.train.cuda_graph import Readback
 from megabatch.train.diagnose import first_not_finite
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
-from megabatch.train.readback import Readback
 from megabatch.train.schedule import StepSettings, apply_settings
 from megabatch.train.state import Run
 

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from megabatch.train import host_memory
-from megabatch.train.host_memory import available_bytes
+from megabatch import host_memory
+from megabatch.host_memory import available_bytes
 
 GIB = 2**30
 
 FAULTS = """
 import resource, sys, torch
-from megabatch.train.host_memory import keep_freed_memory
+from megabatch.host_memory import keep_freed_memory
 said = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.zeros(2**24)
