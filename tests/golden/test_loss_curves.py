@@ -1,0 +1,74 @@
+"""Golden loss curves: a tiny run of every recipe against `loss_curves.json`.
+
+A curve that changes shows that a recipe, schedule, optimizer, augmentation, order or initialisation computes something
+else than before. If that is intended, `UPDATE_GOLDEN=1 pytest tests/golden` rewrites the file; the diff belongs in the
+commit that changes the arithmetic.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import run_tiny, tiny_data
+
+from megabatch import recipes
+from megabatch.recipe import Recipe, override, validate
+from megabatch.runtime import Runtime
+
+GOLDEN = Path(__file__).with_name("loss_curves.json")
+BATCH, SPAN, NUM_IMAGES, EPOCHS = 48, 16, 480, 2
+RELATIVE_TOLERANCE = 2e-3
+"""Rounding differs between instruction sets: by at most 2e-4 among AVX2, AVX-512 and plain x86-64 over these steps."""
+
+
+def tiny(name: str) -> Recipe:
+    """The recipe's optimizer, schedule, loss and augmentation on 12 px images, batches of 48 (or in its proportions)."""
+    recipe = override(recipes.get(name), {"total_epochs": str(EPOCHS)})
+    first = recipe.batch_at(0.0)
+    changes = {
+        "model": "resnet8",
+        "initialization": "he_fan_out",
+        "width": 8,
+        "blur_pool": False,
+        "resolution": ((0.0, 12.0),),
+        "resolution_ramp": False,
+        "eval_resolution": 12,
+        "crop_padding": min(recipe.crop_padding, 1),
+        "cutout_size": min(recipe.cutout_size, 4),
+        "num_train_images": NUM_IMAGES,
+        "num_classes": 4,
+        "global_batch_size": BATCH,
+        "batch_sizes": tuple((epoch, BATCH * size // first) for epoch, size in recipe.batch_sizes),
+        "bn_span": SPAN,
+        "eval_every_epochs": 1.0,
+        "eval_offset_epochs": 0.0,
+        "published_curve": (),
+    }
+    return validate(dataclasses.replace(recipe, **changes))
+
+
+def curve(name: str, folder: Path) -> list[float]:
+    torch.set_num_threads(1)
+    recipe = tiny(name)
+    runtime = Runtime(precision="fp32", micro_batch_size=SPAN, fusion="plain")
+    return run_tiny(folder, recipe, runtime=runtime, data=tiny_data(recipe))["losses"]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipes_tiny_run_has_its_golden_loss_curve(name, tmp_path):
+    losses = curve(name, tmp_path)
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden[name] = [round(loss, 6) for loss in losses]
+        lines = ",\n".join(f' "{key}": {json.dumps(golden[key])}' for key in sorted(golden))
+        GOLDEN.write_text(f"{{\n{lines}\n}}\n")
+    assert losses == pytest.approx(golden[name], rel=RELATIVE_TOLERANCE), "see the top of this file"
+
+
+def test_every_golden_curve_belongs_to_a_recipe_and_the_weights_move():
+    golden = json.loads(GOLDEN.read_text())
+    assert sorted(golden) == sorted(recipes.names())
+    assert all(max(losses) - min(losses) > 10 * RELATIVE_TOLERANCE for losses in golden.values())
