@@ -1,9 +1,11 @@
-"""Which tensors decay and which adapt."""
+"""Parameter groups: which parameters decay and adapt."""
 
 import pytest
 import torch
 from torch import nn
 
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.models import create_model
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
 from megabatch.optim.param_groups import param_groups
@@ -15,17 +17,91 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
 
 
-def test_matrices_and_filters_decay_and_adapt_and_vectors_do_neither() -> None:
-    weights, vectors = param_groups(model(), weight_decay=1e-4)
+def names(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter names of each group."""
+    return {group["name"]: group["param_names"] for group in param_groups(model, weight_decay=0.1)}
+
+
+def test_matrices_and_filters_decay_and_adapt_and_norms_and_biases_do_neither() -> None:
+    weights, others = param_groups(model(), weight_decay=1e-4)
     assert (weights["name"], weights["param_names"]) == ("weights", ["0.weight", "3.weight"])
     assert (weights["weight_decay"], weights["adapt"]) == (1e-4, True)
-    assert (vectors["name"], vectors["param_names"]) == ("norm_and_bias", ["0.bias", "1.weight", "1.bias", "3.bias"])
-    assert (vectors["weight_decay"], vectors["adapt"]) == (0.0, False)
+    assert (others["name"], others["param_names"]) == ("norm_and_bias", ["0.bias", "1.weight", "1.bias", "3.bias"])
+    assert (others["weight_decay"], others["adapt"]) == (0.0, False)
 
 
-def test_vectors_may_decay_but_still_do_not_adapt() -> None:
-    _, vectors = param_groups(model(), weight_decay=1e-4, decay_norm_and_bias=True)
-    assert (vectors["weight_decay"], vectors["adapt"]) == (1e-4, False)
+def test_norms_and_biases_may_decay_but_still_do_not_adapt() -> None:
+    _, others = param_groups(model(), weight_decay=1e-4, decay_norm_and_bias=True)
+    assert (others["weight_decay"], others["adapt"]) == (1e-4, False)
+
+
+class OwnNorm(nn.LayerNorm):
+    pass
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm((3, 4)),
+        OwnNorm((3, 4)),
+        nn.RMSNorm((3, 4)),
+        nn.GroupNorm(2, 4),
+        nn.BatchNorm1d(4),
+        nn.BatchNorm3d(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True),
+        SpanBatchNorm2d(4, span=2),
+        nn.utils.parametrizations.weight_norm(nn.LayerNorm((3, 4))),
+    ],
+)
+def test_parameters_of_a_norm_do_neither_whatever_their_number_of_dimensions(norm: nn.Module) -> None:
+    assert names(norm) == {"norm_and_bias": [name for name, _ in norm.named_parameters()]}
+
+
+def test_the_biases_of_attention_do_neither_also_those_of_three_dimensions() -> None:
+    attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+    assert attention.bias_k is not None
+    assert attention.bias_k.ndim == 3
+    found = names(attention)
+    assert found["weights"] == ["in_proj_weight", "out_proj.weight"]
+    assert set(found["norm_and_bias"]) == {"in_proj_bias", "bias_k", "bias_v", "out_proj.bias"}
+
+
+def test_an_embedding_decays_and_adapts() -> None:
+    assert names(nn.Embedding(10, 4)) == {"weights": ["weight"]}
+
+
+def test_a_module_whose_own_name_contains_bias_still_has_weights() -> None:
+    net = nn.ModuleDict({"bias": nn.Linear(2, 2)})
+    assert names(net) == {"weights": ["bias.weight"], "norm_and_bias": ["bias.bias"]}
+
+
+class Scaled(nn.Module):
+    """Parameters registered on the module itself: a matrix, a vector, a scalar, and a table of biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, 3, 4))
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+
+
+def test_a_parameter_of_a_module_of_ones_own_decays_if_it_has_two_dimensions_and_is_no_bias() -> None:
+    others = ["gamma", "temperature", "relative_position_bias_table"]
+    assert names(Scaled()) == {"weights": ["tokens"], "norm_and_bias": others}
+
+
+def test_a_tied_weight_comes_once() -> None:
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    net[1].weight = net[0].weight
+    assert names(net) == {"weights": ["0.weight"]}
+
+
+def test_a_parameter_that_one_of_two_modules_uses_as_a_bias_does_neither() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].register_parameter("bias", net[0].weight)
+    assert names(net) == {"weights": ["1.weight"], "norm_and_bias": ["0.weight", "0.bias"]}
 
 
 def test_every_trainable_tensor_comes_exactly_once() -> None:
@@ -40,6 +116,18 @@ def test_every_trainable_tensor_comes_exactly_once() -> None:
 
 def test_an_empty_group_is_left_out() -> None:
     assert [g["name"] for g in param_groups(nn.Linear(2, 2, bias=False), weight_decay=0.1)] == ["weights"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "alexnet", "resnet8"])
+def test_the_models_of_the_recipes_are_split_by_number_of_dimensions(name: str) -> None:
+    """Their norms and biases all have one dimension, and no other parameter has."""
+    with torch.device("meta"):
+        net = create_model(name, num_classes=10)
+    named = dict(net.named_parameters())
+    assert names(net) == {
+        "weights": [name for name, p in named.items() if p.ndim > 1],
+        "norm_and_bias": [name for name, p in named.items() if p.ndim <= 1],
+    }
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB, SGD, RMSpropWarmup, torch.optim.SGD])

@@ -1,32 +1,57 @@
-"""Which tensors decay and which adapt: one rule, in one place."""
+"""Parameter groups: which parameters decay and adapt."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Normalisation layers. `_NormBase` is the base of all batch norms (also SyncBatchNorm and ours) and instance norms."""
+
 
 def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False) -> list[dict[str, Any]]:
-    """Two parameter groups for an optimizer: `weights`, and `norm_and_bias`.
+    """Two parameter groups for an optimizer: `weights`, which decay and adapt, and `norm_and_bias`, which do neither.
 
-    Tensors of two or more dimensions decay and get a trust ratio. Scales, shifts and biases (one dimension or none)
-    run plain momentum SGD at the same rate, without decay: their norms say nothing about a layer's step (You et al.
-    2017, arXiv:1708.03888, adapts all; excluding them gains 0.7 points at 16k with PaddlePaddle's LARS, and TensorFlow
-    and MLPerf exclude them). Frozen tensors are left out; a tensor shared by two modules comes once.
+    A parameter belongs to `norm_and_bias` if it is one of these, and to `weights` otherwise:
+
+    - a parameter of a normalisation layer: batch, layer, group, instance or RMS norm, or a subclass of one;
+    - a bias: "bias" is a word of its name, as in `bias`, `in_proj_bias`, `bias_k` or `relative_position_bias_table`;
+    - of one or no dimension, such as the scale of a LayerScale or a learnt temperature.
+
+    `norm_and_bias` runs plain momentum SGD at the same learning rate: the norm of such a tensor says little about the
+    step its layer needs. (You et al. 2017, arXiv:1708.03888, adapt all tensors; excluding these gains 0.7 points at a
+    batch of 16k with PaddlePaddle's LARS, and TensorFlow and MLPerf exclude them.) Frozen parameters are left out. A
+    tied parameter is listed once, in `norm_and_bias` if any of its uses is a norm or a bias.
+
+        weights, norm_and_bias = param_groups(model, weight_decay=1e-4)
+        optimizer = LARS([weights, norm_and_bias], lr=0.0)
 
     Args:
-        decay_norm_and_bias: scales, shifts and biases decay too; they still do not adapt.
+        weight_decay: coefficient of the group `weights`.
+        decay_norm_and_bias: apply `weight_decay` to `norm_and_bias` too; these parameters still do not adapt.
 
     Returns:
         Groups with the keys params, param_names, name, weight_decay and adapt. An empty group is left out.
     """
+    excluded = {id(parameter) for parameter in _norms_and_biases(model)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = [(name, p) for name, p in named if p.ndim > 1]
-    vectors = [(name, p) for name, p in named if p.ndim <= 1]
+    weights = [(name, p) for name, p in named if p.ndim > 1 and id(p) not in excluded]
+    others = [(name, p) for name, p in named if p.ndim <= 1 or id(p) in excluded]
     groups = [
         _group("weights", weights, weight_decay=weight_decay, adapt=True),
-        _group("norm_and_bias", vectors, weight_decay=weight_decay if decay_norm_and_bias else 0.0, adapt=False),
+        _group("norm_and_bias", others, weight_decay=weight_decay if decay_norm_and_bias else 0.0, adapt=False),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _norms_and_biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of normalisation layers, and those that any module holds under the name of a bias."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            yield from module.parameters()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if "bias" in name.rpartition(".")[2].split("_"):
+            yield parameter
 
 
 def _group(name: str, named: list[tuple[str, nn.Parameter]], *, weight_decay: float, adapt: bool) -> dict[str, Any]:
