@@ -1,10 +1,11 @@
-"""What a span layer costs beside nn.BatchNorm2d, forward and backward, on the shapes of ResNet-50 and of resnet8.
+"""Time of a span layer relative to nn.BatchNorm2d, forward and backward, on the shapes of ResNet-50 and resnet8.
 
     python benchmarks/batch_norm.py --output benchmarks/out [--repeats 15] [--device cpu|cuda]
 
-One thread. Per shape, layout and dtype, interleaved in one process: nn.BatchNorm2d (the baseline), a span layer whose
-span is the batch (keeping its own averages; adding up statistics for the trainer), and one of four spans per batch.
-Then resnet8 forward and backward with each. "sum" lines add the medians of a net's shapes, each as often as it occurs.
+One thread. For each shape, layout and dtype, interleaved in one process: nn.BatchNorm2d (the baseline), a span layer
+whose span is the batch (updating running averages itself, and collecting statistics for `finish_step`), and a span
+layer with four spans per batch. Then resnet8 forward and backward with each of them. "sum" lines add the medians of a
+net's shapes, each as often as it occurs.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from megabatch.nn.resnet import Norm
 from megabatch.nn.small import resnet8
 
 BASELINE = "nn.BatchNorm2d"
-AIM = 1.1  # span = batch, time beside the baseline
+AIM = 1.1  # target for span = batch, time relative to the baseline
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# (batch, channels, height, width) and how many of the net's batch norms have it
+# (batch, channels, height, width), and the number of the net's batch norms of that shape
 RESNET50 = {
     (32, 64, 56, 56): 6,
     (32, 256, 56, 56): 4,
@@ -48,7 +49,7 @@ NETS = {"resnet50": RESNET50, "resnet8": RESNET8}
 
 
 def layers(batch: int) -> dict[str, Norm]:
-    """The layers to compare, by name."""
+    """Constructors of the layers to compare, by name."""
     return {
         BASELINE: nn.BatchNorm2d,
         "span = batch": functools.partial(SpanBatchNorm2d, span=batch),
@@ -81,7 +82,7 @@ def net_work(name: str, make: Norm, x: Tensor, dtype: torch.dtype) -> Work:
 
 
 def compare(works: dict[str, Work], *, repeats: int) -> dict[str, Timing]:
-    """Interleaved timings: on a CPU the thread's own seconds, which wait for no other process; on a GPU elapsed."""
+    """Interleaved timings: on a CPU the thread's CPU time, which other processes do not add to; on a GPU elapsed."""
     if torch.cuda.is_available():
         return harness.compare(works, warmup=3, repeats=repeats)
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -105,7 +106,7 @@ def measure_shapes(options: argparse.Namespace) -> list[dict[str, Any]]:
         for shape, count in shapes.items():
             x, slope = (torch.randn(shape).to(options.device, dtype, memory_format=memory_format) for _ in range(2))
             works = {name: layer_work(name, make, x, slope) for name, make in layers(shape[0]).items()}
-            repeats = min(10, 1 + 4_000_000 // x.numel()) * options.repeats  # small works are soon done, and noisier
+            repeats = min(10, 1 + 4_000_000 // x.numel()) * options.repeats  # short runs are noisier
             timings = compare(works, repeats=repeats)
             for name, timing in timings.items():
                 net_s[name] += count * timing.median_s
@@ -130,7 +131,7 @@ def measure_net(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def as_records(prefix: str, timings: dict[str, Timing], parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each layer's timing beside the baseline's."""
+    """A record of each layer's timing, with the ratio to the baseline."""
     make: Callable[..., dict[str, Any]] = functools.partial(record, "batch norm", parameters=parameters)
     baseline = (BASELINE, timings[BASELINE])
     return [make(f"{prefix} | {name}", timing, baseline=baseline) for name, timing in timings.items()]
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # so that its own CPU seconds are all of the work
+    torch.set_num_threads(1)  # so that this thread's CPU time covers all of the work
     torch.manual_seed(0)
     records = measure_shapes(options) + measure_net(options)
     write_lines(options.output / "batch_norm.jsonl", records)

@@ -1,4 +1,4 @@
-"""What evaluation sees of the training spans: each kind against its definition, and whatever the worker count."""
+"""Evaluation statistics: each kind against its definition, for several numbers of workers."""
 
 import copy
 
@@ -53,7 +53,7 @@ def expected(kind: EvalStats, num_steps: int, count: int = 24) -> Tensor:
 
 
 def train(kind: EvalStats, num_steps: int, micro_batch: int, group_size: int = 1, count: int = 24) -> Tensor:
-    """Running statistics after steps of `count` samples cut over the ranks, each in micro-batches, spans in order."""
+    """Running statistics after steps of `count` samples, distributed over ranks and micro-batches, spans in order."""
     layer = layer_with(group_size)
     collect_statistics(layer, True)
     num_groups = dist.get_world_size() // group_size
@@ -93,7 +93,7 @@ def test_a_short_last_span_counts_as_a_span(kind: EvalStats) -> None:
         torch.testing.assert_close(running, expected(kind, 2, 18), **EXACT)
 
 
-def test_without_torch_distributed_a_step_ends_the_same() -> None:
+def test_finish_step_gives_the_same_without_torch_distributed() -> None:
     layer = layer_with()
     collect_statistics(layer, True)
     layer(step_images(0))
@@ -103,7 +103,7 @@ def test_without_torch_distributed_a_step_ends_the_same() -> None:
 
 
 def own_averages() -> tuple[Tensor, Tensor]:
-    """Mean over workers of each worker's own running average, and what `running_all_reduced` keeps."""
+    """Mean over workers of each worker's own running average, and the average of `running_all_reduced`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     alone, together = layer_with(), layer_with()
     collect_statistics(together, True)
@@ -122,7 +122,7 @@ def test_all_reducing_before_evaluation_equals_averaging_each_workers_running_av
         torch.testing.assert_close(kept, mean_of_averages, **EXACT)
 
 
-def test_a_whole_model_sends_one_message_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model_sends_one_message_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[int] = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: messages.append(tensor.numel()))
 
@@ -204,7 +204,7 @@ def test_precise_without_begin_or_without_samples_is_refused() -> None:
     with pytest.raises(UserError, match="begin_precise"):
         finish_precise(layer)
     begin_precise(layer)
-    with pytest.raises(UserError, match="one batch or more works"):
+    with pytest.raises(UserError, match="one batch works"):
         finish_precise(layer)
 
 
@@ -213,7 +213,7 @@ def test_an_unknown_kind_is_refused_with_one_that_works() -> None:
         finish_step(layer_with(), eval_stats="mean")  # type: ignore[arg-type]
 
 
-def test_models_without_span_layers_need_nothing() -> None:
+def test_models_without_span_layers_are_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     before = copy.deepcopy(model.state_dict())
     collect_statistics(model, True)

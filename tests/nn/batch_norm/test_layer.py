@@ -1,4 +1,4 @@
-"""Spans that one worker holds alone, against nn.BatchNorm2d on the same samples, in float64 unless said."""
+"""Spans of one worker against nn.BatchNorm2d on the same samples; in float64 unless a test says otherwise."""
 
 import copy
 
@@ -228,7 +228,7 @@ def test_convert_keeps_tensors_mode_and_shared_layers() -> None:
     ("layer", "shape"),
     [(nn.BatchNorm1d(3), (8, 3)), (nn.BatchNorm1d(3), (8, 3, 5)), (nn.BatchNorm3d(3), (8, 3, 2, 2, 2))],
 )
-def test_convert_takes_one_and_three_dimensional_layers(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_convert_replaces_one_and_three_dimensional_layers(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     reference = copy.deepcopy(layer).double()
     converted = convert(layer.double(), span=4)
@@ -249,8 +249,8 @@ def test_a_copy_of_a_layer_with_a_group_stays_in_that_group() -> None:
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ({"span": 0}, "span=32 works"),
-        ({"span": 8, "group_size": 0}, "span=32 works"),
+        ({"span": 0}, "span=32, group_size=1 work"),
+        ({"span": 8, "group_size": 0}, "span=32, group_size=1 work"),
         ({"span": 8, "group_size": 2}, r"process_group=new_span_group\(2\) works"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Spans that a group of ranks shares, against nn.BatchNorm2d on the gathered batch, in float64 unless said."""
+"""Spans shared by a group of ranks against nn.BatchNorm2d on the gathered batch; float64 unless noted."""
 
 import copy
 import warnings
@@ -34,14 +34,14 @@ def set_weights(layer: nn.Module) -> None:
 
 
 def loss_of(output: Tensor, start: int) -> Tensor:
-    """A sum over samples in which every output counts differently, by its place in the gathered batch."""
+    """Sum over samples in which every output has another weight, by its position in the gathered batch."""
     slope = torch.randn((64, *output.shape[1:]), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     slope = slope[start : start + len(output)].to(output.dtype)
     return (output * slope + output.square() * slope.abs()).sum()
 
 
 def share(counts: list[int], affine: bool, channels_last: bool) -> dict[str, Tensor]:
-    """This rank's part: counts[rank] consecutive samples of the batch."""
+    """Samples of this rank: counts[rank] consecutive samples of the batch."""
     rank = dist.get_rank()
     group = new_span_group(len(counts))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -129,7 +129,7 @@ def test_a_mean_of_a_thousand_deviations_keeps_its_variance_in_float32(ratio: fl
 
 
 def test_the_variance_between_ranks_counts() -> None:
-    """Averaged variances would miss it: each rank holds a constant here, and only the ranks differ."""
+    """Averaging variances would give 0 here: samples are constant on each rank and differ only between ranks."""
 
     def variance() -> float:
         layer = SpanBatchNorm2d(1, span=8, stats_momentum=1.0, process_group=new_span_group(2), group_size=2)
@@ -183,7 +183,7 @@ def test_autocast_normalises_bfloat16_by_float32_statistics() -> None:
 
 def train_net(counts: list[int], compiled: bool) -> list[Tensor]:
     """Gradients, summed over ranks, of a whole net whose layers share spans."""
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo's own doing
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # comes from dynamo
     size = len(counts)
     group = new_span_group(size)
 
@@ -229,7 +229,7 @@ def test_more_local_samples_than_the_shared_span_are_refused() -> None:
     run_threads(2, forward)
 
 
-def test_a_group_of_another_size_than_said_is_refused() -> None:
+def test_a_process_group_of_another_size_than_group_size_is_refused() -> None:
     def make() -> None:
         with pytest.raises(UserError, match="group_size=4 works"):
             SpanBatchNorm2d(CHANNELS, span=4, process_group=dist.new_group([0, 1, 2, 3]), group_size=2)

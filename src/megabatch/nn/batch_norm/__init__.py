@@ -1,1 +1,1 @@
-"""Batch norm over a span of samples, and its evaluation statistics."""
+"""Batch norm whose statistics cover a span of samples, and its evaluation statistics."""

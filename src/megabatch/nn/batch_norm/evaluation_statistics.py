@@ -1,4 +1,4 @@
-"""How the statistics of training spans become those that evaluation uses, whatever the number of workers."""
+"""Evaluation statistics of batch norm, computed from those of the training spans; independent of the world size."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,19 +14,32 @@ EvalStats = Literal["running", "running_all_reduced", "last_batch", "precise"]
 
 
 def span_layers(model: nn.Module) -> Iterator[SpanBatchNorm2d]:
-    """The span layers of `model`, each once, in the order of its modules."""
+    """Span layers of `model`, each once, in the order of its modules."""
     return (layer for layer in model.modules() if isinstance(layer, SpanBatchNorm2d))
 
 
 def collect_statistics(model: nn.Module, enabled: bool = True) -> None:
-    """Makes training forwards only add up their spans' statistics, for `finish_step` to use; forgets earlier ones."""
+    """Makes the span layers of `model` accumulate their spans' statistics, for `finish_step` to use.
+
+    Afterwards a training forward only adds the statistics of its spans (mean and unbiased variance, C values each) to
+    sums that start at 0, and leaves the running averages alone. Call it once before training, and `finish_step` after
+    every step:
+
+        collect_statistics(model)
+        for images, labels in loader:
+            train_step(model, images, labels)
+            finish_step(model, eval_stats="running_all_reduced")
+
+    Args:
+        enabled: False restores running averages that every training forward updates, as in nn.BatchNorm2d.
+    """
     for layer in span_layers(model):
         layer.accumulate_statistics = enabled
     discard_step(model)
 
 
 def discard_step(model: nn.Module) -> None:
-    """Forgets what forwards have added since the last `finish_step`: for a step that is skipped or repeated."""
+    """Discards the statistics that forwards added since the last `finish_step`: for a skipped or repeated step."""
     for layer in span_layers(model):
         layer.span_sum.zero_()
         layer.first_span.zero_()
@@ -34,23 +47,25 @@ def discard_step(model: nn.Module) -> None:
 
 @torch.no_grad()
 def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None) -> None:
-    """Brings the running averages up to date with the step's spans; call once a step, on all ranks of `group`.
-
-    Does nothing to layers that keep their own averages (see `collect_statistics`).
+    """Updates running averages from the statistics of the step's spans. Call it once a step, on all ranks of `group`.
 
         running = (1 - stats_momentum) * running + stats_momentum * statistic
 
-    `eval_stats` says which statistic (mean and unbiased variance) of the step:
+    for the mean and the unbiased variance, C values each. Layers that update their averages in forward are skipped (see
+    `collect_statistics`, which also has an example). The statistic is chosen by `eval_stats`:
 
-    - "running": the step's first span alone, as one worker sees it (Yamazaki et al. 2019, arXiv:1903.12650, whose
-      workers did not synchronise them). The first span is the first that rank 0 saw.
+    - "running": the first span of the step, as one worker sees it (Yamazaki et al. 2019, arXiv:1903.12650, whose
+      workers did not synchronise them). This is the first span of rank 0.
     - "running_all_reduced": the mean over all spans of the step. By linearity this equals the average over workers
       of each worker's own running average.
-    - "last_batch": the same mean with stats_momentum 1, so that evaluation uses the last step alone (Akiba et al.
-      2017, arXiv:1711.04325).
-    - "precise": as "running_all_reduced", until `finish_precise` replaces it.
+    - "last_batch": the same mean with stats_momentum 1, so that evaluation uses only the last step (Akiba et al. 2017,
+      arXiv:1711.04325).
+    - "precise": as "running_all_reduced", until `finish_precise` replaces the averages.
 
-    Sends one all-reduce of 2C + 1 values a layer, all layers in one message. Without torch.distributed, none.
+    Sends one all-reduce of 2C + 1 values per layer, with all layers in one message; none without torch.distributed.
+
+    Raises:
+        UserError: an unknown `eval_stats`.
     """
     _check_kind(eval_stats)
     layers = [layer for layer in span_layers(model) if layer.accumulate_statistics]
@@ -70,8 +85,8 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
 def begin_precise(model: nn.Module) -> None:
     """Starts recomputing evaluation statistics (Wu and Johnson 2021, arXiv:2105.07576, section 3).
 
-    Puts the model into evaluation mode, save that span layers normalise by the statistics of their own spans, as in
-    training, and add them up. Then run forwards over some batches, under torch.no_grad, and call `finish_precise`.
+    Puts the model into evaluation mode, except that span layers normalise by the statistics of their own spans, as in
+    training, and accumulate them. Next, run forwards over some batches under torch.no_grad, then call `finish_precise`.
     """
     model.eval()
     for layer in span_layers(model):
@@ -81,15 +96,15 @@ def begin_precise(model: nn.Module) -> None:
 
 @torch.no_grad()
 def finish_precise(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
-    """Sets evaluation statistics to the mean and unbiased variance of everything seen since `begin_precise`.
+    """Sets evaluation statistics to the mean and unbiased variance of all samples since `begin_precise`.
 
         m = sum(n_s E_s[x]) / n,    v = (sum(n_s E_s[x^2]) / n - m^2) * n / (n - 1)
 
-    over all spans s of all ranks of `group`, in float64, in one all-reduce: the population's own statistics, not an
-    average of variances. The model is left in evaluation mode.
+    over all spans s of all ranks of `group`, in float64, with one all-reduce. These are the statistics of the
+    population, not an average of variances. The model stays in evaluation mode.
 
     Raises:
-        UserError: `begin_precise` was not called, or no sample was seen since.
+        UserError: `begin_precise` was not called, or no sample passed since.
     """
     layers = list(span_layers(model))
     pooled = [layer.pooled_moments for layer in layers if layer.pooled_moments is not None]
@@ -119,7 +134,7 @@ def _num_totals(layer: SpanBatchNorm2d) -> int:
 def _set_pooled(layer: SpanBatchNorm2d, moments: Tensor) -> None:
     count = moments[-1]
     if count == 0:
-        raise UserError("no sample passed between begin_precise and finish_precise; one batch or more works")
+        raise UserError("no sample passed between begin_precise and finish_precise; needed: 1 or more; one batch works")
     mean, mean_square = (moments[:-1] / count).view(2, -1)
     layer.running_mean.copy_(mean)
     variance = (mean_square - mean.square()).clamp(min=0)

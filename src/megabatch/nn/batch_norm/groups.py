@@ -1,4 +1,4 @@
-"""Which ranks share a batch-norm span."""
+"""Groups of ranks that share a batch-norm span."""
 
 import torch.distributed as dist
 
@@ -14,9 +14,9 @@ def span_groups(
 ) -> list[list[int]]:
     """Ranks of each group; every rank is in exactly one group.
 
-    Without `tiles` the groups are contiguous ranks. With `tiles=(rows, columns)`, the ranks lie row by row on
-    `grid=(rows, columns)` and each tile of that shape is a group, so that on a torus its members are
-    neighbours on both axes (Ying et al. 2018, arXiv:1811.06992, section 2).
+    Without `tiles` a group consists of consecutive ranks. With `tiles=(rows, columns)`, the ranks are laid out row by
+    row on `grid=(rows, columns)` and each tile of that shape is a group, so that on a torus its members are neighbours
+    on both axes (Ying et al. 2018, arXiv:1811.06992, section 2).
 
     Raises:
         UserError: group_size does not divide world_size, or tiles and grid do not fit them.
@@ -34,7 +34,7 @@ def span_groups(
 def new_span_group(
     group_size: int, *, tiles: tuple[int, int] | None = None, grid: tuple[int, int] | None = None
 ) -> dist.ProcessGroup | None:
-    """This rank's process group of `span_groups`, or None for groups of one; all ranks must call it."""
+    """Process group of this rank among `span_groups`, or None for groups of one rank. All ranks must call it."""
     if group_size == 1:
         return None
     groups = span_groups(dist.get_world_size(), group_size, tiles=tiles, grid=grid)

@@ -1,8 +1,8 @@
-"""Batch norm whose statistics cover a fixed number of samples, its *span*, however the batch is cut over workers.
+"""Batch norm whose statistics cover a fixed number of samples, its *span*, independent of how a batch is distributed.
 
 A span may be smaller than the micro-batch (ghost batch norm, Hoffer et al. 2017, arXiv:1705.08741), equal to it
-(plain batch norm), or larger (shared by a group of ranks, Ying et al. 2018, arXiv:1811.06992). How the statistics
-become those of evaluation is the matter of `megabatch.nn.batch_norm.evaluation_statistics`.
+(plain batch norm), or larger (shared by a group of ranks, Ying et al. 2018, arXiv:1811.06992).
+`megabatch.nn.batch_norm.evaluation_statistics` computes evaluation statistics from those of the spans.
 """
 
 import copy
@@ -21,25 +21,34 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class SpanBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` over spans of `span` samples; parameters, buffers and state dict are the same, both ways.
+    """`nn.BatchNorm2d` with statistics over spans of `span` samples. State dicts load in both directions.
 
-    Input and output are (N, C, ...) of one dtype; statistics are in the dtype of the running buffers (float32 under
-    autocast). Training normalises x by the mean m and biased variance v of its own span:
+    Input and output are (N, C, ...) of one dtype; statistics have the dtype of the running buffers (float32 under
+    autocast). Training normalises x by the mean m and the biased variance v of its span:
 
         y = weight * (x - m) / sqrt(v + eps) + bias
 
-    With `group_size=1` a forward of N samples is N // span whole spans and, if some samples remain, one short span.
-    With `group_size=G` the G ranks of `process_group` share one span: each brings its samples, as many as it has and
-    possibly none, and all G must call forward and backward together. A layer then sends one all-gather of
-    2C + 1 values forward and one all-reduce of 2C values backward. Gradients of weight and bias are those of the
-    local samples: sum them over ranks as every other gradient.
+    With `group_size=1` a forward of N samples has N // span whole spans and one short span of the remaining samples
+    (Hoffer et al. 2017, arXiv:1705.08741). With `group_size=G` the G ranks of `process_group` share one span (Ying et
+    al. 2018, arXiv:1811.06992): each rank contributes its samples, possibly none, and all G ranks must call forward
+    and backward together. A layer then sends one all-gather of 2C + 1 values forward and one all-reduce of 2C values
+    backward. Gradients of weight and bias are those of the local samples; sum them over ranks as all other gradients.
 
-    On its own the layer keeps running averages in forward, as nn.BatchNorm2d does, from the mean over the forward's
-    spans. With `accumulate_statistics` (set by `collect_statistics`) forward only adds to sums, and `finish_step`
-    updates the averages once a step, so that they do not depend on the number of workers or micro-batches.
+    By default forward updates running averages as nn.BatchNorm2d does, from the mean over the forward's spans. With
+    `accumulate_statistics` (set by `collect_statistics`) forward only adds to sums, and `finish_step` updates the
+    averages once a step, so that they do not depend on the number of workers or micro-batches.
+
+        layer = SpanBatchNorm2d(64, span=32)
+        layer(torch.randn(128, 64, 56, 56))  # four spans, each with its own mean and variance
+
+    Args:
+        num_features: C.
+        span: samples that share statistics.
+        stats_momentum: weight of a new statistic in the running averages, in [0, 1].
+        process_group, group_size: ranks that share a span; `new_span_group(group_size)` makes the group.
 
     Raises:
-        UserError: span or group_size below 1, or a group without a process group of that size; in forward, more
+        UserError: span or group_size below 1, or a group_size without a process group of that size; in forward, more
             local samples than the span that a group shares.
     """
 
@@ -69,7 +78,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         self.process_group = process_group
         self.group_size = group_size
         self.accumulate_statistics = False
-        self.pooled_moments: Tensor | None = None  # set while evaluation statistics are recomputed
+        self.pooled_moments: Tensor | None = None  # exists only while evaluation statistics are recomputed
         for name in ("span_sum", "first_span"):  # of the step: means, unbiased variances, number of spans
             self.register_buffer(name, self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
 
@@ -84,18 +93,19 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         if recompute:
             self._add_pooled(normalised)
         elif normalised.statistics:
-            self._take_statistics(torch.stack(normalised.statistics))
+            self._add_statistics(torch.stack(normalised.statistics))
         return normalised.output
 
-    def _take_statistics(self, spans: Tensor) -> None:
-        """Adds the spans, (spans, 2C + 1): means, unbiased variances, and 1 or 0, to the step's or to the averages.
+    def _add_statistics(self, spans: Tensor) -> None:
+        """Adds statistics of spans to the sums of the step or to the running averages.
 
-        No Python state, so that a captured graph can replay it.
+        `spans` (spans, 2C + 1): means, unbiased variances, and 1 or 0. All state is in tensors, so that a CUDA graph
+        can replay it.
         """
         total = spans[0] if len(spans) == 1 else spans.sum(0)
         if not self.accumulate_statistics:
             self.move_averages(total, self.momentum)
-        elif self._speaks_for_group():
+        elif self._counts_for_group():
             torch.where(self.first_span[-1:] == 0, spans[0], self.first_span, out=self.first_span)
             self.span_sum.add_(total)
 
@@ -104,7 +114,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         return f"{self.num_features}, span={self.span}{group}, eps={self.eps}, stats_momentum={self.momentum}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpanBatchNorm2d":
-        memo[id(self.process_group)] = self.process_group  # cannot be copied, and the copy lives in the same group
+        memo[id(self.process_group)] = self.process_group  # a process group cannot be copied; the copy shares it
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -114,7 +124,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         return len(input) <= self.span and input.numel() > self.num_features
 
     def _plain_batch_norm(self, input: Tensor) -> Tensor:
-        """What nn.BatchNorm2d does: updates the running averages in training, uses them in evaluation."""
+        """Batch norm as in nn.BatchNorm2d: updates the running averages in training, uses them in evaluation."""
         return functional.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
@@ -126,8 +136,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             )
         if len(input) > self.span:
             raise UserError(
-                f"a forward of {len(input)} samples does not fit into the span of {self.span} that {self.group_size} "
-                f"ranks share; a micro-batch of {max(1, self.span // self.group_size)} works"
+                f"a forward of {len(input)} samples was given, needed: at most the span of {self.span} that "
+                f"{self.group_size} ranks share; a micro-batch of {max(1, self.span // self.group_size)} works"
             )
         shared: Normalised = normalise_shared_span(
             input, self.weight, self.bias, like=self.running_mean, eps=self.eps, group=self.process_group
@@ -135,16 +145,16 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         return shared
 
     def _add_pooled(self, normalised: Normalised) -> None:
-        """Adds (count * E[x], count * E[x^2], count), summed over spans, in float64 against cancellation."""
+        """Adds (count * E[x], count * E[x^2], count), summed over spans; in float64, to avoid cancellation."""
         assert self.pooled_moments is not None
-        if normalised.statistics and self._speaks_for_group():
+        if normalised.statistics and self._counts_for_group():
             mean, variance = torch.stack(normalised.statistics)[:, :-1].double().chunk(2, dim=1)
             count = torch.as_tensor(normalised.counts, dtype=torch.float64, device=mean.device)[:, None]
             squares = variance * (count - 1).clamp(min=0) + count * mean.square()
             self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))
 
     def move_averages(self, totals: Tensor, momentum: float) -> None:
-        """running = (1 - momentum) * running + momentum * mean over spans; kept where there was no span.
+        """running = (1 - momentum) * running + momentum * mean over spans; unchanged without spans.
 
         `totals` (2C + 1): sums over spans of means and of variances, and the number of spans.
         """
@@ -154,21 +164,28 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             running.lerp_(torch.where(count > 0, new, running), momentum)
         self.num_batches_tracked.add_(1)
 
-    def _speaks_for_group(self) -> bool:
-        """Whether this rank is the one of its group that counts the shared span."""
+    def _counts_for_group(self) -> bool:
+        """True on the one rank of a group that adds the shared span to its sums."""
         return self.group_size == 1 or dist.get_rank(self.process_group) == 0
 
 
 def convert(
     model: nn.Module, *, span: int, process_group: dist.ProcessGroup | None = None, group_size: int = 1
 ) -> nn.Module:
-    """`model` with every batch norm of torch's (1d, 2d, 3d, Sync) replaced by a SpanBatchNorm2d, in place.
+    """Replaces every batch norm of torch (1d, 2d, 3d, Sync) in `model` by a SpanBatchNorm2d, in place.
 
-    The same parameters and buffers are reused, so an optimizer made before stays valid. Returns the new layer where
-    `model` itself is a batch norm.
+    Returns `model`, or the new layer if `model` itself is a batch norm. The new layers hold the same parameter and
+    buffer tensors, so an optimizer made before stays valid.
+
+        model = convert(torchvision.models.resnet50(), span=32)
+
+    Args:
+        span: samples that share statistics; see `SpanBatchNorm2d`.
+        process_group, group_size: ranks that share a span; `new_span_group(group_size)` makes the group.
 
     Raises:
-        UserError: a layer without running statistics, or with momentum=None (a cumulative average).
+        UserError: a layer without running statistics, or with momentum=None (a cumulative average); span or group_size
+            below 1, or a group_size without a process group of that size.
     """
     twins: dict[nn.Module, SpanBatchNorm2d] = {}
     for layer in model.modules():
@@ -184,10 +201,10 @@ def convert(
 def _twin(
     layer: nn.modules.batchnorm._BatchNorm, span: int, process_group: dist.ProcessGroup | None, group_size: int
 ) -> SpanBatchNorm2d:
-    """A span layer that holds the tensors of `layer` themselves."""
+    """A span layer that holds the parameter and buffer tensors of `layer`."""
     if layer.running_mean is None or layer.momentum is None:
         raise UserError(
-            f"{layer} keeps no exponential running average, which a span layer needs; "
+            f"{layer} was given, needed: a layer with an exponential running average; "
             "track_running_stats=True, momentum=0.1 works"
         )
     twin = SpanBatchNorm2d(
@@ -210,12 +227,16 @@ def _twin(
 
 def _check_group(span: int, process_group: dist.ProcessGroup | None, group_size: int) -> None:
     if span < 1 or group_size < 1:
-        raise UserError(f"span={span}, group_size={group_size} were given, both must be 1 or more; span=32 works")
+        raise UserError(
+            f"span={span}, group_size={group_size} were given, needed: 1 or more for both; span=32, group_size=1 work"
+        )
     if group_size > 1 and process_group is None:
         raise UserError(
-            f"group_size={group_size} needs the process group of the ranks that share a span; "
+            f"group_size={group_size} was given without a process group, needed: that of the ranks that share a span; "
             f"process_group=new_span_group({group_size}) works"
         )
     if process_group is not None and dist.get_world_size(process_group) != group_size:
         size = dist.get_world_size(process_group)
-        raise UserError(f"group_size={group_size} was given with a process group of {size}; group_size={size} works")
+        raise UserError(
+            f"group_size={group_size} was given with a process group of {size} ranks; group_size={size} works"
+        )

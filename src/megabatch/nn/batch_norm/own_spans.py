@@ -1,4 +1,4 @@
-"""Batch norm of a micro-batch that holds its spans alone, one span or several."""
+"""Batch norm of a micro-batch that contains one or several whole spans, without other ranks."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,21 @@ from torch.nn import functional
 
 
 class Normalised(NamedTuple):
-    """What a training forward yields."""
+    """Result of a training forward."""
 
-    output: Tensor  # as the input
-    statistics: list[Tensor]  # per span (2C + 1): means, unbiased variances, and 1, or 0 if a group brought no sample
-    counts: Tensor | list[int]  # values per channel in each span; a tensor where only the group's sum tells
+    output: Tensor  # shape, dtype and memory format of the input
+    statistics: list[Tensor]  # per span (2C + 1): means, unbiased variances, and 1, or 0 for a span without samples
+    counts: Tensor | list[int]  # values per channel in each span; a tensor if it is a sum over ranks
 
 
 def normalise_own_spans(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *, like: Tensor, span: int, eps: float
 ) -> Normalised:
-    """Each `span` consecutive samples by their own statistics, and what remains by its own; statistics as `like`.
+    """Normalises each `span` consecutive samples by their own statistics, and the remaining samples by theirs.
 
-    Costs one native batch norm a span, and beyond one span a copy of the output and one of the gradient (10 to 60 %
-    of a batch norm's own time on a CPU). No sample gives no span. A span with one value per channel has variance 0:
-    its output is the bias.
+    Statistics have the dtype and device of `like`, a tensor of C values. The cost is one native batch norm per span;
+    with more than one span also a copy of the output and of the gradient (10 to 60 % of the time of a batch norm on a
+    CPU). An empty batch has no span. A span with one value per channel has variance 0, so its output is the bias.
     """
     spans = _split(input, span)
     statistics = [like.new_ones(2 * len(like) + 1) for _ in spans]
@@ -31,12 +31,12 @@ def normalise_own_spans(
 
 
 def num_values(input: Tensor) -> int:
-    """Values per channel."""
+    """Number of values per channel."""
     return input.numel() // input.shape[1]
 
 
 def _split(input: Tensor, span: int) -> tuple[Tensor, ...]:
-    """Whole spans and what remains; a single span is the input itself, since a split copies in backward."""
+    """Whole spans and the remainder. A single span is the input itself, since torch.split copies in backward."""
     if len(input) <= span:
         return (input,) if len(input) else ()
     return torch.split(input, span)
@@ -49,19 +49,19 @@ def _joined(outputs: list[Tensor], input: Tensor, weight: Tensor | None, bias: T
 
 
 def _normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float) -> Tensor:
-    """One span's output; its means and unbiased variances go into `statistics` (2C + 1)."""
+    """Output of one span; writes its means and unbiased variances into `statistics` (2C + 1)."""
     channels = input.shape[1]
     mean, variance = statistics[:channels], statistics[channels:-1]
     if num_values(input) == 1:
         mean.copy_(input.detach().flatten())
         variance.zero_()
         return _affine(input - input, weight, bias)
-    # With momentum 1 the "running" buffers receive exactly this span's statistics.
+    # With momentum 1 batch_norm writes exactly this span's statistics into its "running" buffers.
     return functional.batch_norm(input, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
 def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """weight * input + bias: what is left of batch norm where nothing can be normalised; keeps the graph whole."""
+    """weight * input + bias, for inputs that cannot be normalised; keeps the parameters in the autograd graph."""
     if weight is None or bias is None:
         return input.clone()
     shape = (1, -1, *[1] * (input.dim() - 2))
