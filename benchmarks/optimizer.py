@@ -1,14 +1,14 @@
-"""What one optimizer step costs on ResNet-50's 161 tensors: ours, its reference path, timm, pytorch_optimizer, torch.
+"""Time of one optimizer step on ResNet-50's 161 tensors: megabatch's backends, timm, pytorch_optimizer and torch.
 
     python benchmarks/optimizer.py --output benchmarks/out [--repeats 30] [--threads N] [--device cpu|cuda]
 
-Only `step()` is timed, with gradients that are there. All cases run interleaved in one process; each has weights,
-gradients and state of its own (25.6 million fp32 values each). Ratios are to `megabatch LARS`. timm and
-pytorch_optimizer are left out where they are not installed.
+Only `step()` is timed, with gradients computed beforehand. All cases run interleaved in one process; each has its own
+weights, gradients and state (25.6 million fp32 values each). Ratios are relative to `megabatch LARS`. timm and
+pytorch_optimizer are skipped if they are not installed.
 
-On a GPU every step is a replay of a CUDA graph, so that what the device does is timed and not Python; a case that
-cannot be captured is timed as it comes and says so. There `megabatch LARS`, `SGD`, `LAMB` and `RMSpropWarmup` go
-through the kernels, and their lines name the bytes that a step must move and the rate reached.
+On a GPU every step is a replay of a CUDA graph, so that device time is measured without Python's overhead; a case that
+cannot be captured is timed without a graph and named accordingly. There `megabatch LARS`, `SGD`, `LAMB` and
+`RMSpropWarmup` use the kernels, and their lines give the bytes that a step must move and the bytes per second reached.
 """
 
 import argparse
@@ -39,7 +39,7 @@ FUSED = "megabatch {}, fused"
 COPIES = "megabatch LARS, fused, with 16-bit copies"
 BYTES_PER_VALUE = {BASELINE: 28, COPIES: 30, FUSED.format("SGD"): 20, FUSED.format("LAMB"): 40}
 BYTES_PER_VALUE |= {FUSED.format("RMSpropWarmup"): 28}
-"""What a step must move for each fp32 parameter: see the kernels' own words in `megabatch.kernels`."""
+"""Bytes that a step must move for each fp32 parameter; see the modules of `megabatch.optim.kernels`."""
 
 Maker = Callable[[list[Group]], torch.optim.Optimizer]
 
@@ -60,14 +60,16 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 
 
 def tensors(device: str) -> list[tuple[Tensor, Tensor]]:
-    """Weights and gradients, filters in channels_last."""
+    """Pairs of weight and gradient; filters in channels_last."""
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, *shape, generator=generator).unbind() for shape in resnet50_shapes()]
-    return [tuple(_laid_out((scale * t).to(device)) for scale, t in zip((0.05, 1e-3), p, strict=True)) for p in pairs]
+    return [
+        tuple(_in_usual_layout((scale * t).to(device)) for scale, t in zip((0.05, 1e-3), p, strict=True)) for p in pairs
+    ]
 
 
 def groups(pairs: list[tuple[Tensor, Tensor]]) -> list[Group]:
-    """Fresh parameters with gradients, in the usual two groups: 54 that decay and adapt, 107 that do neither."""
+    """New parameters with gradients, in the usual two groups: 54 decay and adapt, 107 do neither."""
     parameters = [nn.Parameter(weight.clone()) for weight, _ in pairs]
     for p, (_, gradient) in zip(parameters, pairs, strict=True):
         p.grad = gradient.clone()
@@ -78,7 +80,7 @@ def groups(pairs: list[tuple[Tensor, Tensor]]) -> list[Group]:
 
 
 def cases(device: str) -> Iterator[tuple[str, Maker]]:
-    """Name and maker of each optimizer that is there."""
+    """Name and constructor of each optimizer that is installed."""
     yield from _ours_on_a_gpu(device) if device == "cuda" else _ours_on_a_cpu()
     for path in ("foreach", "fused"):
         yield f"torch SGD {path}=True", lambda g, path=path: torch.optim.SGD(g, lr=1e-4, momentum=0.9, **{path: True})
@@ -105,13 +107,13 @@ def _ours_on_a_cpu() -> Iterator[tuple[str, Maker]]:
 
 
 def _ours_on_a_gpu(device: str) -> Iterator[tuple[str, Maker]]:
-    """Capturable, with the rate in a tensor; `LARS` goes through its kernel without being asked."""
+    """Capturable optimizers with a tensor rate; `LARS` uses its kernel by default."""
 
     def rate(value: float) -> dict[str, Any]:
         return {"lr": torch.tensor(value, device=device), "capturable": True}
 
     yield BASELINE, lambda g: LARS(g, **rate(0.01))
-    yield COPIES, lambda g: LARS(g, **rate(0.01), fused=True, copies={p: p.detach().bfloat16() for p in _of(g)})
+    yield COPIES, lambda g: LARS(g, **rate(0.01), fused=True, copies={p: p.detach().bfloat16() for p in _parameters(g)})
     yield "megabatch LARS foreach=True", lambda g: LARS(g, **rate(0.01), foreach=True)
     yield FUSED.format("SGD"), lambda g: SGD(g, **rate(1e-4), fused=True)
     yield FUSED.format("LAMB"), lambda g: LAMB(g, **rate(1e-4), fused=True)
@@ -119,12 +121,12 @@ def _ours_on_a_gpu(device: str) -> Iterator[tuple[str, Maker]]:
     yield FUSED.format("RMSpropWarmup"), lambda g: RMSpropWarmup(g, **rate(1e-4), fused=True)
 
 
-def _of(own: list[Group]) -> list[Tensor]:
-    return [p for group in own for p in group["params"]]
+def _parameters(groups: list[Group]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
 
 
 def works(device: str) -> dict[str, Work]:
-    """A step of each case; on a GPU a replay of it."""
+    """Function that takes one step, for each case; on a GPU a replay of a captured step."""
     pairs = tensors(device)
     found: dict[str, Work] = {}
     for name, make in cases(device):
@@ -134,7 +136,7 @@ def works(device: str) -> dict[str, Work]:
             continue
         try:
             found[name] = graph_of(step)
-        except (RuntimeError, UserError) as error:  # it reads the device, or was not made for it
+        except (RuntimeError, UserError) as error:  # it copies a value to the host or does not support capture
             torch.cuda.synchronize()
             print(f"{name} cannot be captured: {str(error).splitlines()[0]}", file=sys.stderr)
             found[f"{name}, not captured"] = make(groups(pairs)).step
@@ -181,12 +183,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _laid_out(tensor: Tensor) -> Tensor:
+def _in_usual_layout(tensor: Tensor) -> Tensor:
     return tensor.to(memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format)
 
 
 def _timm_optim(name: str) -> Any:
-    """A module of timm.optim; timm's `__init__` is not run, since torchvision cannot be imported with a CPU build."""
+    """A module of timm.optim. timm's `__init__` is not run, since it imports torchvision, which fails on CPU builds."""
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -160,7 +160,7 @@ def test_without_being_asked_a_gpu_takes_the_kernel_and_a_type_it_cannot_take_th
         model = small_model("cuda", dtype)
         optimizer = LARS(model.parameters(), lr=0.1)
         fill_gradients(model, 0)
-        assert optimizer._takes_kernel(optimizer.param_groups[0], list(model.parameters())) is fused
+        assert optimizer._uses_kernel(optimizer.param_groups[0], list(model.parameters())) is fused
         optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Batch-size control: the schedule, what follows a change, growth by noise scale."""
+"""Batch-size control: the schedule, lr and momentum after a change, growth by noise scale."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ def test_the_schedule_gives_the_batch_of_the_last_entry_reached() -> None:
     assert [batch_size_at(e, ((5.0, 512),), default=256) for e in (0, 5)] == [256, 512]
 
 
-def test_a_schedule_without_an_answer_is_an_error() -> None:
+def test_an_epoch_without_a_batch_size_is_an_error() -> None:
     with pytest.raises(UserError, match="no batch size at epoch 2"):
         batch_size_at(2.0, ())
 
@@ -125,6 +125,6 @@ def test_save_and_load_continues_as_if_nothing_had_happened() -> None:
         ({"hysteresis": -0.1}, "hysteresis=-0.1"),
     ],
 )
-def test_values_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         NoiseScaleBatchPolicy(**{"global_batch_size": 64, "max_batch_size": 128, **values})

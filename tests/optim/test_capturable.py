@@ -1,4 +1,4 @@
-"""Steps whose rates are tensors: the same numbers, read by no step on the host, so that a CUDA graph can hold them."""
+"""Steps whose rates are tensors: the same results, and no value read on the host, as a CUDA graph requires."""
 
 import copy
 from collections.abc import Callable
@@ -28,18 +28,18 @@ MAKERS: dict[str, Maker] = {
     "rmsprop": RMSpropWarmup,
 }
 EVERY = pytest.mark.parametrize("kind", MAKERS)
-PATHS = pytest.mark.parametrize("foreach", [None, True, False])
+BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])
 STEPS: list[dict[str, float]] = [
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "beta2": 0.99, "sgd_share": 0.2},
     {"lr": 0.4, "momentum": 0.8, "weight_decay": 0.02, "beta2": 0.98, "sgd_share": 0.7},
     {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.0, "beta2": 0.95, "sgd_share": 1.0},
     {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "beta2": 0.99, "sgd_share": 1.0},
 ]
-"""What a schedule changes from step to step."""
+"""Values that a schedule changes from step to step."""
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Refuses what .item(), bool(), int() and float() of a tensor do: copy its value to the host."""
+    """Refuses to copy a tensor's value to the host, as .item(), bool(), int() and float() do."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor's value was read on the host"
@@ -67,7 +67,7 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> None:
-    """Numbers are replaced, tensors overwritten."""
+    """Replaces numbers and overwrites tensors."""
     for group in optimizer.param_groups:
         for name, value in values.items():
             if isinstance(group.get(name), Tensor):
@@ -76,13 +76,13 @@ def set_rates(optimizer: torch.optim.Optimizer, values: dict[str, float]) -> Non
                 group[name] = value
 
 
-def in_tensors(kind: str, own: list[dict[str, Any]], **values: Any) -> torch.optim.Optimizer:
+def in_tensors(kind: str, param_groups: list[dict[str, Any]], **values: Any) -> torch.optim.Optimizer:
     """A capturable optimizer with every rate in a tensor that all groups share."""
-    dtype = own[0]["params"][0].dtype
+    dtype = param_groups[0]["params"][0].dtype
     rates = {name: torch.tensor(0.5, dtype=dtype) for name in ("lr", "momentum", "weight_decay")}
     if kind.startswith("lamb"):
         rates["beta2"] = torch.tensor(0.5, dtype=dtype)
-    return MAKERS[kind](own, **rates, capturable=True, **values)
+    return MAKERS[kind](param_groups, **rates, capturable=True, **values)
 
 
 def test_reading_a_tensor_is_noticed() -> None:
@@ -92,8 +92,8 @@ def test_reading_a_tensor_is_noticed() -> None:
 
 
 @EVERY
-@PATHS
-def test_rates_in_tensors_make_the_steps_that_numbers_make(kind: str, foreach: bool | None) -> None:
+@BACKENDS
+def test_rates_in_tensors_give_the_same_steps_as_numbers(kind: str, foreach: bool | None) -> None:
     numbers = MAKERS[kind](groups(), lr=0.5, foreach=foreach)
     tensors = in_tensors(kind, groups(), foreach=foreach)
     for seed, values in enumerate(STEPS):
@@ -106,7 +106,7 @@ def test_rates_in_tensors_make_the_steps_that_numbers_make(kind: str, foreach: b
 
 
 @EVERY
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_step_reads_a_tensor_on_the_host(kind: str, foreach: bool | None, dtype: torch.dtype) -> None:
     optimizer = in_tensors(kind, groups(dtype), foreach=foreach)
@@ -118,7 +118,7 @@ def test_no_step_reads_a_tensor_on_the_host(kind: str, foreach: bool | None, dty
 
 
 @EVERY
-def test_no_step_replaces_a_tensor_that_a_graph_would_read(kind: str) -> None:
+def test_no_step_replaces_a_tensor_that_a_cuda_graph_would_read(kind: str) -> None:
     optimizer = in_tensors(kind, groups())
     fill_gradients(optimizer, 0)
     optimizer.step()
@@ -135,8 +135,8 @@ def test_no_step_replaces_a_tensor_that_a_graph_would_read(kind: str) -> None:
 
 
 @EVERY
-def test_a_run_moves_between_numbers_and_tensors_by_its_state_dict(kind: str) -> None:
-    """A checkpoint of a captured run goes on on a machine without a GPU, and the other way round."""
+def test_a_state_dict_moves_a_run_between_numbers_and_tensors(kind: str) -> None:
+    """A checkpoint of a captured run resumes on a machine without a GPU, and the reverse."""
     unbroken = MAKERS[kind](groups(), lr=0.5)
     for seed in (0, 1):
         set_rates(unbroken, STEPS[seed])
@@ -162,7 +162,7 @@ def test_a_run_moves_between_numbers_and_tensors_by_its_state_dict(kind: str) ->
         torch.testing.assert_close(r.detach(), p.detach(), rtol=1e-11, atol=1e-12)
 
 
-def test_a_checkpoint_of_before_the_fused_way_loads() -> None:
+def test_a_checkpoint_without_the_key_fused_loads() -> None:
     optimizer = SGD(groups(), lr=0.5)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
@@ -174,12 +174,12 @@ def test_a_checkpoint_of_before_the_fused_way_loads() -> None:
 
 
 @EVERY
-@PATHS
+@BACKENDS
 def test_copies_in_16_bit_follow_the_weights(kind: str, foreach: bool | None) -> None:
-    own = groups(torch.float32)
-    some = [p for group in own for p in group["params"]][1:]
+    param_groups = groups(torch.float32)
+    some = [p for group in param_groups for p in group["params"]][1:]
     copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in some}
-    with_copies = MAKERS[kind](own, lr=0.5, foreach=foreach, copies=copies)
+    with_copies = MAKERS[kind](param_groups, lr=0.5, foreach=foreach, copies=copies)
     without = MAKERS[kind](groups(torch.float32), lr=0.5, foreach=foreach)
     for optimizer in (with_copies, without):
         fill_gradients(optimizer, 0)
@@ -191,8 +191,8 @@ def test_copies_in_16_bit_follow_the_weights(kind: str, foreach: bool | None) ->
 
 
 @EVERY
-@PATHS
-def test_gradients_in_16_bit_make_the_steps_that_the_same_values_in_fp32_make(kind: str, foreach: bool | None) -> None:
+@BACKENDS
+def test_gradients_in_16_bit_give_the_same_steps_as_equal_values_in_fp32(kind: str, foreach: bool | None) -> None:
     narrow = MAKERS[kind](groups(torch.float32), lr=0.5, foreach=foreach)
     wide = MAKERS[kind](groups(torch.float32), lr=0.5, foreach=foreach)
     for p in parameters(narrow)[:2]:

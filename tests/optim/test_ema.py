@@ -1,4 +1,4 @@
-"""The weight average: memory in epochs, buffers, swapping, state."""
+"""The weight average: half-life in epochs, buffers, swapping, state."""
 
 from typing import Any
 
@@ -85,7 +85,7 @@ def test_float_buffers_are_averaged_and_counters_copied() -> None:
     assert model.running_mean.item() == 6
 
 
-def test_the_models_own_weights_come_back_whatever_happens_inside() -> None:
+def test_the_models_own_weights_are_restored_even_after_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     average = WeightAverage(model, half_life_epochs=1.0)
     average.update(0.5)
@@ -98,7 +98,7 @@ def test_the_models_own_weights_come_back_whatever_happens_inside() -> None:
 
 
 def test_low_precision_weights_are_averaged_in_fp32() -> None:
-    """Steps of 1 % of a half-life towards 1 + 1/128: bf16 itself could not hold what lies between."""
+    """Steps of 1 % of a half-life towards 1 + 1/128: bf16 has no values in between."""
     model = scalar_model(1.0, dtype=torch.bfloat16)
     average = WeightAverage(model, half_life_epochs=1.0)
     average.update(1.0)
@@ -153,11 +153,11 @@ def test_a_state_dict_is_a_copy() -> None:
 
 def test_another_models_state_is_refused() -> None:
     average = WeightAverage(nn.Linear(2, 2), half_life_epochs=1.0)
-    with pytest.raises(UserError, match="of another model: bias"):
+    with pytest.raises(UserError, match="another model was given: bias"):
         average.load_state_dict(WeightAverage(nn.Linear(2, 2, bias=False), half_life_epochs=1.0).state_dict())
 
 
-def test_times_that_cannot_be_are_refused() -> None:
+def test_a_half_life_or_step_of_no_length_is_refused() -> None:
     with pytest.raises(UserError, match="half_life_epochs=0 was given"):
         WeightAverage(nn.Linear(2, 2), half_life_epochs=0)
     with pytest.raises(UserError, match="step_epochs=0 was given"):

@@ -1,4 +1,4 @@
-"""The optimizers and schedules in scripts that know nothing else of this package."""
+"""The optimizers and schedules in scripts that use nothing else of this package."""
 
 import warnings
 from typing import Any
@@ -35,7 +35,7 @@ def test_lars_trains_in_a_plain_script_of_twenty_lines() -> None:
 
 
 def test_lars_trains_under_torchs_own_schedulers() -> None:
-    """A LambdaLR multiplies the group's rate; nothing of ours is told."""
+    """A LambdaLR multiplies the rate of the group; no code of this package is called for it."""
     from megabatch import LARS
 
     torch.manual_seed(0)

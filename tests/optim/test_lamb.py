@@ -11,10 +11,10 @@ from megabatch.errors import UserError
 from megabatch.optim.engine import multi_tensor
 from megabatch.optim.lamb import LAMB
 
-PATHS = pytest.mark.parametrize("foreach", [None, True, False])
+BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])
 
 
-@PATHS
+@BACKENDS
 def test_the_first_step_is_the_gradients_sign_with_decay_normalised_to_the_weights_norm(foreach: bool | None) -> None:
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     w.grad = torch.tensor([2.0, -5.0], dtype=torch.float64)
@@ -24,7 +24,7 @@ def test_the_first_step_is_the_gradients_sign_with_decay_normalised_to_the_weigh
     torch.testing.assert_close(w.data, torch.tensor([3 - rate * u[0], 4 - rate * u[1]], dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("adapt", [True, False])
 def test_three_steps_match_the_equations(adapt: bool, foreach: bool | None) -> None:
     """Two beta, a rate and a decay that all differ, written out with plain floats."""
@@ -55,7 +55,7 @@ def test_three_steps_match_the_equations(adapt: bool, foreach: bool | None) -> N
     torch.testing.assert_close(w.data, torch.tensor(weights, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-@PATHS
+@BACKENDS
 def test_the_clip_bounds_the_ratio_by_one(foreach: bool | None) -> None:
     for norm, ratio in ((5.0, 1.0), (0.5, 0.5 / math.sqrt(2))):  # |u| = sqrt 2
         w = nn.Parameter(torch.tensor([0.6 * norm, 0.8 * norm], dtype=torch.float64))
@@ -65,7 +65,7 @@ def test_the_clip_bounds_the_ratio_by_one(foreach: bool | None) -> None:
         torch.testing.assert_close(before - w.data, torch.full((2,), 0.1 * ratio, dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 def test_a_layer_that_starts_at_zero_moves(foreach: bool | None) -> None:
     w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     w.grad = torch.tensor([2.0, -3.0], dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_a_layer_that_starts_at_zero_moves(foreach: bool | None) -> None:
     torch.testing.assert_close(w.data, torch.tensor([-0.1, 0.1], dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_save_and_load_in_mid_run_changes_no_bit(dtype: torch.dtype, foreach: bool | None, tmp_path: Any) -> None:
     def run(w: nn.Parameter, optimizer: LAMB, steps: range) -> None:
@@ -98,8 +98,8 @@ def test_save_and_load_in_mid_run_changes_no_bit(dtype: torch.dtype, foreach: bo
     assert torch.equal(second, whole)
 
 
-@PATHS
-def test_a_tensor_rate_steps_as_the_number_does(foreach: bool | None) -> None:
+@BACKENDS
+def test_a_tensor_rate_gives_the_same_step_as_a_number(foreach: bool | None) -> None:
     finals = []
     tensor = torch.tensor(0.05, dtype=torch.float64)
     for lr, capturable in ((0.05, False), (tensor, False), (tensor, True)):
@@ -114,7 +114,7 @@ def test_a_tensor_rate_steps_as_the_number_does(foreach: bool | None) -> None:
     torch.testing.assert_close(finals[2], finals[0], rtol=1e-12, atol=0)
 
 
-def test_all_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_backends_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_tensor, "PART_ELEMENTS", 1000)
     finals = []
     for foreach in (False, True):
@@ -138,9 +138,9 @@ def test_all_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPa
         ({"beta2": 1.0}, "beta2=1.0 was given"),
         ({"eps": -1.0}, "eps=-1.0 was given"),
         ({"lr": -1.0}, "lr=-1.0 was given"),
-        ({"capturable": True}, "capturable=True with a float rate"),
+        ({"capturable": True}, "capturable=True was given with a float rate"),
     ],
 )
-def test_values_that_cannot_work_are_refused_with_one_that_does(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused_with_an_example(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LAMB([nn.Parameter(torch.ones(2))], **{"lr": 0.1, **values})

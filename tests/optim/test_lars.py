@@ -1,4 +1,4 @@
-"""LARS against numbers computed by hand, against its own reference path, and its properties."""
+"""LARS against numbers computed by hand, its backends against each other, and its properties."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from megabatch.optim.lars import LARS
 from megabatch.optim.param_groups import param_groups
 from megabatch.optim.sgd import SGD
 
-PATHS = pytest.mark.parametrize("foreach", [None, True, False])
+BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])
 FORMS = ("outside", "inside", "inside_corrected")
 
 
@@ -33,7 +33,7 @@ def step_with(
     optimizer.step()
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize(
     ("form", "buffer", "weights"),
     [
@@ -58,7 +58,7 @@ def test_two_steps_with_a_rate_that_doubles_match_the_equations(
     torch.testing.assert_close(w.data, torch.tensor(weights, dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("form", ["outside", "inside"])
 def test_nesterov_looks_one_momentum_ahead(form: Any, foreach: bool | None) -> None:
     w = parameter(3, 4)
@@ -69,7 +69,7 @@ def test_nesterov_looks_one_momentum_ahead(form: Any, foreach: bool | None) -> N
     torch.testing.assert_close(w.data, torch.tensor([2.55, 3.4], dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize(
     ("denominator", "divisor"),
     [
@@ -88,7 +88,7 @@ def test_each_denominator_divides_as_its_equation_says(denominator: Any, divisor
     torch.testing.assert_close(w.data, torch.tensor([3 - rate * 8, 4 - rate * 6], dtype=torch.float64))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("denominator", ["sum", "update", "gradient"])
 def test_a_zero_weight_or_gradient_steps_as_plain_sgd(denominator: Any, foreach: bool | None) -> None:
     zero, still = parameter(0, 0), parameter(3, 4)
@@ -99,7 +99,7 @@ def test_a_zero_weight_or_gradient_steps_as_plain_sgd(denominator: Any, foreach:
     assert still.tolist() == [3, 4]
 
 
-@PATHS
+@BACKENDS
 def test_the_clip_bounds_a_layers_rate_by_the_global_rate(foreach: bool | None) -> None:
     # |w| / |g| = 50, so ratio = 0.01 * 50 = 0.5: above lr = 0.1, below lr = 2.
     for lr, rate in ((0.1, 0.1), (2.0, 0.5)):
@@ -108,13 +108,21 @@ def test_the_clip_bounds_a_layers_rate_by_the_global_rate(foreach: bool | None) 
         torch.testing.assert_close(w.data, torch.tensor([30 - rate * 0.6, 40 - rate * 0.8], dtype=torch.float64))
 
 
+@BACKENDS
+def test_the_clip_with_a_trust_coefficient_of_zero_at_rate_zero_moves_nothing(foreach: bool | None) -> None:
+    w = parameter(3, 4)
+    optimizer = LARS([w], lr=0.0, trust_coefficient=0.0, trust_clip=True, foreach=foreach)
+    step_with(optimizer, w, (1, 1))
+    assert w.tolist() == [3, 4]
+
+
 def test_the_clip_leaves_layers_of_zero_norm_at_ratio_one() -> None:
     w = parameter(0, 0)
     step_with(LARS([w], lr=4.0, trust_clip=True), w, (1, 1))
     assert w.tolist() == [-4, -4]
 
 
-@PATHS
+@BACKENDS
 def test_excluded_groups_are_plain_momentum_sgd_at_the_same_rate(foreach: bool | None) -> None:
     adapted, plain, reference = parameter(3, 4), parameter(1, 2), parameter(1, 2)
     groups = [{"params": [adapted]}, {"params": [plain], "adapt": False, "weight_decay": 0.0}]
@@ -129,7 +137,7 @@ def test_excluded_groups_are_plain_momentum_sgd_at_the_same_rate(foreach: bool |
     assert not torch.equal(adapted.data, plain.data)
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_decay_is_counted_once(form: Any, foreach: bool | None) -> None:
     """With |g| = 0 the ratio is 1, and a first step multiplies the weights by 1 - lr beta."""
@@ -138,8 +146,8 @@ def test_weight_decay_is_counted_once(form: Any, foreach: bool | None) -> None:
     torch.testing.assert_close(w.data, torch.tensor([3, 4], dtype=torch.float64) * (1 - 0.5 * 0.01), rtol=1e-15, atol=0)
 
 
-@PATHS
-def test_a_step_at_rate_zero_is_no_obstacle_to_the_corrected_momentum(foreach: bool | None) -> None:
+@BACKENDS
+def test_the_corrected_momentum_is_finite_after_a_step_at_rate_zero(foreach: bool | None) -> None:
     """A warm-up from 0 makes lr_(t-1) = 0; the buffer then holds zeros and any finite factor is right."""
     w = parameter(3, 4)
     optimizer = LARS([w], lr=0.0, momentum_form="inside_corrected", trust_coefficient=0.01, foreach=foreach)
@@ -152,7 +160,7 @@ def test_a_step_at_rate_zero_is_no_obstacle_to_the_corrected_momentum(foreach: b
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("denominator", ["sum", "update", "gradient"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_all_paths_compute_the_same_step(
+def test_all_backends_compute_the_same_step(
     form: Any, denominator: Any, nesterov: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several parts and one larger tensor, both memory formats, a gradient of another layout, two dtypes."""
@@ -199,7 +207,7 @@ def _fill_gradients(tensors: list[nn.Parameter], *, seed: int) -> None:
 
 
 class CountOperations(TorchDispatchMode):
-    """How many operations Python started, views apart, which touch no memory."""
+    """Counts operations started from Python, except views, which do not touch memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +219,7 @@ class CountOperations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_multi_tensor_path_starts_as_many_operations_for_a_hundred_tensors_as_for_ten(form: Any) -> None:
+def test_multi_tensor_steps_start_as_many_operations_for_a_hundred_tensors_as_for_ten(form: Any) -> None:
     def operations(num_tensors: int) -> int:
         tensors = [nn.Parameter(torch.ones(4, 4)) for _ in range(num_tensors)]
         optimizer = LARS(tensors, lr=1.0, weight_decay=0.1, momentum_form=form, foreach=True)
@@ -233,7 +241,7 @@ def test_the_multi_tensor_path_starts_as_many_operations_for_a_hundred_tensors_a
 def test_the_adapted_step_does_not_depend_on_the_gradients_scale(
     scale: float, weights: list[float], gradient_seed: int
 ) -> None:
-    """Without decay, lr eta |w| / |c g| * c g is free of c."""
+    """Without decay, lr eta |w| / |c g| * c g does not depend on c."""
     gradient = torch.randn(len(weights), generator=torch.Generator().manual_seed(gradient_seed), dtype=torch.float64)
     moved = []
     for factor in (1.0, scale):
@@ -265,7 +273,7 @@ def test_excluded_groups_never_decay(decay: float, gradient: float) -> None:
     torch.testing.assert_close(model[1].weight.data, before - 0.5 * gradient, rtol=1e-12, atol=1e-12)
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_parameters_have_fp32_norms_and_state(dtype: torch.dtype, foreach: bool | None) -> None:
     """|g| = 64 * 2000 overflows fp16 (65,504); the fp32 norm gives the exact ratio."""
@@ -279,9 +287,9 @@ def test_half_precision_parameters_have_fp32_norms_and_state(dtype: torch.dtype,
     torch.testing.assert_close(w.data, torch.full((64, 64), expected).to(dtype))
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("form", FORMS)
-def test_a_tensor_rate_steps_as_the_number_does(form: Any, foreach: bool | None) -> None:
+def test_a_tensor_rate_gives_the_same_step_as_a_number(form: Any, foreach: bool | None) -> None:
     finals = []
     for tensor in (False, True):
         w = parameter(3, 4)
@@ -312,7 +320,7 @@ def test_momentum_and_weight_decay_may_be_tensors_too() -> None:
     torch.testing.assert_close(other.data, one.data, rtol=1e-14, atol=0)
 
 
-@PATHS
+@BACKENDS
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_three_steps_save_load_and_three_more_are_six_steps_to_the_bit(
@@ -405,11 +413,11 @@ def test_the_gradients_are_not_modified() -> None:
         ({"momentum_form": "upside"}, "needed one of outside, inside, inside_corrected"),
         ({"denominator": "product"}, "needed one of sum, update, gradient"),
         ({"nesterov": True, "momentum": 0.0}, "momentum=0.9 works"),
-        ({"capturable": True}, "capturable=True with a float rate"),
+        ({"capturable": True}, "capturable=True was given with a float rate"),
         ({"lr": torch.ones(2)}, "lr has 2 elements"),
     ],
 )
-def test_values_that_cannot_work_are_refused_with_one_that_does(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused_with_an_example(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LARS([parameter(1, 2)], **{"lr": 0.1, **values})
 
@@ -417,6 +425,16 @@ def test_values_that_cannot_work_are_refused_with_one_that_does(values: dict[str
 def test_values_of_a_single_group_are_checked_too() -> None:
     with pytest.raises(UserError, match=r"momentum=2\.0 was given"):
         LARS([{"params": [parameter(1, 2)], "momentum": 2.0}], lr=0.1)
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    first, second = parameter(1, 2), parameter(3, 4)
+    optimizer = LARS([first], lr=0.1)
+    with pytest.raises(UserError, match=r"momentum=2\.0 was given"):
+        optimizer.add_param_group({"params": [second], "momentum": 2.0})
+    assert [group["params"] for group in optimizer.param_groups] == [[first]]
+    optimizer.add_param_group({"params": [second], "momentum": 0.5})
+    assert optimizer.param_groups[1]["params"] == [second]
 
 
 def test_sparse_and_complex_gradients_are_refused() -> None:
@@ -430,7 +448,7 @@ def test_sparse_and_complex_gradients_are_refused() -> None:
         LARS([w], lr=0.1).step()
 
 
-def test_with_every_ratio_one_it_is_sgd_to_the_bit() -> None:
+def test_with_all_ratios_one_it_is_sgd_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(40, 30, generator=generator)
     one, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())

@@ -1,4 +1,4 @@
-"""The two-batch estimator finds a noise scale that is known."""
+"""The two-batch estimator measures a known noise scale."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_without_a_positive_estimate_the_value_is_not_a_number() -> None:
     assert math.isnan(GradientNoiseScale().update(9.0, 2, 1.0, 4))  # signal below 0
 
 
-def test_a_step_that_overflowed_teaches_nothing() -> None:
+def test_a_step_that_overflowed_does_not_change_the_estimate() -> None:
     scale = GradientNoiseScale()
     scale.update(4.0, 2, 2.5, 4)
     before = scale.state_dict()

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the right tensors, every case equally often, ratios of medians."""
+"""The optimizer benchmark: tensor shapes, every case equally often, ratios of medians."""
 
 import importlib
 import sys
@@ -50,7 +50,7 @@ def test_every_case_steps_without_error(benchmark: ModuleType, monkeypatch: pyte
 def test_the_cases_for_a_gpu_are_capturable_and_their_bytes_are_counted(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the kernels themselves, which ask for a GPU: here they say so."""
+    """Cases with fused=True raise here, since the kernels need a GPU."""
     monkeypatch.setattr(benchmark, "resnet50_shapes", lambda: [(4, 3, 3, 3), (4,)])
     monkeypatch.setattr("megabatch.optim.engine.fused.interprets", lambda: False)
     names = []
@@ -67,7 +67,7 @@ def test_the_cases_for_a_gpu_are_capturable_and_their_bytes_are_counted(
     assert set(benchmark.BYTES_PER_VALUE) <= set(names)
 
 
-def test_compared_works_run_equally_often_and_interleaved(harness: ModuleType) -> None:
+def test_compared_functions_run_equally_often_and_interleaved(harness: ModuleType) -> None:
     calls: list[str] = []
     timings = harness.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, warmup=2, repeats=5)
     assert len(calls) == 14

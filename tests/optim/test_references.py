@@ -1,4 +1,4 @@
-"""Published implementations on the same inputs: where they agree with a form of ours, and where they differ."""
+"""Published implementations on the same inputs: the forms in which they agree with ours, and the differences."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ RATES = [2.0, 4.0, 3.0, 1.0]
 
 
 def timm_optim(name: str) -> Any:
-    """A module of timm.optim by its own name; timm's `__init__` is not run, since it imports torchvision."""
+    """A module of timm.optim by its ours_optimizer name; timm's `__init__` is not run, since it imports torchvision."""
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("timm is not installed")
@@ -138,16 +138,16 @@ def test_timms_lamb_without_gradient_clipping_is_ours(trust_clip: bool) -> None:
     ours, theirs = model(), model()
     groups = [{**g, "always_adapt": g["adapt"]} for g in param_groups(theirs, weight_decay=1e-2)]
     timm = timm_optim("lamb").Lamb(groups, lr=1.0, eps=1e-6, max_grad_norm=None, trust_clip=trust_clip)
-    own = LAMB(param_groups(ours, weight_decay=1e-2), lr=1.0, eps=1e-6, trust_clip=trust_clip)
+    ours_optimizer = LAMB(param_groups(ours, weight_decay=1e-2), lr=1.0, eps=1e-6, trust_clip=trust_clip)
     rates = [0.02, 0.05, 0.03, 0.01]
-    assert equal(train(ours, own, rates), train(theirs, timm, rates))
+    assert equal(train(ours, ours_optimizer, rates), train(theirs, timm, rates))
 
 
 def test_pytorch_optimizers_lamb_differs_in_bias_correction() -> None:
     """Its first step has m = 0.1 g, n = 0.001 g^2, so u = 3.16 sign(g) and not sign(g); both are then normalised."""
     package = pytest.importorskip("pytorch_optimizer")
     ours, theirs = model(), model()
-    own = LAMB(param_groups(ours, weight_decay=1e-2), lr=1.0)
+    ours_optimizer = LAMB(param_groups(ours, weight_decay=1e-2), lr=1.0)
     published = package.Lamb(theirs.parameters(), lr=1.0, weight_decay=1e-2, weight_decouple=False)
     rates = [0.02, 0.05, 0.03, 0.01]
-    assert not equal(train(ours, own, rates), train(theirs, published, rates))
+    assert not equal(train(ours, ours_optimizer, rates), train(theirs, published, rates))

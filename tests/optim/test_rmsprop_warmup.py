@@ -15,7 +15,7 @@ from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.schedule import sgd_share
 from megabatch.optim.sgd import SGD
 
-PATHS = pytest.mark.parametrize("foreach", [None, True, False])
+BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_share_of_sgd_has_the_published_values(epoch: float, share: float) -
 
 @given(epoch=st.floats(0, 90), center=st.floats(1, 30), period=st.floats(0.5, 20))
 def test_the_share_never_falls_and_never_jumps(epoch: float, center: float, period: float) -> None:
-    """Its slope is at most 1 / period everywhere; the branch as usually quoted overshoots to 1.5 and jumps back."""
+    """Its slope is at most 1 / period; the branch as usually quoted overshoots to 1.5 and then drops to 1."""
     step = 1e-4
     here, next_ = (sgd_share(e, center, period) for e in (epoch, epoch + step))
     assert 0 < here <= next_ <= 1
@@ -41,7 +41,7 @@ def test_the_slope_is_continuous_at_the_center() -> None:
     assert right == pytest.approx(1 / 5)
 
 
-@PATHS
+@BACKENDS
 def test_two_blended_steps_match_the_equation_without_bias_correction(foreach: bool | None) -> None:
     lr, m, decay, eps, mu2, eta = 0.5, 0.9, 0.1, 1e-3, 0.9, 0.02
     w = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
@@ -61,7 +61,7 @@ def test_two_blended_steps_match_the_equation_without_bias_correction(foreach: b
         assert w.item() == pytest.approx(weight, rel=1e-12)
 
 
-@PATHS
+@BACKENDS
 def test_rmsprops_part_of_the_step_does_not_depend_on_the_rate(foreach: bool | None) -> None:
     """One step from rest at alpha = 0 moves each weight by rmsprop_lr / sqrt(1 - mu2), whatever lr is."""
     for lr in (0.01, 6.4):
@@ -74,7 +74,7 @@ def test_rmsprops_part_of_the_step_does_not_depend_on_the_rate(foreach: bool | N
         torch.testing.assert_close(w.data - 1, moved)
 
 
-@PATHS
+@BACKENDS
 def test_once_the_share_is_one_it_is_sgd_to_the_bit(foreach: bool | None) -> None:
     """A model trained through the transition, and its copy continued by SGD from the same buffers."""
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_once_the_share_is_one_it_is_sgd_to_the_bit(foreach: bool | None) -> Non
             assert torch.equal(one, other)
 
 
-def test_the_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_backends_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_tensor, "PART_ELEMENTS", 1000)
     finals = []
     for foreach in (False, True):
@@ -132,7 +132,7 @@ def test_the_paths_agree_on_large_and_small_tensors(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_a_tensor_rate_steps_as_the_number_does() -> None:
+def test_a_tensor_rate_gives_the_same_step_as_a_number() -> None:
     finals = []
     for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Rates by epoch: published tables, and no jump where two parts join."""
+"""Schedules by epoch: published tables, and continuity where two parts join."""
 
 import math
 import subprocess
@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 from megabatch.errors import UserError
 from megabatch.optim.schedule import (
-    lars_sqrt_peak_lr,
     learning_rate,
     line_at,
     resolution_at,
     scaled_peak_lr,
     value_at,
-    weight_decay_at,
 )
 
 
@@ -106,7 +104,7 @@ def test_cosine_passes_the_middle_at_half_time() -> None:
     assert rates == pytest.approx([2.0, 0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2, 1.1, 0.2])
 
 
-def test_piecewise_joins_factors_of_the_peak_by_lines() -> None:
+def test_piecewise_interpolates_factors_of_the_peak_linearly() -> None:
     rates = [
         learning_rate(epoch, peak_lr=2.0, total_epochs=18, decay="piecewise", lr_factors=((0, 0.5), (2, 1), (18, 0)))
         for epoch in (0, 1, 2, 10, 18, 20)
@@ -141,7 +139,7 @@ JOINED = st.sampled_from(["constant", "poly", "cosine", "piecewise"])
 def test_the_rate_never_jumps(
     decay: Any, epoch: float, warmup_epochs: float, decay_epochs: float | None, power: float, peak: float
 ) -> None:
-    """Over a millionth of an epoch no part, and no join, moves it by more than 1e-5 of the peak."""
+    """Over a millionth of an epoch the rate changes by less than 1e-5 of the peak, also where parts join."""
     how: dict[str, Any] = {
         "peak_lr": peak, "total_epochs": 90, "warmup": "linear", "warmup_epochs": warmup_epochs, "decay": decay,
         "decay_epochs": decay_epochs, "poly_power": power, "lr_factors": ((0, 1), (60, 1), (90, 0.1)),
@@ -179,16 +177,8 @@ def test_the_peak_rate_follows_the_batch(scaling: Any, lr: float) -> None:
     ("batch", "lr"), [(512, 4), (1024, 5.657), (4096, 11.31), (8192, 16), (16384, 22.63), (32768, 32)]
 )
 def test_the_square_root_rule_of_lars_gives_the_published_rates(batch: int, lr: float) -> None:
-    assert lars_sqrt_peak_lr(batch) == pytest.approx(lr, rel=1e-3)
-    assert lars_sqrt_peak_lr(batch) == scaled_peak_lr(
-        4.0, scaling="sqrt", global_batch_size=batch, reference_batch_size=512
-    )
-
-
-def test_weight_decay_follows_the_rate() -> None:
-    assert [weight_decay_at(lr, 13.0, 5e-5) for lr in (0.0, 6.5, 13.0)] == pytest.approx([0, 2.5e-5, 5e-5])
-    with pytest.raises(UserError, match=r"peak_lr=0\.1"):
-        weight_decay_at(0.0, 0.0, 5e-5)
+    scaled = scaled_peak_lr(4.0, scaling="sqrt", global_batch_size=batch, reference_batch_size=512)
+    assert scaled == pytest.approx(lr, rel=1e-3)
 
 
 def test_resolution_jumps_or_ramps_in_multiples_of_32() -> None:
@@ -225,7 +215,7 @@ def test_values_and_lines_are_constant_outside_their_entries() -> None:
         ({"decay": "piecewise"}, "decay=piecewise needs lr_factors"),
     ],
 )
-def test_what_cannot_work_is_refused_with_what_does(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused_with_an_example(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         learning_rate(**{"epoch": 1.0, "peak_lr": 1.0, "total_epochs": 90, **values})
     with pytest.raises(UserError, match="scaling=linear works"):

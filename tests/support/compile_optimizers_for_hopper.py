@@ -1,4 +1,4 @@
-"""Compiles the optimizers' kernels for an H200 without one; prints what `compile_for_hopper.py` prints.
+"""Compiles the optimizers' kernels for an H200, without a GPU; prints the output of `compile_for_hopper.py`.
 
 python tests/support/compile_optimizers_for_hopper.py
 """
@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def group_of(kind: Any, weights: list[torch.Tensor], gradients: list[torch.Tensor], **options: Any) -> Any:
-    """A group with bfloat16 copies; results are meaningless, since nothing is run."""
+    """A group with bfloat16 copies; its values do not matter, since the kernels are compiled and not run."""
     values = {name: torch.tensor(0.1) for name in (*kind.rates(), kind.carried) if name}
     if "step" in values:
         values["step"] = torch.tensor(1.0, dtype=torch.float64)
@@ -39,7 +39,7 @@ def group_of(kind: Any, weights: list[torch.Tensor], gradients: list[torch.Tenso
 
 
 def main() -> None:
-    """Float32 masters, 16-bit weights, gradients of both; a tensor of one element, and one at an odd address."""
+    """Compiles for fp32 master weights, 16-bit weights, both gradients, one element, and an unaligned address."""
     torch.set_num_threads(1)
     found = compile_only()
     for name, (kind, step, options) in KINDS.items():

@@ -1,4 +1,4 @@
-"""Cases that tests of the optimizers' kernels share: every kind of step, tensors of odd sizes, gradients by seed."""
+"""Shared cases of the optimizer kernels' tests: every kind of step, tensors of odd sizes, gradients from seeds."""
 
 import itertools
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ STEPS: list[dict[str, float]] = [
     {"lr": 0.6, "momentum": 0.8, "weight_decay": 0.02, "beta2": 0.98, "sgd_share": 0.8},
     {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.01, "beta2": 0.95, "sgd_share": 1.0},
 ]
-"""What a schedule changes from step to step."""
+"""Values that a schedule changes from step to step."""
 
 
 def cases() -> Iterator[tuple[str, type[Optimizer], dict[str, Any]]]:
@@ -34,6 +34,7 @@ def cases() -> Iterator[tuple[str, type[Optimizer], dict[str, Any]]]:
         yield f"sgd {form}", SGD, {"momentum_form": form}
     yield "lars clip", LARS, {"trust_clip": True, "trust_coefficient": 4.0}
     yield "sgd nesterov", SGD, {"nesterov": True}
+    yield "sgd inside_corrected nesterov", SGD, {"momentum_form": "inside_corrected", "nesterov": True}
     yield "lamb", LAMB, {}
     yield "lamb clip", LAMB, {"trust_clip": True, "eps": 1e-3}
     yield "rmsprop", RMSpropWarmup, {"eps": 1e-3, "rmsprop_lr": 0.01}
@@ -56,7 +57,7 @@ RATES = pytest.mark.parametrize("in_tensors", [False, True])
 
 
 def groups(*sizes: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
-    """Tensors that adapt, and one that does not, of values that float32 holds."""
+    """A group of tensors that adapt and one with a tensor that does not; the values are exact in float32."""
     generator = torch.Generator().manual_seed(0)
 
     def parameter(size: int) -> nn.Parameter:
@@ -65,14 +66,14 @@ def groups(*sizes: int, dtype: torch.dtype = torch.float32) -> list[dict[str, An
     return [{"params": [parameter(size) for size in sizes]}, {"params": [parameter(257)], "adapt": False}]
 
 
-def make(case: str, own: list[dict[str, Any]], *, in_tensors: bool = False, **way: Any) -> Optimizer:
+def make(case: str, param_groups: list[dict[str, Any]], *, in_tensors: bool = False, **backend: Any) -> Optimizer:
     kind, values = CASES[case]
     if in_tensors:
-        dtype = torch.float64 if own[0]["params"][0].dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if param_groups[0]["params"][0].dtype == torch.float64 else torch.float32
         rates: dict[str, Any] = {name: torch.tensor(0.5, dtype=dtype) for name in ("lr", "momentum", "weight_decay")}
         rates |= {"beta2": torch.tensor(0.5, dtype=dtype)} if kind is LAMB else {}
-        return kind(own, **rates, **values, capturable=True, **way)
-    return kind(own, lr=0.5, **values, **way)
+        return kind(param_groups, **rates, **values, capturable=True, **backend)
+    return kind(param_groups, lr=0.5, **values, **backend)
 
 
 def reference(case: str, *sizes: int) -> Optimizer:
@@ -84,10 +85,10 @@ def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def take_steps(optimizer: Optimizer, steps: list[dict[str, float]] = STEPS, *, first: int = 0) -> None:
-    """Steps on gradients that depend on the step and the place alone, rounded to float16 for equal inputs."""
+    """Takes steps on gradients that depend only on step and position, rounded to float16 so that all dtypes agree."""
     for number, values in enumerate(steps, start=first):
-        for place, parameter in enumerate(parameters(optimizer)):
-            generator = torch.Generator().manual_seed(1000 * number + place)
+        for position, parameter in enumerate(parameters(optimizer)):
+            generator = torch.Generator().manual_seed(1000 * number + position)
             gradient = (0.1 * torch.randn(parameter.shape, generator=generator)).half()
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         set_rates(optimizer, values)
@@ -107,7 +108,7 @@ def states(optimizer: Optimizer) -> list[Tensor]:
     return [value for p in parameters(optimizer) for value in optimizer.state.get(p, {}).values()]
 
 
-def assert_alike(one: Optimizer, other: Optimizer, *, rtol: float = 3e-6, atol: float = 1e-6) -> None:
+def assert_close(one: Optimizer, other: Optimizer, *, rtol: float = 3e-6, atol: float = 1e-6) -> None:
     pairs = list(zip(parameters(one), parameters(other), strict=True)) + list(
         zip(states(one), states(other), strict=True)
     )

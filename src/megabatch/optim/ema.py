@@ -1,4 +1,4 @@
-"""An average of the weights whose memory is counted in epochs."""
+"""Exponential moving average of the weights, with a half-life in epochs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +16,27 @@ class WeightAverage:
 
         d = 0.5^(step_epochs / half_life_epochs);   average = d average + (1 - d) weights,   bias-corrected
 
-    The decay follows the share of an epoch that a step covers, so the average looks back over the same number of
-    samples when the batch size changes (a decay per step, as in timm or torch.optim.swa_utils, does not; Busbridge et
-    al. 2023, arXiv:2307.13813, give the same rule). The correction divides by the weight seen so far, as Adam does: the
-    initial weights never count, and a short run's average is not dominated by its start.
+    The decay depends on the fraction of an epoch that a step covers, so the average covers the same number of samples
+    when the batch size changes (the rule of Busbridge et al. 2023, arXiv:2307.13813; a decay per step, as in timm or
+    torch.optim.swa_utils, does not have this property). The bias correction divides by the sum of weights so far, as
+    Adam's does: the initial weights do not count, and the start of a short run does not dominate its average.
 
-    Parameters and floating-point buffers (batch norm's running averages, which belong to the weights they were measured
-    with) are averaged, in fp32 or wider; other buffers (counters) are copied.
+    Parameters and floating-point buffers (such as batch norm's running averages, which belong to the weights they were
+    measured with) are averaged in fp32, or float64 for float64; other buffers (counters) are copied.
+
+        average = WeightAverage(model, half_life_epochs=0.5)
+        for images, labels in loader:
+            train_step(model, images, labels)
+            average.update(len(images) / num_train_images)
+        with average.swapped():
+            evaluate(model)
 
     Args:
-        model: is read at each `update`; may be moved or loaded in between.
+        model: read at each `update`; it may be moved to another device or loaded in between.
+        half_life_epochs: epochs after which weights count half; above 0.
+
+    Raises:
+        UserError: half_life_epochs or step_epochs of 0 or less; in `load_state_dict`, another model's state.
     """
 
     def __init__(self, model: nn.Module, half_life_epochs: float) -> None:
@@ -34,7 +45,7 @@ class WeightAverage:
                 f"half_life_epochs={half_life_epochs} was given, needed: above 0; half_life_epochs=1.0 works"
             )
         self._half_life = half_life_epochs
-        self._weight = 0.0  # of all updates so far, in [0, 1)
+        self._weight = 0.0  # sum of the weights of all updates so far, in [0, 1)
         self._model = model
         floats, others = _tensors(model)
         self._averages = {name: _wide_copy(tensor) for name, tensor in floats.items()}
@@ -42,9 +53,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step_epochs: float) -> None:
-        """Moves the average towards the weights after a step that covered `step_epochs` of an epoch.
+        """Adds the present weights to the average, after a step that covered `step_epochs` epochs (a fraction of one).
 
-        Costs one multi-tensor operation over the weights; waits for no device.
+        Costs one multi-tensor operation over the weights, without a device synchronisation.
         """
         if not step_epochs > 0:
             raise UserError(f"step_epochs={step_epochs} was given, needed: above 0; batch / num_train_images works")
@@ -59,9 +70,9 @@ class WeightAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model holds the average inside the `with` block, and its own weights again after it.
+        """Context manager in which the model holds the average; afterwards it holds its own weights again.
 
-        What happens to the model's tensors inside is undone. Before the first update the average is the initial model.
+        Changes made to the model's tensors inside are undone. Before the first update the average is the initial model.
         """
         floats, others = _tensors(self._model)
         live = [*floats.values(), *others.values()]
@@ -73,25 +84,26 @@ class WeightAverage:
             _copy_(live, saved)
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the averages by name, and the weight seen so far."""
+        """Copies of the averages by name, and the sum of weights so far."""
         tensors = {name: tensor.clone() for name, tensor in (self._averages | self._copies).items()}
         return {"weight": self._weight, "tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; UserError where the names are not this model's."""
-        own = self._averages | self._copies
-        if own.keys() != state["tensors"].keys():
-            differing = sorted(own.keys() ^ state["tensors"].keys())
+        """Restores what `state_dict` returned; raises UserError if the names are not those of this model."""
+        targets = self._averages | self._copies
+        if targets.keys() != state["tensors"].keys():
+            differing = sorted(targets.keys() ^ state["tensors"].keys())
             raise UserError(
-                f"the average is of another model: {', '.join(differing[:5])} differ; the model it is of works"
+                f"the average of another model was given: {', '.join(differing[:5])} differ; needed: the same names; "
+                "the model that was averaged works"
             )
-        for name, tensor in own.items():
+        for name, tensor in targets.items():
             tensor.copy_(state["tensors"][name])
         self._weight = float(state["weight"])
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers by name: floating-point ones, and others. Read anew, since `.to` replaces buffers."""
+    """Floating-point parameters and buffers by name, and the others. Not cached, since `.to` replaces buffers."""
     named = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     floats = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
     return floats, {name: tensor for name, tensor in named.items() if name not in floats}

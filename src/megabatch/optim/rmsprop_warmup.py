@@ -1,4 +1,4 @@
-"""RMSprop that turns into momentum SGD during the first epochs."""
+"""RMSprop warm-up: RMSprop that changes into momentum SGD during the first epochs."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,20 +17,28 @@ from megabatch.optim.schedule import sgd_share
 
 
 class RMSpropWarmup(MomentumOptimizer):
-    """Akiba et al. 2017, arXiv:1711.04325: RMSprop first, then momentum SGD, blended in between.
+    """RMSprop first, then momentum SGD, with a gradual transition (Akiba et al. 2017, arXiv:1711.04325).
 
         u = g + beta w
         n = mu2 n + (1 - mu2) u^2                                          not bias-corrected, as published
         v = m v + (alpha + (1 - alpha) (rmsprop_lr / lr) / (sqrt(n) + eps)) u
         w -= lr v
 
-    alpha is the group key `sgd_share`, set by `set_epoch` before a step. RMSprop's part moves the weights by
-    (1 - alpha) rmsprop_lr, whatever `lr` is. Where alpha is the number 1 the step is that of `SGD` to the bit; a tensor
-    takes the same way before and after, and agrees to rounding.
+    g is the mean gradient over the global batch and alpha the group key `sgd_share`, in [0, 1], which `set_epoch` sets
+    before a step. RMSprop's part of the update has the rate (1 - alpha) rmsprop_lr, independent of `lr`. If alpha is
+    the number 1 the step equals that of `SGD` bit for bit; if alpha is a tensor of value 1, it equals it to rounding.
+    State is fp32 (float64 for float64 parameters) regardless of the parameters' dtype.
+
+        optimizer = RMSpropWarmup(model.parameters(), lr=12.8, weight_decay=1e-4)
+        for step in range(num_steps):
+            optimizer.set_epoch(step * global_batch_size / num_train_images)
+            optimizer.zero_grad()
+            loss(model, step).backward()
+            optimizer.step()
 
     Args:
-        params: parameters or groups; their key `adapt` has no meaning here and is ignored.
-        lr: a float or a 0-d tensor; so are momentum and weight decay. A step in a CUDA graph reads tensors anew.
+        params: parameters or parameter groups; their key `adapt`, as set by `param_groups`, is ignored.
+        lr: a float or a 0-d tensor, as are momentum and weight decay. A CUDA graph reads tensors at every replay.
         rmsprop_lr: eta_RMSprop.
         decay: mu2.
         foreach, copies: as in `LARS`.
@@ -38,8 +46,9 @@ class RMSpropWarmup(MomentumOptimizer):
         capturable: as in `LARS`; `sgd_share` is then a tensor too.
 
     Raises:
-        UserError: a value out of range; or the number lr = 0 while alpha < 1, since RMSprop's share is relative to
-            `lr`. (In tensors, which are not read, a rate of 0 leaves that share out.)
+        UserError: a value out of range, a sparse or complex gradient, fused=True where the kernel cannot run, or the
+            number lr = 0 while alpha < 1, since RMSprop's share is divided by `lr`. (Tensors are not read on the host;
+            with a tensor lr of value 0 RMSprop's share is 0.)
     """
 
     state_names = ("momentum_buffer", "mean_square")
@@ -78,7 +87,7 @@ class RMSpropWarmup(MomentumOptimizer):
         super().__init__(params, defaults, copies)
 
     def check(self, group: Group) -> None:
-        """Raises UserError for a group whose values cannot work."""
+        """Raises UserError for a group with invalid values; makes the share a tensor for CUDA graphs."""
         super().check(group)
         check_number(group, "rmsprop_lr", low=0.0, example=3e-4)
         check_number(group, "decay", low=0.0, below=1.0, example=0.99)
@@ -87,7 +96,12 @@ class RMSpropWarmup(MomentumOptimizer):
             group["sgd_share"] = torch.full_like(group["lr"], group["sgd_share"])
 
     def set_epoch(self, epoch: float, *, center_epoch: float = 10.0, period_epochs: float = 5.0) -> None:
-        """Sets every group's `sgd_share` for steps at the fractional `epoch`."""
+        """Sets every group's `sgd_share` for steps at the fractional `epoch`.
+
+        Args:
+            center_epoch: where the share is 1/2.
+            period_epochs: time scale of the transition; see `megabatch.optim.schedule.sgd_share`.
+        """
         share = sgd_share(epoch, center_epoch, period_epochs)
         for group in self.param_groups:
             if isinstance(group["sgd_share"], Tensor):
@@ -96,12 +110,12 @@ class RMSpropWarmup(MomentumOptimizer):
                 group["sgd_share"] = share
 
     def kernel_options(self, group: Group) -> dict[str, Any]:
-        """As for every kernel, once lr and share are seen to fit."""
+        """Options of the kernel; raises UserError for the number lr = 0 while RMSprop has a share."""
         _check_share(group)
         return super().kernel_options(group)
 
     def update(self, group: Group, tensors: TensorLists) -> None:
-        """Moves weights, momentum and mean squares by one step."""
+        """Updates weights, momentum and mean squares."""
         _check_share(group)
         share = group["sgd_share"]
         if not isinstance(share, Tensor) and share >= 1:
@@ -121,7 +135,7 @@ def _check_share(group: Group) -> None:
 
 
 def _adaptive_share(group: Group) -> Number:
-    """(1 - alpha) rmsprop_lr / lr."""
+    """(1 - alpha) rmsprop_lr / lr; 0 for a tensor lr of value 0."""
     lr = group["lr"]
     part: Number = (1 - group["sgd_share"]) * group["rmsprop_lr"]
     return torch.where(lr > 0, part / lr, 0.0) if isinstance(lr, Tensor) else part / lr
@@ -136,6 +150,7 @@ def _blend(
     *,
     adaptive_share: Number,
 ) -> None:
+    """The equations in multi-tensor operations."""
     u = plus_scaled(gradients, weights, group["weight_decay"])
     torch._foreach_mul_(mean_squares, group["decay"])
     torch._foreach_addcmul_(mean_squares, u, u, value=1 - group["decay"])

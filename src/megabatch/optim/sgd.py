@@ -1,4 +1,4 @@
-"""SGD with momentum, and with the rate where Caffe, PyTorch or Goyal et al. put it."""
+"""Momentum SGD, with the learning rate outside or inside the momentum buffer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,19 +10,32 @@ from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
 
 
 class SGD(MomentumOptimizer):
-    """Momentum SGD; `momentum_form` says where the learning rate is (see `megabatch.optim.momentum`).
+    """Momentum SGD; `momentum_form` chooses where the learning rate multiplies (see `megabatch.optim.momentum`).
 
         outside            v = m v + g + beta w                        w -= lr v     torch.optim.SGD, to the bit
         inside             v = m v + lr (g + beta w)                   w -= v        Caffe
         inside_corrected   v = m lr_t/lr_(t-1) v + lr (g + beta w)     w -= v        Goyal et al. 2017, 1706.02677, 3
 
-    In exact arithmetic `inside_corrected` equals `outside`; `inside` without correction keeps the old rate's history,
-    which can make a warm-up unstable. State is fp32 whatever the parameters' dtype. The group key `adapt` of
-    `param_groups` has no meaning here and is ignored. `lr`, `momentum`, `weight_decay`, `foreach`, `fused` (one kernel
-    launch for all tensors; two under `inside_corrected`), `capturable` and `copies` are as in `LARS`.
+    g is the mean gradient over the global batch and beta the weight decay. In exact arithmetic `inside_corrected`
+    equals `outside`, with and without `nesterov`. `inside` keeps the history at the old rate, which can make a warm-up
+    unstable. State is fp32 (float64 for float64 parameters) regardless of the parameters' dtype.
+
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        loss(model).backward()
+        optimizer.step()
+
+    `load_state_dict` also takes the state of torch.optim.SGD, under the form `outside`.
+
+    Args:
+        params: parameters or parameter groups; their key `adapt`, as set by `param_groups`, is ignored.
+        lr: a float or a 0-d tensor, as are momentum and weight decay. A CUDA graph reads tensors at every replay.
+        nesterov: replaces v in the update of w by u + m v (`outside`) or lr u + m v, with u = g + beta w.
+        fused: as in `LARS`, in one kernel launch for all tensors; two launches under `inside_corrected`.
+        foreach, capturable, copies: as in `LARS`.
 
     Raises:
-        UserError: a value out of range, an unknown form, a sparse or complex gradient; fused=True where it cannot be.
+        UserError: a value out of range, an unknown form, a sparse or complex gradient, or fused=True where the kernel
+            cannot run.
     """
 
     def __init__(
@@ -53,5 +66,5 @@ class SGD(MomentumOptimizer):
         super().__init__(params, defaults, copies)
 
     def kernel_options(self, group: Group) -> dict[str, Any]:
-        """LARS's kernel without trust ratios."""
+        """Options of the LARS kernel, with trust ratios off."""
         return super().kernel_options(group) | {"adapt": False}

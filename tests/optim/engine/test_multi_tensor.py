@@ -1,4 +1,4 @@
-"""What an update is given: every tensor once, in parts that fit in cache, flat where that is the same memory."""
+"""Lists passed to an update: every tensor once, in parts that fit in cache, as flat views where layouts agree."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from megabatch.optim.kernels.lars import LarsGroup, lars_step
 
 
 class Recorder(base.MultiTensorOptimizer):
-    """Keeps what each update is given."""
+    """Optimizer that records the lists passed to `update`."""
 
     state_names = ("momentum_buffer",)
     kernel = fused.Kernel(LarsGroup, lars_step)
@@ -32,7 +32,7 @@ class Recorder(base.MultiTensorOptimizer):
 
 
 @given(sizes=st.lists(st.integers(1, 150), min_size=1, max_size=12))
-def test_on_a_cpu_an_update_gets_whole_tensors_in_order_that_fit_in_cache_together(sizes: list[int]) -> None:
+def test_on_a_cpu_each_update_gets_consecutive_whole_tensors_that_fit_in_cache(sizes: list[int]) -> None:
     tensors = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     for tensor in tensors:
         tensor.grad = torch.zeros_like(tensor)
@@ -54,7 +54,11 @@ def strided(*shape: int, strides: tuple[int, ...]) -> torch.Tensor:
     [
         (torch.zeros(3, 4), strided(3, 4, strides=(4, 1)), True),
         (torch.zeros(3, 4), strided(3, 4, strides=(1, 3)), False),
-        (strided(3, 4, strides=(1, 3)), strided(3, 4, strides=(1, 3)), False),  # dense, in an order that we leave alone
+        (
+            strided(3, 4, strides=(1, 3)),
+            strided(3, 4, strides=(1, 3)),
+            False,
+        ),  # dense, but in neither of the two common layouts
         (torch.zeros(3, 8)[:, ::2], torch.zeros(3, 4), False),  # gaps
         (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5), True),
         (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(2, 3, 4, 5), False),
@@ -62,7 +66,7 @@ def strided(*shape: int, strides: tuple[int, ...]) -> torch.Tensor:
         (torch.zeros(()), torch.zeros(()), True),
     ],
 )
-def test_tensors_are_seen_flat_only_where_they_lie_in_memory_alike(
+def test_tensors_become_flat_views_only_where_their_memory_layouts_agree(
     weight: torch.Tensor, gradient: torch.Tensor, flat: bool
 ) -> None:
     parameter = torch.nn.Parameter(weight)
@@ -77,7 +81,7 @@ def test_tensors_are_seen_flat_only_where_they_lie_in_memory_alike(
     assert torch.equal(parameter, gradient)
 
 
-def test_channels_last_tensors_alike_are_seen_flat_in_their_own_order() -> None:
+def test_channels_last_tensors_become_flat_views_in_memory_order() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
     parameter.grad = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     optimizer = Recorder([parameter])

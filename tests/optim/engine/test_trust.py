@@ -1,11 +1,12 @@
-"""Trust ratios as one vector."""
+"""Norms of all tensors as one vector, and the trust ratios of LARS."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabatch.optim.engine.trust import clip_to_rate, norms, trust_ratios
+from megabatch.optim.engine.trust import norms
+from megabatch.optim.lars import trust_ratios
 
 positive = st.floats(1e-6, 1e6)
 
@@ -31,7 +32,7 @@ def test_ratios_match_the_equation_layer_by_layer() -> None:
 
 
 @given(weight_norm=positive, gradient_norm=positive, scale=st.floats(1e-3, 1e3))
-def test_ratio_times_gradient_is_free_of_the_gradients_scale(
+def test_ratio_times_gradient_does_not_depend_on_the_gradients_scale(
     weight_norm: float, gradient_norm: float, scale: float
 ) -> None:
     one = trust_ratios(vector(weight_norm), vector(gradient_norm), trust_coefficient=0.001)
@@ -47,5 +48,10 @@ def test_a_zero_norm_gives_ratio_one(norm: float, coefficient: float, decay: flo
 
 @given(ratio=positive, lr=positive)
 def test_the_clip_gives_a_layer_at_most_the_global_rate(ratio: float, lr: float) -> None:
-    clipped = clip_to_rate(vector(ratio), vector(1), vector(1), lr)
+    clipped = trust_ratios(vector(ratio), vector(1), trust_coefficient=1.0, max_rate=lr)
     torch.testing.assert_close(clipped * lr, vector(min(ratio, lr)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_the_clip_keeps_a_ratio_of_zero_at_rate_zero(lr: float | torch.Tensor) -> None:
+    assert trust_ratios(vector(5), vector(2), trust_coefficient=0.0, max_rate=lr).tolist() == [0]

@@ -1,4 +1,4 @@
-"""The tensors of these tests are tiny: one thread."""
+"""One thread: the tensors of these tests are tiny."""
 
 from collections.abc import Iterator
 

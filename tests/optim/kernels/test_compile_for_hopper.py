@@ -1,4 +1,4 @@
-"""The optimizers' kernels compile for an H200 within its limits, for every kind of step and of element types."""
+"""The optimizers' kernels compile for an H200 within its limits, for every kind of step and every dtype."""
 
 import importlib.util
 import json
@@ -21,12 +21,12 @@ LAUNCHES = {
     ("lamb", "update_kernel"),
     ("rmsprop", "update_kernel"),
 }
-"""`sgd corrected` updates as `lars` does, with the kernel that is there already."""
+"""`sgd corrected` has no update kernel of its own: it uses that of `lars`, which is compiled already."""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """One process without the interpreter compiles all; a process can hold only one kind."""
+    """Records of all kernels, from a process without the interpreter: a process cannot both compile and interpret."""
     script = Path(__file__).parents[2] / "support" / "compile_optimizers_for_hopper.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -47,7 +47,7 @@ def test_every_kind_of_step_compiles_without_spilling_or_atomic_operations(compi
 
 @needs_triton
 def test_aligned_tensors_move_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    """Of each kind of step, all variants but the one for tensors at odd addresses."""
+    """Exactly one variant of each kernel, that for unaligned addresses, moves fewer bytes at a time."""
     for optimizer, name in LAUNCHES:
         variants = [k for k in compiled if (k["optimizer"], k["kernel"]) == (optimizer, name)]
         assert sum(kernel["loads_16_bytes"] == 0 for kernel in variants) == 1

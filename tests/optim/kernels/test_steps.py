@@ -1,4 +1,4 @@
-"""The optimizers' kernels, in Triton's interpreter, against the equations in float64, one tensor after another."""
+"""The optimizers' kernels, in Triton's interpreter, against the float64 reference."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from optimizer_cases import (
     RATES,
     STEPS,
     WITH_NUMBERS_AND_TENSORS,
-    assert_alike,
+    assert_close,
     groups,
     make,
     parameters,
@@ -41,10 +41,17 @@ def test_three_steps_on_ragged_tensors_are_those_of_the_equations(case: str, in_
     fused, exact = make(case, groups(*sizes), in_tensors=in_tensors, fused=True), reference(case, *sizes)
     for optimizer in (fused, exact):
         take_steps(optimizer)
-    assert_alike(fused, exact)
+    assert_close(fused, exact)
     for name in ("step", "previous_lr"):
         if name in exact.param_groups[0]:
             assert float(fused.param_groups[0][name]) == pytest.approx(exact.param_groups[0][name])
+
+
+def test_the_clip_with_a_trust_coefficient_of_zero_at_rate_zero_moves_nothing() -> None:
+    weight = nn.Parameter(torch.ones(5))
+    weight.grad = torch.ones(5)
+    LARS([weight], lr=0.0, trust_coefficient=0.0, trust_clip=True, fused=True).step()
+    assert weight.tolist() == [1.0] * 5
 
 
 @ONE_OF_EACH
@@ -56,12 +63,14 @@ def test_equal_inputs_give_equal_bits(case: str) -> None:
 
 
 @ONE_OF_EACH
-def test_a_tensor_of_zeros_or_without_a_gradient_steps_as_the_equations_let_it(case: str) -> None:
+def test_zero_weights_zero_gradients_and_missing_gradients_step_as_the_equations_say(case: str) -> None:
     finals = []
-    for dtype, way in ((torch.float32, {"fused": True}), (torch.float64, {"foreach": False})):
+    for dtype, backend in ((torch.float32, {"fused": True}), (torch.float64, {"foreach": False})):
         zero, still, untouched = (nn.Parameter(torch.full((5,), value, dtype=dtype)) for value in (0.0, 3.0, 7.0))
         zero.grad, still.grad = torch.ones_like(zero), torch.zeros_like(still)
-        optimizer = make(case, [{"params": [zero, still, untouched]}, {"params": [nn.Parameter(torch.ones(2))]}], **way)
+        optimizer = make(
+            case, [{"params": [zero, still, untouched]}, {"params": [nn.Parameter(torch.ones(2))]}], **backend
+        )
         optimizer.step()
         assert untouched.tolist() == [7.0] * 5
         assert untouched not in optimizer.state
@@ -71,11 +80,11 @@ def test_a_tensor_of_zeros_or_without_a_gradient_steps_as_the_equations_let_it(c
         torch.testing.assert_close(one, other.float())
 
 
-def test_lamb_without_eps_leaves_no_trace_of_what_lies_past_a_tensor() -> None:
-    fused, exact = (LAMB(groups(3, 1025, dtype=d), lr=0.1, eps=0.0, **way) for d, way in _ways())
+def test_lamb_without_eps_is_not_affected_by_the_padding_past_a_tensor() -> None:
+    fused, exact = (LAMB(groups(3, 1025, dtype=d), lr=0.1, eps=0.0, **backend) for d, backend in _ways())
     for optimizer in (fused, exact):
         take_steps(optimizer, STEPS[:1])
-    assert_alike(fused, exact)
+    assert_close(fused, exact)
 
 
 def _ways() -> tuple[tuple[torch.dtype, dict[str, Any]], ...]:
@@ -83,10 +92,13 @@ def _ways() -> tuple[tuple[torch.dtype, dict[str, Any]], ...]:
 
 
 @ONE_OF_EACH
-def test_16_bit_copies_are_the_rounded_weights_and_the_weights_are_not_changed_by_them(case: str) -> None:
-    own = groups(3, 1025)
-    copies = {p: torch.empty_like(p, dtype=torch.float16) for p in [*own[0]["params"][1:], *own[1]["params"]]}
-    with_copies, without = make(case, own, fused=True, copies=copies), make(case, groups(3, 1025), fused=True)
+def test_16_bit_copies_are_the_rounded_weights_and_do_not_change_the_weights(case: str) -> None:
+    param_groups = groups(3, 1025)
+    copies = {
+        p: torch.empty_like(p, dtype=torch.float16)
+        for p in [*param_groups[0]["params"][1:], *param_groups[1]["params"]]
+    }
+    with_copies, without = make(case, param_groups, fused=True, copies=copies), make(case, groups(3, 1025), fused=True)
     for optimizer in (with_copies, without):
         take_steps(optimizer)
     assert all(map(torch.equal, parameters(with_copies), parameters(without)))
@@ -106,8 +118,10 @@ def test_16_bit_parameters_keep_their_state_in_float32(case: str) -> None:
 
 @ONE_OF_EACH
 @RATES
-def test_parameters_of_three_types_in_two_groups_carry_on_once_each(case: str, in_tensors: bool) -> None:
-    """The last of a group's launches, which need not be the last of all, overwrites what the step carries on."""
+def test_with_parameters_of_three_dtypes_in_two_groups_each_group_counts_the_step_once(
+    case: str, in_tensors: bool
+) -> None:
+    """Only the last launch of a group, which need not be the last launch of all, overwrites the carried value."""
 
     def mixed() -> list[dict[str, Any]]:
         types = (torch.float32, torch.float16, torch.bfloat16)
@@ -125,7 +139,7 @@ def test_parameters_of_three_types_in_two_groups_carry_on_once_each(case: str, i
 
 
 @ONE_OF_EACH
-def test_filters_may_lie_in_memory_in_any_order_and_change_it_in_mid_run(case: str) -> None:
+def test_memory_layouts_of_weight_and_gradient_may_differ_and_change_in_mid_run(case: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, first, second = torch.randn(3, 5, 3, 3, 3, generator=generator)
     last = torch.channels_last
@@ -149,7 +163,7 @@ def test_filters_may_lie_in_memory_in_any_order_and_change_it_in_mid_run(case: s
         torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-7)
 
 
-def test_gradients_that_move_in_memory_are_found_again() -> None:
+def test_gradients_at_new_addresses_are_read_from_there() -> None:
     parameter = nn.Parameter(torch.zeros(40))
     optimizer = SGD([parameter], lr=1.0, momentum=0.0, fused=True)
     kept = []
@@ -162,7 +176,7 @@ def test_gradients_that_move_in_memory_are_found_again() -> None:
 
 
 @ONE_OF_EACH
-def test_a_run_moves_between_the_ways_by_its_state_dict(case: str) -> None:
+def test_a_state_dict_moves_a_run_between_backends(case: str) -> None:
     unbroken = make(case, groups(3, 1025), foreach=True)
     take_steps(unbroken, STEPS[:2])
     fused = make(case, groups(3, 1025), in_tensors=True, fused=True)
@@ -175,14 +189,14 @@ def test_a_run_moves_between_the_ways_by_its_state_dict(case: str) -> None:
     assert back.param_groups[0]["foreach"] is False
     for optimizer in (unbroken, fused, back):
         take_steps(optimizer, STEPS[2:], first=2)
-    assert_alike(fused, unbroken)
-    assert_alike(back, unbroken)
+    assert_close(fused, unbroken)
+    assert_close(back, unbroken)
 
 
 @ONE_OF_EACH
 @RATES
-def test_a_step_taken_back_and_taken_again_is_the_same_step(case: str, in_tensors: bool) -> None:
-    """Loading overwrites state in place, and what the kernel counted on the device goes back too."""
+def test_a_step_repeated_after_loading_the_state_before_it_gives_the_same_bits(case: str, in_tensors: bool) -> None:
+    """Loading overwrites state in place, and resets values that the kernel updates on the device."""
     optimizer = make(case, groups(3, 1025), in_tensors=in_tensors, fused=True)
     take_steps(optimizer, STEPS[:2])
     saved = copy.deepcopy(optimizer.state_dict())
@@ -197,7 +211,7 @@ def test_a_step_taken_back_and_taken_again_is_the_same_step(case: str, in_tensor
     assert [s.data_ptr() for s in states(optimizer)] == places
 
 
-def test_a_copy_of_the_optimizer_goes_on_alone() -> None:
+def test_a_deep_copy_of_the_optimizer_is_independent() -> None:
     ours = LARS(groups(3), lr=1.0, fused=True)
     take_steps(ours, STEPS[:1])
     twin = copy.deepcopy(ours)
@@ -218,7 +232,7 @@ def test_a_copy_of_the_optimizer_goes_on_alone() -> None:
         ("rmsprop", ["update_kernel"]),
     ],
 )
-def test_all_tensors_of_all_groups_take_one_or_two_launches(
+def test_all_tensors_of_all_groups_are_updated_in_one_or_two_launches(
     case: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -254,8 +268,8 @@ STEP_OF: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("kind", STEP_OF)
-def test_gradients_in_16_bit_may_carry_a_loss_scale_into_the_step(kind: str, backend: Any) -> None:
-    """Gradients of another type than the weights, which torch.optim does not know."""
+def test_the_step_divides_16_bit_gradients_by_their_loss_scale(kind: str, backend: Any) -> None:
+    """Gradients of another dtype than the weights, which torch.optim does not support."""
     kind_of_group, step, options = STEP_OF[kind]
     generator = torch.Generator().manual_seed(0)
     scaled = (1024 * 1e-2 * torch.randn(1025, generator=generator)).half()

@@ -1,1 +1,1 @@
-"""Shared machinery of the optimizers: dispatch to a kernel, foreach or reference step."""
+"""Shared machinery of the optimizers: choosing the kernel, foreach or reference backend of a step."""

@@ -1,8 +1,7 @@
-"""Lists of tensors on which one operation works at once.
+"""Multi-tensor operations: one operation on a whole list of tensors.
 
-torch's multi-tensor operations (`torch._foreach_*`) spare a GPU thousands of launches. On a CPU they read all tensors
-from memory again for each operation, so there the lists are cut into parts that stay in cache from one operation
-to the next.
+torch's multi-tensor operations (`torch._foreach_*`) save a GPU thousands of launches. On a CPU every operation reads
+all tensors from memory again, so there the lists are cut into parts that stay in cache from one operation to the next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +11,18 @@ import torch
 from torch import Tensor
 
 Number = float | Tensor
-"""A rate or factor: a float, or a 0-d tensor that may change between replays of a CUDA graph."""
+"""A rate or factor: a float, or a 0-d tensor whose value may change between replays of a CUDA graph."""
 
 PART_ELEMENTS = 2**18
-"""On a CPU, tensors of up to 1 MiB of fp32 go through a whole step, norms and update, before the next ones. Chosen by
-timing ResNet-50's tensors on two EPYC cores, where four times more or less made little difference."""
+"""On a CPU a part holds up to 1 MiB of fp32 and takes the whole step, norms and update, before the next part. The size
+was chosen by timing ResNet-50's tensors on two EPYC cores; four times more or less made little difference."""
 
 
 @dataclass(frozen=True)
 class TensorLists:
-    """Tensors of one parameter group on one device, index by index, all in `wide_dtype`.
+    """Weights, gradients and state of one parameter group on one device, index by index, all in `wide_dtype`.
 
-    On a CPU they are flat views where weight, gradient and state lie in memory alike, as they do as a rule.
+    On a CPU they are flat views where weight, gradient and state have the same memory layout, as they usually do.
     """
 
     weights: list[Tensor]
@@ -32,22 +31,22 @@ class TensorLists:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which norms, state and the update are computed: fp32, or float64 for float64."""
+    """Dtype of norms, state and update of a parameter: fp32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alike(parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], torch.dtype]]:
-    """Lists of parameters of one device and dtype, with the wide dtype; on a CPU no longer than stays in cache."""
+def parts_of_one_dtype(parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], torch.dtype]]:
+    """Lists of parameters of one device and dtype, each with its wide dtype; on a CPU lists that fit in cache."""
     lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
         lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    for (device, dtype), alike in lists.items():
-        for part in _parts(alike) if device.type == "cpu" else [alike]:
+    for (device, dtype), members in lists.items():
+        for part in _parts(members) if device.type == "cpu" else [members]:
             yield part, wide_dtype(dtype)
 
 
 def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Whole tensors, in order, of at most `PART_ELEMENTS` elements together, or one larger tensor alone."""
+    """Consecutive tensors of at most `PART_ELEMENTS` elements together, or one larger tensor."""
     part: list[Tensor] = []
     filled = 0
     for tensor in tensors:
@@ -61,12 +60,12 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def is_flat(tensor: Tensor) -> bool:
-    """One dimension, no gaps."""
+    """True for a tensor of one dimension without gaps."""
     return tensor.ndim == 1 and tensor.is_contiguous()
 
 
 def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | list[Tensor]) -> None:
-    """target += scale * other, with one scale for all or one 0-d tensor for each."""
+    """target += scale * other, in place, with one scale for all tensors or one 0-d tensor for each."""
     if isinstance(scale, list):
         torch._foreach_addcmul_(targets, others, scale)
     elif isinstance(scale, Tensor):
@@ -76,7 +75,7 @@ def add_scaled_(targets: list[Tensor], others: list[Tensor], scale: Number | lis
 
 
 def add_number_(targets: list[Tensor], number: Number) -> None:
-    """target += number. Without `alpha` torch would read a tensor on the host and add what it holds."""
+    """target += number, in place. Without `alpha` torch would copy a tensor's value to the host."""
     if isinstance(number, Tensor):
         torch._foreach_add_(targets, number, alpha=1)
     else:
@@ -84,27 +83,27 @@ def add_number_(targets: list[Tensor], number: Number) -> None:
 
 
 def scaled(tensors: list[Tensor], scale: Number | list[Tensor]) -> list[Tensor]:
-    """scale * tensor, with one scale for all or one 0-d tensor for each."""
+    """scale * tensor, with one scale for all tensors or one 0-d tensor for each."""
     return list(torch._foreach_mul(tensors, scale))
 
 
 def plus_scaled(tensors: list[Tensor], others: list[Tensor], scale: Number) -> list[Tensor]:
-    """tensor + scale * other; the tensors themselves where the scale is the float 0."""
+    """tensor + scale * other; the same tensors, not copies, if the scale is the float 0."""
     if isinstance(scale, Tensor):
         return list(torch._foreach_add(tensors, torch._foreach_mul(others, scale)))
     return list(torch._foreach_add(tensors, others, alpha=scale)) if scale else tensors
 
 
 def flattened(columns: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Flat views of the tensors at each index, where element i in memory is the same element of all of them.
+    """Flat views of the tensors at each index where all of them have the same memory layout; otherwise the tensors.
 
-    torch's CPU kernels take up to twice as long on tensors in channels_last as on the same memory seen flat.
+    torch's CPU kernels take up to twice as long on channels_last tensors as on flat views of the same memory.
     """
-    rows = [[_flat(t) for t in row] if _laid_out_alike(row) else list(row) for row in zip(*columns, strict=True)]
+    rows = [[_flat(t) for t in row] if _have_same_layout(row) else list(row) for row in zip(*columns, strict=True)]
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def _laid_out_alike(tensors: Sequence[Tensor]) -> bool:
+def _have_same_layout(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     channels_last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last)
     if not (channels_last or first.is_contiguous()):
@@ -113,7 +112,7 @@ def _laid_out_alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def _same_strides(one: Tensor, other: Tensor) -> bool:
-    """Where it matters: the stride of a dimension of size 1, as 1 x 1 filters have two, means nothing."""
+    """True if the strides agree in dimensions above size 1; elsewhere, as in a 1 x 1 filter, a stride has no effect."""
     if one.stride() == other.stride():
         return True
     return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)

@@ -1,5 +1,12 @@
 # mypy: ignore-errors
-"""Triton kernels of the LARS and SGD step. Loaded by `lars` alone, when a step runs on a GPU."""
+"""Triton kernels of LARS and momentum SGD. Only `megabatch.optim.kernels.lars` loads them, for a step on a GPU.
+
+    u = g + beta w;   s = lr eta |w| / denominator, or lr
+    v = m v + u, w -= s v      or, with the rate inside,      v = m v + s u, w -= v
+
+`norms_kernel` writes the squared norms of every chunk and each group's lr and momentum. `update_kernel` adds the
+squared norms of a tensor's chunks to s, and updates v and w. The equations in plain PyTorch: `lars_step_reference`.
+"""
 
 import triton
 import triton.language as tl
@@ -15,9 +22,9 @@ from megabatch.optim.kernels._optimizer_triton import (
     LR,
     MOMENTUM,
     NORM_CHUNKS,
+    OPTIONS,
     POINTERS,
     SCALE,
-    SETTINGS,
     SIZE,
     STATE,
     VALUES,
@@ -29,15 +36,16 @@ from megabatch.optim.kernels._optimizer_triton import (
 )
 
 PREVIOUS_LR = tl.constexpr(5)  # a column of VALUES
-ETA, EPS, INSIDE, CORRECTED, SUM, UPDATE, CLIP, NESTEROV = (tl.constexpr(column) for column in range(8))  # of SETTINGS
+# Columns of OPTIONS; all but the first two are flags, 0 or 1.
+ETA, EPS, INSIDE, CORRECTED, SUM, UPDATE, CLIP, NESTEROV = (tl.constexpr(column) for column in range(8))
 
 
 @triton.jit
 def norms_kernel(
     pointers,
     facts,
-    owners,
-    settings,
+    chunk_tensors,
+    option_table,
     values,
     scratch,
     partials,
@@ -49,33 +57,38 @@ def norms_kernel(
     gradient_type: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """Squared norms per chunk; the programs past the last such chunk settle one group's rate and momentum each."""
+    """Squared norms of one chunk per program. Each program past the last chunk prepares lr and momentum of one group.
+
+    Only chunks of tensors that adapt have norms; they come first among all chunks.
+    """
     program = tl.program_id(0)
     if program < num_norm_chunks:
-        tensor = tl.load(owners + program)
+        tensor = tl.load(chunk_tensors + program)
         fact = facts + tensor * FACTS
         group = tl.load(fact + GROUP)
         size = tl.load(fact + SIZE)
         offset = (program - tl.load(fact + FIRST_CHUNK)) * chunk
-        decay = value(values, group, DECAY) * tl.load(settings + group * SETTINGS + UPDATE)
+        # |g + beta w| for the denominator "update", else |g|
+        decay = value(values, group, DECAY) * tl.load(option_table + group * OPTIONS + UPDATE)
         scale = value(values, group, SCALE)
         row = pointers + tensor * POINTERS
-        if offset + chunk <= size:
-            of_weight, of_other = _squares(
+        if offset + chunk <= size:  # a full chunk needs no masks
+            weight_sum, other_sum = _sums_of_squares(
                 row, offset, size, decay, scale, chunk, block, weight_type, gradient_type, aligned, True
             )
         else:
-            of_weight, of_other = _squares(
+            weight_sum, other_sum = _sums_of_squares(
                 row, offset, size, decay, scale, chunk, block, weight_type, gradient_type, aligned, False
             )
-        tl.store(partials + program, of_weight)
-        tl.store(partials + num_chunks + program, of_other)
+        # Two rows of the table: squared norms of weights, then of gradients or u.
+        tl.store(partials + program, weight_sum)
+        tl.store(partials + num_chunks + program, other_sum)
     else:
-        _settle(settings, values, scratch, program - num_norm_chunks)
+        _prepare_group(option_table, values, scratch, program - num_norm_chunks)
 
 
 @triton.jit
-def _squares(
+def _sums_of_squares(
     row,
     offset,
     size,
@@ -86,30 +99,30 @@ def _squares(
     weight_type: tl.constexpr,
     gradient_type: tl.constexpr,
     aligned: tl.constexpr,
-    whole: tl.constexpr,
+    full: tl.constexpr,
 ):
-    """Sums of w^2 and (scale g + decay w)^2 over one chunk, each added as one tree."""
+    """Sums of w^2 and (scale g + decay w)^2 over one chunk, added in a fixed order."""
     weight, gradient = tl.load(row + WEIGHT), tl.load(row + GRADIENT)
-    of_weight = tl.zeros((block,), dtype=tl.float32)
-    of_other = tl.zeros((block,), dtype=tl.float32)
+    weight_sum = tl.zeros((block,), dtype=tl.float32)
+    other_sum = tl.zeros((block,), dtype=tl.float32)
     for part in tl.static_range(0, chunk, block):
-        w = read(weight, offset + part, size, block, weight_type, aligned, whole)
-        g = read(gradient, offset + part, size, block, gradient_type, aligned, whole)
+        w = read(weight, offset + part, size, block, weight_type, aligned, full)
+        g = read(gradient, offset + part, size, block, gradient_type, aligned, full)
         u = scale * g + decay * w
-        of_weight += w * w
-        of_other += u * u
-    return tl.sum(of_weight, axis=0), tl.sum(of_other, axis=0)
+        weight_sum += w * w
+        other_sum += u * u
+    return tl.sum(weight_sum, axis=0), tl.sum(other_sum, axis=0)
 
 
 @triton.jit
-def _settle(settings, values, scratch, group):
-    """Puts a group's lr and momentum where the update reads them; corrects the momentum, remembers the lr.
+def _prepare_group(option_table, values, scratch, group):
+    """Writes a group's lr and corrected momentum to scratch memory and stores lr as the next step's previous lr.
 
-    Here and not in the update, where one program would overwrite the previous lr while others read it.
+    The update launch cannot do this: one program would overwrite the previous lr while others still read it.
     """
     lr = value(values, group, LR)
     momentum = value(values, group, MOMENTUM)
-    if tl.load(settings + group * SETTINGS + CORRECTED) > 0:
+    if tl.load(option_table + group * OPTIONS + CORRECTED) > 0:
         previous = value(values, group, PREVIOUS_LR)
         if previous > 0:
             momentum = momentum * (lr / previous)
@@ -120,16 +133,16 @@ def _settle(settings, values, scratch, group):
 
 
 @triton.jit
-def _rate(partials, setting, count, num_chunks, lr, decay, block: tl.constexpr):
-    """lr * trust ratio of one tensor; lr alone where it does not adapt (count 0) or a norm is 0."""
+def _rate(partials, option_row, count, num_chunks, lr, decay, block: tl.constexpr):
+    """lr * trust ratio of one tensor; lr if the tensor does not adapt (count 0) or a norm is 0."""
     rate = lr
     if count > 0:
-        of_weight = norm(partials, count, block)
-        of_other = norm(partials + num_chunks, count, block)
-        if (of_weight > 0) & (of_other > 0):
-            below = of_other + tl.load(setting + SUM) * decay * of_weight + tl.load(setting + EPS)
-            ratio = tl.load(setting + ETA) * of_weight / below
-            if tl.load(setting + CLIP) > 0:
+        weight_norm = norm(partials, count, block)
+        other_norm = norm(partials + num_chunks, count, block)
+        if (weight_norm > 0) & (other_norm > 0):
+            denominator = other_norm + tl.load(option_row + SUM) * decay * weight_norm + tl.load(option_row + EPS)
+            ratio = tl.load(option_row + ETA) * weight_norm / denominator
+            if (tl.load(option_row + CLIP) > 0) & (ratio > 0):  # a ratio of 0 stays 0: at lr = 0 it would become 0 / 0
                 ratio = tl.minimum(ratio / lr, 1.0)
             rate = lr * ratio
     return rate
@@ -139,13 +152,13 @@ def _rate(partials, setting, count, num_chunks, lr, decay, block: tl.constexpr):
 def update_kernel(
     pointers,
     facts,
-    owners,
-    settings,
+    chunk_tensors,
+    option_table,
     values,
     scratch,
     partials,
     num_chunks,
-    settled: tl.constexpr,
+    prepared: tl.constexpr,
     chunk: tl.constexpr,
     block: tl.constexpr,
     norm_block: tl.constexpr,
@@ -154,64 +167,71 @@ def update_kernel(
     copy_type: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """Trust ratio, momentum and weights of one chunk."""
+    """Trust ratio of one chunk's tensor, then momentum and weights of the chunk; one chunk per program."""
     program = tl.program_id(0)
-    tensor = tl.load(owners + program)
+    tensor = tl.load(chunk_tensors + program)
     fact = facts + tensor * FACTS
     group = tl.load(fact + GROUP)
     if value(values, group, FOUND_INF) == 0:
+        # Every program of a tensor adds the same partial sums in the same order, so all get the same rate.
         first, size = tl.load(fact + FIRST_CHUNK), tl.load(fact + SIZE)
-        setting = settings + group * SETTINGS
-        if settled:
+        option_row = option_table + group * OPTIONS
+        if prepared:  # by norms_kernel; without it lr and momentum need no correction
             lr, momentum = tl.load(scratch + group * VALUES + LR), tl.load(scratch + group * VALUES + MOMENTUM)
         else:
             lr, momentum = value(values, group, LR), value(values, group, MOMENTUM)
         decay, scale = value(values, group, DECAY), value(values, group, SCALE)
-        rate = _rate(partials + first, setting, tl.load(fact + NORM_CHUNKS), num_chunks, lr, decay, norm_block)
-        inside = tl.load(setting + INSIDE)
-        before = inside * rate + (1.0 - inside)
-        after = inside + (1.0 - inside) * rate
-        nesterov = tl.load(setting + NESTEROV)
+        rate = _rate(partials + first, option_row, tl.load(fact + NORM_CHUNKS), num_chunks, lr, decay, norm_block)
+        # One of the two rates is s and the other 1, so that both forms share the code below.
+        inside = tl.load(option_row + INSIDE)
+        inner_rate = inside * rate + (1.0 - inside)
+        outer_rate = inside + (1.0 - inside) * rate
+        nesterov = tl.load(option_row + NESTEROV)
+        lookahead = value(values, group, MOMENTUM)  # uncorrected: the buffer is already at this step's lr
         row = pointers + tensor * POINTERS
         offset = (program - first) * chunk
         if offset + chunk <= size:
-            _move(row, offset, size, momentum, decay, scale, before, after, nesterov, chunk, block,
-                  weight_type, gradient_type, copy_type, aligned, True)  # fmt: skip
+            _update_chunk(row, offset, size, momentum, decay, scale, inner_rate, outer_rate, nesterov, lookahead,
+                          chunk, block, weight_type, gradient_type, copy_type, aligned, True)  # fmt: skip
         else:
-            _move(row, offset, size, momentum, decay, scale, before, after, nesterov, chunk, block,
-                  weight_type, gradient_type, copy_type, aligned, False)  # fmt: skip
+            _update_chunk(row, offset, size, momentum, decay, scale, inner_rate, outer_rate, nesterov, lookahead,
+                          chunk, block, weight_type, gradient_type, copy_type, aligned, False)  # fmt: skip
 
 
 @triton.jit
-def _move(
+def _update_chunk(
     row,
     offset,
     size,
     momentum,
     decay,
     scale,
-    before,
-    after,
+    inner_rate,
+    outer_rate,
     nesterov,
+    lookahead,
     chunk: tl.constexpr,
     block: tl.constexpr,
     weight_type: tl.constexpr,
     gradient_type: tl.constexpr,
     copy_type: tl.constexpr,
     aligned: tl.constexpr,
-    whole: tl.constexpr,
+    full: tl.constexpr,
 ):
-    """v = m v + before u and w -= after d over one chunk; d is v or, with nesterov, before u + m v."""
+    """v = m v + inner_rate u and w -= outer_rate d over one chunk.
+
+    d is v or, with nesterov, inner_rate u + lookahead v.
+    """
     weight, gradient = tl.load(row + WEIGHT), tl.load(row + GRADIENT)
     buffer, copy = tl.load(row + STATE), tl.load(row + COPY)
     for part in range(0, chunk, block):
-        w = read(weight, offset + part, size, block, weight_type, aligned, whole)
-        g = read(gradient, offset + part, size, block, gradient_type, aligned, whole)
-        v = read(buffer, offset + part, size, block, tl.float32, aligned, whole)
-        u = before * (scale * g + decay * w)
+        w = read(weight, offset + part, size, block, weight_type, aligned, full)
+        g = read(gradient, offset + part, size, block, gradient_type, aligned, full)
+        v = read(buffer, offset + part, size, block, tl.float32, aligned, full)
+        u = inner_rate * (scale * g + decay * w)
         v = momentum * v + u
-        w -= after * tl.where(nesterov > 0, u + momentum * v, v)
-        write(buffer, offset + part, size, v, block, tl.float32, aligned, whole)
-        write(weight, offset + part, size, w, block, weight_type, aligned, whole)
-        if copy != 0:
-            write(copy, offset + part, size, w, block, copy_type, aligned, whole)
+        w -= outer_rate * tl.where(nesterov > 0, u + lookahead * v, v)
+        write(buffer, offset + part, size, v, block, tl.float32, aligned, full)
+        write(weight, offset + part, size, w, block, weight_type, aligned, full)
+        if copy != 0:  # rounds from w in registers, so the copy costs no load
+            write(copy, offset + part, size, w, block, copy_type, aligned, full)

@@ -1,55 +1,61 @@
 # mypy: ignore-errors
-"""What the Triton kernels of all optimizers share: the tables' columns, reading, writing, norms from partial sums."""
+"""Shared parts of the optimizers' Triton kernels: table columns, loads, stores, norms from partial sums.
+
+A launch updates tensors of all groups. Each tensor is cut into chunks of `CHUNK` elements (the last one shorter), and
+one program handles one chunk. A program finds its tensor by `chunk_tensors[program]`, the tensor's addresses in the
+table `pointers`, its size and group in `facts`, and the group's numbers in `option_table` and `values`.
+"""
 
 import triton
 import triton.language as tl
 
-# Tables that `optimizer_tables` fills: row lengths, then columns that mean the same everywhere.
-POINTERS = tl.constexpr(5)  # int64, one row per tensor
+# Tables, filled by `megabatch.optim.kernels.tables`: row lengths, then the columns that all optimizers share.
+POINTERS = tl.constexpr(5)  # int64, one row per tensor: addresses; COPY is 0 without a 16-bit copy
 WEIGHT, GRADIENT, COPY, STATE, STATE_2 = (tl.constexpr(column) for column in range(5))
-FACTS = tl.constexpr(4)  # int64, one row per tensor
+FACTS = tl.constexpr(4)  # int64, one row per tensor; NORM_CHUNKS is 0 if it does not adapt
 SIZE, GROUP, FIRST_CHUNK, NORM_CHUNKS = (tl.constexpr(column) for column in range(4))
-SETTINGS = tl.constexpr(8)  # float32, one row per group
-VALUES = tl.constexpr(7)  # int64, one row per group: where these are in memory, so that a CUDA graph reads them anew
+OPTIONS = tl.constexpr(8)  # float32, one row per group
+# Addresses of rates, not rates: a replayed CUDA graph then reads the present values.
+VALUES = tl.constexpr(7)  # int64, one row per group
 LR, MOMENTUM, DECAY, SCALE, FOUND_INF = (tl.constexpr(column) for column in range(5))
 
 
 @triton.jit
-def read(base, offset, size, block: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr, whole: tl.constexpr):
-    """`block` values from `offset` on, in float32; zeros past `size`, which a whole block does not reach."""
-    pointer = base.to(tl.pointer_type(kind))
-    if aligned:
+def read(base, offset, size, block: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr, full: tl.constexpr):
+    """`block` values from `offset` on, as float32, with zeros past `size`; `full` promises that none is past it."""
+    pointer = base.to(tl.pointer_type(dtype))
+    if aligned:  # allows loads and stores of 16 bytes
         pointer = tl.multiple_of(pointer, 16)
     index = offset + tl.arange(0, block)
-    if whole:
+    if full:
         return tl.load(pointer + index).to(tl.float32)
     return tl.load(pointer + index, mask=index < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def write(
-    base, offset, size, values, block: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr, whole: tl.constexpr
+    base, offset, size, values, block: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr, full: tl.constexpr
 ):
-    """The first `size - offset` of `values`, in the tensor's type."""
-    pointer = base.to(tl.pointer_type(kind))
+    """Stores `values` from `offset` on, up to `size`, rounded to the tensor's dtype."""
+    pointer = base.to(tl.pointer_type(dtype))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
     index = offset + tl.arange(0, block)
-    if whole:
-        tl.store(pointer + index, values.to(kind))
+    if full:
+        tl.store(pointer + index, values.to(dtype))
     else:
-        tl.store(pointer + index, values.to(kind), mask=index < size)
+        tl.store(pointer + index, values.to(dtype), mask=index < size)
 
 
 @triton.jit
 def value(values, group, column: tl.constexpr):
-    """A rate of a group, read where it is."""
+    """A rate of a group, loaded from the address in the table."""
     return tl.load(tl.load(values + group * VALUES + column).to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
 def norm(partials, count, block: tl.constexpr):
-    """Square root of `count` partial sums, added in one order."""
+    """Square root of the sum of `count` partial sums, added in a fixed order, so that equal inputs give equal bits."""
     total = tl.zeros((block,), dtype=tl.float32)
     for start in range(0, count, block):
         index = start + tl.arange(0, block)

@@ -1,4 +1,4 @@
-"""What every launch of an optimizer's kernels takes: groups of equal types, addresses, tables."""
+"""Preparation of a launch of an optimizer's kernels: grouping by dtype, addresses, tables, options."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,19 @@ from megabatch.kernels.layout import same_layout
 from megabatch.optim.kernels.tables import CHUNK, NUM_POINTERS, StepGroup, StepTables, Table, Types
 
 BLOCK = 2048
+"""Values that a program loads at once; a chunk holds several blocks."""
+
 NORM_BLOCK = 512
-_ALIGNMENT = 16
+"""Partial sums that a program loads at once for a norm."""
+
+_ALIGNMENT = 16  # bytes, for the widest loads and stores
 
 G = TypeVar("G", bound=StepGroup)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One list of tensors of equal types, ready for kernels."""
+    """Kernels and their arguments for tensors of one combination of dtypes."""
 
     kernels: Any
     table: Table
@@ -32,8 +36,8 @@ class Launch:
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """The first arguments of every kernel."""
-        return self.pointers, self.table.facts, self.table.owners, self.table.options, self.values
+        """First arguments of every kernel."""
+        return self.pointers, self.table.facts, self.table.chunk_tensors, self.table.options, self.values
 
 
 def run(
@@ -45,7 +49,7 @@ def run(
     module: str,
     launch: Callable[[Launch], None],
 ) -> None:
-    """The reference, or for each combination of element types the launches of `module`'s kernels."""
+    """Runs the reference, or calls `launch` once for each combination of dtypes with the kernels of `module`."""
     groups = [group for group in groups if group.weights]
     if not groups:
         return
@@ -59,11 +63,11 @@ def run(
         if table.num_chunks:
             with on_device(prepared.pointers):
                 launch(prepared)
-        del kept  # gradients laid out anew had to live until here
+        del kept  # the kernels read these gradients by address, so copies of them must exist until the launch
 
 
 def _prepared(groups: Sequence[StepGroup], types: Types, table: Table, module: str) -> tuple[Launch, list[Tensor]]:
-    gradients = [_laid_out_as(w, g) for group in groups for w, g in zip(group.weights, group.gradients, strict=True)]
+    gradients = [_in_layout_of(w, g) for group in groups for w, g in zip(group.weights, group.gradients, strict=True)]
     rows = _pointer_rows(groups, gradients)
     pointers, values = table.send(rows, groups)
     kernels = load(module)
@@ -80,45 +84,47 @@ def _prepared(groups: Sequence[StepGroup], types: Types, table: Table, module: s
 
 
 def _pointer_rows(groups: Sequence[StepGroup], gradients: list[Tensor]) -> list[int]:
-    rest = iter(gradients)
+    """Rows of the pointer table, flat: weight, gradient, copy or 0, state, padded with 0."""
+    remaining = iter(gradients)
     rows: list[int] = []
     for group in groups:
         for w, copy, *states in zip(group.weights, group.copies, *group.states(), strict=True):
-            row = [w.data_ptr(), next(rest).data_ptr(), 0 if copy is None else copy.data_ptr()]
+            row = [w.data_ptr(), next(remaining).data_ptr(), 0 if copy is None else copy.data_ptr()]
             row += [state.data_ptr() for state in states]
             rows += row + [0] * (NUM_POINTERS - len(row))
     return rows
 
 
 def _by_types(groups: Sequence[G]) -> dict[Types, list[G]]:
-    """The groups once for each combination of element types: kernels are compiled for one."""
-    written = next((copy.dtype for group in groups for copy in group.copies if copy is not None), torch.bfloat16)
+    """The groups, split by combination of dtypes, since a kernel is compiled for one combination."""
+    # Tensors without a copy use the dtype of the other copies, so that both run in one launch.
+    copy_dtype = next((copy.dtype for group in groups for copy in group.copies if copy is not None), torch.bfloat16)
     members: dict[Types, list[G]] = {}
     for group in groups:
         indices: dict[Types, list[int]] = {}
         for index, tensors in enumerate(
             zip(group.weights, group.gradients, group.copies, *group.states(), strict=True)
         ):
-            indices.setdefault(_types(written, *tensors), []).append(index)
+            indices.setdefault(_types(copy_dtype, *tensors), []).append(index)
         last = list(indices)[-1]
         for types, chosen in indices.items():
             members.setdefault(types, []).append(group.part(chosen, is_last=types is last))
     return members
 
 
-def _types(written: torch.dtype, weight: Tensor, gradient: Tensor, copy: Tensor | None, *states: Tensor) -> Types:
-    types = weight.dtype, gradient.dtype, written if copy is None else copy.dtype
+def _types(copy_dtype: torch.dtype, weight: Tensor, gradient: Tensor, copy: Tensor | None, *states: Tensor) -> Types:
+    types = weight.dtype, gradient.dtype, copy_dtype if copy is None else copy.dtype
     wide = {state.dtype for state in states} <= {torch.float32}
     if not wide or not {*types} <= {torch.float32, torch.float16, torch.bfloat16}:
         raise UserError(
-            f"the kernel was given {types[0]} weights, {types[1]} gradients and state in {states[0].dtype}, needed: "
-            "float32, float16 or bfloat16, and state in float32; backend='reference' works"
+            f"the kernel was given {types[0]} weights, {types[1]} gradients and {states[0].dtype} state, needed: "
+            "weights and gradients in float32, float16 or bfloat16 and state in float32; backend='reference' works"
         )
     return types
 
 
-def _laid_out_as(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its elements in memory in the order of the weight's; itself as a rule."""
+def _in_layout_of(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the weight's memory layout; the gradient itself if it has that layout, as it usually does."""
     if same_layout(weight, gradient):
         return gradient
     return torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
