@@ -5,17 +5,17 @@
  * scale = weight rstd. Inner loops run over the `width` values of a row, which vectorises them. Sums take four rows at
  * a time, so that they are loaded and stored a quarter as often. */
 
-/* Mean and sum of squared differences from it, `spread`, per column:
+/* Mean and sum of squared differences from it, `m2`, per column:
  *
- *     d = x - x_0;   mean = x_0 + sum(d) / n;   spread = sum(d^2) - sum(d)^2 / n
+ *     d = x - x_0;   mean = x_0 + sum(d) / n;   m2 = sum(d^2) - sum(d)^2 / n
  *
  * x_0 is the part's first row: without that shift, subtracting nearly equal numbers would cancel all digits where the
  * mean is many standard deviations from 0. */
 FOR_EACH_CPU void NAMED(part_moments)(const TYPE *restrict x, Rows rows, int64_t width, float *restrict mean,
-                                      float *restrict spread) {
+                                      float *restrict m2) {
     x += rows.first * width;
     memset(mean, 0, width * sizeof *mean);
-    memset(spread, 0, width * sizeof *spread);
+    memset(m2, 0, width * sizeof *m2);
     int64_t row = 0;
     for (; row + 4 <= rows.count; row += 4)
         for (int64_t c = 0; c < width; c++) {
@@ -28,18 +28,18 @@ FOR_EACH_CPU void NAMED(part_moments)(const TYPE *restrict x, Rows rows, int64_t
                 squares += value * value;
             }
             mean[c] += sum;
-            spread[c] += squares;
+            m2[c] += squares;
         }
     for (; row < rows.count; row++) /* the last rows, fewer than four */
         for (int64_t c = 0; c < width; c++) {
             float value = WIDE(x[row * width + c]) - WIDE(x[c]);
             mean[c] += value;
-            spread[c] += value * value;
+            m2[c] += value * value;
         }
     for (int64_t c = 0; c < width && rows.count; c++) {
-        float shifted_mean = mean[c] / (float)rows.count, left = spread[c] - shifted_mean * mean[c];
+        float shifted_mean = mean[c] / (float)rows.count, left = m2[c] - shifted_mean * mean[c];
         mean[c] = WIDE(x[c]) + shifted_mean;
-        spread[c] = left < 0 ? 0 : left; /* rounding may make it negative; NaN stays */
+        m2[c] = left < 0 ? 0 : left; /* rounding may make it negative; NaN stays */
     }
 }
 
