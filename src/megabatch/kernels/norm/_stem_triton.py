@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """Triton kernels of batch norm, ReLU and max pooling in one. Imported only by `stem`, when it runs on a GPU.
 
-    h = relu(batch norm of x);   y = max pooling of h in 3x3 windows, stride 2, padding 1
+    h = (x - mean) rstd;   y = max pooling of relu(weight h + bias) in 3x3 windows, stride 2, padding 1
 
 Window (i, j) covers rows 2 i - 1 to 2 i + 1 and columns 2 j - 1 to 2 j + 1 of the image. Matrices, spans, parts,
 partial sums and the grid are those of `_batch_norm_triton`. The number of a row gives its sample and its pixel:
