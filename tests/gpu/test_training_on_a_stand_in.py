@@ -49,7 +49,7 @@ def own_choices():
 @pytest.fixture
 def without_triton(monkeypatch):
     """Every value is computed: by torch's own operations."""
-    for name in ("kernels.dispatch", "optim.engine.fused", "nn.fused.fuse"):
+    for name in ("kernels.dispatch", "optim.engine.fused", "nn.fused.norm_act"):
         monkeypatch.setattr(f"megabatch.{name}.has_triton", lambda: False)
 
 

@@ -1,11 +1,11 @@
 """AlexNet (Krizhevsky et al. 2012) as one tower with grouped convolutions, and AlexNet-BN.
 
 Both follow Caffe's reference model, which You et al. 2017, arXiv:1709.05011, trained: 227 px crops, convolutions 2, 4
-and 5 in two groups, response normalisation after ReLU and before pooling, 60,965,224 parameters.
+and 5 in two groups, local response normalisation after ReLU and before pooling, 60,965,224 parameters.
 
-AlexNet-BN is B. Ginsburg's refit, which allows far larger batches: no response normalisation, and batch norm between
-each convolution and its ReLU. That every convolution has one, and that the linear layers keep dropout and have none,
-is our reading: the solver files confirm only that batch norm replaces response normalisation.
+AlexNet-BN is B. Ginsburg's variant for far larger batches: no response normalisation, and batch norm between each
+convolution and its ReLU. The published solver files confirm only that batch norm replaces response normalisation. We
+assume that every convolution has a batch norm and that the linear layers have dropout and no batch norm.
 """
 
 from collections import OrderedDict
@@ -13,17 +13,14 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.nn.fused.fuse import Fusable, is_hooked, norm_act
 from megabatch.nn.resnet import Norm
 
 
-class AlexNet(Fusable):
-    """Five convolutions and three linear layers. Input (N, in_channels, H, W), H and W at least 23.
+class AlexNet(nn.Module):
+    """Five convolutions and three linear layers. Input (N, in_channels, H, W) with H and W at least 23.
 
-    Caffe's last pooling (window 3, stride 2, from 13x13 to 6x6) is an adaptive one here: at 227 px it takes the same
-    windows, and other resolutions reach the linear layers with the same shape.
-
-    With `norm` the net is AlexNet-BN.
+    Caffe's last pooling (window 3, stride 2, from 13x13 to 6x6) is adaptive here: at 227 px its windows are the same,
+    and at other resolutions the linear layers still receive 6x6. With `norm` the network is AlexNet-BN.
     """
 
     def __init__(self, *, num_classes: int = 1000, in_channels: int = 3, norm: Norm | None = None) -> None:
@@ -44,25 +41,15 @@ class AlexNet(Fusable):
         self.fc8 = nn.Linear(4096, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._features(x).flatten(1)
+        return self.classify(self.features(x))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits (N, num_classes) from the convolutional features (N, 256, 6, 6); dropout in training."""
+        x = features.flatten(1)
         x = functional.dropout(functional.relu(self.fc6(x)), 0.5, self.training)
         x = functional.dropout(functional.relu(self.fc7(x)), 0.5, self.training)
         logits: Tensor = self.fc8(x)
         return logits
-
-    def _features(self, x: Tensor) -> Tensor:
-        """`self.features(x)`, with each norm and the ReLU behind it as one."""
-        if self.fusion == "plain" or is_hooked(self.features):
-            features: Tensor = self.features(x)
-            return features
-        layers = iter(self.features)
-        for layer in layers:
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                next(layers)
-                x = norm_act(layer, x, fusion=self.fusion)
-            else:
-                x = layer(x)
-        return x
 
 
 def alexnet(*, num_classes: int = 1000, in_channels: int = 3) -> AlexNet:
@@ -86,7 +73,10 @@ def _convolution(
     groups: int = 1,
     response_norm: bool = False,
 ) -> list[tuple[str, nn.Module]]:
-    """One named convolution with what stands between it and the next layer; padded to keep the size unless strided."""
+    """Named layers of one stage: convolution, norm or none, ReLU, response norm or none.
+
+    An unstrided convolution is padded to keep the size; a strided one is not padded.
+    """
     padding = 0 if stride > 1 else kernel_size // 2
     bias = norm is None
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)

@@ -1,6 +1,7 @@
-"""ResNet-18, 34 and 50 (He et al. 2016, arXiv:1512.03385), with the state-dict keys that torchvision's have.
+"""ResNet-18, 34 and 50 (He et al. 2016, arXiv:1512.03385) with torchvision's state-dict keys.
 
-ResNet-50 is "v1.5": the stride of a block is in its 3x3 convolution, not in the first 1x1.
+ResNet-50 is "v1.5": a block's stride is in its 3x3 convolution, not in its first 1x1 convolution. The forwards below
+are plain PyTorch; `megabatch.nn.fused` replaces them from outside.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,17 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.nn.fused.bottleneck import FusableBottleneck, fits, run_bottlenecks
-from megabatch.nn.fused.convolution import convolve
-from megabatch.nn.fused.fuse import Fusable, Fusion, is_hooked, norm_act
-from megabatch.nn.fused.stem import norm_relu_pool, stem_convolution
 from megabatch.nn.initialize import last_norms
 
 Norm = Callable[[int], nn.Module]
 
 
-class BasicBlock(Fusable):
-    """Two 3x3 convolutions and a shortcut."""
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
 
     expansion = 1
 
@@ -34,13 +31,16 @@ class BasicBlock(Fusable):
         self.downsample = shortcut(in_channels, channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.bn1, convolve(self.conv1, x, self.fusion), fusion=self.fusion)
-        y = convolve(self.conv2, y, self.fusion)
-        return norm_act(self.bn2, y, residual=residual(self.downsample, x, self.fusion), fusion=self.fusion)
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.conv2(y)
+        identity = x if self.downsample is None else self.downsample(x)
+        y = self.bn2(y)
+        y += identity
+        return functional.relu(y, inplace=True)
 
 
-class Bottleneck(FusableBottleneck):
-    """1x1 to fewer channels, 3x3, 1x1 to four times as many, and a shortcut."""
+class Bottleneck(nn.Module):
+    """Residual block of a 1x1 convolution to `channels`, a 3x3 and a 1x1 to 4 * `channels`, each with batch norm."""
 
     expansion = 4
 
@@ -56,22 +56,20 @@ class Bottleneck(FusableBottleneck):
         self.downsample = shortcut(in_channels, out_channels, stride, norm=norm, blur_pool=blur_pool)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fits(self, x):
-            return run_bottlenecks([self], x)
-        y = norm_act(self.bn1, convolve(self.conv1, x, self.fusion), fusion=self.fusion)
-        y = norm_act(self.bn2, convolve(self.conv2, y, self.fusion), fusion=self.fusion)
-        y = convolve(self.conv3, y, self.fusion)
-        return norm_act(self.bn3, y, residual=self.shortcut(x), fusion=self.fusion)
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """What is added to the branch: the input, or the shortcut of it."""
-        return residual(self.downsample, x, self.fusion)
+        y = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = functional.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.conv3(y)
+        identity = x if self.downsample is None else self.downsample(x)
+        y = self.bn3(y)
+        y += identity
+        return functional.relu(y, inplace=True)
 
 
-class ResNet(Fusable):
-    """Stem, four stages of residual blocks, global average, linear. Input (N, in_channels, H, W), output (N, classes).
+class ResNet(nn.Module):
+    """Stem, four stages of residual blocks, global average pooling, linear layer.
 
-    `small_stem`: a 3x3 convolution of stride 1 and no pooling in front, for images of 32 to 64 px.
+    Input (N, in_channels, H, W), output (N, num_classes). With `small_stem`, for images of 32 to 64 px, the stem is a
+    3x3 convolution of stride 1 without pooling; otherwise it is a 7x7 of stride 2 and a 3x3 max pooling of stride 2.
     """
 
     def __init__(
@@ -100,25 +98,17 @@ class ResNet(Fusable):
         reset_weights(self, zero_gamma=zero_gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_relu_pool(self.bn1, self.maxpool, stem_convolution(self.conv1, x, self.fusion), fusion=self.fusion)
-        return global_average_then_linear(self._stages(x), self.fc)
-
-    def _stages(self, x: Tensor) -> Tensor:
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        if self.fusion != "plain" and not any(map(is_hooked, stages)):
-            blocks = [block for stage in stages for block in stage if isinstance(block, Bottleneck)]
-            if len(blocks) == sum(map(len, stages)):
-                return run_bottlenecks(blocks, x)
-        for stage in stages:
-            x = stage(x)
-        return x
+        x = self.maxpool(functional.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return global_average_then_linear(x, self.fc)
 
 
 class BlurConv2d(nn.Conv2d):
-    """A strided convolution of an input blurred by (1, 2, 1) x (1, 2, 1) / 16, so that striding does not alias.
+    """Strided convolution that first blurs its input by (1, 2, 1) x (1, 2, 1) / 16 against aliasing.
 
-    Zhang 2019, arXiv:1904.11486, blurs after an unstrided convolution; this blurs before the strided one, as FFCV's
-    ImageNet recipes do, which costs a quarter of the arithmetic. Parameters and state dict are those of nn.Conv2d.
+    Zhang 2019, arXiv:1904.11486, blurs the output of an unstrided convolution; this layer blurs the input of the
+    strided one, as FFCV's ImageNet recipes do, for a quarter of the multiply-adds. Parameters and state dict are those
+    of nn.Conv2d.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -146,7 +136,7 @@ def resnet50(**options: Any) -> ResNet:
 def convolution(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, blur_pool: bool = False
 ) -> nn.Conv2d:
-    """A convolution without bias that keeps the size, divided by `stride`; blurred first if strided and `blur_pool`."""
+    """Convolution without bias, padded to divide the size by `stride`; `BlurConv2d` if strided and `blur_pool`."""
     kind = BlurConv2d if blur_pool and stride > 1 else nn.Conv2d
     return kind(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
@@ -154,23 +144,10 @@ def convolution(
 def shortcut(
     in_channels: int, out_channels: int, stride: int, *, norm: Norm, blur_pool: bool = False
 ) -> nn.Sequential | None:
-    """A 1x1 convolution and norm where the shape changes; None where the identity will do."""
+    """A 1x1 convolution and norm where the block changes the shape, else None: the shortcut is the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(convolution(in_channels, out_channels, 1, stride, blur_pool=blur_pool), norm(out_channels))
-
-
-def residual(downsample: nn.Sequential | None, x: Tensor, fusion: Fusion) -> Tensor:
-    """What a block adds to its branch: its input, or the shortcut of it."""
-    if downsample is None:
-        return x
-    if fusion == "plain" or is_hooked(downsample):
-        shortcut: Tensor = downsample(x)
-        return shortcut
-    *convolutions, norm = downsample
-    for layer in convolutions:
-        x = convolve(layer, x, fusion)
-    return norm_act(norm, x, relu=False, fusion=fusion)
 
 
 def stage(
@@ -194,7 +171,10 @@ def global_average_then_linear(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def reset_weights(model: nn.Module, *, zero_gamma: bool) -> None:
-    """Convolutions from N(0, 2 / fan_out) by torch's global generator, for use without `initialize`."""
+    """Draws convolution weights from N(0, 2 / fan_out) with torch's global generator; used where `initialize` is not.
+
+    With `zero_gamma` the last norm of each residual block starts with weight 0.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -15,7 +15,8 @@ from megabatch.kernels.norm.batch_norm import batch_norm_act_reference, fused_bn
 from megabatch.kernels.statistics import SpanSums, keep_statistics
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
-from megabatch.nn.fused.fuse import norm_act, set_fusion
+from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.fused.norm_act import norm_act
 from megabatch.nn.small import resnet8
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
@@ -173,9 +174,9 @@ def test_a_fused_layer_accumulates_the_statistics_of_a_plain_one(make, collects)
     collect_statistics(plain, collects)
     for _ in range(2):
         x = torch.randn(7, 12, 5, 5).contiguous(memory_format=torch.channels_last)
-        ours = norm_act(fused, x, fusion="auto")
+        ours = norm_act(fused, x, backend="auto")
         assert ours.grad_fn.name().startswith("_NormAct")
-        torch.testing.assert_close(ours, norm_act(plain, x.clone(), fusion="plain"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, torch.relu(plain(x.clone())), rtol=1e-5, atol=1e-5)
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(fused.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
 
@@ -192,7 +193,7 @@ def test_a_fused_layer_accumulates_the_statistics_of_a_plain_one(make, collects)
 def test_unsupported_images_use_torchs_operations(x):
     assert not cpu_batch_norm.supports(x)
     norm = nn.BatchNorm2d(8).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    assert not norm_act(norm, x, fusion="auto").grad_fn.name().startswith("_NormAct")
+    assert not norm_act(norm, x, backend="auto").grad_fn.name().startswith("_NormAct")
 
 
 def test_without_the_library_the_reference_is_used(monkeypatch):

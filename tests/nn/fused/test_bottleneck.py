@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megabatch.kernels.norm import join as join_passes
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
-from megabatch.nn.fused.bottleneck import run_bottlenecks
+from megabatch.nn.fused.bottleneck import run_blocks
+from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.resnet import Bottleneck
 
 SPAN = 2
@@ -30,15 +31,14 @@ def blocks(seed: int = 0) -> nn.ModuleList:
 
 def fused(plain: nn.ModuleList) -> nn.ModuleList:
     made = copy.deepcopy(plain)
-    for block in made:
-        block.fusion = "reference"
+    set_fusion(made, "reference")
     return made
 
 
 def step(own: nn.ModuleList) -> tuple[Tensor, dict[str, Tensor]]:
     """Output, and gradients of a fixed function of it."""
     x = torch.randn(5, 8, 6, 6, generator=torch.Generator().manual_seed(1))
-    y = run_bottlenecks(own, x)
+    y = run_blocks(own, x)
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return y.detach(), {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from megabatch.nn.alexnet import alexnet, alexnet_bn
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, collect_statistics, finish_precise, finish_step
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.fused import bottleneck as fused_bottleneck
-from megabatch.nn.fused import fuse as fusion
+from megabatch.nn.fused import norm_act as fused_norm_act
 from megabatch.nn.fused import stem as fused_stem
 from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import last_norms
@@ -56,13 +57,13 @@ def one_thread() -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each batch norm of a fused forward: its channels."""
     seen: list[int] = []
-    sink_of = fusion.sink_of
+    sink_of = fused_norm_act.sink_of
 
     def counted(norm: nn.BatchNorm2d) -> Any:
         seen.append(norm.num_features)
         return sink_of(norm)
 
-    for module in (fusion, fused_bottleneck, fused_stem):
+    for module in (fused_norm_act, fused_bottleneck, fused_stem):
         monkeypatch.setattr(module, "sink_of", counted)
     return seen
 
@@ -150,14 +151,54 @@ def test_every_norm_of_a_resnet_is_fused(make: Any, calls: list[int]) -> None:
     assert len(calls) == sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
-def test_fusing_changes_no_key_and_no_module_and_can_be_taken_back(calls: list[int]) -> None:
-    model = resnet50(num_classes=10)
-    keys, modules = list(model.state_dict()), [type(module) for module in model.modules()]
-    set_fusion(model, "reference")
-    assert (list(model.state_dict()), [type(module) for module in model.modules()]) == (keys, modules)
+@pytest.mark.parametrize("net", NETS)
+def test_fusing_changes_no_key_and_no_module_name_and_plain_restores_the_classes(net: str, calls: list[int]) -> None:
+    model = NETS[net]()
+    keys, kinds = list(model.state_dict()), {name: type(module) for name, module in model.named_modules()}
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    for choice in ("reference", "auto"):
+        set_fusion(model, choice)
+        assert list(model.state_dict()) == keys
+        assert [name for name, _ in model.named_modules()] == list(kinds)
+        assert all(isinstance(module, kinds[name]) for name, module in model.named_modules())
     set_fusion(model, "plain")
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
     model(images())
     assert not calls
+
+
+def test_a_fused_model_can_be_copied_and_pickled(calls: list[int]) -> None:
+    _, fused = twins(NETS["bottlenecks"], nn.BatchNorm2d)
+    expected, _ = step(copy.deepcopy(fused), images())
+    num_calls = len(calls)
+    logits, _ = step(pickle.loads(pickle.dumps(fused)), images())  # noqa: S301
+    assert torch.equal(logits, expected)
+    assert len(calls) == 2 * num_calls
+
+
+def test_a_bottleneck_with_a_hook_is_called_and_still_fuses_its_own_layers(calls: list[int]) -> None:
+    plain, fused = twins(NETS["bottlenecks"], nn.BatchNorm2d)
+    seen: list[Tensor] = []
+    for model in (plain, fused):
+        model.layer1[0].register_forward_hook(lambda *given: seen.append(given[2].detach()))
+    expected, _ = step(plain, images())
+    logits, _ = step(fused, images())
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert len(calls) == sum(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
+
+
+def test_a_subclass_keeps_its_own_forward_and_its_blocks_are_fused(calls: list[int]) -> None:
+    class Headless(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer1(self.maxpool(self.bn1(self.conv1(x))))
+
+    model = Headless(BasicBlock, (1, 1, 1, 1), num_classes=10)
+    set_fusion(model, "reference")
+    model(images())
+    assert type(model) is Headless
+    assert calls == [64, 64]
 
 
 def assert_runs_plain(plain: nn.Module, fused: nn.Module, calls: list[int], x: Tensor) -> None:
@@ -245,10 +286,10 @@ def test_what_torch_compile_traces_is_the_plain_model(calls: list[int]) -> None:
     assert_same(expected_gradients, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()})
 
 
-def test_an_unknown_choice_and_a_model_without_parts_to_fuse_are_named() -> None:
+def test_an_unknown_choice_and_a_model_without_blocks_to_fuse_are_named() -> None:
     with pytest.raises(UserError, match="fusion='fast' was given"):
         set_fusion(resnet8(), "fast")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="Linear has no part"):
+    with pytest.raises(UserError, match="Linear has no block"):
         set_fusion(nn.Linear(3, 3))
     set_fusion(nn.Linear(3, 3), "plain")
     set_fusion(alexnet(num_classes=10))

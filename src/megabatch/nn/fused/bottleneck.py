@@ -1,8 +1,8 @@
-"""A chain of bottleneck blocks whose 1x1 convolutions read through batch norm, block after block.
+"""A chain of bottleneck blocks whose 1x1 convolutions include the batch norms around them.
 
-Between blocks goes not a block's output but what it is made of (`Pending`), because the next block's first convolution
-is what reads it: batch norm, residual sum, ReLU and that convolution are one differentiable function, whose backward
-adds, masks and sums the join's gradient in one pass.
+Blocks exchange un-normalised convolution outputs plus their statistics (`PendingOutput`), not activations. The next
+block's first convolution reads that: batch norm, residual sum, ReLU and the convolution are one differentiable
+function (`join_conv1x1`), whose backward adds, masks and sums the gradient in one pass.
 """
 
 from collections.abc import Iterable
@@ -13,29 +13,34 @@ from torch import Tensor, nn
 
 from megabatch.kernels.bottleneck.handover import Handover
 from megabatch.kernels.bottleneck.residual import join_conv1x1, norm_conv1x1
+from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.norm.batch_norm import norm_act_of
 from megabatch.kernels.norm.passes import Moments, Normalisation, measure
-from megabatch.nn.fused.fuse import Fusable, Fusion, backend_of, can_fuse, is_hooked, norm_act, sink_of, span_of
+from megabatch.nn.fused.convolution import convolve
+from megabatch.nn.fused.norm_act import can_fuse, is_hooked, norm_act, sink_of, span_of
+from megabatch.nn.resnet import Bottleneck
 
 
-class FusableBottleneck(Fusable):
-    """What is asked of a block: its layers, its shortcut, and its forward for where they cannot be fused."""
+class FusedBottleneck(Bottleneck):
+    """`Bottleneck` whose 1x1 convolutions include the batch norms around them, where the kernels support the block."""
 
-    conv1: nn.Conv2d
-    bn1: nn.Module
-    conv2: nn.Conv2d
-    bn2: nn.Module
-    conv3: nn.Conv2d
-    bn3: nn.Module
-    downsample: nn.Sequential | None
+    backend: Backend
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """What is added to the branch of x."""
-        raise NotImplementedError
+    def forward(self, x: Tensor) -> Tensor:
+        if _can_run(self, x):
+            return _run(self, x).join()
+        y = norm_act(self.bn1, convolve(self.conv1, x, self.backend), backend=self.backend)
+        y = norm_act(self.bn2, convolve(self.conv2, y, self.backend), backend=self.backend)
+        y = convolve(self.conv3, y, self.backend)
+        identity = run_shortcut(self.downsample, x, self.backend)
+        return norm_act(self.bn3, y, residual=identity, backend=self.backend)
 
 
-class Measured(NamedTuple):
-    """A convolution's output before its batch norm, and where that may leave the rest of its backward."""
+class MeasuredOutput(NamedTuple):
+    """A convolution's output y with its moments and the batch norm that follows; y is not yet normalised.
+
+    With a `handover` that batch norm's backward defers its final pass to the convolution that wrote y.
+    """
 
     y: Tensor
     moments: Moments
@@ -43,11 +48,11 @@ class Measured(NamedTuple):
     handover: Handover | None = None
 
     def normalisation(self) -> Normalisation:
-        """What the batch norm does to it."""
+        """The batch norm's mean, rstd, weight and bias."""
         return Normalisation.of(self.moments, self.norm.weight, self.norm.bias)
 
-    def normalised(self, fusion: Fusion, *, residual: Tensor | None = None, relu: bool) -> Tensor:
-        """What comes out of batch norm, sum and ReLU."""
+    def normalised(self, backend: Backend, *, residual: Tensor | None = None, relu: bool) -> Tensor:
+        """norm(y) + residual, through ReLU with `relu`."""
         return norm_act_of(
             self.y,
             self.moments,
@@ -57,115 +62,133 @@ class Measured(NamedTuple):
             residual=residual,
             relu=relu,
             leave=self.handover,
-            backend=backend_of(fusion),
+            backend=backend,
         )
 
 
-class Pending(NamedTuple):
-    """A block's output before its last batch norm, the residual sum and ReLU; the residual may wait for its own."""
+class PendingOutput(NamedTuple):
+    """A block's output before its last batch norm, residual sum and ReLU; a shortcut may be un-normalised as well."""
 
-    branch: Measured
-    residual: Tensor | Measured
-    fusion: Fusion
+    branch: MeasuredOutput
+    shortcut: Tensor | MeasuredOutput
+    backend: Backend
 
     def join(self) -> Tensor:
         """The block's output."""
-        residual = self.residual
-        if isinstance(residual, Measured):
-            residual = residual.normalised(self.fusion, relu=False)
-        return self.branch.normalised(self.fusion, residual=residual, relu=True)
+        shortcut = self.shortcut
+        if isinstance(shortcut, MeasuredOutput):
+            shortcut = shortcut.normalised(self.backend, relu=False)
+        return self.branch.normalised(self.backend, residual=shortcut, relu=True)
 
 
-def run_bottlenecks(blocks: Iterable[FusableBottleneck], x: Tensor) -> Tensor:
-    """The last block's output; blocks that cannot be fused run as they are."""
-    state: Tensor | Pending = x
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Output of the last block. Fused bottlenecks pass their pending outputs on; other blocks are called as modules."""
+    state: Tensor | PendingOutput = x
     for block in blocks:
-        fused = fits(block, state) and not is_hooked(block)
-        state = _run(block, state) if fused else block(_joined(state))
+        if isinstance(block, FusedBottleneck) and not is_hooked(block) and _can_run(block, state):
+            state = _run(block, state)
+        else:
+            state = block(_joined(state))
     return _joined(state)
 
 
-def _run(block: FusableBottleneck, state: Tensor | Pending) -> Pending:
-    x, h = _enter(block, state)
-    third = _batch_norm(block.bn3)
-    second = _measured(block.bn2, block.conv2(h), block.fusion)
-    span, backend = span_of(third, second.y), backend_of(block.fusion)
-    y, found = norm_conv1x1(
+def run_shortcut(downsample: nn.Sequential | None, x: Tensor, backend: Backend) -> Tensor:
+    """Term that a block adds to its branch: x, or the shortcut's convolutions and norm of x."""
+    if downsample is None:
+        return x
+    if is_hooked(downsample):
+        y: Tensor = downsample(x)
+        return y
+    *convolutions, norm = downsample
+    for layer in convolutions:
+        x = convolve(layer, x, backend)
+    return norm_act(norm, x, relu=False, backend=backend)
+
+
+def _run(block: FusedBottleneck, state: Tensor | PendingOutput) -> PendingOutput:
+    """The whole block up to its third convolution, whose output is measured and not yet normalised."""
+    x, h = _run_first(block, state)
+    norm = _batch_norm(block.bn3)
+    second = _measured(block.bn2, block.conv2(h), block.backend)
+    # One function for bn2, ReLU and conv3: its backward does the elementwise pass that bn3's backward defers to it.
+    y, moments = norm_conv1x1(
         second.y,
         second.moments,
         second.norm.weight,
         second.norm.bias,
         block.conv3.weight,
-        span=span,
-        eps=third.eps,
-        sink=sink_of(third),
+        span=span_of(norm, second.y),
+        eps=norm.eps,
+        sink=sink_of(norm),
         take=(handover := Handover()),
-        backend=backend,
+        backend=block.backend,
     )
-    return Pending(Measured(y, found, third, handover), _shortcut(block, x, third, y), block.fusion)
+    shortcut = _pending_shortcut(block, x, norm, y)
+    return PendingOutput(MeasuredOutput(y, moments, norm, handover), shortcut, block.backend)
 
 
-def _enter(block: FusableBottleneck, state: Tensor | Pending) -> tuple[Tensor, Tensor]:
-    """The block's input, and what its 3x3 convolution reads."""
+def _run_first(block: FusedBottleneck, state: Tensor | PendingOutput) -> tuple[Tensor, Tensor]:
+    """The block's input, and the input of its 3x3 convolution."""
     norm = _batch_norm(block.bn1)
-    if not isinstance(state, Pending):
-        return state, norm_act(norm, block.conv1(state), fusion=block.fusion)
-    (branch, residual, _), other = state, None
-    if isinstance(residual, Measured):
-        other, residual = residual.normalisation(), residual.y
-    x, y, found = join_conv1x1(
+    if not isinstance(state, PendingOutput):
+        return state, norm_act(norm, block.conv1(state), backend=block.backend)
+    branch, shortcut, shortcut_norm = state.branch, state.shortcut, None
+    if isinstance(shortcut, MeasuredOutput):
+        shortcut_norm, shortcut = shortcut.normalisation(), shortcut.y
+    # Finishes the block before (bn3, sum, ReLU) together with conv1 of this block, which reads the result.
+    x, y, moments = join_conv1x1(
         branch.y,
         branch.moments,
         branch.norm.weight,
         branch.norm.bias,
-        residual,
+        shortcut,
         block.conv1.weight,
         span=span_of(norm, branch.y),
         eps=norm.eps,
-        residual_norm=other,
+        residual_norm=shortcut_norm,
         sink=sink_of(norm),
         leave=branch.handover,
         take=(handover := Handover()),
-        backend=backend_of(block.fusion),
+        backend=block.backend,
     )
-    return x, Measured(y, found, norm, handover).normalised(block.fusion, relu=True)
+    return x, MeasuredOutput(y, moments, norm, handover).normalised(block.backend, relu=True)
 
 
-def _shortcut(block: FusableBottleneck, x: Tensor, last: nn.BatchNorm2d, y: Tensor) -> Tensor | Measured:
-    """What is added to y by batch norm `last`; where a batch norm ends it that can be fused, what that is to read."""
+def _pending_shortcut(block: FusedBottleneck, x: Tensor, last: nn.BatchNorm2d, y: Tensor) -> Tensor | MeasuredOutput:
+    """Term that is added to last(y); un-normalised where the shortcut's batch norm can run together with `last`."""
     if block.downsample is None or is_hooked(block.downsample):
-        return block.shortcut(x)
+        return run_shortcut(block.downsample, x, block.backend)
     *layers, norm = block.downsample
     for layer in layers:
         x = layer(x)
-    if can_fuse(norm, x, block.fusion) and x.dtype == y.dtype and span_of(norm, x) == span_of(last, y):
-        return _measured(norm, x, block.fusion)
-    return norm_act(norm, x, relu=False, fusion=block.fusion)
+    if can_fuse(norm, x, block.backend) and x.dtype == y.dtype and span_of(norm, x) == span_of(last, y):
+        return _measured(norm, x, block.backend)
+    return norm_act(norm, x, relu=False, backend=block.backend)
 
 
-def _measured(norm: nn.Module, y: Tensor, fusion: Fusion) -> Measured:
-    """The output of a convolution that does not measure what it writes."""
+def _measured(norm: nn.Module, y: Tensor, backend: Backend) -> MeasuredOutput:
+    """Measures the output of a convolution that does not do so itself: one more read of y."""
     norm = _batch_norm(norm)
-    span, backend = span_of(norm, y), backend_of(fusion)
-    return Measured(y, measure(y.detach(), span=span, eps=norm.eps, sink=sink_of(norm), backend=backend), norm)
+    moments = measure(y.detach(), span=span_of(norm, y), eps=norm.eps, sink=sink_of(norm), backend=backend)
+    return MeasuredOutput(y, moments, norm)
 
 
 def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.BatchNorm2d), "of a block that fits"
+    assert isinstance(norm, nn.BatchNorm2d), "_can_run has checked it"
     return norm
 
 
-def _joined(state: Tensor | Pending) -> Tensor:
-    return state.join() if isinstance(state, Pending) else state
+def _joined(state: Tensor | PendingOutput) -> Tensor:
+    return state.join() if isinstance(state, PendingOutput) else state
 
 
-def fits(block: FusableBottleneck, state: Tensor | Pending) -> bool:
-    """Whether the block can be fused behind this state, its input or what that is made of."""
-    x = state.branch.y if isinstance(state, Pending) else state
+def _can_run(block: FusedBottleneck, state: Tensor | PendingOutput) -> bool:
+    """True if the kernels, or their reference, support all of the block's norms and 1x1 convolutions on this input."""
+    x = state.branch.y if isinstance(state, PendingOutput) else state
     norms = (block.bn1, block.bn2, block.bn3)
     return (
         len(x) > 1  # so that there are two values per channel whatever the resolution
-        and all(can_fuse(norm, x, block.fusion) for norm in norms)
+        and all(can_fuse(norm, x, block.backend) for norm in norms)
         and len({span_of(norm, x) for norm in norms if isinstance(norm, nn.BatchNorm2d)} | _span_of_state(state)) == 1
         and _is_pointwise(block.conv1)
         and _is_pointwise(block.conv3)
@@ -173,12 +196,12 @@ def fits(block: FusableBottleneck, state: Tensor | Pending) -> bool:
     )
 
 
-def _span_of_state(state: Tensor | Pending) -> set[int]:
-    return {span_of(state.branch.norm, state.branch.y)} if isinstance(state, Pending) else set()
+def _span_of_state(state: Tensor | PendingOutput) -> set[int]:
+    return {span_of(state.branch.norm, state.branch.y)} if isinstance(state, PendingOutput) else set()
 
 
 def _is_pointwise(conv: nn.Module) -> bool:
-    """Whether it is a product with its weight, pixel by pixel, and nothing else."""
+    """True for a 1x1 nn.Conv2d of stride 1 without padding, groups, bias or hooks."""
     return (
         type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
@@ -188,7 +211,7 @@ def _is_pointwise(conv: nn.Module) -> bool:
 
 
 def _compute_type(weight: Tensor) -> torch.dtype:
-    """In which a convolution with this weight computes here."""
+    """Dtype in which a convolution with this weight computes: autocast's, or the weight's own."""
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

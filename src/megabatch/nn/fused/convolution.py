@@ -1,4 +1,4 @@
-"""Convolutions of a model by the compiled kernels of a CPU, where `set_fusion` lets them and they serve the layer."""
+"""A model's convolutions by the compiled CPU kernels, where those support the layer."""
 
 from typing import TypeGuard
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from megabatch.kernels.cpu import conv as cpu_conv
-from megabatch.nn.fused.fuse import Fusion, is_hooked
+from megabatch.kernels.dispatch import Backend
+from megabatch.nn.fused.norm_act import is_hooked
 
 
-def convolve(layer: nn.Module, x: Tensor, fusion: Fusion) -> Tensor:
-    """layer(x), a convolution's, in the type that autocast gives it."""
-    if fusion == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
+def convolve(layer: nn.Module, x: Tensor, backend: Backend) -> Tensor:
+    """layer(x) of a convolution, in autocast's dtype; by the CPU kernel for bfloat16 with "auto", else by torch."""
+    if backend == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype == torch.bfloat16 and cpu_conv.supports(images := x.to(dtype), weight := layer.weight.to(dtype)):
             return cpu_conv.conv2d(images, weight, stride=layer.stride[0], padding=int(layer.padding[0]))
@@ -20,7 +21,7 @@ def convolve(layer: nn.Module, x: Tensor, fusion: Fusion) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a convolution of one stride and padding both ways, nothing else, and nobody looks at it."""
+    """True for nn.Conv2d without bias, groups, dilation or hooks, of equal stride and padding in both directions."""
     return (
         type(layer) is nn.Conv2d
         and layer.groups == 1
