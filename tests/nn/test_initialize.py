@@ -41,16 +41,16 @@ def test_convolutions_have_the_variance_of_their_scheme(scheme: Scheme, std: flo
     assert not conv.bias.any()
 
 
-def test_grouped_convolutions_count_the_channels_of_one_group() -> None:
+def test_fan_out_of_a_grouped_convolution_counts_the_channels_of_one_group() -> None:
     conv = wide_conv(groups=4)
     initialize(nn.Sequential(conv), "he_fan_out", seed=3)
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.03)
 
 
-def test_lecun_weights_are_cut_off_at_two_deviations_of_the_uncut_normal() -> None:
+def test_lecun_weights_are_truncated_at_two_standard_deviations_of_the_full_normal() -> None:
     conv = wide_conv()
     initialize(nn.Sequential(conv), "lecun_truncated", seed=3)
-    # A unit normal cut at +-2 has variance 1 - 4 phi(2) / (Phi(2) - Phi(-2)).
+    # A standard normal truncated at +-2 has variance 1 - 4 phi(2) / (Phi(2) - Phi(-2)).
     density, mass = math.exp(-2) / math.sqrt(2 * math.pi), math.erf(math.sqrt(2))
     limit = 2 * math.sqrt(1 / (64 * 9)) / math.sqrt(1 - 4 * density / mass)
     assert conv.weight.abs().max().item() <= limit * (1 + 1e-6)
@@ -58,14 +58,14 @@ def test_lecun_weights_are_cut_off_at_two_deviations_of_the_uncut_normal() -> No
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_last_linear_layer_has_deviation_one_hundredth_and_no_bias(scheme: Scheme) -> None:
+def test_the_last_linear_layer_has_standard_deviation_one_hundredth_and_zero_bias(scheme: Scheme) -> None:
     model = nn.Sequential(nn.Linear(512, 512))
     initialize(model, scheme, seed=0)
     assert model[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not model[0].bias.any()
 
 
-def test_alexnet_has_the_widths_and_biases_of_caffes_reference_model() -> None:
+def test_alexnet_has_the_standard_deviations_and_biases_of_caffes_reference_model() -> None:
     model = initialize(alexnet(num_classes=100), "alexnet", seed=0)
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert [round(layer.bias.unique().item(), 6) for layer in layers] == [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(scheme: 
     assert len(digests) == 1
 
 
-def test_another_seed_gives_other_weights_in_every_layer() -> None:
+def test_a_different_seed_gives_different_weights_in_every_layer() -> None:
     one, other = (initialize(resnet8(), "he_fan_out", seed=seed) for seed in (0, 1))
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         if a.dim() > 1:
@@ -112,7 +112,7 @@ def test_weights_do_not_depend_on_the_order_of_modules() -> None:
     assert weights_digest(one) == weights_digest(other)
 
 
-def test_torchs_own_generator_is_left_alone() -> None:
+def test_torchs_global_generator_is_not_used() -> None:
     model = nn.Sequential(wide_conv())
     torch.manual_seed(1)
     expected = torch.randn(3)
@@ -122,7 +122,7 @@ def test_torchs_own_generator_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_round_the_same_values(dtype: torch.dtype) -> None:
+def test_weights_of_other_dtypes_are_the_float32_values_rounded(dtype: torch.dtype) -> None:
     one, other = (initialize(wide_conv().to(kind), "he_fan_out", seed=0) for kind in (torch.float32, dtype))
     assert torch.equal(one.weight.to(dtype), other.weight)
 
@@ -138,7 +138,7 @@ def test_wrappers_change_neither_weights_nor_digest() -> None:
     assert run_threads(2, digests) == [1, 1]
 
 
-def test_another_process_makes_the_same_weights() -> None:
+def test_a_new_process_draws_the_same_weights() -> None:
     code = (
         "from megabatch.nn.initialize import *; from megabatch.nn.models import *; import torch; torch.randn(5);"
         "print(weights_digest(initialize(resnet8(), 'lecun_truncated', seed=4)))"
@@ -147,7 +147,7 @@ def test_another_process_makes_the_same_weights() -> None:
     assert answer.stdout.strip() == weights_digest(initialize(resnet8(), "lecun_truncated", seed=4))
 
 
-def test_the_digest_sees_one_bit_one_name_and_one_shape() -> None:
+def test_the_digest_changes_with_one_bit_one_name_and_one_shape() -> None:
     model = nn.Linear(3, 4, bias=False)
     digest = weights_digest(model)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_the_digest_sees_one_bit_one_name_and_one_shape() -> None:
     assert weights_digest(nn.Sequential(model)) != weights_digest(model)
 
 
-def test_norms_are_reset_and_zero_gamma_zeroes_the_last_of_each_block_alone() -> None:
+def test_norms_are_reset_and_zero_gamma_zeroes_only_the_last_of_each_block() -> None:
     model = resnet18(num_classes=10, norm=lambda channels: SpanBatchNorm2d(channels, span=4), small_stem=True)
     for module in model.modules():
         if isinstance(module, SpanBatchNorm2d):
@@ -189,7 +189,9 @@ def test_zero_gamma_makes_every_block_the_identity_or_its_shortcut() -> None:
         ("resnet50", "lecun_truncated"),
     ],
 )
-def test_first_logits_are_near_zero_so_that_the_first_loss_is_that_of_a_guess(name: str, scheme: Scheme) -> None:
+def test_initial_logits_are_near_zero_and_the_initial_loss_is_log_of_the_number_of_classes(
+    name: str, scheme: Scheme
+) -> None:
     model = initialize(create_model(name, num_classes=10, image_size=32), scheme, seed=1, zero_gamma=True)
     logits = model(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert 0 < logits.abs().max() < 1
@@ -198,17 +200,17 @@ def test_first_logits_are_near_zero_so_that_the_first_loss_is_that_of_a_guess(na
 
 
 @pytest.mark.parametrize("scheme", ["he_fan_out", "he_fan_in"])
-def test_he_weights_keep_the_size_of_activations_through_relu_layers(scheme: Scheme) -> None:
+def test_he_weights_preserve_the_second_moment_of_activations_through_relu_layers(scheme: Scheme) -> None:
     layers: list[nn.Module] = []
     for _ in range(5):
         layers += [nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular", bias=False), nn.ReLU()]
     model = initialize(nn.Sequential(*layers[:-1]), scheme, seed=0)
     x: Tensor = torch.randn(4, 256, 6, 6, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        second_moment = model(x).square().mean().item() / 2  # the first layer sees no ReLU in front of it
+        second_moment = model(x).square().mean().item() / 2  # no ReLU precedes the first layer
     assert 0.6 < second_moment < 1.6
 
 
-def test_an_unknown_scheme_is_refused_with_one_that_works() -> None:
+def test_an_unknown_scheme_raises_an_error_that_names_a_valid_one() -> None:
     with pytest.raises(UserError, match="he_fan_out works"):
         initialize(nn.Linear(1, 1), "xavier", seed=0)  # type: ignore[arg-type]

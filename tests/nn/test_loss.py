@@ -35,7 +35,7 @@ def test_the_loss_is_the_sum_of_the_smoothed_cross_entropies(count: int, classes
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixed_labels_weigh_each_samples_two_losses(smoothing: float) -> None:
+def test_mixed_labels_give_the_weighted_sum_of_two_losses_per_sample(smoothing: float) -> None:
     logits, labels, mixed, weight = example(8)
     pairs = zip(weight.tolist(), by_hand(logits, labels, smoothing), by_hand(logits, mixed, smoothing), strict=True)
     expected = math.fsum(w * first + (1 - w) * second for w, first, second in pairs)
@@ -43,7 +43,7 @@ def test_mixed_labels_weigh_each_samples_two_losses(smoothing: float) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_one_mix_weight_serves_all_samples() -> None:
+def test_a_scalar_mix_weight_applies_to_all_samples() -> None:
     logits, labels, mixed, _ = example(8)
     one = cross_entropy_sum(logits, labels, mixed_labels=mixed, mix_weight=0.3)
     each = cross_entropy_sum(logits, labels, mixed_labels=mixed, mix_weight=torch.full((8,), 0.3))
@@ -77,7 +77,7 @@ def test_low_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_no_sample_has_loss_zero_and_a_graph() -> None:
+def test_an_empty_batch_has_loss_zero_and_can_run_backward() -> None:
     logits = torch.zeros(0, 5, requires_grad=True)
     loss = cross_entropy_sum(logits, torch.zeros(0, dtype=torch.long), label_smoothing=0.1)
     loss.backward()
@@ -89,7 +89,7 @@ def test_no_sample_has_loss_zero_and_a_graph() -> None:
 @settings(deadline=None)
 @given(count=st.integers(1, 40), classes=st.integers(1, 12), levels=st.integers(1, 5), seed=st.integers(0, 99))
 def test_counts_are_those_of_a_stable_sort(count: int, classes: int, levels: int, seed: int) -> None:
-    """Few levels, so that most samples have ties: among equals the lower class comes first."""
+    """Logits of few levels, so that most samples have ties, which go to the lower class."""
     stream = torch.Generator().manual_seed(seed)
     logits = torch.randint(levels, (count, classes), generator=stream).float()
     labels = torch.randint(classes, (count,), generator=stream)
@@ -98,14 +98,14 @@ def test_counts_are_those_of_a_stable_sort(count: int, classes: int, levels: int
     assert correct_counts(logits, labels, (1, 3, 20)).tolist() == expected
 
 
-def test_counts_agree_with_argmax_and_topk_where_nothing_ties() -> None:
+def test_counts_agree_with_topk_where_there_are_no_ties() -> None:
     logits, labels, _, _ = example(500, 10)
     top = logits.topk(5).indices
     expected = [(top[:, :k] == labels[:, None]).any(1).sum().item() for k in (1, 5)]
     assert correct_counts(logits, labels).tolist() == expected
 
 
-def test_a_model_of_nans_or_of_constants_is_not_called_right() -> None:
+def test_a_model_that_returns_nan_or_constants_gets_no_credit() -> None:
     labels = torch.arange(10)
     assert correct_counts(torch.full((10, 10), float("nan")), labels).tolist() == [0, 0]
     assert correct_counts(torch.zeros(10, 10), labels).tolist() == [1, 5]

@@ -1,4 +1,4 @@
-"""Shapes, names and sizes of the models, against the published ones."""
+"""Shapes, parameter names and parameter counts of the models, compared with the published ones."""
 
 import functools
 import importlib.util
@@ -28,7 +28,7 @@ def norm_keys(prefix: str) -> list[str]:
 
 
 def published_keys(name: str) -> set[str]:
-    """The state dict's keys by torchvision's naming rule."""
+    """State-dict keys by torchvision's naming rule."""
     num_convolutions = 3 if name == "resnet50" else 2
     keys = {"conv1.weight", *norm_keys("bn1"), "fc.weight", "fc.bias"}
     for stage, depth in enumerate(DEPTHS[name], start=1):
@@ -49,7 +49,7 @@ def test_resnets_have_the_published_keys_and_parameter_counts(name: str, blur_po
     assert num_parameters(model) == PARAMETERS[name]
 
 
-def test_resnet50_has_the_161_tensors_that_every_record_counts() -> None:
+def test_resnet50_has_161_parameter_tensors() -> None:
     model = resnet50()
     kinds = [parameter.dim() for parameter in model.parameters()]
     assert len(kinds) == 161
@@ -57,14 +57,14 @@ def test_resnet50_has_the_161_tensors_that_every_record_counts() -> None:
     assert sum(buffer.numel() for name, buffer in model.named_buffers() if "running" in name) == 53_120
 
 
-def test_span_layers_change_no_key() -> None:
+def test_span_layers_do_not_change_state_dict_keys() -> None:
     norm = functools.partial(SpanBatchNorm2d, span=32)
     assert resnet50(norm=norm).state_dict().keys() == resnet50().state_dict().keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 @pytest.mark.parametrize("name", MAKERS)
-def test_weights_and_outputs_go_both_ways_with_torchvision(name: str) -> None:
+def test_weights_are_exchangeable_with_torchvision_and_outputs_are_equal(name: str) -> None:
     models = pytest.importorskip("torchvision.models", exc_type=(ImportError, RuntimeError))
     theirs, ours = getattr(models, name)().eval(), MAKERS[name]().eval()
     ours.load_state_dict(theirs.state_dict())
@@ -78,14 +78,14 @@ def strides(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: module.stride for name, module in convolutions if module.stride != (1, 1)}
 
 
-def test_resnet50_strides_in_its_three_by_three_convolutions() -> None:
+def test_resnet50_has_its_strides_in_the_3x3_convolutions() -> None:
     assert set(strides(resnet50())) == {"conv1"} | {
         f"layer{stage}.0.{conv}" for stage in (2, 3, 4) for conv in ("conv2", "downsample.0")
     }
 
 
 def spatial_sizes(model: nn.Module, size: int) -> list[int]:
-    """Pixels a side after each stage."""
+    """Pixels per side after each stage."""
     sizes: list[int] = []
 
     def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -106,7 +106,7 @@ def test_stages_have_the_published_resolutions(blur_pool: bool) -> None:
     assert spatial_sizes(resnet8(blur_pool=blur_pool).eval(), 28) == [14, 7, 4]
 
 
-def test_a_small_stem_is_taken_up_to_64_pixels() -> None:
+def test_images_of_up_to_64_pixels_get_the_small_stem() -> None:
     stems = {size: create_model("resnet18", num_classes=3, image_size=size).conv1 for size in (32, 64, 65, 224)}
     assert [stem.kernel_size for stem in stems.values()] == [(3, 3), (3, 3), (7, 7), (7, 7)]
     assert [stem.stride for stem in stems.values()] == [(1, 1), (1, 1), (2, 2), (2, 2)]
@@ -122,7 +122,7 @@ def test_a_blurred_convolution_is_the_convolution_of_the_binomially_blurred_imag
     torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-13)
 
 
-def test_blur_pool_is_in_front_of_strided_block_convolutions_alone() -> None:
+def test_blur_pool_precedes_only_the_strided_convolutions_of_blocks() -> None:
     model = resnet50(blur_pool=True)
     blurred = {name for name, module in model.named_modules() if isinstance(module, BlurConv2d)}
     assert blurred == set(strides(model)) - {"conv1"}
@@ -169,7 +169,7 @@ def test_alexnet_bn_has_batch_norm_after_each_convolution_and_no_response_norm()
 
 
 @pytest.mark.parametrize("size", [23, 32, 64, 113])
-def test_alexnet_takes_other_resolutions(size: int) -> None:
+def test_alexnet_accepts_other_resolutions(size: int) -> None:
     model = alexnet_bn(num_classes=4)
     output = model(torch.randn(2, 3, size, size))
     output.sum().backward()
@@ -177,7 +177,7 @@ def test_alexnet_takes_other_resolutions(size: int) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_alexnet_drops_out_in_training_alone() -> None:
+def test_alexnet_uses_dropout_only_in_training() -> None:
     model = alexnet(num_classes=4)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_alexnet_drops_out_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"])
-def test_create_makes_each_model_by_name_with_its_options(name: str) -> None:
+def test_create_model_builds_each_model_with_its_options(name: str) -> None:
     norm = functools.partial(SpanBatchNorm2d, span=4)
     model = create_model(name, num_classes=7, in_channels=1, norm=norm, width=8, image_size=32)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_create_makes_each_model_by_name_with_its_options(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
-def test_channels_last_images_stay_so_to_the_last_block(name: str) -> None:
+def test_channels_last_images_stay_channels_last_up_to_the_last_block(name: str) -> None:
     norm = functools.partial(SpanBatchNorm2d, span=2)
     model = create_model(name, num_classes=3, norm=norm, image_size=32).to(memory_format=torch.channels_last)
     formats = []
@@ -211,7 +211,7 @@ def test_channels_last_images_stay_so_to_the_last_block(name: str) -> None:
     assert formats == [True]
 
 
-def test_a_bfloat16_net_under_autocast_learns_in_float32_weights() -> None:
+def test_gradients_under_bfloat16_autocast_are_finite_and_float32() -> None:
     model = resnet8(num_classes=3, norm=functools.partial(SpanBatchNorm2d, span=4))
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randn(8, 3, 28, 28))
@@ -220,6 +220,6 @@ def test_a_bfloat16_net_under_autocast_learns_in_float32_weights() -> None:
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_model_raises_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="resnet50"):
         create_model("resnet51", num_classes=10)

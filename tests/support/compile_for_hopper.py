@@ -190,20 +190,20 @@ def convolutions(*, every_tiling: bool = False) -> None:
         x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
         dy, given = images(tiling.outputs), normalisation(tiling.inputs)
         bits = torch.zeros(x.numel() // tiling.inputs, tiling.inputs // 8, dtype=torch.uint8)
-        join = {"passed": bits, "addend": x}
+        join = {"relu_mask": bits, "addend": x}
         shortcut = {**join, "residual": x, "residual_norm": given}
         for behind in ({}, join, shortcut)[: 3 if every_tiling else 1]:
-            for left in (None, *rests(dy))[:: 1 if every_tiling else 2]:
-                options = {"span": 2, "rest": left, "tiling": tiling, "backend": "triton"}
+            for left in (None, *deferred_passes(dy))[:: 1 if every_tiling else 2]:
+                options = {"span": 2, "deferred": left, "tiling": tiling, "backend": "triton"}
                 module.conv1x1_data_gradient(dy, weight, x, given, **behind, **options)
     for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
         dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
-        for left in (None, *rests(dy))[:: 1 if every_tiling else 2]:
-            options = {"span": 2, "rest": left, "tiling": tiling.beside_rest() if left else tiling}
+        for left in (None, *deferred_passes(dy))[:: 1 if every_tiling else 2]:
+            options = {"span": 2, "deferred": left, "tiling": tiling.with_deferred() if left else tiling}
             module.conv1x1_weight_gradient(dy, x, normalisation=given, **options, backend="triton")
 
 
-def rests(y: torch.Tensor) -> list[Any]:
+def deferred_passes(y: torch.Tensor) -> list[Any]:
     """Deferred batch norm backwards of a convolution's output y, without and with a ReLU."""
     from megabatch.kernels.bottleneck.handover import DeferredNormBackward
 

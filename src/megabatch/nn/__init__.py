@@ -1,1 +1,1 @@
-"""Models, batch norm with a span, initialisation and loss."""
+"""Models, batch norm over a span of samples, initialisation and loss."""

@@ -1,4 +1,4 @@
-"""Sums over samples, so that micro-batches and ranks add up to the global batch exactly."""
+"""Loss and accuracy as sums over samples, which add up over micro-batches and ranks to those of the global batch."""
 
 from collections.abc import Sequence
 
@@ -18,19 +18,32 @@ def cross_entropy_sum(
     mix_weight: Tensor | float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross entropy summed over the samples, 0-d, in float32 (float64 for float64 logits); 0 for no sample.
+    """Returns the cross entropy summed over the samples, in nats; 0 for no samples. Differentiable.
 
         loss = -sum_i sum_k q_ik log softmax(logits_i)_k,    q_i = (1 - s) onehot(label_i) + s / K
 
-    (Szegedy et al. 2016, arXiv:1512.00567, section 7). Divide by the count of the *global* batch, not of this call.
-    With `mixed_labels` (mixup, cutmix) the loss is w * loss(labels) + (1 - w) * loss(mixed_labels), where
-    `mix_weight` is w: a number, or one value per sample. On a GPU with Triton one kernel reads the logits once for loss
-    and gradient (`backend="reference"` runs torch's operations there too).
+    with s = `label_smoothing` (Szegedy et al. 2016, arXiv:1512.00567, section 7). For the mean loss of a step, divide
+    by the size of the *global* batch, not of this call: then the gradients of all micro-batches and ranks add up to
+    that of the global batch.
 
-    Shapes: logits (N, K); labels and mixed_labels (N,) class indices; mix_weight scalar or (N,).
+    With `mixed_labels`, for mixup (Zhang et al. 2018, arXiv:1710.09412) and cutmix (Yun et al. 2019, arXiv:1905.04899),
+    the loss of sample i is w_i loss(label_i) + (1 - w_i) loss(mixed_label_i), where w is `mix_weight`.
+
+    Args:
+        logits: (N, K), any floating-point dtype.
+        labels: (N,), class indices in [0, K); -100 leaves a sample out.
+        label_smoothing: s, in [0, 1].
+        mixed_labels: (N,), class indices in [0, K), or None.
+        mix_weight: w, a number or (N,), in [0, 1]; needed with `mixed_labels`.
+        backend: "auto" computes loss and gradient in one Triton kernel on a GPU where Triton is installed, and by
+            torch's operations elsewhere; "triton" and "reference" force one of the two.
+
+    Returns:
+        0-d tensor, float32 (float64 for float64 logits).
 
     Raises:
-        UserError: other shapes, or mixed_labels without mix_weight.
+        UserError: the shapes do not agree, `mixed_labels` comes without `mix_weight`, or `backend` is unknown or
+            cannot run on this device.
     """
     return fused_cross_entropy_sum(
         logits,
@@ -44,13 +57,16 @@ def cross_entropy_sum(
 
 @torch.no_grad()
 def correct_counts(logits: Tensor, labels: Tensor, k: Sequence[int] = (1, 5)) -> Tensor:
-    """How many samples have their label among the k largest logits, one int64 per k.
+    """Number of samples whose label is among the k largest logits: one int64 for each k.
 
-    Among equal logits the lower class index comes first, and NaN counts as larger than any label's logit, so the
-    counts are exact and the same on every device, and a model of NaNs or constants is not called right.
+    Ties go to the lower class index, and NaN ranks above every label's logit. So counts are equal on every device, and
+    a model that returns NaN or a constant gets no credit.
+
+    Shapes: logits (N, K), labels (N,), result (len(k),).
     """
-    own = logits.gather(1, labels[:, None])
-    before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    ahead = ~(logits <= own) | ((logits == own) & before)
-    place = ahead.sum(1)
-    return torch.stack([(place < limit).sum() for limit in k])
+    label_logits = logits.gather(1, labels[:, None])
+    has_lower_index = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    # ~(a <= b) and not a > b: the former is True for NaN.
+    ranks_higher = ~(logits <= label_logits) | ((logits == label_logits) & has_lower_index)
+    rank = ranks_higher.sum(1)
+    return torch.stack([(rank < limit).sum() for limit in k])

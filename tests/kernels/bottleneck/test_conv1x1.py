@@ -117,7 +117,7 @@ def test_behind_a_residual_the_gradients_add_up_and_bits_tell_where_relu_passed(
     given, other, third = (draw(case, dtype, seed=seed) for seed in range(3))
     exact, wide = given.double(), other.double()
     passes = torch.relu(other.x)  # as if it were the output
-    behind: dict[str, Any] = {"passed": bits_of(passes), "addend": third.x if with_addend else None}
+    behind: dict[str, Any] = {"relu_mask": bits_of(passes), "addend": third.x if with_addend else None}
     if two_norms:
         behind |= {"residual": other.x, "residual_norm": other.normalisation}
     dz, sums = conv1x1_data_gradient(
@@ -156,11 +156,11 @@ def test_the_rest_of_a_batch_norms_backward_is_applied_as_both_gradients_read(
     exact = given.double()
     behind = draw(Case((case.shape[0], case.outputs, *case.shape[2:]), 16, case.span), dtype, seed=1)
     sums = torch.randn(len(behind.normalisation.mean), 2, case.outputs, generator=torch.Generator().manual_seed(2))
-    rest = DeferredNormBackward(behind.x, behind.normalisation, 9 * sums, relu)
+    deferred = DeferredNormBackward(behind.x, behind.normalisation, 9 * sums, relu)
     wide = DeferredNormBackward(behind.x.double(), behind.double().normalisation, 9 * sums.double(), relu)
-    whole = wide.applied(exact.dy, span=case.span, triton=False)
+    whole = wide.apply(exact.dy, span=case.span, triton=False)
     assert error(whole, exact.dy) > 0.5
-    options: dict[str, Any] = {"span": case.span, "rest": rest, "tiling": TILING, "backend": "triton"}
+    options: dict[str, Any] = {"span": case.span, "deferred": deferred, "tiling": TILING, "backend": "triton"}
     ours = conv1x1_data_gradient(given.dy, given.weight, given.x, given.normalisation, **options)
     expected = conv1x1_data_gradient(whole, exact.weight, exact.x, exact.normalisation, span=case.span)
     for mine, reference in zip(ours, expected, strict=True):

@@ -166,13 +166,13 @@ def chain(given: dict[str, Tensor], *, backend: Any, hands_over: bool) -> tuple[
     options: dict[str, Any] = {"span": SPAN, "eps": EPS, "backend": backend}
     found = moments(given["x"], span=SPAN, eps=EPS, triton=backend == "triton")
     y, found = norm_conv1x1(
-        leaves["x"], found, leaves["scale"], leaves["shift"], leaves["square"], take=first, **options
+        leaves["x"], found, leaves["scale"], leaves["shift"], leaves["square"], deferred_from=first, **options
     )
     vectors = leaves["residual scale"], leaves["residual shift"]
     z, y, found = join_conv1x1(
-        y, found, *vectors, leaves["residual"], leaves["weight"], leave=first, take=second, **options
+        y, found, *vectors, leaves["residual"], leaves["weight"], defer_to=first, deferred_from=second, **options
     )
-    out = norm_act_of(y, found, leaves["last scale"], leaves["last shift"], span=SPAN, leave=second, backend=backend)
+    out = norm_act_of(y, found, leaves["last scale"], leaves["last shift"], span=SPAN, defer_to=second, backend=backend)
     return torch.autograd.grad([z, out], list(leaves.values()), [given["dz"], given["dy"]])
 
 

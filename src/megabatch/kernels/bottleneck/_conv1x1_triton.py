@@ -1,11 +1,17 @@
 # mypy: ignore-errors
-"""Triton kernels of 1x1 convolutions as matrix products. Loaded by `conv1x1` alone, when one runs on a GPU.
+"""Triton kernels of 1x1 convolutions as matrix products. `conv1x1` imports this module when a kernel first runs.
 
-Images with the channels last are matrices of rows (samples x pixels) and channels, cut into spans of `span_rows` rows,
-the last of which may be short; a tile holds rows of one span. The convolution's input h is never in memory: it is
-relu((x - mean) rstd weight + bias), computed from x as a tile is read. Loads go through tensor descriptors, which
-a Hopper GPU serves by its copy engine; stores and what is read once go through pointers, as a tile may end in a span.
-A launch has about as many programs as the GPU has multiprocessors, each of which takes tile after tile.
+Layout: images (N, C, H, W) in channels_last format are row-major matrices of N H W rows (pixels) and C columns
+(channels). The rows are cut into spans of `span_rows` rows, of which the last may be shorter, and each span into row
+tiles of `block_rows` rows; a row tile never has rows of two spans. Statistics (mean, rstd) are (spans, C); scale and
+bias are (C,). `inputs` and `outputs` count the input and output channels C and K of the convolution.
+
+The convolution's input h = relu((x - mean) rstd scale + bias) is never in memory: a kernel computes it from each tile
+of x that it reads. Matrices that are read in tiles come as tensor descriptors, for the copy engine (TMA) of a Hopper
+GPU; stores, and tensors that are read once, use pointers and masks, because a row tile may end inside a block.
+
+forward_kernel and data_gradient_kernel are persistent: about two programs per multiprocessor loop over all tiles.
+Products are accumulated in float32.
 """
 
 import triton
@@ -18,48 +24,53 @@ __all__ = ["TensorDescriptor"]
 
 
 @triton.jit
-def _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows: tl.constexpr):
-    """Span of a tile, its first row, and how many of its rows are of that span."""
+def _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows: tl.constexpr):
+    """Returns the span of a row tile, its first row, and the number of its rows that belong to that span."""
     span = row_tile // tiles_per_span
-    inside = (row_tile % tiles_per_span) * block_rows
-    first = span.to(tl.int64) * span_rows + inside
-    count = tl.minimum(tl.minimum(num_rows - first, span_rows - inside), block_rows).to(tl.int32)
-    return span, first, count
+    offset = (row_tile % tiles_per_span) * block_rows
+    first_row = span.to(tl.int64) * span_rows + offset  # int64: times the channels it may exceed 2^31
+    count = tl.minimum(tl.minimum(num_rows - first_row, span_rows - offset), block_rows).to(tl.int32)
+    return span, first_row, count
 
 
 @triton.jit
-def _normalised(x, mean, rstd, scale, bias, span, column, count, columns, block_rows: tl.constexpr):
-    """relu((x - mean) rstd scale + bias) of one tile, in the type of x; 0 in rows that are not of the span."""
-    inside = column < columns
-    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    slope = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
-    slope *= tl.load(scale + column, mask=inside, other=0.0)
-    shift = tl.load(bias + column, mask=inside, other=0.0)
-    values = (x.to(tl.float32) - middle[None, :]) * slope[None, :] + shift[None, :]
-    here = (tl.arange(0, block_rows) < count)[:, None]
-    return tl.where(here & ~(values <= 0), values, 0.0).to(x.dtype)
+def _normalise_relu(x, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, count, columns, block_rows: tl.constexpr):
+    """Returns h = relu((x - mean) rstd scale + bias) of one tile, in the dtype of x; 0 in rows of other spans."""
+    valid = column < columns
+    mean = tl.load(mean_ptr + span * columns + column, mask=valid, other=0.0)
+    slope = tl.load(rstd_ptr + span * columns + column, mask=valid, other=0.0)
+    slope *= tl.load(scale_ptr + column, mask=valid, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=valid, other=0.0)
+    values = (x.to(tl.float32) - mean[None, :]) * slope[None, :] + bias[None, :]
+    in_span = (tl.arange(0, block_rows) < count)[:, None]
+    # ~(values <= 0) and not values > 0: NaN passes, as it does through torch.relu.
+    return tl.where(in_span & ~(values <= 0), values, 0.0).to(x.dtype)
 
 
 @triton.jit
-def _put_moments(partials, row_tile, values, column, count, columns, block_rows: tl.constexpr):
-    """Mean and sum of squared differences from it of a tile's columns, to its two rows of (tiles, 2, columns)."""
-    here = (tl.arange(0, block_rows) < count)[:, None]
-    middle = tl.sum(tl.where(here, values, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
-    away = tl.where(here, values - middle[None, :], 0.0)
-    place = partials + row_tile * 2 * columns + column
-    tl.store(place, middle, mask=column < columns)
-    tl.store(place + columns, tl.sum(away * away, axis=0), mask=column < columns)
+def _store_moments(partials, row_tile, values, column, count, columns, block_rows: tl.constexpr):
+    """Stores each column's mean and sum of squared differences from it, over one row tile.
+
+    `partials` is (row tiles, 2, columns). `passes.combine_moments` combines the tiles of a span; differences from the
+    tile's own mean keep float32 sums accurate.
+    """
+    in_span = (tl.arange(0, block_rows) < count)[:, None]
+    mean = tl.sum(tl.where(in_span, values, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
+    difference = tl.where(in_span, values - mean[None, :], 0.0)
+    target = partials + row_tile * 2 * columns + column
+    tl.store(target, mean, mask=column < columns)
+    tl.store(target + columns, tl.sum(difference * difference, axis=0), mask=column < columns)
 
 
 @triton.jit
 def forward_kernel(
     x,
     weight,
-    y,
-    mean,
-    rstd,
-    scale,
-    bias,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    bias_ptr,
     partials,
     num_rows,
     span_rows,
@@ -73,96 +84,109 @@ def forward_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """y = h weight^T, and the moments of y as it is rounded. Programs side by side share rows, which stay in cache."""
-    across = (outputs + block_outputs - 1) // block_outputs
-    for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
-        row_tile = tile // across
-        left = (tile % across) * block_outputs
-        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
-        sums = tl.zeros((block_rows, block_outputs), dtype=tl.float32)
-        for begin in range(0, inputs, block_inputs):
-            h = x.load([first.to(tl.int32), begin])
+    """Forward: y = h weight^T, and the moments of each row tile of y after rounding.
+
+    Each iteration of a program computes one tile (block_rows, block_outputs) of y, summing over all input channels in
+    steps of block_inputs. x (rows, inputs) and weight (outputs, inputs) are descriptors; y is (rows, outputs). Without
+    `normalise` h is x.
+    """
+    num_output_tiles = (outputs + block_outputs - 1) // block_outputs
+    # Consecutive tiles share their rows of x, so that programs running at the same time find them in the L2 cache.
+    for tile in range(tl.program_id(0), num_row_tiles * num_output_tiles, tl.num_programs(0)):
+        row_tile = tile // num_output_tiles
+        first_output = (tile % num_output_tiles) * block_outputs
+        span, first_row, count = _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        total = tl.zeros((block_rows, block_outputs), dtype=tl.float32)
+        for first_input in range(0, inputs, block_inputs):
+            h = x.load([first_row.to(tl.int32), first_input])
             if normalise:
-                column = begin + tl.arange(0, block_inputs)
-                h = _normalised(h, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
-            sums = tl.dot(h, weight.load([left, begin]).T, sums, input_precision=precision)
-        column = left + tl.arange(0, block_outputs)
+                column = first_input + tl.arange(0, block_inputs)
+                h = _normalise_relu(h, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, count, inputs, block_rows)
+            total = tl.dot(h, weight.load([first_output, first_input]).T, total, input_precision=precision)
+        column = first_output + tl.arange(0, block_outputs)
         row = tl.arange(0, block_rows)
-        rounded = sums.to(y.dtype.element_ty)
-        place = y + first * outputs + row[:, None] * outputs + column[None, :]
-        tl.store(place, rounded, mask=(row < count)[:, None] & (column < outputs)[None, :])
-        _put_moments(partials, row_tile, rounded.to(tl.float32), column, count, outputs, block_rows)
+        rounded = total.to(y_ptr.dtype.element_ty)
+        target = y_ptr + first_row * outputs + row[:, None] * outputs + column[None, :]
+        # The mask keeps rows of the next span, which the block also covers, from being overwritten.
+        tl.store(target, rounded, mask=(row < count)[:, None] & (column < outputs)[None, :])
+        # Moments of the rounded values: these are what the next batch norm reads.
+        _store_moments(partials, row_tile, rounded.to(tl.float32), column, count, outputs, block_rows)
 
 
 @triton.jit
-def _applied(
+def _apply_deferred(
     gradient,
     y,
-    mean,
-    rstd,
-    scale,
-    bias,
-    sums,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    bias_ptr,
+    sums_ptr,
     span,
-    size,
+    span_size,
     column,
     count,
     columns,
     relu: tl.constexpr,
     block_rows: tl.constexpr,
 ):
-    """Batch norm's gradient of a tile of its input y, from that of its output; 0 in rows that are not of the span.
+    """Returns a tile of dy, the gradient of a batch norm's input y, from the gradient of its output.
 
-    scale rstd (dz - sum(dz) / n - h sum(dz h) / n); with `relu` dz is that where batch norm of y is above 0.
+        dy = scale rstd (dz - sum(dz) / n - (y - mean) rstd sum(dz (y - mean) rstd) / n)
+
+    n is `span_size`, the rows of the span; `sums_ptr` points to both sums, (spans, 2, columns). With `relu` dz is
+    `gradient` where the normalised y is positive, else dz is `gradient`. Rows of other spans are 0.
     """
-    inside = column < columns
-    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    own = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
-    slope = own * tl.load(scale + column, mask=inside, other=0.0)
-    away = y.to(tl.float32) - middle[None, :]
+    valid = column < columns
+    mean = tl.load(mean_ptr + span * columns + column, mask=valid, other=0.0)
+    rstd = tl.load(rstd_ptr + span * columns + column, mask=valid, other=0.0)
+    slope = rstd * tl.load(scale_ptr + column, mask=valid, other=0.0)
+    centred = y.to(tl.float32) - mean[None, :]
     dz = gradient.to(tl.float32)
     if relu:
-        shift = tl.load(bias + column, mask=inside, other=0.0)
-        dz = tl.where((away * slope[None, :] + shift[None, :]).to(y.dtype) <= 0, 0.0, dz)
-    pair = sums + span * 2 * columns + column
-    of_gradient = tl.load(pair, mask=inside, other=0.0) / size
-    of_product = tl.load(pair + columns, mask=inside, other=0.0) / size * own
-    dy = (dz - of_gradient[None, :] - away * of_product[None, :]) * slope[None, :]
+        bias = tl.load(bias_ptr + column, mask=valid, other=0.0)
+        # Rounded to y's dtype first, as forward rounded it: the mask must be the one of forward.
+        dz = tl.where((centred * slope[None, :] + bias[None, :]).to(y.dtype) <= 0, 0.0, dz)
+    span_sums = sums_ptr + span * 2 * columns + column
+    mean_dz = tl.load(span_sums, mask=valid, other=0.0) / span_size
+    mean_product = tl.load(span_sums + columns, mask=valid, other=0.0) / span_size * rstd
+    dy = (dz - mean_dz[None, :] - centred * mean_product[None, :]) * slope[None, :]
+    # Rows of the next span, which the block also covers, must not enter the products.
     return tl.where((tl.arange(0, block_rows) < count)[:, None], dy, 0.0).to(y.dtype)
 
 
 @triton.jit
-def _put_sums(pair, gradient, values, mean, rstd, span, column, columns):
-    """The sums of a tile's gradient and of the gradient times (values - mean) rstd, to two rows at `pair`."""
-    inside = column < columns
-    middle = tl.load(mean + span * columns + column, mask=inside, other=0.0)
-    slope = tl.load(rstd + span * columns + column, mask=inside, other=0.0)
-    product = gradient * (values.to(tl.float32) - middle[None, :])
-    tl.store(pair + column, tl.sum(gradient, axis=0), mask=inside)
-    tl.store(pair + columns + column, tl.sum(product, axis=0) * slope, mask=inside)
+def _store_sums(target, gradient, values, mean_ptr, rstd_ptr, span, column, columns):
+    """Stores a tile's column sums of gradient and of gradient (values - mean) rstd to two rows at `target`."""
+    valid = column < columns
+    mean = tl.load(mean_ptr + span * columns + column, mask=valid, other=0.0)
+    rstd = tl.load(rstd_ptr + span * columns + column, mask=valid, other=0.0)
+    product = gradient * (values.to(tl.float32) - mean[None, :])
+    tl.store(target + column, tl.sum(gradient, axis=0), mask=valid)
+    tl.store(target + columns + column, tl.sum(product, axis=0) * rstd, mask=valid)
 
 
 @triton.jit
 def data_gradient_kernel(
     dy,
     weight,
-    x,
-    passed,
-    addend,
-    residual,
-    dz,
-    mean,
-    rstd,
-    scale,
-    bias,
-    other_mean,
-    other_rstd,
+    x_ptr,
+    relu_mask,
+    addend_ptr,
+    residual_ptr,
+    dz_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    bias_ptr,
+    other_mean_ptr,
+    other_rstd_ptr,
     y,
-    y_mean,
-    y_deviation,
-    y_scale,
-    y_bias,
-    y_sums,
+    y_mean_ptr,
+    y_rstd_ptr,
+    y_scale_ptr,
+    y_bias_ptr,
+    y_sums_ptr,
     partials,
     num_rows,
     span_rows,
@@ -171,8 +195,8 @@ def data_gradient_kernel(
     behind_residual: tl.constexpr,
     has_addend: tl.constexpr,
     two_norms: tl.constexpr,
-    rest: tl.constexpr,
-    rest_relu: tl.constexpr,
+    deferred: tl.constexpr,
+    deferred_relu: tl.constexpr,
     inputs,
     outputs,
     block_rows: tl.constexpr,
@@ -180,64 +204,72 @@ def data_gradient_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """dz = dy weight + addend where ReLU passes, and each tile's sums of dz and dz (x - mean) rstd, of dz rounded.
+    """Data gradient: dz = mask (dy weight + addend), and each row tile's sums of dz and dz (x - mean) rstd.
 
-    ReLU passes where the bits `passed` say so behind a residual, else where h is above 0. With `two_norms` the sums of
-    the residual's batch norm stand behind: the first of these is the same sum again. With `rest` dy is the gradient of
-    what batch norm made of the convolution's output y.
+    Each iteration of a program computes one tile (block_rows, block_inputs) of dz, summing over all output channels in
+    steps of block_outputs. dy (rows, outputs) and weight (outputs, inputs) are descriptors; x, addend, residual and dz
+    are (rows, inputs); the sums, of dz after rounding, go to `partials` (row tiles, 2 or 4, inputs).
+
+    - `behind_residual`: the mask is in the bits `relu_mask` (rows, inputs / 8); else it is h > 0, from x.
+    - `two_norms`: partials has four rows; the last two are the same sums with the residual and its statistics
+      other_mean, other_rstd instead of x and its own.
+    - `deferred`: dy is the gradient of what a batch norm made of y (rows, outputs), a descriptor as well;
+      `_apply_deferred` completes it.
     """
-    across = (inputs + block_inputs - 1) // block_inputs
-    for tile in range(tl.program_id(0), num_row_tiles * across, tl.num_programs(0)):
-        row_tile = tile // across
-        left = (tile % across) * block_inputs
-        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
-        sums = tl.zeros((block_rows, block_inputs), dtype=tl.float32)
-        for begin in range(0, outputs, block_outputs):
-            gradient = dy.load([first.to(tl.int32), begin])
-            if rest:
-                behind = y.load([first.to(tl.int32), begin])
-                size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
-                across_y = begin + tl.arange(0, block_outputs)
-                gradient = _applied(
+    num_input_tiles = (inputs + block_inputs - 1) // block_inputs
+    for tile in range(tl.program_id(0), num_row_tiles * num_input_tiles, tl.num_programs(0)):
+        row_tile = tile // num_input_tiles
+        first_input = (tile % num_input_tiles) * block_inputs
+        span, first_row, count = _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        total = tl.zeros((block_rows, block_inputs), dtype=tl.float32)
+        for first_output in range(0, outputs, block_outputs):
+            gradient = dy.load([first_row.to(tl.int32), first_output])
+            if deferred:
+                y_tile = y.load([first_row.to(tl.int32), first_output])
+                # The last span may be shorter.
+                span_size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
+                gradient = _apply_deferred(
                     gradient,
-                    behind,
-                    y_mean,
-                    y_deviation,
-                    y_scale,
-                    y_bias,
-                    y_sums,
+                    y_tile,
+                    y_mean_ptr,
+                    y_rstd_ptr,
+                    y_scale_ptr,
+                    y_bias_ptr,
+                    y_sums_ptr,
                     span,
-                    size,
-                    across_y,
+                    span_size,
+                    first_output + tl.arange(0, block_outputs),
                     count,
                     outputs,
-                    rest_relu,
+                    deferred_relu,
                     block_rows,
                 )
-            sums = tl.dot(gradient, weight.load([begin, left]), sums, input_precision=precision)
-        column = left + tl.arange(0, block_inputs)
+            total = tl.dot(gradient, weight.load([first_output, first_input]), total, input_precision=precision)
+        column = first_input + tl.arange(0, block_inputs)
         row = tl.arange(0, block_rows)
-        place = first * inputs + row[:, None] * inputs + column[None, :]
-        here = (row < count)[:, None] & (column < inputs)[None, :]
+        offset = first_row * inputs + row[:, None] * inputs + column[None, :]
+        valid = (row < count)[:, None] & (column < inputs)[None, :]
         if has_addend:
-            sums += tl.load(addend + place, mask=here, other=0.0).to(tl.float32)
-        values = tl.load(x + place, mask=here, other=0.0)
+            total += tl.load(addend_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offset, mask=valid, other=0.0)
         if behind_residual:
-            bits = passed + first * ((inputs + 7) // 8)
-            byte = left // 8 + tl.arange(0, block_inputs // 8)
+            # Eight channels share a byte; block_inputs is a multiple of 8, so tiles begin at whole bytes.
+            bits = relu_mask + first_row * ((inputs + 7) // 8)
+            byte = first_input // 8 + tl.arange(0, block_inputs // 8)
             passes = _bits(bits, row, byte, count, inputs, block_rows, block_inputs)
         else:
-            h = _normalised(values, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
+            h = _normalise_relu(x, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, count, inputs, block_rows)
             passes = ~(h <= 0)
-        rounded = tl.where(passes, sums, 0.0).to(dz.dtype.element_ty)
-        tl.store(dz + place, rounded, mask=here)
-        gradient = tl.where(here, rounded.to(tl.float32), 0.0)
-        pairs: tl.constexpr = 2 if two_norms else 1
-        pair = partials + row_tile * pairs * 2 * inputs
-        _put_sums(pair, gradient, values, mean, rstd, span, column, inputs)
+        rounded = tl.where(passes, total, 0.0).to(dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + offset, rounded, mask=valid)
+        # Sums of the rounded values: these are what the pass that computes dx reads.
+        gradient = tl.where(valid, rounded.to(tl.float32), 0.0)
+        num_pairs: tl.constexpr = 2 if two_norms else 1
+        target = partials + row_tile * num_pairs * 2 * inputs
+        _store_sums(target, gradient, x, mean_ptr, rstd_ptr, span, column, inputs)
         if two_norms:
-            added = tl.load(residual + place, mask=here, other=0.0)
-            _put_sums(pair + 2 * inputs, gradient, added, other_mean, other_rstd, span, column, inputs)
+            residual = tl.load(residual_ptr + offset, mask=valid, other=0.0)
+            _store_sums(target + 2 * inputs, gradient, residual, other_mean_ptr, other_rstd_ptr, span, column, inputs)
 
 
 @triton.jit
@@ -245,24 +277,24 @@ def weight_gradient_kernel(
     dy,
     x,
     partials,
-    mean,
-    rstd,
-    scale,
-    bias,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    bias_ptr,
     y,
-    y_mean,
-    y_deviation,
-    y_scale,
-    y_bias,
-    y_sums,
+    y_mean_ptr,
+    y_rstd_ptr,
+    y_scale_ptr,
+    y_bias_ptr,
+    y_sums_ptr,
     num_rows,
     span_rows,
     tiles_per_span,
     num_row_tiles,
     row_tiles_per_part,
     normalise: tl.constexpr,
-    rest: tl.constexpr,
-    rest_relu: tl.constexpr,
+    deferred: tl.constexpr,
+    deferred_relu: tl.constexpr,
     inputs,
     outputs,
     block_rows: tl.constexpr,
@@ -270,45 +302,48 @@ def weight_gradient_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """dweight = dy^T h over one part of the rows, to `partials` (parts, outputs, inputs) in float32.
+    """Weight gradient: dweight = dy^T h, summed over one part of the rows.
 
-    With `rest` dy is the gradient of what batch norm made of the convolution's output y.
+    Program (t, p) computes tile t (block_outputs, block_inputs) of dweight over the row tiles of part p, in order, and
+    stores it to `partials` (parts, outputs, inputs). dy (rows, outputs) and x (rows, inputs) are descriptors. Without
+    `normalise` h is x; `deferred` is as in data_gradient_kernel.
     """
-    across = (inputs + block_inputs - 1) // block_inputs
-    top = (tl.program_id(0) // across) * block_outputs
-    left = (tl.program_id(0) % across) * block_inputs
+    num_input_tiles = (inputs + block_inputs - 1) // block_inputs
+    first_output = (tl.program_id(0) // num_input_tiles) * block_outputs
+    first_input = (tl.program_id(0) % num_input_tiles) * block_inputs
     part = tl.program_id(1)
-    column = left + tl.arange(0, block_inputs)
-    sums = tl.zeros((block_outputs, block_inputs), dtype=tl.float32)
+    column = first_input + tl.arange(0, block_inputs)
+    total = tl.zeros((block_outputs, block_inputs), dtype=tl.float32)
     last = tl.minimum((part + 1) * row_tiles_per_part, num_row_tiles)
     for row_tile in range(part * row_tiles_per_part, last):
-        span, first, count = _rows_of_tile(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
-        gradient = dy.load([first.to(tl.int32), top])
-        if rest:
-            behind = y.load([first.to(tl.int32), top])
-            size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
-            gradient = _applied(
+        span, first_row, count = _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+        gradient = dy.load([first_row.to(tl.int32), first_output])
+        if deferred:
+            y_tile = y.load([first_row.to(tl.int32), first_output])
+            span_size = tl.minimum(num_rows - span.to(tl.int64) * span_rows, span_rows).to(tl.float32)
+            gradient = _apply_deferred(
                 gradient,
-                behind,
-                y_mean,
-                y_deviation,
-                y_scale,
-                y_bias,
-                y_sums,
+                y_tile,
+                y_mean_ptr,
+                y_rstd_ptr,
+                y_scale_ptr,
+                y_bias_ptr,
+                y_sums_ptr,
                 span,
-                size,
-                top + tl.arange(0, block_outputs),
+                span_size,
+                first_output + tl.arange(0, block_outputs),
                 count,
                 outputs,
-                rest_relu,
+                deferred_relu,
                 block_rows,
             )
-        h = x.load([first.to(tl.int32), left])
+        h = x.load([first_row.to(tl.int32), first_input])
+        # Both branches set h to 0 in rows of other spans, which the next row tile reads again.
         if normalise:
-            h = _normalised(h, mean, rstd, scale, bias, span, column, count, inputs, block_rows)
+            h = _normalise_relu(h, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, count, inputs, block_rows)
         else:
             h = tl.where((tl.arange(0, block_rows) < count)[:, None], h, 0.0)
-        sums = tl.dot(gradient.T, h, sums, input_precision=precision)
-    row = top + tl.arange(0, block_outputs)
-    place = partials + part.to(tl.int64) * outputs * inputs + row[:, None] * inputs + column[None, :]
-    tl.store(place, sums, mask=(row < outputs)[:, None] & (column < inputs)[None, :])
+        total = tl.dot(gradient.T, h, total, input_precision=precision)
+    row = first_output + tl.arange(0, block_outputs)
+    target = partials + part.to(tl.int64) * outputs * inputs + row[:, None] * inputs + column[None, :]
+    tl.store(target, total, mask=(row < outputs)[:, None] & (column < inputs)[None, :])

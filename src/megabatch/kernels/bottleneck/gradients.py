@@ -1,7 +1,7 @@
-"""The gradients of `residual`'s functions: each is asked of its parts, in whichever way is the fastest (`products`).
+"""Gradients of the two functions in `residual`, each part by its fastest candidate (`products`).
 
-dy is the gradient of a 1x1 convolution's output; with a `rest` it is that of what batch norm made of the output, and
-the rest of that batch norm's backward is still to be done.
+dy is the gradient of a 1x1 convolution's output y. With a `deferred` norm backward it is the gradient of the batch
+norm's output instead, and `deferred` is still to be applied.
 """
 
 from typing import NamedTuple
@@ -19,100 +19,132 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class NormGradients(NamedTuple):
-    """Of y = weight relu(batch norm of x); `h` is what the convolution read, where it is in memory."""
+    """Backward of y = weight relu(norm(x)).
 
-    x: Tensor
-    norm: Normalisation
-    small: Tensor
-    h: Tensor | None
-    own: products.Filter
-    span: int
-    triton: bool
-
-    def of(self, dy: Tensor, rest: DeferredNormBackward | None) -> Gradients:
-        """dx, the batch norm's sums (spans, 2, C), and dweight."""
-        dx, sums = self._of_input(dy, rest)
-        dweight = products.weight_gradient(
-            "norm_conv weight", dy, self.x, self.norm, self.small, self.h, self.own, rest, self.span, self.triton
-        )
-        return dx, sums, dweight
-
-    def _of_input(self, dy: Tensor, rest: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
-        x, norm, span, triton = self.x, self.norm, self.span, self.triton
-
-        def plain() -> tuple[Tensor, Tensor]:
-            dh = products.data_gradient(dy, x, self.small, rest, span=span, triton=triton)
-            sums = passes.gradient_sums(dh, x, norm, span=span, triton=triton)
-            return passes.input_gradient(dh, x, norm, sums, relu=True, span=span, triton=triton), sums
-
-        def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
-            dz, sums = conv1x1.conv1x1_data_gradient(
-                dy, self.small, x, norm, span=span, rest=rest, tiling=tiling, backend="triton"
-            )
-            return passes.input_gradient(dz, x, norm, sums, relu=False, span=span, triton=triton), sums
-
-        tilings, more = conv1x1.DATA_GRADIENT_TILINGS, (int(rest is not None),)
-        return products.take("norm_conv data", x, self.small, plain, fused, tilings, triton=triton, more=more)
-
-
-class JoinGradients(NamedTuple):
-    """Of y = weight z and of z = relu(batch norm of x + residual), which passed where `passed` has bits.
-
-    `past` is what reached z by other ways; `residual_norm` is the batch norm of `residual`, where it has one.
+    `weight_cast` is the filter in x's dtype, `layout` the parameter's layout. `h` is relu(norm(x)) where forward kept
+    it in memory.
     """
 
     x: Tensor
     norm: Normalisation
-    small: Tensor
-    z: Tensor
-    passed: Tensor
-    past: Tensor | None
-    residual: Tensor | None
-    residual_norm: Normalisation | None
-    own: products.Filter
+    weight_cast: Tensor
+    h: Tensor | None
+    layout: products.FilterLayout
     span: int
     triton: bool
 
-    def of(self, dy: Tensor, rest: DeferredNormBackward | None) -> Gradients:
-        """dz as ReLU lets it pass, sums as of `join_passes.join_gradient`, and dweight."""
-        dz, sums = self._of_join(dy, rest)
+    def compute(self, dy: Tensor, deferred: DeferredNormBackward | None) -> Gradients:
+        """Returns dx, the batch norm's sums (spans, 2, C), and dweight."""
+        dx, sums = self._input_gradient(dy, deferred)
         dweight = products.weight_gradient(
-            "join_conv weight", dy, self.z, None, self.small, self.z, self.own, rest, self.span, self.triton
+            "norm_conv weight",
+            dy,
+            self.x,
+            self.norm,
+            self.weight_cast,
+            self.h,
+            self.layout,
+            deferred,
+            self.span,
+            self.triton,
+        )
+        return dx, sums, dweight
+
+    def _input_gradient(self, dy: Tensor, deferred: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
+        x, norm, span, triton = self.x, self.norm, self.span, self.triton
+
+        # Three passes: dh, the sums of dh behind ReLU's mask, then dx with the mask applied again as dh is read.
+        def plain() -> tuple[Tensor, Tensor]:
+            dh = products.data_gradient(dy, x, self.weight_cast, deferred, span=span, triton=triton)
+            sums = passes.gradient_sums(dh, x, norm, span=span, triton=triton)
+            return passes.input_gradient(dh, x, norm, sums, relu=True, span=span, triton=triton), sums
+
+        # Two passes: the product's kernel masks dh and sums it as it writes.
+        def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
+            dz, sums = conv1x1.conv1x1_data_gradient(
+                dy, self.weight_cast, x, norm, span=span, deferred=deferred, tiling=tiling, backend="triton"
+            )
+            return passes.input_gradient(dz, x, norm, sums, relu=False, span=span, triton=triton), sums
+
+        tilings, flags = conv1x1.DATA_GRADIENT_TILINGS, (int(deferred is not None),)
+        return products.run_fastest(
+            "norm_conv data", x, self.weight_cast, plain, fused, tilings, triton=triton, extra_sizes=flags
+        )
+
+
+class JoinGradients(NamedTuple):
+    """Backward of z = relu(norm(x) + residual) and y = weight z, up to the gradient dz of ReLU's input.
+
+    `relu_mask` has one bit per value of z, set where ReLU passes. `residual_grad` is the gradient that reaches z other
+    than through y, or None. `residual_norm` is the batch norm of `residual`, where it has one.
+    """
+
+    x: Tensor
+    norm: Normalisation
+    weight_cast: Tensor
+    z: Tensor
+    relu_mask: Tensor
+    residual_grad: Tensor | None
+    residual: Tensor | None
+    residual_norm: Normalisation | None
+    layout: products.FilterLayout
+    span: int
+    triton: bool
+
+    def compute(self, dy: Tensor, deferred: DeferredNormBackward | None) -> Gradients:
+        """Returns dz behind ReLU's mask, the sums of `join_passes.join_gradient`, and dweight."""
+        dz, sums = self._join_gradient(dy, deferred)
+        dweight = products.weight_gradient(
+            "join_conv weight",
+            dy,
+            self.z,
+            None,
+            self.weight_cast,
+            self.z,
+            self.layout,
+            deferred,
+            self.span,
+            self.triton,
         )
         return dz, sums, dweight
 
-    def _of_join(self, dy: Tensor, rest: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
+    def _join_gradient(self, dy: Tensor, deferred: DeferredNormBackward | None) -> tuple[Tensor, Tensor]:
         x, norm, span, triton = self.x, self.norm, self.span, self.triton
 
+        # The product is written, then one more pass adds `residual_grad`, masks and sums.
         def plain() -> tuple[Tensor, Tensor]:
-            through = products.data_gradient(dy, self.z, self.small, rest, span=span, triton=triton)
+            product = products.data_gradient(dy, self.z, self.weight_cast, deferred, span=span, triton=triton)
             return join_passes.join_gradient(
-                through,
+                product,
                 x,
                 norm,
-                self.passed,
+                self.relu_mask,
                 span=span,
                 triton=triton,
-                addend=self.past,
+                addend=self.residual_grad,
                 residual=self.residual,
                 residual_norm=self.residual_norm,
             )
 
+        # The product's kernel does the same before it writes.
         def fused(tiling: Tiling) -> tuple[Tensor, Tensor]:
             return conv1x1.conv1x1_data_gradient(
                 dy,
-                self.small,
+                self.weight_cast,
                 x,
                 norm,
                 span=span,
-                passed=self.passed,
-                addend=self.past,
+                relu_mask=self.relu_mask,
+                addend=self.residual_grad,
                 residual=self.residual,
                 residual_norm=self.residual_norm,
-                rest=rest,
+                deferred=deferred,
                 tiling=tiling,
                 backend="triton",
             )
 
-        tilings, more = conv1x1.DATA_GRADIENT_TILINGS, (int(self.residual_norm is not None), int(rest is not None))
-        return products.take("join_conv data", x, self.small, plain, fused, tilings, triton=triton, more=more)
+        tilings = conv1x1.DATA_GRADIENT_TILINGS
+        flags = (int(self.residual_norm is not None), int(deferred is not None))
+        return products.run_fastest(
+            "join_conv data", x, self.weight_cast, plain, fused, tilings, triton=triton, extra_sizes=flags
+        )

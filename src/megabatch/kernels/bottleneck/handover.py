@@ -1,7 +1,9 @@
-"""How a batch norm leaves the end of its backward to the convolution before it.
+"""Defers the last pass of a batch norm's backward to the convolution whose output the batch norm reads.
 
-What autograd carries from one function to the next is a tensor in memory. Here it is the gradient of the batch norm's
-output, and what makes the gradient of its input from that is left at a place that both functions know.
+autograd passes one tensor between two functions: the gradient dy of the convolution's output y, in memory. Here the
+batch norm returns the gradient dz of its *own* output instead, and puts the values that turn dz into dy into a
+`Handover` that both functions hold. The convolution's gradient kernels then compute dy as they read dz and y, and dy
+is never in memory.
 """
 
 from typing import NamedTuple
@@ -12,9 +14,10 @@ from megabatch.kernels.norm.passes import Normalisation, input_gradient
 
 
 class DeferredNormBackward(NamedTuple):
-    """What is left of a batch norm's backward where the gradient of its input y is made as it is read.
+    """Inputs of the elementwise pass dy = scale rstd (dz - sum(dz) / n - h sum(dz h) / n), with h = (y - mean) rstd.
 
-    That is `input_gradient` with the gradient of its output: with `relu` of ReLU's, else with ReLU's mask on it.
+    `sums` (spans, 2, C) holds sum(dz) and sum(dz h) over each span of n values. With `relu` the gradient that comes
+    with it is that of ReLU's output, and the pass also applies ReLU's mask; else the mask is already applied.
     """
 
     y: Tensor
@@ -22,25 +25,26 @@ class DeferredNormBackward(NamedTuple):
     sums: Tensor
     relu: bool
 
-    def applied(self, dz: Tensor, *, span: int, triton: bool) -> Tensor:
-        """The gradient of y, in memory."""
+    def apply(self, dz: Tensor, *, span: int, triton: bool) -> Tensor:
+        """dy, written to memory by a pass of its own."""
         return input_gradient(dz, self.y, self.norm, self.sums, span=span, triton=triton, relu=self.relu)
 
 
 class Handover:
-    """Where a batch norm's backward leaves its rest to the convolution that wrote its input, and nobody else reads.
+    """Slot through which a batch norm's backward defers its final elementwise pass to the preceding convolution.
 
-    What autograd then brings that convolution is the gradient of the batch norm's output.
+    Only that convolution may read the gradient that the batch norm returns: it is not yet dy.
     """
 
     def __init__(self) -> None:
-        self._rest: DeferredNormBackward | None = None
+        self._deferred: DeferredNormBackward | None = None
 
-    def leave(self, rest: DeferredNormBackward) -> None:
-        """Called by the batch norm."""
-        self._rest = rest._replace(y=rest.y.detach())  # or what is left, if nobody takes it, would hold its own graph
+    def put(self, deferred: DeferredNormBackward) -> None:
+        """Called by the batch norm's backward, before the convolution's."""
+        # Detached, so that a value which is never popped does not keep the graph of y alive.
+        self._deferred = deferred._replace(y=deferred.y.detach())
 
-    def take(self) -> DeferredNormBackward | None:
-        """Called by the convolution, once for each time something was left."""
-        rest, self._rest = self._rest, None
-        return rest
+    def pop(self) -> DeferredNormBackward | None:
+        """Called by the convolution's backward: returns what was put, once, and None if nothing was put."""
+        deferred, self._deferred = self._deferred, None
+        return deferred

@@ -1,11 +1,12 @@
-"""The parts of a bottleneck block that are more than one operation each: batch norms where 1x1 convolutions read.
+"""The two differentiable functions that a fused bottleneck is made of: batch norm and the 1x1 convolution behind it.
 
-Between a block's last convolution and the next block's first stand batch norm, a residual sum and ReLU
-(`join_conv1x1`), and where the residual is a shortcut's, that one's batch norm too; between a block's 3x3 and its last
-convolution stand batch norm and ReLU (`norm_conv1x1`). Each is one differentiable function, because each convolution's
-gradients can do part of the batch norm's backward as they write.
-How each part is computed (torch's convolution between passes, or a kernel of `conv1x1` in one of its tilings) is chosen
-by measuring (`products`).
+- `norm_conv1x1`: batch norm, ReLU, 1x1 convolution; from a block's 3x3 convolution to its last.
+- `join_conv1x1`: batch norm, residual sum, ReLU, 1x1 convolution; from a block's last convolution to the first of the
+  next block. Where the residual is a shortcut's convolution, its batch norm is part of the function too.
+
+Each is one function because the gradient kernels of the convolution can do part of the batch norm's backward as they
+write. Each part is computed by torch's convolution between passes or by a kernel of `conv1x1`, whichever was measured
+to be faster (`products`).
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +29,9 @@ from megabatch.kernels.norm.passes import Moments, Normalisation
 from megabatch.kernels.statistics import StatisticsSink
 
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
+"""Keys in the tuning table for forward, data gradient and weight gradient of each function."""
 GRADIENTS = ("norm_conv gradients", "join_conv gradients")
-"""What the table of `tuning` is asked about: forward, data gradient and weight gradient of each; and whether both
-gradients together apply the backward of the batch norm behind."""
+"""Keys for the choice between applying a deferred norm backward in a pass of its own and in both gradients' kernels."""
 
 
 def norm_conv1x1(
@@ -43,23 +44,27 @@ def norm_conv1x1(
     span: int,
     eps: float,
     sink: StatisticsSink | None = None,
-    take: Handover | None = None,
+    deferred_from: Handover | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Moments]:
-    """`(y, moments of y)`: y = weight relu(batch norm of x), where `moments` are those of x's spans.
+    """Returns y = weight relu(norm_weight (x - mean) rstd + norm_bias) and the moments of y; differentiable.
 
-    The gradient is that of all three, batch norm's statistics included. `eps` is that of the batch norm behind y. Where
-    a kernel reads x through batch norm, its result is never in memory; backward computes it again. With `sink` the
-    moments of y are kept there, as a layer keeps those of its forwards. What the batch norm behind y leaves of its
-    backward at `take` is done here: in a pass, or as both gradients read.
+    `moments` are those of x's spans; gradients include their dependence on x. Where a kernel normalises x as it reads
+    it, relu(...) is never in memory, and backward computes it again.
 
-    Shapes: x (N, C, H, W), weight (K, C, 1, 1), cast to x's type; norm_weight and norm_bias (C,) float32.
+    Args:
+        eps: of the batch norm behind y, for the rstd in the moments of y.
+        sink: where the moments of y are also stored, as buffers of that batch norm.
+        deferred_from: slot in which the backward of the batch norm behind y leaves its final pass, which backward
+            here then does: in a pass of its own, or as both gradients read dy.
+
+    Shapes: x (N, C, H, W); weight (K, C, 1, 1), cast to x's dtype; norm_weight and norm_bias (C,) float32.
 
     Raises:
-        UserError: tensors of shapes or types that do not agree.
+        UserError: tensors whose shapes or dtypes do not agree.
     """
     _check(x, moments, norm_weight, norm_bias, None, weight, span)
-    y, *found = _NormConv.apply(
+    y, *y_moments = _NormConv.apply(
         x,
         moments.mean,
         moments.rstd,
@@ -69,10 +74,10 @@ def norm_conv1x1(
         span,
         eps,
         sink,
-        take,
+        deferred_from,
         use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
-    return y, Moments(*found)
+    return y, Moments(*y_moments)
 
 
 def join_conv1x1(
@@ -87,27 +92,28 @@ def join_conv1x1(
     eps: float,
     residual_norm: Normalisation | None = None,
     sink: StatisticsSink | None = None,
-    leave: Handover | None = None,
-    take: Handover | None = None,
+    defer_to: Handover | None = None,
+    deferred_from: Handover | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Moments]:
-    """`(z, y, moments of y)`: z = relu(batch norm of x + residual) and y = weight z; as `norm_conv1x1` otherwise.
+    """Returns z = relu(norm(x) + residual), y = weight z and the moments of y; otherwise as `norm_conv1x1`.
 
-    With a `residual_norm`, of the moments of the residual's spans, that batch norm of the residual is added, and its
-    weight and bias have gradients too: a shortcut's, whose convolution's output is then read where it is needed.
+    With `residual_norm` the sum is norm(x) + residual_norm(residual): `residual` is then the output of a shortcut's
+    convolution, and `residual_norm`, with the moments of its spans, has gradients of weight and bias too.
 
-    In backward the gradients that reach z through y and past it are added, masked and summed for the batch norm in one
-    pass, which is the convolution's own where the kernel is faster. The rest of x's batch norm's backward is left at
-    `leave`, where the convolution that wrote x takes it.
+    Backward adds the gradients of z through y and through the next residual sum, applies ReLU's mask and computes the
+    batch norm's sums in one pass, or in the data-gradient kernel where that is faster. The final pass of norm(x)'s
+    backward is put into `defer_to`, from which the convolution that wrote x pops it. With `residual_norm` nothing is
+    deferred, as one pass computes both input gradients.
 
     Raises:
-        UserError: tensors of shapes or types that do not agree.
+        UserError: tensors whose shapes or dtypes do not agree.
     """
     _check(x, moments, norm_weight, norm_bias, residual, weight, span)
     if residual_norm is not None:
         conv1x1.check_normalisation(residual, residual_norm, span)
     other = residual_norm or (None,) * 4
-    z, y, *found = _JoinConv.apply(
+    z, y, *y_moments = _JoinConv.apply(
         x,
         norm_weight,
         norm_bias,
@@ -118,15 +124,15 @@ def join_conv1x1(
         span,
         eps,
         sink,
-        leave if residual_norm is None else None,  # two batch norms' gradients come from one pass
-        take,
+        defer_to if residual_norm is None else None,  # else one pass computes the input gradients of both norms
+        deferred_from,
         use_triton(x, backend),
     )  # type: ignore[no-untyped-call]
-    return z, y, Moments(*found)
+    return z, y, Moments(*y_moments)
 
 
 class _Statistics(NamedTuple):
-    """Means and deviations of a join's two batch norms; gradients take them into account, but do not flow to them."""
+    """Mean and rstd of a join's two batch norms, in a tuple because autograd is to return no gradients for them."""
 
     mean: Tensor
     rstd: Tensor
@@ -164,40 +170,48 @@ class _NormConv(torch.autograd.Function):
         span: int,
         eps: float,
         sink: StatisticsSink | None,
-        take: Handover | None,
+        deferred_from: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(mean, rstd, norm_weight, norm_bias)
-        small = weight.to(x.dtype)
+        # The product computes in x's dtype (16 bit under autocast); the gradient returns in the parameter's.
+        weight_cast = weight.to(x.dtype)
 
         def plain(sink: StatisticsSink | None = None) -> tuple[Tensor | None, Tensor, Moments]:
             h = passes.normalise(x, norm, span=span, triton=triton)
-            y = functional.conv2d(h, small)
+            y = functional.conv2d(h, weight_cast)
             return h, y, passes.moments(y, span=span, eps=eps, triton=triton, sink=sink)
 
         def fused(tiling: Tiling, sink: StatisticsSink | None = None) -> tuple[Tensor | None, Tensor, Moments]:
-            y, found = conv1x1.conv1x1_forward(
-                x, small, span=span, eps=eps, normalisation=norm, sink=sink, tiling=tiling, backend="triton"
+            y, y_moments = conv1x1.conv1x1_forward(
+                x, weight_cast, span=span, eps=eps, normalisation=norm, sink=sink, tiling=tiling, backend="triton"
             )
-            return None, y, found
+            return None, y, y_moments
 
         tilings = conv1x1.FORWARD_TILINGS
-        h, y, found = products.take("norm_conv forward", x, small, plain, fused, tilings, triton=triton, sink=sink)
-        ctx.save_for_backward(x, *norm, small, h)
-        ctx.filter = products.Filter.of(weight)
-        ctx.options, ctx.take = {"span": span, "triton": triton}, take
-        ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)  # or zeros would be written for each of these
-        return y, *found
+        h, y, y_moments = products.run_fastest(
+            "norm_conv forward", x, weight_cast, plain, fused, tilings, triton=triton, sink=sink
+        )
+        # h is None where a kernel computed it on the fly; then backward does so as well.
+        ctx.save_for_backward(x, *norm, weight_cast, h)
+        ctx.layout = products.FilterLayout.of(weight)
+        ctx.options, ctx.deferred_from = {"span": span, "triton": triton}, deferred_from
+        ctx.mark_non_differentiable(*y_moments)
+        ctx.set_materialize_grads(False)  # else backward would receive a tensor of zeros for each of the moments
+        return y, *y_moments
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, norm_weight, norm_bias, small, h = ctx.saved_tensors
+        x, mean, rstd, norm_weight, norm_bias, weight_cast, h = ctx.saved_tensors
         norm = Normalisation(mean, rstd, norm_weight, norm_bias)
-        own = NormGradients(x, norm, small, h, ctx.filter, **ctx.options)
-        rest = ctx.take.take() if ctx.take else None
-        dx, sums, dweight = products.apart_or_together(GRADIENTS[0], x, small, dy, rest, own.of, **ctx.options)
+        gradients = NormGradients(x, norm, weight_cast, h, ctx.layout, **ctx.options)
+        # With `deferred`, the dy from autograd is still the gradient behind the next batch norm.
+        deferred = ctx.deferred_from.pop() if ctx.deferred_from else None
+        dx, sums, dweight = products.run_with_deferred(
+            GRADIENTS[0], x, weight_cast, dy, deferred, gradients.compute, **ctx.options
+        )
+        # The sums of a batch norm's backward, added over all spans, are the gradients of its bias and weight.
         dbias, dscale = over_spans(sums)
         return dx, None, None, dscale, dbias, dweight, *(None,) * 5
 
@@ -217,46 +231,58 @@ class _JoinConv(torch.autograd.Function):
         span: int,
         eps: float,
         sink: StatisticsSink | None,
-        leave: Handover | None,
-        take: Handover | None,
+        defer_to: Handover | None,
+        deferred_from: Handover | None,
         triton: bool,
     ) -> tuple[Tensor, ...]:
         norm = Normalisation(statistics.mean, statistics.rstd, norm_weight, norm_bias)
         other = _normalisation(statistics.other_mean, statistics.other_rstd, other_weight, other_bias)
-        small = weight.to(x.dtype)
-        z, passed = join_passes.join(x, norm, residual, residual_norm=other, span=span, triton=triton)
+        weight_cast = weight.to(x.dtype)
+        # z is written in any case: the next block's shortcut reads it as well as this convolution.
+        z, relu_mask = join_passes.join(x, norm, residual, residual_norm=other, span=span, triton=triton)
 
         def plain(sink: StatisticsSink | None = None) -> tuple[Tensor, Moments]:
-            y = functional.conv2d(z, small)
+            y = functional.conv2d(z, weight_cast)
             return y, passes.moments(y, span=span, eps=eps, triton=triton, sink=sink)
 
         def fused(tiling: Tiling, sink: StatisticsSink | None = None) -> tuple[Tensor, Moments]:
-            return conv1x1.conv1x1_forward(z, small, span=span, eps=eps, sink=sink, tiling=tiling, backend="triton")
+            return conv1x1.conv1x1_forward(
+                z, weight_cast, span=span, eps=eps, sink=sink, tiling=tiling, backend="triton"
+            )
 
         tilings = conv1x1.FORWARD_TILINGS
-        y, found = products.take("join_conv forward", x, small, plain, fused, tilings, triton=triton, sink=sink)
-        to_normalise = (None,) * 5 if other is None else (residual, *other)
-        ctx.save_for_backward(x, *norm, passed, z, small, *to_normalise)
-        ctx.filter = products.Filter.of(weight)
-        ctx.options, ctx.leave, ctx.take = {"span": span, "triton": triton}, leave, take
-        ctx.mark_non_differentiable(*found)
-        ctx.set_materialize_grads(False)  # or zeros would be written for each of these
-        return z, y, *found
+        y, y_moments = products.run_fastest(
+            "join_conv forward", x, weight_cast, plain, fused, tilings, triton=triton, sink=sink
+        )
+        # A residual without a norm is not needed in backward: its gradient depends on ReLU's mask alone.
+        saved_residual = (None,) * 5 if other is None else (residual, *other)
+        ctx.save_for_backward(x, *norm, relu_mask, z, weight_cast, *saved_residual)
+        ctx.layout = products.FilterLayout.of(weight)
+        ctx.options = {"span": span, "triton": triton}
+        ctx.defer_to, ctx.deferred_from = defer_to, deferred_from
+        ctx.mark_non_differentiable(*y_moments)
+        ctx.set_materialize_grads(False)  # else backward would receive a tensor of zeros for each of the moments
+        return z, y, *y_moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, past: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, norm_weight, norm_bias, passed, z, small, residual, *others = ctx.saved_tensors
+    def backward(ctx: Any, residual_grad: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, norm_weight, norm_bias, relu_mask, z, weight_cast, residual, *others = ctx.saved_tensors
         norm, other = Normalisation(mean, rstd, norm_weight, norm_bias), _normalisation(*others)
-        through_y = z.new_zeros(len(z), len(small), *z.shape[2:]) if dy is None else dy
-        own = JoinGradients(x, norm, small, z, passed, past, residual, other, ctx.filter, **ctx.options)
-        rest = ctx.take.take() if ctx.take else None
-        dz, sums, dweight = products.apart_or_together(GRADIENTS[1], x, small, through_y, rest, own.of, **ctx.options)
-        dx, dresidual = dz, dz
+        dy = z.new_zeros(len(z), len(weight_cast), *z.shape[2:]) if dy is None else dy
+        gradients = JoinGradients(
+            x, norm, weight_cast, z, relu_mask, residual_grad, residual, other, ctx.layout, **ctx.options
+        )
+        deferred = ctx.deferred_from.pop() if ctx.deferred_from else None
+        dz, sums, dweight = products.run_with_deferred(
+            GRADIENTS[1], x, weight_cast, dy, deferred, gradients.compute, **ctx.options
+        )
+        dx, dresidual = dz, dz  # without a norm of its own the residual has the gradient of the sum
         if other is not None:
             dx, dresidual = join_passes.two_input_gradients(dz, x, norm, residual, other, sums, **ctx.options)
-        elif ctx.leave:
-            ctx.leave.leave(DeferredNormBackward(x, norm, sums, relu=False))
+        # dz is returned as the gradient of x. With a slot, that is correct only for the convolution that pops it.
+        elif ctx.defer_to:
+            ctx.defer_to.put(DeferredNormBackward(x, norm, sums, relu=False))
         else:
             dx = passes.input_gradient(dz, x, norm, sums, relu=False, **ctx.options)
         dbias, dscale, *of_other = over_spans(sums)
@@ -265,6 +291,6 @@ class _JoinConv(torch.autograd.Function):
 
 
 def _normalisation(*values: Tensor | None) -> Normalisation | None:
-    """Where all four are there."""
+    """Normalisation of these four tensors, or None if any is None."""
     given = [value for value in values if value is not None]
     return Normalisation(*given) if len(given) == len(values) else None

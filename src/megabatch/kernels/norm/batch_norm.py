@@ -110,12 +110,12 @@ def norm_act_of(
     span: int,
     residual: Tensor | None = None,
     relu: bool = True,
-    leave: Handover | None = None,
+    defer_to: Handover | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Returns y of `fused_bn_act` for known moments of x, e.g. from a convolution that measured its output.
 
-    The gradient is that of the whole batch norm, through the moments too. With `leave`, backward defers its final
+    The gradient is that of the whole batch norm, through the moments too. With `defer_to`, backward defers its final
     elementwise pass, dz to dx, to the convolution that wrote x (see `bottleneck.residual`); no other operation may
     then use x.
 
@@ -124,7 +124,7 @@ def norm_act_of(
     """
     check(x, weight, bias, residual, span, moments)
     triton = use_triton(x, backend)
-    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, leave, triton)  # type: ignore[no-untyped-call]
+    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, defer_to, triton)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -139,7 +139,7 @@ class _NormAct(torch.autograd.Function):
         residual: Tensor | None,
         span: int,
         relu: bool,
-        leave: Handover | None,
+        defer_to: Handover | None,
         triton: bool,
     ) -> Tensor:
         norm = Normalisation.of(moments, weight, bias)
@@ -147,7 +147,7 @@ class _NormAct(torch.autograd.Function):
             y, relu_mask = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
         else:
             y, relu_mask = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
-        ctx.options, ctx.leave = {"span": span, "triton": triton}, leave
+        ctx.options, ctx.defer_to = {"span": span, "triton": triton}, defer_to
         ctx.relu, ctx.has_residual = relu, residual is not None
         # Without a residual, backward recomputes ReLU's mask from x; with one, it would have to read the residual.
         ctx.save_for_backward(x, *norm, relu_mask)
@@ -166,9 +166,9 @@ class _NormAct(torch.autograd.Function):
             dz, sums = join_passes.join_gradient(dy, x, norm, relu_mask, **ctx.options)
         dx: Tensor | None = dz
         # Second pass: dx from dz, x and those sums.
-        if ctx.leave:
+        if ctx.defer_to:
             # `dx` is then still dz (or dy): the convolution before applies the last pass as it reads it.
-            ctx.leave.leave(DeferredNormBackward(x, norm, sums, relu))
+            ctx.defer_to.put(DeferredNormBackward(x, norm, sums, relu))
         else:
             dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
         dbias, dweight = over_spans(sums)

@@ -61,7 +61,7 @@ class MeasuredOutput(NamedTuple):
             span=span_of(self.norm, self.y),
             residual=residual,
             relu=relu,
-            leave=self.handover,
+            defer_to=self.handover,
             backend=backend,
         )
 
@@ -85,6 +85,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Output of the last block. Fused bottlenecks pass their pending outputs on; other blocks are called as modules."""
     state: Tensor | PendingOutput = x
     for block in blocks:
+        # A block's own hooks must see its complete output, so it is called and joins its pending output itself.
         if isinstance(block, FusedBottleneck) and not is_hooked(block) and _can_run(block, state):
             state = _run(block, state)
         else:
@@ -120,7 +121,7 @@ def _run(block: FusedBottleneck, state: Tensor | PendingOutput) -> PendingOutput
         span=span_of(norm, second.y),
         eps=norm.eps,
         sink=sink_of(norm),
-        take=(handover := Handover()),
+        deferred_from=(handover := Handover()),
         backend=block.backend,
     )
     shortcut = _pending_shortcut(block, x, norm, y)
@@ -147,8 +148,8 @@ def _run_first(block: FusedBottleneck, state: Tensor | PendingOutput) -> tuple[T
         eps=norm.eps,
         residual_norm=shortcut_norm,
         sink=sink_of(norm),
-        leave=branch.handover,
-        take=(handover := Handover()),
+        defer_to=branch.handover,
+        deferred_from=(handover := Handover()),
         backend=block.backend,
     )
     return x, MeasuredOutput(y, moments, norm, handover).normalised(block.backend, relu=True)
@@ -161,6 +162,7 @@ def _pending_shortcut(block: FusedBottleneck, x: Tensor, last: nn.BatchNorm2d, y
     *layers, norm = block.downsample
     for layer in layers:
         x = layer(x)
+    # Both norms of a join use one cut of rows into spans, and one dtype.
     if can_fuse(norm, x, block.backend) and x.dtype == y.dtype and span_of(norm, x) == span_of(last, y):
         return _measured(norm, x, block.backend)
     return norm_act(norm, x, relu=False, backend=block.backend)

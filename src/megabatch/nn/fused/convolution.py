@@ -14,6 +14,7 @@ def convolve(layer: nn.Module, x: Tensor, backend: Backend) -> Tensor:
     """layer(x) of a convolution, in autocast's dtype; by the CPU kernel for bfloat16 with "auto", else by torch."""
     if backend == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        # Under autocast x and the weight are cast here, as torch's own convolution does.
         if dtype == torch.bfloat16 and cpu_conv.supports(images := x.to(dtype), weight := layer.weight.to(dtype)):
             return cpu_conv.conv2d(images, weight, stride=layer.stride[0], padding=int(layer.padding[0]))
     y: Tensor = layer(x)

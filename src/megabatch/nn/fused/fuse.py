@@ -55,6 +55,7 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
         raise UserError(
             f"{type(model).__name__} has no block that can be fused, needed: a model of megabatch.nn; resnet50() works"
         )
+    # A subclass in place of a wrapper: names, hooks and references to the module stay valid.
     for part in parts:
         plain = _PLAIN.get(type(part), type(part))
         if fusion == "plain":

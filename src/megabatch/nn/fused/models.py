@@ -32,6 +32,7 @@ class FusedResNet(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         x = norm_relu_pool(self.bn1, self.maxpool, stem_convolution(self.conv1, x, self.backend), backend=self.backend)
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        # Hooks of a stage run only if the stage is called, which ends the chain of pending outputs.
         if any(map(is_hooked, stages)):
             for stage in stages:
                 x = stage(x)
@@ -56,6 +57,7 @@ class FusedAlexNet(AlexNet):
     backend: Backend
 
     def forward(self, x: Tensor) -> Tensor:
+        # Hooks of the sequence run only if it is called as a whole.
         if is_hooked(self.features):
             return super().forward(x)
         layers = iter(self.features)

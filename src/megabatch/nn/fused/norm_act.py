@@ -24,6 +24,7 @@ def norm_act(
     Running statistics are updated as by norm(x). Shapes: x and residual (N, C, H, W).
     """
     if not (_has_kernel(x, backend) and _is_fusable(norm, x) and _matches(x, residual)):
+        # In place, as in the plain forwards: the norm's output is needed by no backward.
         y: Tensor = norm(x)
         if residual is not None:
             y += residual
@@ -53,6 +54,7 @@ def supports(x: Tensor, backend: Backend) -> bool:
         return False
     if backend != "auto":
         return True
+    # Other memory formats would be copied to channels_last and back, which costs more than fusing saves.
     return x.is_cuda and has_triton() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -70,6 +72,7 @@ def sink_of(norm: nn.BatchNorm2d) -> StatisticsSink:
     """Buffers of the norm that a training forward updates with its statistics."""
     if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
         return SpanSums(norm.first_span, norm.span_sum)
+    # _is_fusable has checked these, in a form that a type checker does not see.
     assert norm.momentum is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -80,7 +83,7 @@ def sink_of(norm: nn.BatchNorm2d) -> StatisticsSink:
 def _has_kernel(x: Tensor, backend: Backend) -> bool:
     """True if one operation computes batch norm, residual and ReLU of images like x, on a GPU or on a CPU."""
     if torch.compiler.is_compiling():
-        return False
+        return False  # the compiler fuses these operations itself
     return supports(x, backend) or (backend == "auto" and cpu_batch_norm.supports(x))
 
 

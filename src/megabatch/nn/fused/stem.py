@@ -31,6 +31,7 @@ def stem_convolution(conv: nn.Conv2d, x: Tensor, backend: Backend) -> Tensor:
     candidates |= {
         str(width): partial(_run_step, conv, images, weight, width) for width in WIDTHS if width > x.shape[1]
     }
+    # Exact sizes, without rounding: the stem has one shape per resolution and batch size.
     sizes = (*x.shape, *weight.shape, *conv.stride)
     fastest = tuning.table().choose(TASK, sizes, images, candidates)
     return _padded(conv, images, weight, x.shape[1] if fastest == tuning.PLAIN else int(fastest))
@@ -66,6 +67,7 @@ def _padded(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
 @torch.no_grad()
 def _run_step(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
     """The part of a training step to time: forward and the weight's gradient, which is returned."""
+    # A leaf of its own, so that timing adds nothing to the parameter's gradient.
     with torch.enable_grad():
         leaf = weight.detach().requires_grad_()
         y = _padded(conv, x.detach(), leaf, width)
