@@ -1,4 +1,4 @@
-"""1x1 convolutions that normalise as they read and measure as they write, against float64 and against autograd."""
+"""1x1 convolution kernels that normalise their input and measure their output, against float64 and autograd."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ EPS = 1e-5
 
 
 class Case(NamedTuple):
-    """Images, output channels and span; tiles end inside spans, and the last span is short."""
+    """Shape of the images, output channels, span; spans are no multiple of a tile, and the last span is shorter."""
 
     shape: tuple[int, int, int, int]
     outputs: int
@@ -34,7 +34,7 @@ CASES = (Case((5, 32, 3, 3), 48, 2), Case((3, 16, 5, 5), 16, 3))
 
 
 class Given(NamedTuple):
-    """Tensors of one layer."""
+    """Inputs of one layer."""
 
     x: Tensor
     weight: Tensor
@@ -82,7 +82,7 @@ def test_output_moments_and_gradients_are_those_of_float64(normalised: bool, cas
     norms = (given.normalisation, exact.normalisation) if normalised else (None, None)
     ours = conv1x1_forward(given.x, given.weight, normalisation=norms[0], **options)
     expected = conv1x1_forward(exact.x, exact.weight, normalisation=norms[1], span=case.span)
-    # h and y are rounded one after the other
+    # both h and y are rounded
     assert error(ours[0], expected[0]) < 2 * ROUNDING[dtype]
     for mine, reference in zip(ours[1], expected[1], strict=True):
         assert error(mine, reference) < 2 * ROUNDING[dtype]
@@ -90,8 +90,8 @@ def test_output_moments_and_gradients_are_those_of_float64(normalised: bool, cas
     assert of_weight.dtype == torch.float32
     expected_of_weight = conv1x1_weight_gradient(exact.dy, exact.x, normalisation=norms[1], span=case.span)
     assert error(of_weight, expected_of_weight) < 2 * ROUNDING[dtype]
-    small = conv1x1_weight_gradient(given.dy, given.x, normalisation=norms[0], dtype=torch.float16, **options)
-    assert torch.equal(small, of_weight.half())  # rounded once
+    in_half = conv1x1_weight_gradient(given.dy, given.x, normalisation=norms[0], dtype=torch.float16, **options)
+    assert torch.equal(in_half, of_weight.half())  # rounded once
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -110,14 +110,14 @@ def test_the_data_gradient_and_its_sums_are_those_of_float64(case: Case, dtype: 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("two_norms", [False, True])
 @pytest.mark.parametrize("with_addend", [False, True])
-def test_behind_a_residual_the_gradients_add_up_and_bits_tell_where_relu_passed(
+def test_the_data_gradient_behind_a_residual_adds_the_addend_and_applies_the_relu_mask(
     with_addend: bool, two_norms: bool, dtype: torch.dtype
 ) -> None:
     case = CASES[0]
     given, other, third = (draw(case, dtype, seed=seed) for seed in range(3))
     exact, wide = given.double(), other.double()
-    passes = torch.relu(other.x)  # as if it were the output
-    behind: dict[str, Any] = {"relu_mask": bits_of(passes), "addend": third.x if with_addend else None}
+    z = torch.relu(other.x)  # stands for the output of the join
+    behind: dict[str, Any] = {"relu_mask": bits_of(z), "addend": third.x if with_addend else None}
     if two_norms:
         behind |= {"residual": other.x, "residual_norm": other.normalisation}
     dz, sums = conv1x1_data_gradient(
@@ -130,8 +130,8 @@ def test_behind_a_residual_the_gradients_add_up_and_bits_tell_where_relu_passed(
         backend="triton",
         **behind,
     )
-    through = torch.einsum("nkhw,kc->nchw", exact.dy, exact.weight) + (third.x.double() if with_addend else 0.0)
-    expected = torch.where(passes > 0, through, 0.0)
+    product = torch.einsum("nkhw,kc->nchw", exact.dy, exact.weight) + (third.x.double() if with_addend else 0.0)
+    expected = torch.where(z > 0, product, 0.0)
     assert error(dz, expected) < 2 * ROUNDING[dtype]
     products = [expected, expected * hat(exact, case), expected, expected * hat(wide, case)]
     assert sums.shape[1] == (4 if two_norms else 2)
@@ -149,9 +149,7 @@ def hat(given: Given, case: Case) -> Tensor:
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_rest_of_a_batch_norms_backward_is_applied_as_both_gradients_read(
-    case: Case, relu: bool, dtype: torch.dtype
-) -> None:
+def test_both_gradients_apply_a_deferred_norm_backward(case: Case, relu: bool, dtype: torch.dtype) -> None:
     given = draw(case, dtype)
     exact = given.double()
     behind = draw(Case((case.shape[0], case.outputs, *case.shape[2:]), 16, case.span), dtype, seed=1)
@@ -171,7 +169,7 @@ def test_the_rest_of_a_batch_norms_backward_is_applied_as_both_gradients_read(
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_batch_norm_relu_and_convolution_in_one_have_the_gradients_of_autograd(backend: Any) -> None:
+def test_fused_batch_norm_relu_and_convolution_have_the_gradients_of_autograd(backend: Any) -> None:
     case = CASES[0]
     given = draw(case, torch.float32)
     scale, shift = (values.requires_grad_() for values in torch.rand(2, case.shape[1]).unbind())
@@ -195,7 +193,7 @@ def test_batch_norm_relu_and_convolution_in_one_have_the_gradients_of_autograd(b
     torch.testing.assert_close(of_input, dx, rtol=1e-4, atol=1e-4)
 
 
-def test_every_tiling_gives_the_same_but_for_the_order_of_sums() -> None:
+def test_all_tilings_agree_up_to_the_order_of_sums() -> None:
     case = CASES[0]
     given = draw(case, torch.float32)
     results = [
@@ -219,7 +217,7 @@ def test_equal_inputs_give_equal_bits() -> None:
         assert all(map(torch.equal, (first[0], *first[1]), (second[0], *second[1])))
 
 
-def test_channels_that_fill_no_16_bytes_go_to_the_reference() -> None:
+def test_channels_that_are_no_multiple_of_16_go_to_the_reference() -> None:
     x, weight = torch.randn(2, 10, 3, 3), torch.randn(7, 10)
     ours = conv1x1_forward(x, weight, span=2, backend="triton")
     assert torch.equal(ours[0], functional.conv2d(x, weight[:, :, None, None]))
@@ -235,7 +233,7 @@ def test_channels_that_fill_no_16_bytes_go_to_the_reference() -> None:
         ({"span": 5}, r"needed for these images and span: \[\(1, 32\), \(1, 32\), \(32,\), \(32,\)\]"),
     ],
 )
-def test_tensors_that_do_not_agree_are_named(changes: dict[str, Any], message: str) -> None:
+def test_mismatched_tensors_raise_errors_that_name_them(changes: dict[str, Any], message: str) -> None:
     given = draw(CASES[0], torch.float32)
     arguments: dict[str, Any] = {"x": given.x, "weight": given.weight, "span": 2, "normalisation": given.normalisation}
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Batch norm where 1x1 convolutions read, in every way it can be computed, against autograd's own in float64."""
+"""Batch norm with the 1x1 convolution behind it, by every backend, against autograd in float64."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,23 +22,23 @@ from megabatch.kernels.statistics import SpanSums
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 EPS = 1e-3
-SMALL = Tiling(32, 16, 16, 4, 3)
+TILING = Tiling(32, 16, 16, 4, 3)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SHAPE, OUTPUTS, SPAN = (5, 16, 3, 3), 32, 2
-WAYS = {"plain passes": "plain", "convolution kernels": SMALL.name()}
+CANDIDATES = {"plain passes": "plain", "convolution kernels": TILING.name()}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_passes, "TILE", 512)
     for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
-        monkeypatch.setattr(conv1x1, name, (SMALL,))
+        monkeypatch.setattr(conv1x1, name, (TILING,))
 
 
 @pytest.fixture
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """All tasks by one way."""
-    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, WAYS[request.param])))
+def candidate(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every task runs this candidate."""
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, CANDIDATES[request.param])))
     yield request.param
     tuning.use_table(None)
 
@@ -67,7 +67,7 @@ def draw(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def leaves_of(given: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """What has a gradient."""
+    """The tensors that have gradients."""
     names = ["x", "scale", "shift", "weight"]
     names += [] if kind == "norm" else ["residual"]
     names += ["residual scale", "residual shift"] if kind == "join of two norms" else []
@@ -75,7 +75,7 @@ def leaves_of(given: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def exact(given: dict[str, Tensor], kind: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Outputs and gradients in float64, by autograd through torch's batch norm; the filter as it is rounded."""
+    """Outputs and gradients in float64, by autograd through torch's batch norm; the filter is rounded first."""
     wide = {name: t.double() for name, t in given.items()} | {"weight": given["weight"].to(given["x"].dtype).double()}
     leaves = leaves_of(wide, kind)
 
@@ -121,18 +121,18 @@ def error(result: Tensor, reference: Tensor) -> float:
 
 
 CASES = [
-    pytest.param(way, backend, dtype, id=f"{way}, {backend}, {dtype}")
-    for way in WAYS
+    pytest.param(candidate, backend, dtype, id=f"{candidate}, {backend}, {dtype}")
+    for candidate in CANDIDATES
     for backend in ("triton", "reference")
     for dtype in ROUNDING
-    if way == "plain passes" or (backend == "triton" and dtype == torch.float16)  # its interpreter multiplies no bf16
+    if candidate == "plain passes" or (backend == "triton" and dtype == torch.float16)  # no bf16 in the interpreter
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("way", "backend", "dtype"), CASES, indirect=["way"])
+@pytest.mark.parametrize(("candidate", "backend", "dtype"), CASES, indirect=["candidate"])
 def test_outputs_moments_and_gradients_are_those_of_float64(
-    way: str, backend: str, dtype: torch.dtype, kind: str
+    candidate: str, backend: str, dtype: torch.dtype, kind: str
 ) -> None:
     given = draw(dtype)
     outputs, expected = exact(given, kind)
@@ -151,18 +151,18 @@ def test_outputs_moments_and_gradients_are_those_of_float64(
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("way", WAYS, indirect=True)
-def test_the_filters_gradient_lies_in_memory_as_the_filter(way: str, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("candidate", CANDIDATES, indirect=True)
+def test_the_filters_gradient_has_the_strides_of_the_filter(candidate: str, layout: torch.memory_format) -> None:
     given = draw(torch.float16)
     given["weight"] = given["weight"].contiguous(memory_format=layout)
     _, _, gradients = ours(given, "norm", backend="triton")
     assert gradients[3].stride() == given["weight"].stride()
 
 
-def chain(given: dict[str, Tensor], *, backend: Any, hands_over: bool) -> tuple[Tensor, ...]:
-    """Gradients through both functions and a batch norm behind them, which leave each other their rests or do not."""
+def chain(given: dict[str, Tensor], *, backend: Any, defers: bool) -> tuple[Tensor, ...]:
+    """Gradients through both functions and a batch norm behind them, with or without deferred norm backwards."""
     leaves = chain_leaves(given)
-    first, second = (Handover() if hands_over else None for _ in range(2))
+    first, second = (Handover() if defers else None for _ in range(2))
     options: dict[str, Any] = {"span": SPAN, "eps": EPS, "backend": backend}
     found = moments(given["x"], span=SPAN, eps=EPS, triton=backend == "triton")
     y, found = norm_conv1x1(
@@ -177,7 +177,7 @@ def chain(given: dict[str, Tensor], *, backend: Any, hands_over: bool) -> tuple[
 
 
 def exact_chain(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The same by autograd in float64, with the filters as they are rounded."""
+    """The same by autograd in float64, with rounded filters."""
     filters = {name: given[name].to(given["x"].dtype) for name in ("square", "weight")}
     leaves = chain_leaves({name: t.double() for name, t in {**given, **filters}.items()})
 
@@ -205,21 +205,21 @@ def draw_chain(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_batch_norms_that_leave_their_rest_to_convolutions_give_the_gradients_of_float64(backend: str) -> None:
+def test_deferred_norm_backwards_give_the_gradients_of_float64(backend: str) -> None:
     given = draw_chain(torch.float32)
-    kept, left = (chain(given, backend=backend, hands_over=hands_over) for hands_over in (False, True))
-    for one, other, reference in zip(kept, left, exact_chain(given), strict=True):
+    immediate, deferred = (chain(given, backend=backend, defers=defers) for defers in (False, True))
+    for one, other, reference in zip(immediate, deferred, exact_chain(given), strict=True):
         assert torch.equal(one, other)  # torch's convolutions read the same dx in memory
         assert error(other, reference) < 1e-5
 
 
-def test_both_gradients_of_a_convolution_apply_the_rest_as_they_read() -> None:
+def test_both_gradient_kernels_apply_a_deferred_norm_backward() -> None:
     given = draw_chain(torch.float16)
-    fixed = {**dict.fromkeys(residual.TASKS, SMALL.name()), **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}
+    fixed = {**dict.fromkeys(residual.TASKS, TILING.name()), **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}
     tuning.use_table(tuning.Table(fixed=fixed))
-    together, again = (chain(given, backend="triton", hands_over=True) for _ in range(2))
-    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, SMALL.name())))
-    apart = chain(given, backend="triton", hands_over=True)
+    together, again = (chain(given, backend="triton", defers=True) for _ in range(2))
+    tuning.use_table(tuning.Table(fixed=dict.fromkeys(residual.TASKS, TILING.name())))
+    apart = chain(given, backend="triton", defers=True)
     tuning.use_table(None)
     for mine, same, other, reference in zip(together, again, apart, exact_chain(given), strict=True):
         assert torch.equal(mine, same)
@@ -228,7 +228,7 @@ def test_both_gradients_of_a_convolution_apply_the_rest_as_they_read() -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_where_one_output_of_a_join_is_unused_the_other_has_its_gradient(used: int) -> None:
+def test_gradients_are_right_if_one_output_of_a_join_is_unused(used: int) -> None:
     given = draw(torch.float32)
     tuning.use_table(tuning.Table())
     gradients = []
@@ -247,9 +247,11 @@ def test_where_one_output_of_a_join_is_unused_the_other_has_its_gradient(used: i
 
 
 @pytest.mark.parametrize("kind", ["norm", "join"])
-def test_choosing_a_way_by_measuring_keeps_the_moments_once(kind: str) -> None:
+def test_measuring_candidates_stores_the_moments_once(kind: str) -> None:
     given = draw(torch.float16)
-    tuning.use_table(tuning.Table(timer=lambda work: float(work() is None)))  # each way runs; the first is the fastest
+    tuning.use_table(
+        tuning.Table(timer=lambda work: float(work() is None))
+    )  # every candidate runs; the first is the fastest
     sink = SpanSums(*torch.zeros(2, 2 * OUTPUTS + 1).unbind())
     found = moments(given["x"], span=SPAN, eps=EPS, triton=False)
     more = [given["residual"]] if kind == "join" else []
@@ -271,14 +273,14 @@ def test_choosing_a_way_by_measuring_keeps_the_moments_once(kind: str) -> None:
     torch.testing.assert_close(sink.total[:-1], torch.cat([measured.mean, measured.var], dim=1).sum(0))
 
 
-def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
-    asked: list[str] = []
+def test_each_task_is_looked_up_once() -> None:
+    tasks: list[str] = []
 
     class Log(tuning.Table):
         def choose(self, *arguments: Any) -> str:
-            asked.append(arguments[0])
-            assert list(arguments[3]) == list(WAYS.values())
-            return list(arguments[3])[len(asked) % 2]
+            tasks.append(arguments[0])
+            assert list(arguments[3]) == list(CANDIDATES.values())
+            return list(arguments[3])[len(tasks) % 2]
 
     tuning.use_table(Log())
     try:
@@ -289,7 +291,7 @@ def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
             assert error(gradients[0], expected[0]) < 4 * ROUNDING[torch.float16]
     finally:
         tuning.use_table(None)
-    assert sorted(asked) == sorted(residual.TASKS)
+    assert sorted(tasks) == sorted(residual.TASKS)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_each_part_is_chosen_for_itself_and_asked_once() -> None:
         ({"x": torch.ones(9, 16, 3, 3), "residual": torch.ones(9, 16, 3, 3)}, r"three of \(5, 16\)"),
     ],
 )
-def test_tensors_that_do_not_agree_are_named(changes: dict[str, Tensor], message: str) -> None:
+def test_mismatched_tensors_raise_errors_that_name_them(changes: dict[str, Tensor], message: str) -> None:
     found = moments(draw(torch.float32)["x"], span=SPAN, eps=EPS, triton=False)
     given = {**draw(torch.float32), **changes}
     with pytest.raises(UserError, match=message):

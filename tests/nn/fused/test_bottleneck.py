@@ -1,4 +1,4 @@
-"""A bottleneck's shortcut: its batch norm is read by the join behind it, or it runs whole where that cannot be."""
+"""Shortcuts of fused bottlenecks: their batch norm runs inside the join, or by itself where that is unsupported."""
 
 import copy
 import functools
@@ -18,34 +18,34 @@ SPAN = 2
 
 
 def blocks(seed: int = 0) -> nn.ModuleList:
-    """One with a shortcut and one that reads it."""
+    """A block with a shortcut, and the block that follows it."""
     torch.manual_seed(seed)
     norm = functools.partial(SpanBatchNorm2d, span=SPAN)
-    made = nn.ModuleList([Bottleneck(8, 4, 2, norm=norm), Bottleneck(16, 4, 1, norm=norm)])
-    for layer in made.modules():
+    chain = nn.ModuleList([Bottleneck(8, 4, 2, norm=norm), Bottleneck(16, 4, 1, norm=norm)])
+    for layer in chain.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.uniform_(layer.bias, -0.5, 0.5)
-    return made
+    return chain
 
 
 def fused(plain: nn.ModuleList) -> nn.ModuleList:
-    made = copy.deepcopy(plain)
-    set_fusion(made, "reference")
-    return made
+    copied = copy.deepcopy(plain)
+    set_fusion(copied, "reference")
+    return copied
 
 
-def step(own: nn.ModuleList) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output, and gradients of a fixed function of it."""
+def step(chain: nn.ModuleList) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output, and the parameters' gradients of a fixed function of it."""
     x = torch.randn(5, 8, 6, 6, generator=torch.Generator().manual_seed(1))
-    y = run_blocks(own, x)
+    y = run_blocks(chain, x)
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    return y.detach(), {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+    return y.detach(), {name: p.grad for name, p in chain.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a join: whether the residual was still to be normalised."""
+    """One entry per join: True if the join normalised the residual."""
     seen: list[bool] = []
     join = join_passes.join
 
@@ -67,14 +67,14 @@ def assert_same(one: nn.ModuleList, other: nn.ModuleList) -> None:
         torch.testing.assert_close(buffer, expected_buffer, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_join_reads_the_shortcuts_convolution_through_its_batch_norm(joins: list[bool]) -> None:
+def test_the_join_normalises_the_output_of_the_shortcuts_convolution(joins: list[bool]) -> None:
     plain = blocks()
     assert_same(fused(plain), plain)
     assert joins == [True, False]
 
 
-def test_a_shortcut_that_is_watched_or_that_ends_otherwise_runs_whole(joins: list[bool]) -> None:
-    for change in (watched, grouped, of_another_span):
+def test_a_shortcut_with_hooks_another_norm_or_another_span_runs_by_itself(joins: list[bool]) -> None:
+    for change in (add_hook, use_group_norm, use_another_span):
         plain = blocks()
         change(plain[0].downsample)
         assert_same(fused(plain), plain)
@@ -82,27 +82,26 @@ def test_a_shortcut_that_is_watched_or_that_ends_otherwise_runs_whole(joins: lis
         joins.clear()
 
 
-def watched(shortcut: nn.Sequential) -> None:
+def add_hook(shortcut: nn.Sequential) -> None:
     shortcut.register_forward_hook(lambda *_: None)
 
 
-def grouped(shortcut: nn.Sequential) -> None:
+def use_group_norm(shortcut: nn.Sequential) -> None:
     shortcut[1] = nn.GroupNorm(4, 16)
 
 
-def of_another_span(shortcut: nn.Sequential) -> None:
+def use_another_span(shortcut: nn.Sequential) -> None:
     shortcut[1] = SpanBatchNorm2d(16, span=SPAN + 1)
 
 
-def test_a_chain_that_ends_with_a_shortcut_is_joined(joins: list[bool]) -> None:
+def test_a_chain_whose_last_block_has_a_shortcut_is_joined(joins: list[bool]) -> None:
     plain = blocks()[:1]
     assert_same(fused(plain), plain)
-    assert joins == [False]  # after a batch norm of its own
+    assert joins == [False]  # the shortcut's batch norm ran before the join
 
 
 def test_weight_and_bias_of_two_batch_norms_share_no_memory() -> None:
-    own = fused(blocks())
-    _, gradients = step(own)
+    _, gradients = step(fused(blocks()))
     before = {name: gradient.clone() for name, gradient in gradients.items()}
-    gradients["0.downsample.1.bias"].add_(1.0)  # as one more micro-batch would
+    gradients["0.downsample.1.bias"].add_(1.0)  # in place, as another micro-batch adds its gradient
     assert torch.equal(gradients["0.bn3.bias"], before["0.bn3.bias"])

@@ -1,4 +1,4 @@
-"""Which convolutions of a model the compiled kernels take, and that a model computes the same with them."""
+"""Convolutions by the compiled CPU kernels: which layers they support, and that results equal torch's."""
 
 import functools
 
@@ -31,7 +31,7 @@ def is_ours(y: Tensor) -> bool:
 
 @needs_kernels
 @pytest.mark.parametrize(("taps", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_a_layers_output_and_gradients_are_torchs_but_for_the_order_of_sums(taps, stride):
+def test_output_and_gradients_of_a_layer_equal_torchs_up_to_the_order_of_sums(taps, stride):
     torch.manual_seed(0)
     layer = nn.Conv2d(32, 48, taps, stride, padding=taps // 2, bias=False).to(memory_format=torch.channels_last)
     found = []
@@ -60,11 +60,11 @@ def test_a_layers_output_and_gradients_are_torchs_but_for_the_order_of_sums(taps
         nn.Conv2d(16, 16, 3, padding="same", bias=False),
         nn.Conv2d(16, 16, (3, 1), padding=(1, 0), bias=False),
         nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1, bias=False),
-        nn.Conv2d(16, 24, 3, padding=1, bias=False),  # channels in no groups of 16
+        nn.Conv2d(16, 24, 3, padding=1, bias=False),  # output channels not a multiple of 16
         resnet.BlurConv2d(16, 16, 3, 2, padding=1, bias=False),
     ],
 )
-def test_another_kind_of_convolution_runs_as_it_is(layer):
+def test_unsupported_convolutions_run_in_torch(layer):
     x = images(8, 16, 8, 8)
     with autocast():
         y = convolve(layer, x, "auto")
@@ -73,7 +73,7 @@ def test_another_kind_of_convolution_runs_as_it_is(layer):
 
 
 @needs_kernels
-def test_float32_and_layers_with_hooks_run_as_they_are():
+def test_float32_and_layers_with_hooks_run_in_torch():
     layer, x, seen = nn.Conv2d(16, 16, 3, padding=1, bias=False), images(8, 16, 8, 8), []
     assert not is_ours(convolve(layer, x, "auto"))
     layer.register_forward_hook(lambda *_: seen.append(1))
@@ -84,7 +84,7 @@ def test_float32_and_layers_with_hooks_run_as_they_are():
 
 @needs_kernels
 @pytest.mark.parametrize("make", [lambda: resnet8(in_channels=3), lambda: resnet18(small_stem=True)])
-def test_gradients_of_a_whole_net_err_no_more_than_those_of_plain_autocast(make):
+def test_gradients_of_a_network_are_as_close_to_float64_as_those_of_plain_autocast(make):
     """Relative error against float64, all gradients as one vector."""
 
     def gradients(fusion: str, dtype: torch.dtype) -> Tensor:

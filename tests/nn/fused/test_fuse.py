@@ -1,4 +1,4 @@
-"""Fused forwards by their equations in torch's operations: the plain model's outputs, gradients and statistics."""
+"""Fused forwards, by the reference equations: outputs, gradients and statistics equal those of the plain model."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ from megabatch.nn.small import resnet8
 
 
 def small_alexnet_bn(**options: Any) -> nn.Module:
-    """With narrow linear layers, which are none of the matter."""
+    """AlexNet-BN with narrow linear layers, which are not what is tested."""
     model = alexnet_bn(num_classes=10, **options)
     model.fc6, model.fc7, model.fc8 = nn.Linear(9216, 8), nn.Linear(8, 8), nn.Linear(8, 10)
     return model
@@ -55,7 +55,7 @@ def one_thread() -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each batch norm of a fused forward: its channels."""
+    """The number of channels of each batch norm that a fused forward runs."""
     seen: list[int] = []
     sink_of = fused_norm_act.sink_of
 
@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def twins(make: Callable[..., nn.Module], norm: Callable[[int], nn.Module], **options: Any) -> list[nn.Module]:
-    """A plain model and its fused copy; no branch begins at 0, behind which nothing would be tested."""
+    """A plain model and its fused copy; no branch starts at 0, which would hide errors in it."""
     torch.manual_seed(0)
     plain = make(norm=norm, **options)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def images(pixels: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of a fixed function of them; dropout as if it drew the same."""
+    """Logits and the gradients of a fixed function of them; dropout draws the same masks in every call."""
     torch.manual_seed(2)
     logits = model(x)
     slope = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
@@ -100,12 +100,12 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """All of them, also those that no state dict holds."""
+    """All buffers, including those that are not in the state dict."""
     return dict(model.named_buffers())
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], limit: float = 1e-5) -> None:
-    """Relative errors within `limit`; of gradients more, as one ReLU that rounding lets pass or not is seen in all."""
+    """Relative errors within `limit`; gradients need a larger one, as one ReLU that flips by rounding changes all."""
     assert one.keys() == other.keys()
     for name, value in one.items():
         difference = (other[name].double() - value.double()).norm()
@@ -114,7 +114,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], limit: float =
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("net", NETS)
-def test_a_fused_model_has_the_logits_gradients_and_statistics_of_the_plain_one(
+def test_a_fused_model_has_the_logits_gradients_and_statistics_of_the_plain_model(
     net: str, norm: str, calls: list[int]
 ) -> None:
     plain, fused = twins(NETS[net], NORMS[norm])
@@ -232,7 +232,7 @@ def test_float64_runs_plain(calls: list[int]) -> None:
         functools.partial(nn.BatchNorm2d, dtype=torch.float64),
     ],
 )
-def test_other_norms_run_as_they_are(norm: Any, calls: list[int]) -> None:
+def test_other_norms_run_plain(norm: Any, calls: list[int]) -> None:
     torch.manual_seed(0)
     x = images()
     if norm.keywords.get("dtype"):
@@ -255,7 +255,7 @@ def test_recomputed_evaluation_statistics_are_those_of_the_plain_model() -> None
     assert_same(buffers(plain), buffers(fused))
 
 
-def test_a_hook_sees_what_the_layer_it_is_on_gives(calls: list[int]) -> None:
+def test_a_hook_on_a_layer_sees_that_layers_output(calls: list[int]) -> None:
     plain, fused = twins(NETS["resnet8"], nn.BatchNorm2d)
     seen: list[list[Tensor]] = [[], []]
     for model, kept in zip((plain, fused), seen, strict=True):
@@ -265,10 +265,10 @@ def test_a_hook_sees_what_the_layer_it_is_on_gives(calls: list[int]) -> None:
     assert len(seen[1]) == 3
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(other, one)
-    assert len(calls) == 9 - 3  # a shortcut that is watched runs whole
+    assert len(calls) == 9 - 3  # a layer or shortcut with a hook is not fused
 
 
-def test_one_value_per_channel_is_still_the_error_that_batch_norm_raises() -> None:
+def test_one_value_per_channel_raises_batch_norms_own_error() -> None:
     model = resnet8()
     set_fusion(model, "reference")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -286,7 +286,7 @@ def test_what_torch_compile_traces_is_the_plain_model(calls: list[int]) -> None:
     assert_same(expected_gradients, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()})
 
 
-def test_an_unknown_choice_and_a_model_without_blocks_to_fuse_are_named() -> None:
+def test_an_unknown_choice_and_a_model_without_fusable_blocks_raise_errors() -> None:
     with pytest.raises(UserError, match="fusion='fast' was given"):
         set_fusion(resnet8(), "fast")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Linear has no block"):
@@ -295,7 +295,7 @@ def test_an_unknown_choice_and_a_model_without_blocks_to_fuse_are_named() -> Non
     set_fusion(alexnet(num_classes=10))
 
 
-def test_triton_on_a_cpu_is_refused_by_name() -> None:
+def test_triton_on_a_cpu_raises_an_error_that_names_a_valid_backend() -> None:
     model = resnet8()
     set_fusion(model, "triton")
     with pytest.raises(UserError, match="backend='reference' works"):

@@ -1,4 +1,4 @@
-"""The stem's convolution with channels of zeros added: the same function of the same weights."""
+"""The stem: zero-padded input channels change no result, and the fused pooling equals the separate operations."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from megabatch.nn.resnet import convolution
 
 
 @pytest.fixture
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
+def width(request: pytest.FixtureRequest) -> Iterator[str]:
     tuning.use_table(tuning.Table(fixed={TASK: request.param}))
     yield request.param
     tuning.use_table(None)
@@ -31,9 +31,9 @@ def run(forward: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor, *, autoc
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("way", ["plain", "4", "8"], indirect=True)
-def test_channels_of_zeros_change_neither_output_nor_gradient(
-    way: str, autocast: bool, layout: torch.memory_format
+@pytest.mark.parametrize("width", ["plain", "4", "8"], indirect=True)
+def test_zero_channels_change_neither_output_nor_gradient(
+    width: str, autocast: bool, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 20, 18).contiguous(memory_format=layout)
@@ -51,13 +51,13 @@ def test_channels_of_zeros_change_neither_output_nor_gradient(
     torch.testing.assert_close(gradient, expected_gradient, rtol=2.0**-6, atol=2.0**-6 * float(expected_gradient.max()))
 
 
-def test_each_width_is_timed_forward_and_backward_and_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_width_is_timed_forward_and_backward_and_the_fastest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[int, ...]] = []
     widths: list[int] = []
     padded = fused_stem._padded
 
     def timer(work: Any) -> float:
-        timed.append(tuple(work().shape))  # of the weight's gradient
+        timed.append(tuple(work().shape))  # the weight's gradient
         return -float(len(timed))
 
     def counted(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
@@ -75,8 +75,8 @@ def test_each_width_is_timed_forward_and_backward_and_the_fastest_is_taken(monke
     assert y.shape == (2, 16, 4, 4)
 
 
-@pytest.mark.parametrize("way", ["8"], indirect=True)
-def test_in_float32_and_with_a_hook_the_convolution_runs_as_it_is(way: str) -> None:
+@pytest.mark.parametrize("width", ["8"], indirect=True)
+def test_in_float32_and_with_a_hook_the_convolution_is_not_padded(width: str) -> None:
     torch.manual_seed(0)
     conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 8, 8)
     assert torch.equal(stem_convolution(conv, x, "reference"), conv(x))
@@ -97,7 +97,7 @@ def test_in_float32_and_with_a_hook_the_convolution_runs_as_it_is(way: str) -> N
         nn.Identity(),
     ],
 )
-def test_whatever_the_pool_the_result_is_that_of_one_after_the_other(pool: nn.Module) -> None:
+def test_norm_relu_and_any_pool_equal_the_separate_operations(pool: nn.Module) -> None:
     torch.manual_seed(0)
     norm, other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
     x = torch.randn(4, 8, 9, 6)

@@ -82,6 +82,7 @@ def conv1x1_forward(
     matrix = _check(x, weight, normalisation, span)
     if not (use_triton(x, backend) and supports(x, len(matrix))):
         return _forward_reference(x, matrix, normalisation, span, eps, sink)
+    # A tile as wide as y normalises each value of x once; several tiles side by side would do so again in each.
     tiling = tiling or by_width(FORWARD_TILINGS, len(matrix), which="outputs")
     cut = row_cut(x, span, tiling)
     rows = rows_of(x)
@@ -205,6 +206,7 @@ def conv1x1_weight_gradient(
     tiles = -(-outputs // tiling.outputs) * -(-inputs // tiling.inputs)
     per_part = -(-cut.num_row_tiles // max(1, WEIGHT_GRADIENT_PROGRAMS // tiles))
     parts = -(-cut.num_row_tiles // per_part)
+    # A single part is the result, so it is rounded to `dtype` at once; several are added in float32 first.
     partials = rows.new_empty(parts, outputs, inputs, dtype=torch.float32 if parts > 1 else dtype)
     with on_device(x):
         load("kernels.bottleneck._conv1x1_triton").weight_gradient_kernel[(tiles, parts)](
@@ -246,6 +248,7 @@ def _data_gradient_reference(
     addend: Tensor | None,
     **residual: Any,
 ) -> tuple[Tensor, Tensor]:
+    # A 1x1 convolution with the transposed filter is dy weight per pixel.
     product = torch.nn.functional.conv2d(dy, matrix.T[:, :, None, None])
     relu_mask = join_passes.bits_of(_activation(x, normalisation, span)) if relu_mask is None else relu_mask
     return join_passes.join_gradient(

@@ -1,7 +1,7 @@
 """Defers the last pass of a batch norm's backward to the convolution whose output the batch norm reads.
 
 autograd passes one tensor between two functions: the gradient dy of the convolution's output y, in memory. Here the
-batch norm returns the gradient dz of its *own* output instead, and puts the values that turn dz into dy into a
+batch norm returns the gradient dz of its own output instead, and puts the values that turn dz into dy into a
 `Handover` that both functions hold. The convolution's gradient kernels then compute dy as they read dz and y, and dy
 is never in memory.
 """
@@ -26,7 +26,7 @@ class DeferredNormBackward(NamedTuple):
     relu: bool
 
     def apply(self, dz: Tensor, *, span: int, triton: bool) -> Tensor:
-        """dy, written to memory by a pass of its own."""
+        """dy, computed by a separate pass and written to memory."""
         return input_gradient(dz, self.y, self.norm, self.sums, span=span, triton=triton, relu=self.relu)
 
 

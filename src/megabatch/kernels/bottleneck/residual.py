@@ -31,7 +31,7 @@ from megabatch.kernels.statistics import StatisticsSink
 TASKS = tuple(f"{part} {what}" for part in ("norm_conv", "join_conv") for what in ("forward", "data", "weight"))
 """Keys in the tuning table for forward, data gradient and weight gradient of each function."""
 GRADIENTS = ("norm_conv gradients", "join_conv gradients")
-"""Keys for the choice between applying a deferred norm backward in a pass of its own and in both gradients' kernels."""
+"""Keys for the choice between applying a deferred norm backward in a separate pass and in both gradients' kernels."""
 
 
 def norm_conv1x1(
@@ -56,7 +56,7 @@ def norm_conv1x1(
         eps: of the batch norm behind y, for the rstd in the moments of y.
         sink: where the moments of y are also stored, as buffers of that batch norm.
         deferred_from: slot in which the backward of the batch norm behind y leaves its final pass, which backward
-            here then does: in a pass of its own, or as both gradients read dy.
+            here then does: in a separate pass, or as both gradients read dy.
 
     Shapes: x (N, C, H, W); weight (K, C, 1, 1), cast to x's dtype; norm_weight and norm_bias (C,) float32.
 
@@ -112,6 +112,7 @@ def join_conv1x1(
     _check(x, moments, norm_weight, norm_bias, residual, weight, span)
     if residual_norm is not None:
         conv1x1.check_normalisation(residual, residual_norm, span)
+    # Weight and bias of the shortcut's norm are arguments of their own, because they have gradients.
     other = residual_norm or (None,) * 4
     z, y, *y_moments = _JoinConv.apply(
         x,
@@ -273,6 +274,7 @@ class _JoinConv(torch.autograd.Function):
         gradients = JoinGradients(
             x, norm, weight_cast, z, relu_mask, residual_grad, residual, other, ctx.layout, **ctx.options
         )
+        # dz is the gradient of ReLU's input, that is, of norm(x) and of the residual alike.
         deferred = ctx.deferred_from.pop() if ctx.deferred_from else None
         dz, sums, dweight = products.run_with_deferred(
             GRADIENTS[1], x, weight_cast, dy, deferred, gradients.compute, **ctx.options

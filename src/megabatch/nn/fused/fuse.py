@@ -27,14 +27,14 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
     """Selects which code computes the forward and backward of a model from `megabatch.nn`, in place.
 
-    Call it at any time, any number of times: parameters, state dict, module names and hooks do not change. Each block
-    and network changes its class to a subclass with a fused forward, as `Bottleneck` to `FusedBottleneck`, or back.
-    New models are plain. Subclasses of ours keep their own forward; their blocks are fused.
+    New models are plain. Call this at any time, any number of times: parameters, state dict, module names and hooks do
+    not change. The network and its blocks change their class to a subclass with a fused forward (`Bottleneck` to
+    `FusedBottleneck`) or back. A subclass that you derive keeps its forward; only its blocks are fused.
 
     - "plain": torch's operations, one after the other.
-    - "auto": Triton kernels on a GPU, compiled C kernels on a CPU, else torch's operations. The kernels run batch norm,
-      residual sum and ReLU as one operation, 1x1 convolutions of bottlenecks together with the batch norms around
-      them, and on a CPU also bfloat16 convolutions.
+    - "auto": Triton kernels on a GPU, compiled C kernels on a CPU, else torch's operations. Both compute batch norm,
+      residual sum and ReLU as one operation. On a GPU, 1x1 convolutions of bottlenecks include the batch norms around
+      them; on a CPU, bfloat16 convolutions have compiled kernels too.
     - "triton": the Triton kernels on every device; on a CPU this needs Triton's interpreter. For tests.
     - "reference": the equations of the Triton kernels in torch's operations, on every device. For tests.
 
