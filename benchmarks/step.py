@@ -1,11 +1,12 @@
-"""How fast a whole training step is on a CPU, beside torchvision's and timm's models in plain scripts.
+"""Speed of a whole training step on a CPU, compared with plain scripts around the same networks.
 
     python benchmarks/step.py --output benchmarks/out [--model resnet50|resnet18] [--case NAME ...] [--repeats 9]
 
 ResNet-50 at 224 px with 32 images and ResNet-18 at 32 px (3x3 stem) with 128: forward, cross entropy with label
-smoothing, backward, SGD with momentum. Every contender is a process of its own (`step_cases.py`); they are warm before
-the first round, take turns in an order drawn anew each round, and wait idle in between. torchvision's compiled
-operators need not load: only its Python models are used, and timm's same network where there are none.
+smoothing, backward, SGD with momentum. `plain` cases are our own network with torch's operations, equal to
+torchvision's; torchvision's and timm's models run too where these packages can be imported. On a processor without
+bfloat16 instructions the float32 cases are the ones to compare with. Every contender is its own process
+(`step_cases.py`); all are warm before the first round, run in an order drawn anew each round, and sleep in between.
 """
 
 import argparse
@@ -17,31 +18,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import Timing, record, table, write_lines
-from step_cases import SETTINGS, cases
+from step_cases import SETTINGS, cases, missing
 
-BASELINE = "torchvision eager fp32"
+BASELINE = "plain eager fp32"
 HERE = Path(__file__).resolve().parent
 
 
 class Contender:
-    """A process that takes a step when it is told to."""
+    """A process that runs one step per request."""
 
     def __init__(self, case: str, model: str) -> None:
-        command = [sys.executable, str(HERE / "step_cases.py"), case, model]
+        command = [sys.executable, str(HERE / "step_cases.py"), case, model, str(SETTINGS[model]["batch"])]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        own = {"GOMP_SPINCOUNT": "3000"} if case.startswith("megabatch") else {}  # as the command line sets it
-        self.process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | own, **pipes)
+        spin = {"GOMP_SPINCOUNT": "3000"} if case.startswith("megabatch") else {}  # as the command line sets it
+        self.process = subprocess.Popen(command, text=True, cwd=HERE, env=os.environ | spin, **pipes)
         self.answer = self._line().split()
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Runs one step; returns its seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return float(self._line())
 
     def end(self) -> float:
-        """Ends the process; its peak memory in MiB."""
+        """Ends the process; returns its peak memory in MiB."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         peak = float(self._line())
@@ -57,7 +58,7 @@ class Contender:
 
 
 def race(model: str, names: Sequence[str], *, repeats: int) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
-    """Seconds of each step of each contender, and facts about each."""
+    """Returns the seconds of every step, and parameters, threads and peak memory, by contender."""
     contenders = {}
     for name in names:
         print(f"warming up: {name}", file=sys.stderr, flush=True)
@@ -75,10 +76,12 @@ def race(model: str, names: Sequence[str], *, repeats: int) -> tuple[dict[str, T
 
 
 def main() -> None:
-    """Races the models asked for, prints tables, writes one JSON line per contender."""
+    """Times the chosen models, prints tables, writes one JSON line per contender."""
     options = _options()
     for model in options.model or SETTINGS:
-        names = [*dict.fromkeys([*(options.case or cases(model)), BASELINE])]
+        if options.batch:
+            SETTINGS[model]["batch"] = options.batch
+        names = _runnable([*dict.fromkeys([*(options.case or cases(model)), BASELINE])])
         timings, facts = race(model, names, repeats=options.repeats)
         images = SETTINGS[model]["batch"]
         records = [
@@ -103,12 +106,22 @@ def main() -> None:
             )
 
 
+def _runnable(names: Sequence[str]) -> list[str]:
+    """`names` without those whose package cannot be imported; prints the reason for each of these."""
+    reasons = {name: missing(name) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"skipped: {name} ({reason})", file=sys.stderr, flush=True)
+    return [name for name in names if not reasons[name]]
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON lines")
     parser.add_argument("--model", action="append", choices=tuple(SETTINGS), help="may be given several times")
     parser.add_argument("--case", action="append", choices=tuple(cases("resnet50")), help="may be given several times")
     parser.add_argument("--repeats", type=int, default=9, help="steps of each contender")
+    parser.add_argument("--batch", type=int, help="images per step; default 32 (resnet50), 128 (resnet18)")
     return parser.parse_args()
 
 

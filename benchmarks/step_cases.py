@@ -1,11 +1,12 @@
-"""The training steps that `step.py` compares, each in a process of its own: `python step_cases.py CASE MODEL`.
+"""The training steps that `step.py` compares, one process each: `python step_cases.py CASE MODEL [BATCH]`.
 
-Says `ready` with the number of parameters once the step is warm, then takes one step for each line on its input and
-answers with its seconds; the last line is its peak memory. A process of its own, because the contenders differ in how
-the process is set up: ours as `megabatch train` sets itself up, the others as a script that does nothing about it.
+Prints `ready` with the number of parameters after warm-up, then runs one step per line of standard input and prints its
+seconds; the last line is the peak memory. Each contender has its own process because they differ in process-wide
+settings: ours is set up as `megabatch train` does it, the others as a script without special settings.
 """
 
 import contextlib
+import functools
 import importlib
 import resource
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megabatch import create_model
 
 Step = Callable[[], Any]
 
@@ -27,7 +30,7 @@ SMOOTHING, RATE, MOMENTUM, DECAY = 0.1, 1e-3, 0.9, 5e-5
 
 @contextlib.contextmanager
 def ours(model: str, **runtime: Any) -> Iterator[tuple[Step, nn.Module]]:
-    """`megabatch train`'s own step: joined, wired and taken as there, on random images."""
+    """The step of `megabatch train`, built by the same code, on random images."""
     from megabatch import recipes
     from megabatch.bench.synthetic_step import synthetic_step
     from megabatch.comm.launch import join
@@ -52,7 +55,7 @@ def plain(
     """A plain script: cross entropy with label smoothing, autocast, torch's SGD with its defaults."""
     values = SETTINGS[model]
     torch.manual_seed(0)
-    net = small_images(make(num_classes=values["classes"]), values["pixels"])
+    net = make(num_classes=values["classes"])
     images, labels = batch(model)
     if channels_last:
         net, images = net.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
@@ -73,7 +76,7 @@ def plain(
 
 @contextlib.contextmanager
 def timms(model: str) -> Iterator[tuple[Step, nn.Module]]:
-    """timm's model, and what `timm/train.py --amp --amp-dtype bfloat16 --channels-last` does with it at each step."""
+    """timm's model and the step of `timm/train.py --amp --amp-dtype bfloat16 --channels-last`."""
     import timm
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -98,18 +101,19 @@ def timms(model: str) -> Iterator[tuple[Step, nn.Module]]:
     yield step, net
 
 
-def torchvisions(name: str) -> Callable[..., nn.Module]:
-    """torchvision's model; timm's, which is the same network, where torchvision does not load."""
-    try:
-        return getattr(importlib.import_module("torchvision.models"), name)
-    except (ImportError, RuntimeError):
-        import timm
+def torchvisions(model: str) -> Callable[..., nn.Module]:
+    """Constructor of torchvision's model."""
+    make = getattr(importlib.import_module("torchvision.models"), model)
+    return lambda **options: small_images(make(**options), SETTINGS[model]["pixels"])
 
-        return lambda **options: timm.create_model(name, **options)
+
+def ours_plain(model: str) -> Callable[..., nn.Module]:
+    """Constructor of megabatch's model with torch's operations: the same network and arithmetic as torchvision's."""
+    return functools.partial(create_model, model, image_size=SETTINGS[model]["pixels"])
 
 
 def small_images(net: Any, pixels: int) -> nn.Module:
-    """For 32 px: a 3x3 stem of stride 1 and no pooling, in every contender alike."""
+    """For 32 px: replaces the stem by a 3x3 convolution of stride 1 without pooling, as megabatch's models have."""
     if pixels <= 64:
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
@@ -125,16 +129,24 @@ def batch(model: str) -> tuple[Tensor, Tensor]:
 
 
 def cases(model: str) -> dict[str, Callable[[], contextlib.AbstractContextManager[tuple[Step, nn.Module]]]]:
-    """Every contender by name."""
+    """Every contender by name; the first word names the package that `missing` checks."""
 
     def tv(**options: Any) -> Callable[[], contextlib.AbstractContextManager[tuple[Step, nn.Module]]]:
         return lambda: plain(torchvisions(model), model, **options)
+
+    def script(**options: Any) -> Callable[[], contextlib.AbstractContextManager[tuple[Step, nn.Module]]]:
+        return lambda: plain(ours_plain(model), model, **options)
 
     return {
         "megabatch train": lambda: ours(model),
         "megabatch train, memory returned": lambda: ours(model, keep_memory=False),
         "megabatch train, compiled": lambda: ours(model, compile=True),
         "megabatch train, fp32": lambda: ours(model, precision="fp32"),
+        "plain eager fp32": script(bf16=False, channels_last=False),
+        "plain eager fp32 channels_last": script(bf16=False, channels_last=True),
+        "plain compiled fp32": script(bf16=False, channels_last=False, compiled=True),
+        "plain compiled fp32 channels_last": script(bf16=False, channels_last=True, compiled=True),
+        "plain bf16 channels_last": script(bf16=True, channels_last=True),
         "torchvision eager fp32": tv(bf16=False, channels_last=False),
         "torchvision bf16 channels_last": tv(bf16=True, channels_last=True),
         "torchvision compiled bf16 channels_last": tv(bf16=True, channels_last=True, compiled=True),
@@ -142,8 +154,20 @@ def cases(model: str) -> dict[str, Callable[[], contextlib.AbstractContextManage
     }
 
 
+def missing(case: str) -> str | None:
+    """Reason why `case` cannot run here, or None."""
+    package = case.split(maxsplit=1)[0]
+    if package not in {"torchvision", "timm"}:
+        return None
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:  # torchvision's CUDA wheels raise RuntimeError on a CPU torch
+        return f"{package} cannot be imported: {error}"
+    return None
+
+
 def serve(case: str, model: str) -> None:
-    """Answers on standard output until standard input ends."""
+    """Runs one step per line of standard input, until it ends."""
     with cases(model)[case]() as (step, net):
         for _ in range(3):
             step()
@@ -156,4 +180,6 @@ def serve(case: str, model: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        SETTINGS[sys.argv[2]]["batch"] = int(sys.argv[3])
     serve(*sys.argv[1:3])
