@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/megabatch train fashion_mnist --workers 2
@@ -26,6 +26,17 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/step.py --output benchmarks/out
 	$(BIN)/megabatch bench allreduce
 
+# mkdocstrings reads the sources without importing them, so the site needs no torch and an environment of its own.
+docs: $(VENV)-docs/.ready
+	$(VENV)-docs/bin/mkdocs build --strict --quiet
+
+$(VENV)-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+	    > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --requirement $(VENV)-docs/requirements.txt
+	touch $@
+
 $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
@@ -38,4 +49,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs benchmarks/out
+	rm -rf $(VENV) $(VENV)-docs build site runs benchmarks/out
