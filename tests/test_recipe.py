@@ -59,6 +59,9 @@ def test_override_parses_each_type(recipe):
         ("total_epochs", "0", "above 0"),
         ("warmup_epochs", "500", "shorter than total_epochs"),
         ("resolution", "5:28", "start at 0"),
+        ("pixel_mean", "124", "needed: of pixels in [0, 1]; pixel_mean=0.5 works"),
+        ("pixel_std", "58", "in (0, 1]"),
+        ("min_crop_aspect", "0", "above 0 and at most max_crop_aspect"),
     ],
 )
 def test_an_invalid_override_says_what_was_needed(recipe, key, text, expected):

@@ -208,7 +208,8 @@ def validate(recipe: Recipe) -> Recipe:
     for field in ("stats_momentum", "eval_crop_ratio", "max_crop_area", "min_crop_area"):
         _require(0 < getattr(recipe, field) <= 1, recipe, field, "in (0, 1]", 0.1)
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
-    _require(recipe.min_crop_aspect <= recipe.max_crop_aspect, recipe, "min_crop_aspect", "at most its maximum", 0.75)
+    aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
+    _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
     _require(recipe.trust_coefficient > 0, recipe, "trust_coefficient", "above 0", 0.001)
     for field in ("pixel_mean", "pixel_std"):
         _require(
@@ -218,7 +219,9 @@ def validate(recipe: Recipe) -> Recipe:
             f"one value per image channel ({recipe.image_channels})",
             ",".join(["0.5"] * recipe.image_channels),
         )
-    _require(all(s > 0 for s in recipe.pixel_std), recipe, "pixel_std", "above 0", "0.25")
+    mean, std = (",".join([value] * recipe.image_channels) for value in ("0.5", "0.25"))
+    _require(all(0 <= m <= 1 for m in recipe.pixel_mean), recipe, "pixel_mean", "of pixels in [0, 1]", mean)
+    _require(all(0 < s <= 1 for s in recipe.pixel_std), recipe, "pixel_std", "in (0, 1], of pixels in [0, 1]", std)
     for field in ("resolution", "batch_sizes", "lr_factors", "published_curve"):
         _check_by_epoch(recipe, field)
     _require(bool(recipe.resolution), recipe, "resolution", "not empty", "0:224")
