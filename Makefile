@@ -1,18 +1,29 @@
-# make demo | make test | make check | make bench: each sets up what it needs in .venv, on a machine with Python and git.
+# make demo | make test | make test-all | make coverage | make check | make bench: each sets up what it needs in .venv,
+# on a machine with Python and git.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process for each core, with one thread each (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-all coverage check bench docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/megabatch train fashion_mnist --workers 2
 
+# Without the tests marked slow: minutes on two slow cores.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow"
+
+# Also long examples, fuzzing, sanitizers, compiling for an H200, torchrun and torch.compile.
+test-all: $(VENV)/.ready-dev
+	$(PYTEST)
+
+coverage: $(VENV)/.ready-dev
+	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -8,6 +8,10 @@ from hypothesis import settings
 # one second took a hundred on a machine that others used. The command line sets the same.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+# `pytest -n auto` starts a process for each core, which then has no core for a second thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Shared machines pause at will. In CI examples are the same each time: new ones are looked for where somebody looks.
 settings.register_profile("megabatch", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("megabatch")

@@ -66,6 +66,7 @@ def test_the_tightest_limit_counts(tmp_path, monkeypatch, files, expected):
     assert available_bytes() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(host_memory._glibc() is None, reason="not glibc")
 def test_memory_that_is_kept_is_not_faulted_in_again():
     counts = {}

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from slow import slow_except
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.app import model as model_wiring
@@ -17,7 +18,7 @@ from megabatch.train.precision import Precision
 
 
 @pytest.mark.parametrize("choice", ["auto", "plain"])
-@pytest.mark.parametrize("model", ["resnet8", "resnet50", "alexnet_bn"])
+@pytest.mark.parametrize("model", slow_except(["resnet8", "resnet50", "alexnet_bn"], "resnet50"))
 def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
     recipe = tiny_recipe(model=model, resolution=((0.0, 32.0),))
     module = build_model(recipe, Runtime(fusion=choice), world=World(), micro_batch_size=8)
@@ -25,7 +26,7 @@ def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
     assert backends == ({"auto"} if choice == "auto" else set())
 
 
-@pytest.mark.parametrize("eval_stats", ["running", "last_batch", "precise"])
+@pytest.mark.parametrize("eval_stats", slow_except(["running", "last_batch", "precise"], "running"))
 def test_a_run_by_the_fused_equations_trains_the_same_weights_and_statistics(eval_stats, tmp_path, monkeypatch):
     """The equations of the kernels in torch's operations, in micro-batches of two spans, against torch's own layers."""
     recipe = tiny_recipe(eval_stats=eval_stats)

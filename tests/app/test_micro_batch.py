@@ -110,6 +110,7 @@ def fit_on_rank(rooms):
     return fit(recipe, Runtime(), 32, world=World(rank, world_size, rank, world_size)).size
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_all_workers_take_what_the_one_with_least_memory_can():
     assert run_processes(2, fit_on_rank, [16, 32]) == [16, 16]

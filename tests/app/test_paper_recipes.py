@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from ranks import run_processes
+from slow import slow_except
 from tiny_run import run_tiny
 
 from megabatch import recipes
@@ -19,13 +20,13 @@ PAPERS = [name for name in recipes.names() if name.split("_")[0][-4:].isdecimal(
 
 
 def shrunk(name, **changes):
-    """The recipe with a net of 5,000 parameters on 8 px images, over a data set of three global batches."""
+    """The recipe with a net of 20,000 parameters on 8 px images, over a data set of three global batches."""
     recipe = recipes.get(name)
     largest = max([recipe.global_batch_size, *(int(size) for _, size in recipe.batch_sizes)])
     small = {
         "model": "resnet8",
         "initialization": "he_fan_out",
-        "width": 4,
+        "width": 8,
         "resolution": ((0.0, 8.0),),
         "resolution_ramp": False,
         "eval_resolution": 8,
@@ -52,7 +53,7 @@ def test_there_are_nine_papers_recipes():
     assert len(PAPERS) == 9
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", slow_except(PAPERS, *set(PAPERS) - {"yamazaki2019_81k"}))  # tested below
 def test_a_papers_recipe_takes_two_steps_at_its_full_global_batch(tmp_path, name):
     recipe = shrunk(name)
     span = recipe.bn_span
@@ -63,20 +64,20 @@ def test_a_papers_recipe_takes_two_steps_at_its_full_global_batch(tmp_path, name
     assert result["losses"][0] == pytest.approx(math.log(10), rel=0.2)
 
 
-def three_steps(folder, name, micro_batch_size):
+def train_some_steps(folder, name, micro_batch_size, num_steps):
     torch.set_num_threads(1)
     recipe = shrunk(name)
     runtime = Runtime(precision="fp32", micro_batch_size=micro_batch_size)
-    return run_tiny(folder, recipe, runtime=runtime, max_steps=3, data=made_data(recipe))
+    return run_tiny(folder, recipe, runtime=runtime, max_steps=num_steps, data=made_data(recipe))
 
 
 @pytest.mark.multiprocess
-@pytest.mark.timeout(400)
-def test_81920_samples_in_spans_of_40_train_the_same_on_one_worker_and_on_four(tmp_path):
+@pytest.mark.parametrize("num_steps", slow_except([2, 3], 2))
+def test_81920_samples_in_spans_of_40_train_the_same_on_one_worker_and_on_four(tmp_path, num_steps):
     assert recipes.get("yamazaki2019_81k").global_batch_size == 81_920
     assert recipes.get("yamazaki2019_81k").bn_span == 40
-    alone = three_steps(tmp_path / "one", "yamazaki2019_81k", 1600)
-    four = run_processes(4, three_steps, tmp_path / "four", "yamazaki2019_81k", 800, timeout_s=300)
+    alone = train_some_steps(tmp_path / "one", "yamazaki2019_81k", 1600, num_steps)
+    four = run_processes(4, train_some_steps, tmp_path / "four", "yamazaki2019_81k", 800, num_steps)
     assert four[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for name, tensor in alone["weights"].items():
         torch.testing.assert_close(four[0]["weights"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)

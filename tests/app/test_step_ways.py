@@ -85,9 +85,11 @@ def run_captured(folder, recipe, runtime):
     ("changes", "runtime"),
     [
         ({"optimizer": "lars"}, FP32),
-        ({"optimizer": "sgd", "peak_lr": 0.1, "mixup_alpha": 0.2}, FP32),
-        ({"optimizer": "lamb", "peak_lr": 0.01}, FP32),
-        ({"momentum_form": "inside_corrected", "weight_decay_follows_lr": True}, FP32),
+        pytest.param({"optimizer": "sgd", "peak_lr": 0.1, "mixup_alpha": 0.2}, FP32, marks=pytest.mark.slow),
+        pytest.param({"optimizer": "lamb", "peak_lr": 0.01}, FP32, marks=pytest.mark.slow),
+        pytest.param(
+            {"momentum_form": "inside_corrected", "weight_decay_follows_lr": True}, FP32, marks=pytest.mark.slow
+        ),
         ({"resolution": ((0.0, 8.0), (1.5, 12.0)), "ema_half_life_epochs": 0.3}, FP32),
         ({"batch_sizes": ((0.0, 48.0), (1.5, 24.0))}, FP32),
         ({}, Runtime(precision="fp16", micro_batch_size=24)),
@@ -224,6 +226,7 @@ def has_compiler():
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_model_trains_what_the_plain_one_trains(tmp_path, precision):
@@ -244,6 +247,7 @@ def wire_run(folder, recipe, options):
     return run_tiny(folder, recipe, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_resumed_run_goes_on_with_the_scales_of_gradients_in_fp16_on_the_wire(tmp_path):
     recipe = tiny_recipe()

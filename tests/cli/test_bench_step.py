@@ -1,27 +1,23 @@
 """`megabatch bench step`: measured variants, their options and the ranking."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+import torch
+from command_line import error_line, megabatch
 
 from megabatch import recipes
 from megabatch.cli.bench_step import Measured, Variant, table, variants_to_measure
 from megabatch.runtime import Runtime
 
-QUICK = ["--set", "width=2", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
+QUICK = ["--set", "width=8", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
 
 
-def bench(*arguments):
-    command = [sys.executable, "-m", "megabatch", "bench", "step", *map(str, arguments)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment)
-
-
+@pytest.mark.slow
 def test_every_variant_is_measured_and_the_options_of_the_fastest_are_printed(tmp_path):
-    done = bench("fashion_mnist", *QUICK, "--output", tmp_path / "step.json", "--device", "cpu")
+    done = megabatch_process(
+        "bench", "step", "fashion_mnist", *QUICK, "--output", tmp_path / "step.json", "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "step.json").read_text())
     assert written["images"] == 16
@@ -41,10 +37,9 @@ def test_every_variant_is_measured_and_the_options_of_the_fastest_are_printed(tm
 @pytest.mark.parametrize(
     "arguments", [["no_such"], ["fashion_mnist", "--device", "tpu"], ["fashion_mnist", "--device", "cuda"]]
 )
-def test_invalid_input_prints_one_line_and_exits_with_code_2(arguments):
-    done = bench(*arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_invalid_input_prints_one_line_and_exits_with_code_2(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert error_line(megabatch("bench", "step", *arguments))
 
 
 def test_the_printed_options_select_the_runtime_settings():

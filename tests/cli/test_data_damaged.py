@@ -2,12 +2,11 @@
 
 import io
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from command_line import megabatch_process
 from damaged_files import FILES, bomb_jpeg, jpeg
 from typer.testing import CliRunner
 
@@ -42,8 +41,7 @@ def arguments(data: Path, output: Path, workers: int, *more: object) -> list[str
 
 
 def events_of(data: Path, output: Path, workers: int) -> list[dict]:
-    command = [sys.executable, "-m", "megabatch", *arguments(data, output, workers, "--max-bad-share", 0.6)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = megabatch_process(*arguments(data, output, workers, "--max-bad-share", 0.6))
     assert done.returncode == 0, done.stderr
     return read_events(output / "events.jsonl")
 
@@ -64,6 +62,7 @@ def test_check_reports_each_damaged_file_with_its_kind(damaged):
             assert any(each.startswith(line) and f"train/cat/{shown}" in each for each in lines), (name, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_training_replaces_the_same_number_of_samples_on_one_worker_and_on_two(damaged, tmp_path):
     source = FolderSource(damaged / "train")

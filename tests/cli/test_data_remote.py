@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from photographs import encode, photograph
+from slow import slow_except
 from typer.testing import CliRunner
 
 from megabatch.cli.main import app
@@ -58,7 +59,7 @@ def losses(events: list[dict]) -> list[float]:
     return [event["loss"] for event in events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("shard_local", [False, True])
+@pytest.mark.parametrize("shard_local", slow_except([False, True], True))
 def test_training_on_a_url_equals_training_on_the_folder(shards, tmp_path, shard_local):
     """With shard-local order, the cache holds only what it must: the window of shards in use and the next one."""
     sizes = sorted((path.stat().st_size for path in shards.glob("train-*.tar")), reverse=True)

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import error_line, megabatch, megabatch_process
+from limits import HANG_S
 from PIL import Image
 
 from megabatch.observe.events import read_events
@@ -32,29 +35,16 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def megabatch(*arguments, timeout_s=120, **options):
-    command = [sys.executable, "-m", "megabatch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
-
-
-def one_line_of(done):
-    """What a command that must fail with exit code 2 said, which is one line on stderr."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr
-
-
-def refused(folder, *arguments, **options):
+def refused(folder, *arguments):
     """The one line of a `train` that must fail and write nothing."""
     output = folder / "run"
-    said = one_line_of(megabatch("train", *arguments, "--output", output, **options))
+    said = error_line(megabatch("train", *arguments, "--output", output))
     assert not output.exists()
     return said
 
 
 def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tmp_path):
-    done = megabatch("train", "photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK)
+    done = megabatch_process("train", "photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK)
     assert done.returncode == 0, done.stderr
     assert "top1 0." in done.stdout.splitlines()[-1] or "top1 1." in done.stdout.splitlines()[-1]
     events = read_events(tmp_path / "run" / "events.jsonl")
@@ -87,11 +77,13 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(tmp_path, arguments, said):
     assert said in refused(tmp_path, *arguments)
 
 
-WITHOUT_GPU = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}}
+def test_a_mistake_ends_a_process_with_one_clear_line_and_exit_code_2(tmp_path):
+    assert "needed a number" in error_line(megabatch_process("train", "fashion_mnist", "--set", "peak_lr=abc"))
 
 
-def test_a_gpu_that_is_not_there_is_said_once_whatever_the_number_of_workers(tmp_path):
-    said = refused(tmp_path, "fashion_mnist", "--device", "cuda", "--workers", "2", **WITHOUT_GPU)
+def test_a_gpu_that_is_not_there_is_said_once_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(tmp_path, "fashion_mnist", "--device", "cuda", "--workers", "2")
     assert "torch finds no GPU; --device cpu works" in said
 
 
@@ -125,15 +117,15 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(photos, tmp_path):
     assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "step"}\n'
 
 
-def wait_for_step(folder: Path, step: int, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         if (folder / "events.jsonl").exists():
             steps = [e["step"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"]
             if steps and steps[-1] >= step:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in {timeout_s} s")
+    raise AssertionError(f"step {step} was not reached in {HANG_S:g} s")
 
 
 @contextmanager
@@ -160,6 +152,7 @@ def group_is_gone(group: int) -> bool:
 LONG = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=4000", "--set", "eval_every_epochs=100000"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photos, tmp_path, workers):
@@ -168,7 +161,7 @@ def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photo
     with started(*arguments) as process:
         wait_for_step(output, 5)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANG_S)
         assert process.returncode == 1, err
         assert "Traceback" not in err
         assert "--resume continues" in out
@@ -176,12 +169,13 @@ def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photo
     written = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "checkpoint"]
     last = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"][-1]
     assert written[-1] == last
-    done = megabatch("train", *arguments, "--resume", "--steps", 3)
+    done = megabatch_process("train", *arguments, "--resume", "--steps", 3)
     assert done.returncode == 0, done.stderr
     steps = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"]
     assert steps[-3:] == [last + 1, last + 2, last + 3]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(photos, tmp_path):
     output = tmp_path / "run"
@@ -190,34 +184,46 @@ def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(pho
         wait_for_step(output, 6)
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
         os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=HANG_S)
         assert process.returncode == 1
         assert group_is_gone(process.pid)
-    done = megabatch("train", *arguments, "--resume", "--steps", 2)
+    done = megabatch_process("train", *arguments, "--resume", "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_that_ended_is_complete_and_is_not_gone_on_with_by_another_recipe(photos, tmp_path):
     arguments = ["photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK]
-    assert megabatch("train", *arguments).returncode == 0
-    again = megabatch("train", *arguments, "--resume")
+    assert megabatch_process("train", *arguments).returncode == 0
+    again = megabatch_process("train", *arguments, "--resume")
     assert again.returncode == 0, again.stderr
     assert "already complete at step 3" in again.stdout.splitlines()[-1]
-    assert "peak_lr was" in one_line_of(megabatch("train", *arguments, "--resume", "--set", "peak_lr=3"))
+    assert "peak_lr was" in error_line(megabatch_process("train", *arguments, "--resume", "--set", "peak_lr=3"))
 
 
-def test_evaluate_counts_what_train_counted(photos, tmp_path):
+def test_evaluate_counts_what_train_counted(photos, tmp_path, monkeypatch):
     output = tmp_path / "run"
     trained = megabatch("train", "photos", "--data", photos, "--workers", 1, "--output", output, *QUICK)
     top1 = trained.stdout.splitlines()[-1].split("top1 ")[1].split()[0]
-    for workers in (1, 2):
-        counted = megabatch("evaluate", output, "--data", photos, "--workers", workers, "--precision", "fp32")
-        assert counted.returncode == 0, counted.stderr
-        assert f"top1 {top1}" in counted.stdout
-    said = one_line_of(megabatch("evaluate", output, "--device", "cuda", "--workers", 2, **WITHOUT_GPU))
+    counted = megabatch("evaluate", output, "--data", photos, "--workers", 1, "--precision", "fp32")
+    assert counted.returncode == 0, counted.stderr
+    assert f"top1 {top1}" in counted.stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = error_line(megabatch("evaluate", output, "--device", "cuda", "--workers", 2))
     assert "--device cpu works" in said
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_evaluate_counts_the_same_with_two_workers(photos, tmp_path):
+    output = tmp_path / "run"
+    trained = megabatch("train", "photos", "--data", photos, "--workers", 1, "--output", output, *QUICK)
+    top1 = trained.stdout.splitlines()[-1].split("top1 ")[1].split()[0]
+    counted = megabatch_process("evaluate", output, "--data", photos, "--workers", 2, "--precision", "fp32")
+    assert counted.returncode == 0, counted.stderr
+    assert f"top1 {top1}" in counted.stdout
 
 
 def test_evaluate_refuses_what_is_no_checkpoint(tmp_path):
@@ -228,4 +234,4 @@ def test_evaluate_refuses_what_is_no_checkpoint(tmp_path):
 
 def test_the_command_is_installed():
     assert shutil.which("megabatch", path=str(Path(sys.executable).parent))
-    assert "megabatch" in megabatch("--version").stdout
+    assert "megabatch" in megabatch_process("--version").stdout

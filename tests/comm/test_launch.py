@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from limits import HANG_S
 from ranks import run_processes
 
 from megabatch.comm.launch import _wait_for_threads, join
@@ -34,9 +35,9 @@ def test_shutdown_waits_for_busy_threads_but_not_for_sleeping_ones():
     thread.start()
     named.wait()
     work.set()
-    _wait_for_threads("a gloo thread", timeout_s=30.0)
+    _wait_for_threads("a gloo thread", timeout_s=HANG_S)
     assert idle.is_set()
-    _wait_for_threads("a gloo thread", timeout_s=30.0)
+    _wait_for_threads("a gloo thread", timeout_s=HANG_S)
     end.set()
     thread.join()
 

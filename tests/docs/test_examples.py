@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 from tiny_run import tiny_recipe
 from torch.optim import SGD
 
@@ -54,7 +55,7 @@ def test_an_example_runs_on_four_ranks(name):
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(EXAMPLES / name)], env=environment, capture_output=True, text=True, timeout=150, check=False
+        [*command, str(EXAMPLES / name)], env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

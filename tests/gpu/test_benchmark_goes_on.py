@@ -70,9 +70,10 @@ def test_a_section_that_hangs_is_given_up_and_the_next_one_runs(gpu, monkeypatch
     assert found["stem"] == "done"
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_the_table_is_printed_all_the_same(gpu, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "GRACE_S", 0.0)
-    found, printed = benchmark(gpu, monkeypatch, capsys, tmp_path, "time.sleep(100)", "--limit", "2")
+    found, printed = benchmark(gpu, monkeypatch, capsys, tmp_path, "time.sleep(100)", "--limit", "20")
     assert found == {"environment": "done", "optimizers": "done", "loss": "the time was over"}
     assert "the time was over" in printed
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from photographs import encode, photograph
+from slow import slow_except
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
 from tiny_run import tiny_data, tiny_recipe
 
@@ -35,7 +36,7 @@ from megabatch.train.loop import train
 
 pytest.importorskip("triton")
 ON_GPU = World(device=CUDA)
-EVERY_OPTIMIZER = pytest.mark.parametrize("optimizer", ["lars", "sgd", "lamb", "rmsprop_warmup"])
+EVERY_OPTIMIZER = pytest.mark.parametrize("optimizer", slow_except(["lars", "sgd", "lamb", "rmsprop_warmup"], "lars"))
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +118,7 @@ def recipe_of(optimizer, **changes):
 
 
 @EVERY_OPTIMIZER
-@pytest.mark.parametrize("capture", ["on", "off"])
+@pytest.mark.parametrize("capture", slow_except(["on", "off"], "on"))
 def test_a_gpu_trains_what_a_cpu_trains(tmp_path, without_triton, optimizer, capture):
     recipe = recipe_of(optimizer, ema_half_life_epochs=1.0, flip=True, cutout_size=3, mixup_alpha=0.4)
     runtime = Runtime(precision="fp32", micro_batch_size=24, channels_last=True)
@@ -134,11 +135,11 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path, without_triton, optimizer, cap
     ("optimizer", "precision", "capture"),
     [
         ("lars", "bf16", "on"),
-        ("lars", "bf16", "off"),
         ("lars", "fp16", "on"),
-        ("sgd", "bf16", "on"),
-        ("lamb", "bf16", "off"),
-        ("rmsprop_warmup", "bf16", "on"),
+        pytest.param("lars", "bf16", "off", marks=pytest.mark.slow),
+        pytest.param("sgd", "bf16", "on", marks=pytest.mark.slow),
+        pytest.param("lamb", "bf16", "off", marks=pytest.mark.slow),
+        pytest.param("rmsprop_warmup", "bf16", "on", marks=pytest.mark.slow),
     ],
 )
 def test_no_step_waits_but_for_the_loss_of_the_step_before(tmp_path, optimizer, precision, capture):
@@ -168,6 +169,7 @@ def test_graphs_are_given_up_before_the_last_short_batch_and_recorded_anew_at_an
     assert found["graphs_left"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_a_gpu_from_a_cpus_checkpoint_and_the_other_way_round(tmp_path, without_triton):
     recipe = recipe_of("lamb", ema_half_life_epochs=1.0)
     whole = run_on(World(), tmp_path / "whole", recipe, Runtime(precision="fp32", micro_batch_size=24))
@@ -179,6 +181,7 @@ def test_a_run_goes_on_on_a_gpu_from_a_cpus_checkpoint_and_the_other_way_round(t
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
     finish = finish_step
 
@@ -195,6 +198,7 @@ def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
     assert [text for text in warnings if "not captured" in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "capture", "micro"), [("bf16", "on", None), ("fp16", "off", 4)])
 def test_fused_bottlenecks_launch_what_a_gpu_takes(monkeypatch, precision, capture, micro):
     monkeypatch.setattr(model_wiring, "create_model", small_bottlenecks)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANG_S
+
+pytestmark = pytest.mark.slow
 
 SHARED_MEMORY_BYTES = 227 * 1024
 """Limit per program on an H100 or H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
@@ -24,7 +27,7 @@ def compiled() -> list[dict[str, Any]]:
     script = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

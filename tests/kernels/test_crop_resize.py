@@ -55,6 +55,7 @@ def test_pixels_match_the_cpu_path_up_to_its_rounding_to_8_bits(box: str, backen
     assert difference.mean() < 0.35
 
 
+@pytest.mark.slow
 def test_one_launch_for_many_sizes_flips_and_layouts_matches_the_reference() -> None:
     images = photographs((40, 50), (17, 9), (90, 30))
     boxes = torch.tensor([[3, 4, 30, 40.0], [0, 0, 17, 9], [10.3, 2.6, 70.2, 20.9]])
@@ -85,7 +86,10 @@ def test_pixels_outside_the_box_do_not_affect_the_result(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize(("channels", "padded"), [(3, 4), (3, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("channels", "padded"),
+    [(3, 4), pytest.param(3, 3, marks=pytest.mark.slow), pytest.param(1, 1, marks=pytest.mark.slow)],
+)
 def test_the_batch_is_float16_channels_last_with_zero_padding_channels(
     channels: int, padded: int, backend: Any
 ) -> None:
@@ -106,6 +110,7 @@ def test_the_batch_is_float16_channels_last_with_zero_padding_channels(
     assert batch[:, :channels].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_out_may_be_a_slice_of_a_larger_batch(backend: Any) -> None:
     images = photographs((40, 50), (60, 45))

@@ -98,6 +98,7 @@ def mean_errors(make: Any, pixels: int, dtype: torch.dtype, seeds: tuple[int, ..
     return [(means[0], means[1]), (means[2], means[3])]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("convolution_kernels")
 def test_bottlenecks_of_kernels_are_as_close_to_float64_as_plain_ones() -> None:
     for fused, plain in mean_errors(thin_bottlenecks, 24, torch.float16, seeds=(1, 2)):
@@ -107,7 +108,7 @@ def test_bottlenecks_of_kernels_are_as_close_to_float64_as_plain_ones() -> None:
 
 @pytest.mark.parametrize(
     ("make", "pixels"),
-    [(thin_bottlenecks, 16), (functools.partial(resnet8, width=8), 16)],
+    [pytest.param(thin_bottlenecks, 16, marks=pytest.mark.slow), (functools.partial(resnet8, width=8), 16)],
     ids=["bottlenecks", "basic"],
 )
 def test_fused_networks_in_float32_have_the_gradients_and_statistics_of_float64(make: Any, pixels: int) -> None:

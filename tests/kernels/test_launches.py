@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANG_S
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_traffic.py"
 NORMS, JOINS, SHORTCUTS, CONVOLUTIONS = 53, 16, 4, 53
@@ -22,7 +25,7 @@ def count(*arguments: str) -> tuple[dict[str, int], dict[str, float]]:
     """Launches, and megabytes per image, of each kind; in another process, in which kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     return ({row["kind"]: row[what] for row in rows} for what in ("launches", "mb_per_image"))  # type: ignore[return-value]

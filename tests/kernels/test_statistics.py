@@ -13,7 +13,7 @@ from megabatch.kernels.statistics import RunningAverages, SpanSums, keep_statist
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-CASES = [(1, 8), (3, 20), (2, 300)]
+CASES = [(1, 8), (3, 20), pytest.param(2, 300, marks=pytest.mark.slow)]
 """Spans and channels."""
 METHODS = ["separate launch", "with moments", "with a convolution"]
 """How the statistics are accumulated."""

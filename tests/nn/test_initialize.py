@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from limits import HANG_S
 from ranks import run_threads
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -138,12 +139,13 @@ def test_wrappers_change_neither_weights_nor_digest() -> None:
     assert run_threads(2, digests) == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_new_process_draws_the_same_weights() -> None:
     code = (
         "from megabatch.nn.initialize import *; from megabatch.nn.models import *; import torch; torch.randn(5);"
         "print(weights_digest(initialize(resnet8(), 'lecun_truncated', seed=4)))"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert answer.stdout.strip() == weights_digest(initialize(resnet8(), "lecun_truncated", seed=4))
 
 
@@ -186,7 +188,7 @@ def test_zero_gamma_makes_every_block_the_identity_or_its_shortcut() -> None:
         ("resnet8", "he_fan_in"),
         ("resnet8", "lecun_truncated"),
         ("resnet18", "he_fan_in"),
-        ("resnet50", "lecun_truncated"),
+        pytest.param("resnet50", "lecun_truncated", marks=pytest.mark.slow),
     ],
 )
 def test_initial_logits_are_near_zero_and_the_initial_loss_is_log_of_the_number_of_classes(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from limits import HANG_S
 
 import megabatch
 from megabatch.cores import usable_cores
@@ -53,5 +54,5 @@ def test_the_commit_is_marked_when_files_differ(tmp_path: Path) -> None:
 
 def test_describing_does_not_import_torch() -> None:
     code = "import sys; from megabatch.observe.environment import describe; describe(); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert result.stdout.strip() == "False"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import HANG_S
 
 from megabatch.errors import UserError
 from megabatch.optim.schedule import (
@@ -228,4 +229,4 @@ def test_schedules_import_without_torch() -> None:
         "from megabatch import learning_rate, GradientNoiseScale; "
         "assert learning_rate(1.0, peak_lr=2.0, total_epochs=3) == 2.0; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 from typer.testing import CliRunner
 
 from megabatch import recipes
@@ -42,7 +43,7 @@ def test_the_list_does_not_import_torch() -> None:
         "except SystemExit: pass\n"
         "print('torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert "akiba2017_32k" in result.stdout
     assert result.stdout.splitlines()[-1] == "False"
 

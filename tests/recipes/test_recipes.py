@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import HANG_S
 
 from megabatch import recipes
 from megabatch.errors import RecipeError
@@ -121,7 +122,7 @@ def test_reading_every_recipe_does_not_import_torch() -> None:
         "for name in recipes.names(): recipes.get(name), recipes.summary(name)\n"
         "print('torch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert result.stdout.strip() == "False"
 
 

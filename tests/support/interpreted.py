@@ -1,57 +1,55 @@
-"""Runs tests that need Triton's interpreter in one child process, and reports each under its own name.
+"""Runs tests that need Triton's interpreter in a second pytest process, and reports each under its own name.
 
-Triton decides when it is imported whether kernels are compiled or interpreted, for the whole process; and whatever was
-tested before may have imported it. So tests that use the fixture `interpreter` are run by a second pytest with
-TRITON_INTERPRET=1. With that variable set from the start they run where they are.
+Triton decides when it is imported whether kernels are compiled or interpreted, for the whole process, and any earlier
+test may have imported it. Tests that use the fixture `interpreter` therefore run in a child pytest process with
+TRITON_INTERPRET=1, which collects their files once and then runs one test per request. Under pytest-xdist each worker
+that runs such a test starts a child of its own. With TRITON_INTERPRET=1 set from the start the tests run in place.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPORT = "INTERPRETED_TESTS_REPORT"
-IS_CHILD = os.environ.get("TRITON_INTERPRET") == "1"
+SERVER = "INTERPRETED_TESTS_SOCKET"
+"""Environment variable of a child: the file descriptor of its connection to the parent."""
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-LONGEST_TEST_S = 170.0
-
 Outcome = dict[str, str]
-CHOSEN = pytest.StashKey[list[str]]()
+FILES = pytest.StashKey[list[str]]()
 CHILD = pytest.StashKey["Child"]()
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> None:
-    """Asked for by tests that run a Triton kernel on the CPU."""
+    """Marks a test that runs a Triton kernel on the CPU."""
     if not HAS_TRITON:
         pytest.skip("needs Triton; pip install triton==3.6.0 works")
 
 
-@pytest.hookimpl(trylast=True)  # after -k and -m have had their say
+@pytest.hookimpl(trylast=True)  # after -k and -m have deselected tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[CHOSEN] = [item.nodeid for item in items if is_interpreted(item)]
+    config.stash[FILES] = sorted({str(item.path) for item in items if _is_interpreted(item)})
 
 
-def is_interpreted(item: pytest.Item) -> bool:
+def _is_interpreted(item: pytest.Item) -> bool:
     return "interpreter" in getattr(item, "fixturenames", ())
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if IS_CHILD or not is_interpreted(pyfuncitem):
+    if IS_INTERPRETED or not _is_interpreted(pyfuncitem):
         return None
-    stash = pyfuncitem.config.stash
-    if CHILD not in stash:
-        stash[CHILD] = Child(stash[CHOSEN], pyfuncitem.config.rootpath)
-    outcome = stash[CHILD].outcome(pyfuncitem.nodeid)
+    outcome = _child_of(pyfuncitem.config).run(pyfuncitem.nodeid)
     if outcome["outcome"] == "skipped":
         pytest.skip(outcome["text"])
     if outcome["outcome"] != "passed":
@@ -64,52 +62,105 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[CHILD].end()
 
 
+def _child_of(config: pytest.Config) -> "Child":
+    """The child process, started by the first test and again after a test that ended it."""
+    if CHILD in config.stash and not config.stash[CHILD].is_alive():
+        config.stash[CHILD].end()
+        del config.stash[CHILD]
+    if CHILD not in config.stash:
+        config.stash[CHILD] = Child(config.stash[FILES], config.rootpath)
+    return config.stash[CHILD]
+
+
 class Child:
-    """The second pytest, which runs the tests in the order in which they are asked for, and reports each at its end."""
+    """A pytest process that has collected `files` and runs the tests whose ids it is sent, one at a time."""
 
-    def __init__(self, tests: list[str], root: Path) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._report, self._output = (Path(self._folder.name) / name for name in ("report", "output"))
-        self._outcomes: dict[str, Outcome] = {}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", REPORT: str(self._report)}
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
+    def __init__(self, files: list[str], root: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="interpreted-")
+        self._output = Path(self._folder.name) / "output"
+        ours, theirs = socket.socketpair()
+        with ours, theirs, self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+                cwd=root,
+                env=_environment(theirs.fileno()),
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+            )
+            self._connection = ours.makefile("rw")
 
-    def outcome(self, test: str) -> Outcome:
-        """Waits for the outcome of one test."""
-        deadline = time.monotonic() + LONGEST_TEST_S
-        while test not in self._outcomes:
-            ended = self._process.poll() is not None  # before the report is read, which may be whole by then
-            self._read()
-            if test in self._outcomes:
-                break
-            if ended:
-                pytest.fail(f"the child process ended before this test:\n{self._output.read_text()}", pytrace=False)
-            if time.monotonic() > deadline:
-                pytest.fail(f"no outcome within {LONGEST_TEST_S:g} s", pytrace=False)
-            time.sleep(0.02)
-        return self._outcomes[test]
+    def is_alive(self) -> bool:
+        """True while the process can run tests."""
+        return self._process.poll() is None
+
+    def run(self, test: str) -> Outcome:
+        """The outcome of one test; a test that hangs is ended by pytest's timeout, here or in the child."""
+        line = ""
+        with contextlib.suppress(ConnectionError):  # then the process has ended
+            self._connection.write(test + "\n")
+            self._connection.flush()
+            line = self._connection.readline()
+        if line:
+            return dict(json.loads(line))
+        self._process.wait(60.0)
+        output = self._output.read_text(errors="replace")
+        return {"outcome": "failed", "text": f"the child process ended before this test did:\n{output}"}
 
     def end(self) -> None:
-        """Ends the process, should it still run."""
-        self._process.kill()
-        self._process.wait()
+        """Lets the process finish, which writes coverage data; kills it if that takes too long."""
+        with contextlib.suppress(ConnectionError):
+            self._connection.close()
+        try:
+            self._process.wait(60.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._folder.cleanup()
 
-    def _read(self) -> None:
-        text = self._report.read_text() if self._report.exists() else ""
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):  # or it is being written
-                outcome = json.loads(line)
-                self._outcomes[outcome["test"]] = outcome
+
+def _environment(descriptor: int) -> dict[str, str]:
+    """That of this process without its pytest's own settings, such as options and the name of an xdist worker."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**kept, "TRITON_INTERPRET": "1", SERVER: str(descriptor)}
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if REPORT in os.environ and (report.when == "call" or not report.passed):
-        outcome = {"test": report.nodeid, "outcome": report.outcome, "text": report.longreprtext}
-        with Path(os.environ[REPORT]).open("a") as file:
-            file.write(json.dumps(outcome) + "\n")
+class Server:
+    """In a child: runs tests in the order of the parent's requests instead of pytest's."""
+
+    def __init__(self, descriptor: int) -> None:
+        connection = socket.socket(fileno=descriptor)
+        connection.set_inheritable(False)  # a process that a test leaves behind must not keep it open
+        self._connection = connection.makefile("rw")
+        self._reports: list[pytest.TestReport] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed:  # files that cannot be imported; pytest reports them and ends
+            return None
+        items = {item.nodeid: item for item in session.items}
+        while test := self._connection.readline().rstrip("\n"):
+            self._reports.clear()
+            item = items[test]
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            self._connection.write(json.dumps(_outcome(self._reports)) + "\n")
+            self._connection.flush()
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._reports.append(report)
+
+
+def _outcome(reports: list[pytest.TestReport]) -> Outcome:
+    """Of the three phases of a test (setup, call, teardown), the first that did not pass."""
+    report = next((report for report in reports if not report.passed), reports[-1])
+    text = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext
+    return {"outcome": report.outcome, "text": text}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if SERVER in os.environ:
+        config.pluginmanager.register(Server(int(os.environ.pop(SERVER))))
 
 
 def let_loops_count() -> None:
@@ -125,5 +176,5 @@ def let_loops_count() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-if IS_CHILD and HAS_TRITON:
+if IS_INTERPRETED and HAS_TRITON:
     let_loops_count()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_except
 from torch import Tensor, nn
 
 from megabatch.optim.kernels.tables import CHUNK
@@ -42,15 +43,22 @@ def cases() -> Iterator[tuple[str, type[Optimizer], dict[str, Any]]]:
 
 CASES = {name: (kind, values) for name, kind, values in cases()}
 EVERY = pytest.mark.parametrize("case", CASES)
-ONE_OF_EACH = pytest.mark.parametrize("case", ["lars inside_corrected sum", "sgd outside", "lamb", "rmsprop"])
+_ONE_OF_EACH = ["lars inside_corrected sum", "sgd outside", "lamb", "rmsprop"]
+ONE_OF_EACH = pytest.mark.parametrize("case", slow_except(_ONE_OF_EACH, "lars inside_corrected sum"))
+TENSOR_CASES = ("lars inside_corrected sum", "lars clip", "sgd inside_corrected", "lamb", "rmsprop")
+FAST_CASES = {
+    ("lars inside_corrected sum", True),
+    ("lars outside update", False),
+    ("lars clip", False),
+    ("sgd outside", False),
+    ("lamb", True),
+    ("rmsprop", False),
+}
 WITH_NUMBERS_AND_TENSORS = pytest.mark.parametrize(
     ("case", "in_tensors"),
     [
-        *((case, False) for case in CASES),
-        *(
-            (case, True)
-            for case in ("lars inside_corrected sum", "lars clip", "sgd inside_corrected", "lamb", "rmsprop")
-        ),
+        pytest.param(*values, marks=[] if values in FAST_CASES else pytest.mark.slow)
+        for values in [*((case, False) for case in CASES), *((case, True) for case in TENSOR_CASES)]
     ],
 )
 RATES = pytest.mark.parametrize("in_tensors", [False, True])

@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from limits import HANG_S
 from memory_group import Wire, install_worlds
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,7 +50,7 @@ class RankError(AssertionError):
     """A rank failed, died or did not finish in time; the message names the rank and the reason."""
 
 
-def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = HANG_S) -> list[Any]:
     """Runs `fn(*args)` on `world_size` ranks that are threads of this process; returns the results by rank."""
     wire = Wire(world_size)
     results: list[Any] = [None] * world_size
@@ -93,7 +94,7 @@ def run_processes(
     world_size: int,
     fn: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = HANG_S,
     may_die: Collection[int] = (),
 ) -> list[Any]:
     """Runs `fn(*args)` on `world_size` gloo processes on the loopback interface; returns the results by rank.

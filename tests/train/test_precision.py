@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def small_net():
     torch.manual_seed(0)
-    model = resnet8(num_classes=5, width=4, norm=lambda channels: SpanBatchNorm2d(channels, span=4))
+    model = resnet8(num_classes=5, width=8, norm=lambda channels: SpanBatchNorm2d(channels, span=4))
     collect_statistics(model, True)
     widen_logits(model)
     return model

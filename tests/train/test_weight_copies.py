@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from ranks import run_processes
+from slow import slow_except
 from tiny_run import run_tiny, tiny_recipe
 from torch import nn
 from torch.nn import functional
@@ -92,12 +93,13 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("changes", EVERY_OPTIMIZER, ids=lambda changes: changes["optimizer"])
-@pytest.mark.parametrize("micro_batch_size", [48, 16])
+@pytest.mark.parametrize("micro_batch_size", slow_except([48, 16], 48))
 def test_a_run_with_copies_is_bitwise_the_run_with_casts(tmp_path, changes, micro_batch_size):
     recipe = tiny_recipe(total_epochs=1.0, **changes)
     assert_same_run(*both_ways(tmp_path, recipe, Runtime(precision="bf16", micro_batch_size=micro_batch_size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [48, 16])
 def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_batch_size):
     def too_large_at_first(runtime, device):
@@ -116,7 +118,10 @@ def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_b
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ema_half_life_epochs": 0.2, "eval_every_epochs": 0.5}, {"max_global_batch_size": 96}],
+    [
+        {"ema_half_life_epochs": 0.2, "eval_every_epochs": 0.5},
+        pytest.param({"max_global_batch_size": 96}, marks=pytest.mark.slow),
+    ],
     ids=["average of weights", "growth by noise scale"],
 )
 def test_copies_follow_what_swaps_weights_and_serve_what_measures_gradients(tmp_path, changes):
@@ -142,7 +147,7 @@ def two_runs(folder, recipe, runtime):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("micro_batch_size", [24, 8])
+@pytest.mark.parametrize("micro_batch_size", slow_except([24, 8], 8))
 def test_two_workers_exchange_the_same_gradients(tmp_path, micro_batch_size):
     recipe = tiny_recipe(total_epochs=1.0)
     runtime = Runtime(precision="bf16", micro_batch_size=micro_batch_size, bucket_mib=0.01)

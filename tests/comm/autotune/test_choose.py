@@ -148,7 +148,7 @@ def wrap_with_a_shape_of_three():
 
 
 def test_a_wrong_shape_is_an_error_on_every_rank():
-    run_threads(4, wrap_with_a_shape_of_three, timeout_s=20)
+    run_threads(4, wrap_with_a_shape_of_three)
 
 
 def wrapped_with(path):
@@ -158,4 +158,4 @@ def wrapped_with(path):
 
 def test_a_corrupt_table_is_an_error_on_every_rank(tmp_path):
     (tmp_path / "table.json").write_text("no")
-    run_threads(4, wrapped_with, tmp_path / "table.json", timeout_s=20)
+    run_threads(4, wrapped_with, tmp_path / "table.json")

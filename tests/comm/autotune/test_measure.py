@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import HANG_S
 
 from megabatch.cli.bench_allreduce import parse_shape
 from megabatch.comm.autotune.choose import choose, read_table
@@ -19,10 +20,11 @@ def run_under_torchrun(folder, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
         [*command, str(folder / "bench.py"), *arguments],
-        env=environment, capture_output=True, text=True, timeout=150, check=False,
+        env=environment, capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_tuning_prints_its_measurements_and_saves_them_for_auto(tmp_path):
     table = tmp_path / "allreduce.json"

@@ -80,7 +80,7 @@ def fail_on_rank_one():
 @BOTH
 def test_a_failing_rank_is_named_and_releases_the_others(run):
     with pytest.raises(RankError, match=r"(?s)rank 1.*broken here"):
-        run(2, fail_on_rank_one, timeout_s=20)
+        run(2, fail_on_rank_one)
 
 
 def wait_forever_on_rank_zero():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory_group import MemoryGroup
 from ranks import run_processes, run_threads
+from slow import slow_except
 
 from megabatch.comm.exchange.algorithms import ALGORITHMS, padded_numel, routes, sent_bytes
 from megabatch.comm.exchange.grid import Grid, make_grid
@@ -77,7 +78,7 @@ def test_a_fixed_scale_lifts_gradients_that_fp16_would_lose():
     assert lifted == pytest.approx([1e-8], rel=2e-3)
 
 
-@given(exponent=st.integers(-20, 12))
+@pytest.mark.parametrize("exponent", slow_except(range(-20, 13), -20, 12))
 def test_the_scale_follows_small_and_large_gradients_without_overflow(exponent):
     value = 2.0**exponent
     results = run_threads(6, means_of_steps, [value] * 14 + [1000 * value, value], {"wire": "fp16"})
@@ -243,6 +244,7 @@ def tcp_information(number):
         copy.close()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1), (3, 1)])
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_exactly_the_damaged_and_odd_files_are_reported(folder):
     assert [problem.name for problem in report.problems] == sorted(problem.name for problem in report.problems)
 
 
+@pytest.mark.slow
 def test_a_file_is_bad_exactly_if_it_cannot_be_decoded(folder):
     bad = {problem.name for problem in check(folder).bad}
     for name, content, _ in FILES:
@@ -86,11 +87,13 @@ def test_a_file_is_bad_exactly_if_it_cannot_be_decoded(folder):
         assert usable == (f"train/cat/{name}" not in bad), name
 
 
+@pytest.mark.slow
 def test_this_file_tests_every_kind_of_problem(folder):
     found_kinds = {problem.kind for problem in check(folder).problems}
     assert KINDS - found_kinds == {"unreadable", "refused archive"}
 
 
+@pytest.mark.slow
 def test_workers_and_progress_do_not_change_the_report(folder):
     calls: list[tuple[int, int]] = []
     one, four = check(folder, workers=1), check(folder, workers=4, on_progress=lambda *call: calls.append(call))
@@ -98,6 +101,7 @@ def test_workers_and_progress_do_not_change_the_report(folder):
     assert calls == [(i, one.num_images) for i in range(1, one.num_images + 1)]
 
 
+@pytest.mark.slow
 def test_a_file_without_read_permission_is_reported(folder, monkeypatch):
     read = Path.read_bytes
 
@@ -202,6 +206,7 @@ def test_repair_in_place_keeps_every_original_and_fixes_every_repairable_kind(fo
     assert sorted(problem.name for problem in done.bad) == sorted(problem.name for problem in after.bad)
 
 
+@pytest.mark.slow
 def test_repaired_files_decode_to_the_pixels_of_the_originals(folder):
     report = check(folder)
     for problem, path in repair(report, kinds={"CMYK", "16 bit", "animated", "wrong ending"}).done:
@@ -210,6 +215,7 @@ def test_repaired_files_decode_to_the_pixels_of_the_originals(folder):
         assert path.suffix == {"CMYK": ".jpg", "16 bit": ".png", "animated": ".png"}.get(problem.kind, path.suffix)
 
 
+@pytest.mark.slow
 def test_repair_into_another_folder_leaves_the_data_set_unchanged(folder, tmp_path):
     before = found(check(folder))
     done = repair(check(folder), into=tmp_path / "repaired")
@@ -218,6 +224,7 @@ def test_repair_into_another_folder_leaves_the_data_set_unchanged(folder, tmp_pa
     assert all(path.is_relative_to(tmp_path / "repaired" / "train" / "cat") for _, path in done.done)
 
 
+@pytest.mark.slow
 def test_rotation_is_repaired_only_on_request(folder):
     done = repair(check(folder), kinds={"rotated"})
     assert [problem.kind for problem, _ in done.done] == ["rotated"]
@@ -225,6 +232,7 @@ def test_rotation_is_repaired_only_on_request(folder):
     assert "rotated" not in check(folder).count()
 
 
+@pytest.mark.slow
 def test_a_kind_that_cannot_be_repaired_is_rejected(folder):
     with pytest.raises(DataError, match=r"'empty' cannot be repaired; kinds that can: .*CMYK"):
         repair(check(folder), kinds={"empty"})
@@ -255,6 +263,7 @@ def test_exclude_moves_all_bad_files_and_training_can_read_the_others(folder):
     assert "class in one part" in {problem.kind for problem in done.bad}
 
 
+@pytest.mark.slow
 def test_exclude_accepts_other_kinds_and_another_destination(folder, tmp_path):
     done = exclude(check(folder), into=tmp_path / "twins", kinds={"duplicate", "train in val"})
     assert {str(path.relative_to(tmp_path / "twins")) for _, path in done.done} == {

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from photographs import JPEG_LAYOUTS, encode, photograph, pillow_crop
 from PIL import Image
+from slow import slow_except
 
 from megabatch.data.jpeg import library
 from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_size
@@ -27,7 +28,7 @@ def mean_difference(pixels: np.ndarray, reference: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("mode", "subsampling"), JPEG_LAYOUTS)
-@pytest.mark.parametrize("size", [224, 96, (40, 61), 9])
+@pytest.mark.parametrize("size", slow_except([224, 96, (40, 61), 9], 96, 9))
 def test_a_crop_is_the_antialiased_resize_of_the_full_decode(either, mode, subsampling, size):
     data = encode(photograph(375, 500), mode=mode, quality=90, subsampling=subsampling)
     shape = (size, size) if isinstance(size, int) else size

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 from photographs import JPEG_LAYOUTS, encode, photograph
 
 from megabatch import native
@@ -50,10 +51,11 @@ assert 100 < rejected < 1500, rejected
             data = encode(photograph(64, 48), mode=mode, subsampling=subsampling, progressive=progressive)
             (folder / f"{index}-{progressive}.jpg").write_bytes(data)
     command = [sys.executable, "-W", "ignore", "-c", script, str(library_folder), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
     """The C sources under the address and undefined-behaviour sanitizers, on 6,000 damaged files."""
     compiler = shutil.which("gcc") or shutil.which("clang")
@@ -63,7 +65,7 @@ def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
     sources = [str(path) for path in sorted(library.SOURCES.glob("*.c"))]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DJC_NO_CLONES", "-O1", "-w"]
     command = [compiler, *checks, *sources, str(Path(__file__).with_name("fuzz_crop.c")), "-o", str(program), "-lm"]
-    if subprocess.run(command, capture_output=True, check=False, timeout=120).returncode != 0:
+    if subprocess.run(command, capture_output=True, check=False, timeout=HANG_S).returncode != 0:
         pytest.skip("the compiler has no sanitizers")
     rng = random.Random(3)
     files = []
@@ -72,7 +74,7 @@ def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
         path = tmp_path / f"{index}.jpg"
         path.write_bytes(encode(photograph(48, 64), mode=mode, subsampling=subsampling, **options))
         files.append(str(path))
-    done = subprocess.run([str(program), "6000", *files], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([str(program), "6000", *files], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     decoded, rejected = map(int, done.stdout.split())
     assert decoded > 200

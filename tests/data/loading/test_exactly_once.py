@@ -60,6 +60,7 @@ def test_resuming_at_any_step_on_another_number_of_workers_loses_and_repeats_no_
     assert seen == Counter({(epoch, sample): 1 for epoch in range(epochs) for sample in range(num_samples)})
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(sizes=SHARDS, seed=st.integers(0, 2**32), at=st.floats(0, 1))
 def test_the_announced_shards_are_those_of_this_window_and_the_next(sizes, seed, at):

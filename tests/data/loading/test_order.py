@@ -133,6 +133,7 @@ def test_shard_local_order_reads_at_most_one_window_of_shards_at_a_time():
     assert len({*visits[:10].tolist()}) > 1  # the window is shuffled, not read shard after shard
 
 
+@pytest.mark.slow
 def test_as_many_consecutive_samples_as_the_smallest_window_holds_lie_in_two_windows():
     sizes = [5, 2, 7, 3, 4, 9, 2, 6, 8, 1, 5, 5]
     smallest = 1 + 2 + 2 + 3

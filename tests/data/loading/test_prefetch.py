@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG_S
 
 from megabatch.data.loading.prefetch import in_order, serial_threads
 
@@ -59,7 +60,7 @@ def test_closing_cancels_queued_requests_and_waits_for_running_ones():
     def work(number: int) -> int:
         started.append(number)
         if number:
-            release.wait(10)
+            release.wait(HANG_S)
         finished.append(number)
         return number
 

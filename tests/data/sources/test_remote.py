@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANG_S
 
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.protocol import EncodedSource
@@ -197,7 +198,7 @@ def test_shards_are_prefetched_in_the_announced_order(bucket, tmp_path, monkeypa
     real = source._cache._fetch
     monkeypatch.setattr(source._cache, "_fetch", lambda *call: fetched.append(call[0].path[-5]) or real(*call))
     source.will_read([3 * PER_SHARD, 3 * PER_SHARD + 1, 0, 2 * PER_SHARD, 1])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while len(fetched) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     source.close()
@@ -296,7 +297,7 @@ def test_a_copy_is_not_renamed_while_the_cache_is_counted(tmp_path):
     class Slow(io.BytesIO):
         def read(self, size=-1):
             fetching.set()
-            go_on.wait(10.0)
+            go_on.wait(HANG_S)
             return super().read(size)
 
     class FileSystem:
@@ -307,13 +308,13 @@ def test_a_copy_is_not_renamed_while_the_cache_is_counted(tmp_path):
     file = RemoteFile("far/a.tar", 5, "")
     thread = threading.Thread(target=cache.fetch, args=[file], kwargs={"then": lambda _: None})
     thread.start()
-    fetching.wait(10.0)
+    fetching.wait(HANG_S)
     with locked(_lock_of(tmp_path / "cache")):
         go_on.set()
         thread.join(0.3)
         assert held(tmp_path) == 5
         assert not cache.path(file).exists()
-    thread.join(10.0)
+    thread.join(HANG_S)
     assert cache.path(file).read_bytes() == b"12345"
 
 
@@ -346,7 +347,7 @@ for i in np.random.default_rng(seed).permutation(len(source)).tolist():
         for seed in range(4)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=HANG_S)
         assert process.returncode == 0, errors[-2000:]
     assert held(tmp_path / "cache") <= 2 * shard_bytes + 100
 

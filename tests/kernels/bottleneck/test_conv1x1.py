@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from slow import slow_except
 from torch import Tensor
 from torch.nn import functional
 
@@ -72,9 +73,9 @@ def error(result: Tensor, exact: Tensor) -> float:
     return float((result.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", slow_except(ROUNDING, torch.float16))
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalised", slow_except([True, False], True))
 def test_output_moments_and_gradients_are_those_of_float64(normalised: bool, case: Case, dtype: torch.dtype) -> None:
     given = draw(case, dtype)
     exact = given.double()
@@ -94,7 +95,7 @@ def test_output_moments_and_gradients_are_those_of_float64(normalised: bool, cas
     assert torch.equal(in_half, of_weight.half())  # rounded once
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", slow_except(ROUNDING, torch.float16))
 @pytest.mark.parametrize("case", CASES)
 def test_the_data_gradient_and_its_sums_are_those_of_float64(case: Case, dtype: torch.dtype) -> None:
     given = draw(case, dtype)
@@ -107,7 +108,7 @@ def test_the_data_gradient_and_its_sums_are_those_of_float64(case: Case, dtype: 
     assert error(sums, expected[1]) < 2 * ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", slow_except(ROUNDING, torch.float16))
 @pytest.mark.parametrize("two_norms", [False, True])
 @pytest.mark.parametrize("with_addend", [False, True])
 def test_the_data_gradient_behind_a_residual_adds_the_addend_and_applies_the_relu_mask(
@@ -146,7 +147,7 @@ def hat(given: Given, case: Case) -> Tensor:
     return (given.x - mean) * rstd
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", slow_except(ROUNDING, torch.float16))
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_both_gradients_apply_a_deferred_norm_backward(case: Case, relu: bool, dtype: torch.dtype) -> None:
@@ -193,6 +194,7 @@ def test_fused_batch_norm_relu_and_convolution_have_the_gradients_of_autograd(ba
     torch.testing.assert_close(of_input, dx, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_tilings_agree_up_to_the_order_of_sums() -> None:
     case = CASES[0]
     given = draw(case, torch.float32)

@@ -121,7 +121,13 @@ def error(result: Tensor, reference: Tensor) -> float:
 
 
 CASES = [
-    pytest.param(candidate, backend, dtype, id=f"{candidate}, {backend}, {dtype}")
+    pytest.param(
+        candidate,
+        backend,
+        dtype,
+        id=f"{candidate}, {backend}, {dtype}",
+        marks=[] if dtype == torch.float16 else pytest.mark.slow,
+    )
     for candidate in CANDIDATES
     for backend in ("triton", "reference")
     for dtype in ROUNDING
@@ -213,6 +219,7 @@ def test_deferred_norm_backwards_give_the_gradients_of_float64(backend: str) -> 
         assert error(other, reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_both_gradient_kernels_apply_a_deferred_norm_backward() -> None:
     given = draw_chain(torch.float16)
     fixed = {**dict.fromkeys(residual.TASKS, TILING.name()), **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
 from megabatch import native
 from megabatch.errors import SettingsError
@@ -14,6 +15,7 @@ from megabatch.kernels.cpu import library as cpu_native
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_the_library_builds_and_was_built_by_the_installation(tmp_path):
     assert native.open_function(cpu_native.build(tmp_path), "megabatch_norm_backward") is not None
@@ -35,6 +37,7 @@ def test_a_library_that_lacks_a_function_counts_as_missing(tmp_path):
     assert native.open_function(library, "megabatch_norm_forward") is None
 
 
+@pytest.mark.slow
 @needs_gcc
 def test_kernels_stay_within_their_buffers_and_write_every_value(tmp_path):
     """Random shapes, spans, strides and threads under the address and undefined-behaviour sanitizers."""
@@ -42,8 +45,8 @@ def test_kernels_stay_within_their_buffers_and_write_every_value(tmp_path):
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DNO_CLONES", "-O1", "-fopenmp", "-w"]
     program = tmp_path / "fuzz"
     command = ["gcc", *checks, *map(str, sources), "-o", str(program), "-lm"]
-    if subprocess.run(command, capture_output=True, check=False, timeout=160).returncode != 0:
+    if subprocess.run(command, capture_output=True, check=False, timeout=HANG_S).returncode != 0:
         pytest.skip("the compiler has no sanitizers or no OpenMP")
-    done = subprocess.run([str(program), "250"], capture_output=True, text=True, timeout=160, check=False)
+    done = subprocess.run([str(program), "250"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) in {0, 250}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from norm_cases import Case, error, in_float64, inputs, run
+from slow import slow_except
 from torch.nn import functional
 
 from megabatch.errors import UserError
@@ -35,7 +36,7 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", slow_except(ROUNDING, torch.float16))
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_statistics_and_gradients_match_float64(case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype)
@@ -49,7 +50,7 @@ def test_outputs_statistics_and_gradients_match_float64(case: Case, dtype: torch
         assert error(gradient, reference) < (1e-5 if name in "wb" else ROUNDING[dtype]), name
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", slow_except(HALVES, torch.bfloat16))
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_errors_are_no_larger_than_those_of_torch(case: Case, dtype: torch.dtype) -> None:
     given = inputs(case, dtype)
@@ -90,6 +91,7 @@ def test_the_variance_stays_accurate_if_the_mean_is_a_thousand_standard_deviatio
     torch.testing.assert_close(var[0].double(), values.var(1), rtol=1e-4, atol=0)  # E[x^2] - m^2 would be off by 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_parts")
 def test_equal_inputs_give_equal_bits() -> None:
     case = CASES[3]

@@ -186,6 +186,7 @@ def test_a_mean_of_a_thousand_deviations_keeps_its_variance_in_float32(ratio: fl
     torch.testing.assert_close(layer.running_var.double(), exact, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_compiled_layer_gives_the_same_without_a_graph_break(accumulate: bool) -> None:
     eager = spanned(plain(), span=4)

@@ -106,6 +106,7 @@ def test_a_group_with_unequal_and_empty_shares_is_batch_norm_on_the_gathered_bat
     assert all(rank["keeps_format"] for rank in ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_same_holds_between_real_processes() -> None:
     counts = [4, 0, 3]
@@ -212,6 +213,7 @@ def test_a_whole_net_on_three_ranks_has_the_gradients_of_one() -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_compiled_net_breaks_its_graph_at_the_collective_and_gives_the_same() -> None:
     (expected,) = run_threads(1, train_net, [6], False)

@@ -13,7 +13,7 @@ from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.resnet import resnet18
 from megabatch.nn.small import resnet8
 
-needs_kernels = pytest.mark.skipif(not cpu_conv.is_available(), reason="the convolutions are not compiled here")
+needs_kernels = pytest.mark.skipif(not cpu_conv.is_available(), reason="no compiled kernels or no AVX-512 BF16")
 
 
 def images(*shape: int) -> Tensor:

@@ -73,6 +73,7 @@ def errors(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[floa
     return error(together, exact), each[len(each) // 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_and_averages_are_as_close_to_float64_as_the_plain_models(
     dtype: torch.dtype, plain_model: nn.Module, exact: Result
@@ -88,6 +89,7 @@ def test_gradients_and_averages_are_as_close_to_float64_as_the_plain_models(
     assert first < 2.0**-8  # the first norm's input has been rounded once only
 
 
+@pytest.mark.slow
 def test_equal_steps_give_equal_bits(plain_model: nn.Module) -> None:
     results = []
     for _ in range(2):

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import HANG_S
+
+pytestmark = pytest.mark.slow
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton; pip install triton")
 
@@ -30,7 +33,7 @@ def compiled() -> list[dict[str, Any]]:
     script = Path(__file__).parents[2] / "support" / "compile_optimizers_for_hopper.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
