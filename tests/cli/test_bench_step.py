@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command_line import error_line, megabatch
+from command_line import error_line, megabatch, megabatch_process
 
 from megabatch import recipes
 from megabatch.cli.bench_step import Measured, Variant, table, variants_to_measure
