@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import random
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from tiny_run import tiny_data, tiny_recipe
 
 from megabatch import recipes
 from megabatch.app import model as model_wiring
-from megabatch.app import run as run_wiring
 from megabatch.app.run import open_run
 from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
@@ -31,6 +31,7 @@ from megabatch.nn.resnet import Bottleneck, ResNet
 from megabatch.observe.events import read_events
 from megabatch.recipe import validate
 from megabatch.runtime import Runtime
+from megabatch.train import step as train_step
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.loop import train
 
@@ -90,21 +91,22 @@ def run_on(world, folder, recipe, runtime, **options):
                 recipe, runtime, tiny_data(recipe), world=world, folder=folder, stop_requested=lambda: False, **options
             )
         )
-        inner, apply = run.log, run.apply_settings
+        inner, apply = run.log, train_step.apply_settings
 
         def log(event):
             inner(event)
             if event["event"] == "step":
                 found["losses"].append(event["loss"])
 
-        def begin(settings):
+        def begin(groups, settings):
             if gpu is not None:
                 found["waits"].append([what for in_main, what in gpu.waited if in_main])
                 gpu.waited.clear()
             found["graphs"].append(run.captured.num_graphs if run.captured else 0)
-            apply(settings)
+            apply(groups, settings)
 
-        run.log, run.apply_settings = log, begin
+        run.log = log
+        stack.enter_context(mock.patch.object(train_step, "apply_settings", begin))
         evaluation = train(run)
         found["graphs_left"] = run.captured.num_graphs if run.captured else 0
         found["top1"] = evaluation.top1 if evaluation else None
@@ -190,7 +192,7 @@ def test_a_capture_that_fails_costs_the_run_nothing(tmp_path, monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
         finish(module, **options)
 
-    monkeypatch.setattr(run_wiring, "finish_step", refused)
+    monkeypatch.setattr(train_step, "finish_step", refused)
     found = run_on(ON_GPU, tmp_path, tiny_recipe(), Runtime(precision="bf16", micro_batch_size=24))
     assert max(found["graphs"]) == 0
     assert len(found["losses"]) == 10
