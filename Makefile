@@ -39,7 +39,7 @@ bench: $(VENV)/.ready-dev
 
 # mkdocstrings reads the sources without importing them, so the site needs no torch and an environment of its own.
 docs: $(VENV)-docs/.ready
-	$(VENV)-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 $(VENV)-docs/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
