@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from limits import HANG_S
 from ranks import run_processes
 
 from megabatch.comm.exchange.grid import make_grid
@@ -20,7 +21,7 @@ def store_of(folder):
 
 
 def exchange_until_a_peer_is_lost(folder, how, algorithm):
-    """Stops rank 3 of 2 x 2; returns the error of each other rank."""
+    """Stops rank 3 of 2 x 2; returns the error of each other rank, and after how many seconds."""
     rank, hosts = dist.get_rank(), ["a", "a", "b", "b"]
     with PeerMonitor(store_of(folder), rank=rank, world_size=4, hosts=hosts, timeout_s=10.0) as monitor:
         state = ExchangeState(make_grid(hosts=hosts))
@@ -30,11 +31,12 @@ def exchange_until_a_peer_is_lost(folder, how, algorithm):
         if rank == 3:
             time.sleep(0.3)
             os.kill(os.getpid(), how)
+        start = time.monotonic()
         try:
             with monitor.guard():
                 state.exchange(torch.ones(100), algorithm).wait()
         except PeerError as error:
-            return str(error)
+            return str(error), time.monotonic() - start
     return None
 
 
@@ -50,8 +52,9 @@ def exchange_until_a_peer_is_lost(folder, how, algorithm):
 )
 def test_a_killed_or_frozen_peer_is_named_on_every_other_rank_before_the_collectives_timeout(tmp_path, how, algorithm):
     results = run_processes(4, exchange_until_a_peer_is_lost, tmp_path, how, algorithm, may_die=[3])
-    for message in results[:3]:
+    for message, seconds in results[:3]:
         assert "rank 3 on host b" in message
+        assert seconds < HANG_S  # the timeout of the collectives
 
 
 def fail_on_rank_one():

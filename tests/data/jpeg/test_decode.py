@@ -45,7 +45,7 @@ def test_a_photographs_crop_differs_from_pillows_by_less_than_one_level_on_avera
         assert mean_difference(pixels, pillow_crop(data, box, (224, 224), 3)) < 1.0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_box_of_any_jpeg_gives_pillows_pixels_when_compiled(compiled, data):
     height, width = data.draw(st.integers(16, 200)), data.draw(st.integers(16, 200))
