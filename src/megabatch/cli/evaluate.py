@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from megabatch.cli.options import find_device, runtime_options
+from megabatch.errors import DataError
+from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 
 
@@ -35,7 +37,6 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import join
-    from megabatch.errors import DataError
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import eval_block_size
@@ -46,11 +47,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
         data = stack.enter_context(contextlib.closing(open_data(recipe, runtime)))
-        found = fit_to_data(recipe, data).num_classes
-        if found != recipe.num_classes:
-            raise DataError(
-                f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was trained on"
-            )
+        _require_classes(recipe, fit_to_data(recipe, data).num_classes)
         loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
         stack.callback(loader.close)
         result = evaluate_model(
@@ -65,3 +62,10 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
                 f"top1 {result.top1:.4f} ({result.correct1:,} of {result.num_samples:,})"
             )
+
+
+def _require_classes(recipe: Recipe, found: int) -> None:
+    if found != recipe.num_classes:
+        raise DataError(
+            f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was trained on"
+        )

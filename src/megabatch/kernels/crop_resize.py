@@ -125,11 +125,10 @@ def _bounds(start: float, length: float, num_in: int) -> tuple[int, int]:
     return math.floor(start), min(num_in, math.ceil(start + length - _ROUNDING))
 
 
-def _launch(
-    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...], out: Tensor
-) -> None:
-    device = images[0].device
-    # Two small tables, one row per image, tell the kernel where each image is and what to read of it.
+def _tables(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Two tables with one row per image: its address and strides, and the sides of its box."""
     places = [
         [image.data_ptr(), *(image.stride(axis) for axis in axes), int(mirrored)]
         for image, mirrored in zip(images, flip.tolist(), strict=True)
@@ -141,6 +140,14 @@ def _launch(
         ]
         for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
     ]
+    return places, sides
+
+
+def _launch(
+    images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...], out: Tensor
+) -> None:
+    device = images[0].device
+    places, sides = _tables(images, boxes, flip, target, axes)
     tiles = -(-target.rows // BLOCK_ROWS) * -(-target.columns // BLOCK_COLUMNS)
     with on_device(out):
         load("kernels._crop_triton").crop_resize_kernel[(tiles, len(images))](

@@ -23,8 +23,7 @@ def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: 
     batch of 16k with PaddlePaddle's LARS, and TensorFlow and MLPerf exclude them.) Frozen parameters are left out. A
     tied parameter is listed once, in `norm_and_bias` if any of its uses is a norm or a bias.
 
-        weights, norm_and_bias = param_groups(model, weight_decay=1e-4)
-        optimizer = LARS([weights, norm_and_bias], lr=0.0)
+        optimizer = LARS(param_groups(model, weight_decay=1e-4), lr=0.0)
 
     Args:
         weight_decay: coefficient of the group `weights`.

@@ -29,8 +29,7 @@ def random_resized_crop_boxes(
     The area is a uniform share of the image's, in [min_area, max_area]; the aspect ratio (width / height) is
     log-uniform in [min_aspect, max_aspect]. The first of at most ten draws that fits inside the image is used, at a
     uniform position (Ying et al. 2018, arXiv:1811.06992, have the same limit on the host). If no draw fits, the box
-    is the largest central one whose aspect ratio is within bounds. Semantics are torchvision's, but the random numbers
-    are a function of (seed, epoch, sample).
+    is the largest central one within the aspect bounds, as torchvision's. Draws depend on (seed, epoch, sample) only.
 
     Args:
         heights, widths: size of each image in pixels, [n].

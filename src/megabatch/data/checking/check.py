@@ -74,8 +74,7 @@ def check(
     """Reads and decodes every image of a folder, of tar shards or of parquet files; reports all bad and odd ones.
 
     A folder holds one folder per class, or train and val with one folder per class in each. No file is changed;
-    `repair` and `exclude` do that. Decoding uses `workers` threads, by default one per core. Memory: less than 1 kB
-    per image.
+    `repair` and `exclude` do that. Decoding uses `workers` threads (default: one per core) and under 1 kB per image.
 
     Raises:
         DataError: `path` does not exist.

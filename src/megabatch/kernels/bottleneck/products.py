@@ -125,8 +125,7 @@ def weight_gradient(
         )
 
     tilings = tuple(t if deferred is None else t.with_deferred() for t in conv1x1.WEIGHT_GRADIENT_TILINGS)
-    # The fastest candidate depends on whether h is in memory and on whether the kernel reads y as well.
-    flags = (int(h is not None), int(deferred is not None))
+    flags = (int(h is not None), int(deferred is not None))  # the fastest candidate depends on both
     return layout.restore(run_fastest(task, x, weight_cast, plain, fused, tilings, triton=triton, extra_sizes=flags))
 
 

@@ -54,8 +54,7 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
     for the mean and the unbiased variance, C values each. Layers that update their averages in forward are skipped (see
     `collect_statistics`, which also has an example). The statistic is chosen by `eval_stats`:
 
-    - "running": the first span of the step, as one worker sees it (Yamazaki et al. 2019, arXiv:1903.12650, whose
-      workers did not synchronise them). This is the first span of rank 0.
+    - "running": the first span of rank 0 (Yamazaki et al. 2019, arXiv:1903.12650, did not synchronise the averages).
     - "running_all_reduced": the mean over all spans of the step. By linearity this equals the average over workers
       of each worker's own running average.
     - "last_batch": the same mean with stats_momentum 1, so that evaluation uses only the last step (Akiba et al. 2017,
@@ -71,9 +70,8 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
     layers = [layer for layer in span_layers(model) if layer.accumulate_statistics]
     if not layers:
         return
-    distributed = dist.is_available() and dist.is_initialized()
     totals = torch.cat([layer.first_span if eval_stats == "running" else layer.span_sum for layer in layers])
-    if distributed:
+    if dist.is_available() and dist.is_initialized():
         if eval_stats == "running" and dist.get_rank(group) != 0:
             totals.zero_()
         dist.all_reduce(totals, group=group)
