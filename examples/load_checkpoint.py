@@ -1,29 +1,18 @@
 """A trained model in Python: `python load_checkpoint.py RUN_FOLDER [FOLDER_OF_IMAGES]`."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
-from megabatch import EvalLoader, create_model, open_folder
-from megabatch.train.checkpoint import open_checkpoint
+from megabatch import EvalLoader, load_model, open_folder
 
-info, state = open_checkpoint(Path(sys.argv[1]))  # the best checkpoint of the run; verifies its checksum
-recipe = info.recipe
-model = create_model(
-    recipe["model"],
-    num_classes=recipe["num_classes"],
-    in_channels=recipe["image_channels"],
-    blur_pool=recipe["blur_pool"],
-    width=recipe["width"],
-    image_size=int(max(pixels for _, pixels in recipe["resolution"])),
-)
-weights = state["module"] | (state["average"] or {}).get("tensors", {})  # averaged weights where the recipe has them
-model.load_state_dict({name: weights[name] for name in state["module"]})
-model.eval()
-print(f"{recipe['model']} of step {info.step:,}, top-1 {info.top1:.4f}")
+model = load_model(sys.argv[1])  # the best checkpoint of the run, with averaged weights where the recipe has them
+print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
 if len(sys.argv) > 2:  # classify photographs as `megabatch evaluate` does
+    recipe = json.loads((Path(sys.argv[1]) / "recipe.json").read_text())
     _, images = open_folder(sys.argv[2])
     pixels = {key: recipe[key] for key in ("pixel_mean", "pixel_std")}
     loader = EvalLoader(images, resolution=recipe["eval_resolution"], crop_ratio=recipe["eval_crop_ratio"], **pixels)

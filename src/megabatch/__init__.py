@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megabatch.app.load import load_model as load_model
     from megabatch.comm.exchange.grid import make_grid as make_grid
     from megabatch.comm.exchange.hooks import torus_hook as torus_hook
     from megabatch.comm.exchange.state import ExchangeState as ExchangeState
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "app.load": ["load_model"],
     "comm.exchange.grid": ["make_grid"],
     "comm.exchange.hooks": ["torus_hook"],
     "comm.exchange.state": ["ExchangeState"],

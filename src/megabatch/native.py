@@ -8,9 +8,10 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def build_library(name: str, sources: Iterable[Path], folder: Path, *, flags: It
         _run([compiler, "-shared", *map(str, objects), "-o", str(built), "-lm"])
         built.replace(target)  # atomic: no other process can load a partial file
     return target
+
+
+def report_build(build: Callable[[], Path]) -> None:
+    """Builds a library and prints its path; exits with one line on stderr if that fails."""
+    try:
+        sys.stdout.write(f"built {build()}\n")
+    except SettingsError as error:
+        sys.exit(f"megabatch: {error}")
 
 
 def _objects(compiler: str, sources: Iterable[Path], folder: Path, flags: Iterable[str]) -> list[Path]:

@@ -11,9 +11,12 @@ from ranks import run_processes
 from slow import slow_except
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 
+from megabatch.app.load import load_for_evaluation, load_model
+from megabatch.comm.launch import World
 from megabatch.errors import CheckpointError, DivergedError, SettingsError
 from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
+from megabatch.train.checkpoint import open_checkpoint
 
 FP32 = Runtime(precision="fp32", micro_batch_size=8)
 
@@ -148,8 +151,6 @@ def evaluate_saved(folder, recipe):
 
     from megabatch.app.data import build_eval_loader
     from megabatch.app.resolve import choose_precision
-    from megabatch.app.run import load_for_evaluation
-    from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import eval_block_size, evaluate
 
     world = here()
@@ -263,3 +264,21 @@ def test_an_overflowing_loss_scale_skips_the_step_and_shrinks(tmp_path, monkeypa
     assert steps[0]["skipped_steps"] == 1
     assert steps[0]["loss_scale"] == 2.0**39
     assert all(torch.isfinite(tensor).all() for tensor in result["weights"].values())
+
+
+@pytest.mark.parametrize("half_life", [0.0, 0.5])
+def test_a_loaded_model_has_the_weights_that_were_evaluated(tmp_path, half_life):
+    recipe = tiny_recipe(ema_half_life_epochs=half_life, total_epochs=1.0)
+    run_tiny(tmp_path, recipe, runtime=FP32)
+    expected = load_for_evaluation(recipe, FP32, open_checkpoint(tmp_path)[1], world=World())
+    model = load_model(tmp_path)
+    assert not model.training
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 1, 12, 12)).shape == (2, 4)
+
+
+def test_loading_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_model(tmp_path)

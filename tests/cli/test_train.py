@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,24 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(photos, tmp_path):
     assert done.returncode == 2
     assert "--resume" in done.stderr
     assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "step"}\n'
+
+
+def test_a_launched_worker_refuses_a_folder_that_holds_a_run_and_resumes_or_starts_one(photos, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = ["train", "photos", "--data", photos, "--output", tmp_path / "run", *QUICK]
+    first = megabatch_process(*arguments, "--resume", "--steps", 1, env=os.environ | launched)
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    assert "already holds a run; --resume continues it" in error_line(
+        megabatch_process(*arguments, env=os.environ | launched)
+    )
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+    again = megabatch_process(*arguments, "--resume", env=os.environ | launched)
+    assert again.returncode == 0, again.stderr
+    steps = [event["step"] for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+    assert steps == [1, 2, 3]
 
 
 def wait_for_step(folder: Path, step: int) -> None:

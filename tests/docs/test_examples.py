@@ -1,5 +1,6 @@
 """Every file of examples/ runs, and the lines that the documentation shows are lines of these files."""
 
+import json
 import os
 import re
 import runpy
@@ -37,6 +38,8 @@ def write_run():
     pixels = int(recipe.resolution[0][1])
     model = create_model(recipe.model, num_classes=recipe.num_classes, width=recipe.width, image_size=pixels)
     state = {"module": model.state_dict(), "optimizer": SGD(model.parameters()).state_dict(), "average": None}
+    Path("run").mkdir()
+    Path("run/recipe.json").write_text(json.dumps(fields_as_json(recipe)))
     write_checkpoint(Path("run/checkpoints"), state, recipe=fields_as_json(recipe), step=5, epoch=1.0, top1=0.5)
 
 

@@ -4,14 +4,10 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
 from megabatch.app.micro_batch import fit_micro_batch
-from megabatch.app.model import build_model
 from megabatch.app.resolve import (
     check,
     choose_capture,
@@ -23,7 +19,6 @@ from megabatch.app.resolve import (
 from megabatch.app.run_log import RunLog, announce_measuring, describe_run, open_run_log
 from megabatch.app.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
-from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -109,17 +104,3 @@ def _fall_back_uncaptured(log: RunLog, runtime: Runtime) -> Callable[[Exception]
 
 def _warn_of(log: RunLog) -> Callable[[str, str], None]:
     return lambda name, reason: log.log({"event": "warning", "text": f"{name} was replaced: {reason}"})
-
-
-def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any], *, world: World) -> nn.Module:
-    """The checkpoint's model, with its averaged weights where the recipe averages them."""
-    single = World(device=world.device)
-    module = build_model(recipe, runtime, world=single, micro_batch_size=recipe.bn_span)
-    module.load_state_dict(state["module"])
-    if state["average"]:
-        average = WeightAverage(module, recipe.ema_half_life_epochs)
-        average.load_state_dict(state["average"])
-        with average.swapped():
-            averaged = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        module.load_state_dict(averaged)
-    return module

@@ -34,8 +34,8 @@ def evaluate(
 
 def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
     from megabatch.app.data import build_eval_loader, fit_to_data, open_data
+    from megabatch.app.load import load_for_evaluation
     from megabatch.app.resolve import choose_memory, choose_precision
-    from megabatch.app.run import load_for_evaluation
     from megabatch.comm.launch import join
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint

@@ -20,6 +20,7 @@ from megabatch.runtime import Runtime
 from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
 
 if TYPE_CHECKING:
+    from megabatch.comm.launch import World
     from megabatch.data.loading.train_loader import TrainLoader
 
 
@@ -41,7 +42,7 @@ def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bo
     from megabatch.comm import launch
 
     if launch.started_by_launcher():
-        _work(recipe, runtime, runtime.output, max_steps=max_steps, quiet=quiet)
+        _work(recipe, runtime, None, max_steps=max_steps, quiet=quiet)
         return
     folder = _run_folder(recipe, runtime)
     num_workers = _check_before_start(recipe, runtime, folder)
@@ -86,14 +87,14 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: i
 
     from megabatch.app.data import check_room, fit_to_data, open_data
     from megabatch.app.run import open_run
-    from megabatch.comm.launch import broadcast_from_rank0, join, sum_over_workers
+    from megabatch.comm.launch import join, sum_over_workers
     from megabatch.train.loop import train as run_loop
 
     with (
         join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads) as world,
         contextlib.closing(open_data(recipe, runtime)) as data,
     ):
-        folder = broadcast_from_rank0(output or _run_folder(recipe, runtime), world)
+        folder = _shared_folder(recipe, runtime, output, world)
         fitted = fit_to_data(recipe, data)
         check_room(fitted, runtime, data, world=world)
         started = time.perf_counter()
@@ -128,6 +129,26 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: i
             raise typer.Exit(1)
 
 
+def _shared_folder(recipe: Recipe, runtime: Runtime, output: Path | None, world: "World") -> Path:
+    """The run folder, decided on rank 0 before it is written to; an error is raised on every rank.
+
+    `output` is a folder that this process has checked already. Under a launcher `--resume` accepts a folder without a
+    run, so that one command both starts a job and continues it after a requeue.
+    """
+    from megabatch.comm.launch import broadcast_from_rank0
+
+    decided: Path | SettingsError | None = None
+    if world.is_first:
+        try:
+            decided = output or _run_folder(recipe, runtime, may_start=True)
+        except SettingsError as error:
+            decided = error
+    decided = broadcast_from_rank0(decided, world)
+    if not isinstance(decided, Path):
+        raise SettingsError(str(decided))
+    return decided
+
+
 def _finish(
     folder: Path, top1: float | None, images_per_s: float, seconds: float, step: int, *, complete: bool, quiet: bool
 ) -> None:
@@ -146,7 +167,7 @@ def _finish(
     _say(f"top1 {top1:.4f}  {images_per_s:,.0f} images/s  report {report}")
 
 
-def _run_folder(recipe: Recipe, runtime: Runtime) -> Path:
+def _run_folder(recipe: Recipe, runtime: Runtime, *, may_start: bool = False) -> Path:
     output = runtime.output
     if output is None:
         if runtime.resume:
@@ -157,7 +178,7 @@ def _run_folder(recipe: Recipe, runtime: Runtime) -> Path:
     holds_run = (output / "events.jsonl").exists()
     if holds_run and not runtime.resume:
         raise SettingsError(f"{output} already holds a run; --resume continues it, another --output starts a new one")
-    if runtime.resume and not holds_run:
+    if runtime.resume and not holds_run and not may_start:
         raise SettingsError(f"{output} holds no run to resume; without --resume a new run starts there")
     return output
 

@@ -8,7 +8,6 @@ speed (docs/decisions/0003-jpeg-decoding.md).
 
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megabatch import native
-from megabatch.errors import SettingsError
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
@@ -76,13 +74,5 @@ def _function() -> Callable[..., int] | None:
     return typed
 
 
-def main() -> None:
-    """Builds the library beside this file and prints its path; exits with one line on stderr if that fails."""
-    try:
-        sys.stdout.write(f"built {build()}\n")
-    except SettingsError as error:
-        sys.exit(f"megabatch: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    native.report_build(build)

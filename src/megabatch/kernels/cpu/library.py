@@ -5,7 +5,6 @@ it later. It is compiled for OpenMP but not linked against it, so that it uses t
 torch has already loaded. Without the library, torch's operations are used instead.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +28,4 @@ def build(folder: Path = FOLDER) -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"built {build()}\n")
+    native.report_build(build)

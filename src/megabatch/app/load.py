@@ -1,0 +1,45 @@
+"""Trained models from checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megabatch.app.model import build_model
+from megabatch.comm.launch import World
+from megabatch.optim.ema import WeightAverage
+from megabatch.recipe import Recipe, from_json
+from megabatch.runtime import Runtime
+from megabatch.train.checkpoint import open_checkpoint
+
+
+def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Module:
+    """Loads the trained model of a run folder (its best checkpoint) or of one checkpoint file, in evaluation mode.
+
+    It has the averaged weights where the recipe averages them. Its input are images (N, C, H, W), float32, normalised
+    with the recipe's `pixel_mean` and `pixel_std`; its output are logits (N, classes).
+
+        model = load_model("runs/mine")
+        classes = model(images).argmax(1)
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or its checksum differs.
+    """
+    info, state = open_checkpoint(Path(path))
+    world = World(device=torch.device(device))
+    return load_for_evaluation(from_json(info.recipe), Runtime(), state, world=world).eval()
+
+
+def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any], *, world: World) -> nn.Module:
+    """The checkpoint's model, with its averaged weights where the recipe averages them."""
+    single = World(device=world.device)
+    module = build_model(recipe, runtime, world=single, micro_batch_size=recipe.bn_span)
+    module.load_state_dict(state["module"])
+    if state["average"]:
+        average = WeightAverage(module, recipe.ema_half_life_epochs)
+        average.load_state_dict(state["average"])
+        with average.swapped():
+            averaged = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        module.load_state_dict(averaged)
+    return module
