@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One process for each core, with one thread each (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
+# One process for each core, with one thread each (tests/conftest.py). Files stay whole: fixtures of a module run once.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 

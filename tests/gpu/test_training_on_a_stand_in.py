@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from limits import HANG_S
 from photographs import encode, photograph
 from slow import slow_except
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
@@ -297,5 +298,5 @@ def test_a_file_that_is_refused_while_a_graph_is_captured_does_not_break_the_cap
 
         captured = CapturedStep(step, warmup=0)
         assert captured(torch.ones(2, device=CUDA)).tolist() == [2.0, 2.0]
-        thread.join(30.0)
+        thread.join(HANG_S)
     assert (during, found) == ([], [[None]])

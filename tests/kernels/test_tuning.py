@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import HANG_S
 
 from megabatch.kernels import tuning
 from megabatch.kernels.tuning import Table
@@ -128,7 +129,7 @@ def test_concurrent_writes_lose_no_choice(tmp_path: Path) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(HANG_S)
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert len(json.loads((tmp_path / FILE).read_text())) == 60
 

@@ -165,7 +165,7 @@ def close_and_count():
     state.close()
     for thread in mine:
         if thread is not threading.current_thread():
-            thread.join(5.0)
+            thread.join(HANG_S)
     return len(mine), sum(thread.is_alive() for thread in mine)
 
 
