@@ -7,6 +7,12 @@ DEVICE_WAITS = threading.Lock()
 """Held while a thread waits for the whole GPU, and while a CUDA graph is captured, which such a wait would break."""
 
 
+def requested_threads() -> int | None:
+    """Threads per process that the user set in OMP_NUM_THREADS (its first level), or None."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
 def usable_cores() -> int:
     """Processor cores that this process may run on, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):

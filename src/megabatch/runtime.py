@@ -50,7 +50,9 @@ class Runtime:
     )
     weight_copies: bool = _option(True, "In bf16 and fp16 the optimizer writes 16-bit weights, so no step casts them.")
     keep_memory: bool = _option(True, "On a CPU, keep freed memory for the next step.")
-    threads: int | None = _option(None, "CPU threads per worker; default: cores shared among workers.", least=1)
+    threads: int | None = _option(
+        None, "CPU threads per worker; default OMP_NUM_THREADS, else the cores divided among workers.", least=1
+    )
 
     all_reduce: AllReduce = _option("auto", "All-reduce algorithm of the gradient exchange.")
     wire: Wire = _option("fp32", "Data type of gradients in the exchange.")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 import typer.main
+from command_line import error_line, megabatch
 from typer.testing import CliRunner
 
 from megabatch.cli.main import app
@@ -75,3 +76,10 @@ def test_a_command_may_offer_some_fields_only():
 def test_an_impossible_value_is_refused_with_one_that_works(arguments, message):
     with pytest.raises(SettingsError, match=message):
         runtime_of(*arguments)
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = megabatch("train", "photos", "--data=~/no-such-folder")
+    assert f"{tmp_path}/no-such-folder" in error_line(done)
+    assert "KEY=VALUE" in error_line(megabatch("train", "photos", "--set=~x"))

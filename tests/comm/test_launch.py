@@ -13,6 +13,7 @@ from limits import HANG_S
 from ranks import run_processes
 
 from megabatch.comm.launch import _wait_for_threads, join
+from megabatch.cores import usable_cores
 
 TASKS = Path("/proc/self/task")
 
@@ -66,3 +67,13 @@ def test_join_restores_the_threads_and_the_denormal_mode():
         assert smallest / 2 == 0
     assert torch.get_num_threads() == before
     assert smallest / 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads", "expected"),
+    [("3", None, 3), ("3", 2, 2), ("3,2", None, 3), ("many", None, usable_cores()), ("", None, usable_cores())],
+)
+def test_threads_are_as_given_else_as_in_the_environment_else_one_per_core(monkeypatch, environment, threads, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    with join(device="cpu", threads=threads):
+        assert torch.get_num_threads() == expected

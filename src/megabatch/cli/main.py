@@ -52,7 +52,8 @@ def _options(
 
 def main() -> None:
     """Runs the command line; ends the process with its exit code."""
-    _let_threads_sleep()
+    _limit_spinning()
+    sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
     try:
         app()
     except UserError as error:
@@ -65,13 +66,20 @@ def main() -> None:
         sys.exit(1)
 
 
-def _let_threads_sleep() -> None:
-    """Makes OpenMP's threads wait for one another asleep after some microseconds, where the user has not said how.
+def _expand_home(argument: str) -> str:
+    """Expands `~` in `--option=~/path`, which a shell leaves as it is."""
+    option, equals, value = argument.partition("=")
+    is_path = option.startswith("--") and value.startswith("~")
+    return f"{option}{equals}{os.path.expanduser(value)}" if is_path else argument
 
-    By default they spin for milliseconds. On a core that somebody else needs, a loader's threads or another process,
-    that keeps the awaited thread away: a net of small layers took up to 20 times as long. On an idle machine 3,000
-    rounds of waiting cost nothing, and 1,000 cost such a net 7 %. Read once, when torch is loaded, which no verb has
-    done yet.
+
+def _limit_spinning() -> None:
+    """Makes waiting OpenMP threads sleep after some microseconds, unless the user configured them.
+
+    By default they spin for milliseconds. On a core that a loader thread or another process needs, a spinning thread
+    delays the thread it waits for: a net of small layers took up to 20 times as long. On an idle machine 3,000 rounds
+    of spinning cost nothing, and 1,000 cost such a net 7 %. OpenMP reads the setting when torch is loaded, which no
+    verb has done yet.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

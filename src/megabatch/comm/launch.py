@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megabatch.cores import usable_cores
+from megabatch.cores import requested_threads, usable_cores
 from megabatch.errors import SettingsError
 
 T = TypeVar("T")
@@ -196,13 +196,14 @@ def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device
 
 @contextlib.contextmanager
 def _threads(threads: int | None, world: World) -> Iterator[None]:
-    """Divides the cores among the local workers and flushes denormal numbers to zero, within the block.
+    """Sets the number of threads and flushes denormal numbers to zero, within the block.
 
+    Without `threads` and OMP_NUM_THREADS the cores are divided among the local workers.
     With more threads than cores the workers wait for each other. Gradients that decay to denormal numbers cost a
     quarter of the speed on x86.
     """
     num_threads, flushed = torch.get_num_threads(), _flushes_denormals()
-    torch.set_num_threads(threads or max(1, usable_cores() // world.local_world_size))
+    torch.set_num_threads(threads or requested_threads() or max(1, usable_cores() // world.local_world_size))
     torch.set_flush_denormal(True)
     try:
         yield
