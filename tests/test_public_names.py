@@ -1,6 +1,7 @@
 """`import megabatch` offers its public names, each documented, without importing torch."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -39,3 +40,13 @@ def test_an_unknown_name_is_an_attribute_error_that_lists_the_names():
 def test_importing_does_not_import_torch(statement):
     code = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=HANG_S, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["nn", "optim", "data", "comm"])
+def test_a_package_offers_its_public_names_too(package):
+    module = importlib.import_module(f"megabatch.{package}")
+    homes = {name for name, home in megabatch._HOMES.items() if home.startswith(f"{package}.")}
+    assert homes
+    assert all(getattr(module, name) is getattr(megabatch, name) for name in homes)
+    with pytest.raises(AttributeError, match=f"'megabatch.{package}' has no attribute 'Recipe'"):
+        module.Recipe  # noqa: B018

@@ -5,6 +5,7 @@ The names below are the public Python API; `docs/reference.md` shows each. They 
 """
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from megabatch.nn.models import create_model as create_model
     from megabatch.optim.batch_size import NoiseScaleBatchPolicy as NoiseScaleBatchPolicy
     from megabatch.optim.ema import WeightAverage as WeightAverage
+    from megabatch.optim.groups import param_groups as param_groups
     from megabatch.optim.lamb import LAMB as LAMB
     from megabatch.optim.lars import LARS as LARS
     from megabatch.optim.noise_scale import GradientNoiseScale as GradientNoiseScale
-    from megabatch.optim.param_groups import param_groups as param_groups
     from megabatch.optim.rmsprop_warmup import RMSpropWarmup as RMSpropWarmup
     from megabatch.optim.schedule import learning_rate as learning_rate
     from megabatch.optim.sgd import SGD as SGD
@@ -64,7 +65,7 @@ _NAMES = {
     "optim.lamb": ["LAMB"],
     "optim.lars": ["LARS"],
     "optim.noise_scale": ["GradientNoiseScale"],
-    "optim.param_groups": ["param_groups"],
+    "optim.groups": ["param_groups"],
     "optim.rmsprop_warmup": ["RMSpropWarmup"],
     "optim.schedule": ["learning_rate"],
     "optim.sgd": ["SGD"],
@@ -81,6 +82,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"megabatch.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _names_of(package: str) -> Callable[[str], Any]:
+    """A package's `__getattr__` that finds those public names whose home is in it."""
+
+    def find(name: str) -> Any:
+        if f"megabatch.{_HOMES.get(name)}".startswith(f"{package}."):
+            return __getattr__(name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def __dir__() -> list[str]:

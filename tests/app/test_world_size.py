@@ -16,8 +16,8 @@ from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics, fi
 from megabatch.nn.batch_norm.groups import span_groups
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.loss import cross_entropy_sum
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 
 NUM_SAMPLES, STEPS = 37, 10
 

@@ -13,8 +13,8 @@ from megabatch.app.run import open_run
 from megabatch.comm.launch import World
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.nn.small import resnet8
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 from megabatch.optim.sgd import SGD
 from megabatch.runtime import Runtime
 from megabatch.train.cuda_graph import CapturedStep, Readback

@@ -10,9 +10,9 @@ from torch import nn
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import has_triton
 from megabatch.optim.ema import WeightAverage
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 

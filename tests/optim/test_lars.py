@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabatch.errors import UserError
 from megabatch.optim.engine import multi_tensor
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 from megabatch.optim.sgd import SGD
 
 BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])

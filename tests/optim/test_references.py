@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 
 RATES = [2.0, 4.0, 3.0, 1.0]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megabatch.errors import UserError
-from megabatch.optim.param_groups import param_groups
+from megabatch.optim.groups import param_groups
 from megabatch.optim.sgd import SGD
 
 

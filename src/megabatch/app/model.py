@@ -15,9 +15,9 @@ from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import initialize
 from megabatch.nn.models import create_model
 from megabatch.nn.resnet import Norm
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 from megabatch.recipe import Recipe

@@ -277,3 +277,84 @@ def test_layers_are_found_through_ddp_and_collecting_can_be_switched_off() -> No
         return waits, bool(model.module[1].running_mean.any())
 
     assert run_threads(2, updates) == [(True, True)] * 2
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """Made as timm's BatchNormAct2d is."""
+
+    def __init__(self, num_features: int, act: nn.Module, scale: float = 1.0) -> None:
+        super().__init__(num_features)
+        self.drop, self.act, self.scale = nn.Identity(), act, scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * self.act(self.drop(super().forward(input)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(), nn.PReLU(4), nn.Identity()])
+@pytest.mark.parametrize("training", [False, True])
+def test_convert_keeps_the_activation_of_a_subclass(act: nn.Module, training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4, act), nn.Conv2d(4, 2, 1)).train(training)
+    images = torch.randn(8, 3, 6, 6)
+    converted = convert(copy.deepcopy(model), span=8)
+    assert isinstance(converted[1], SpanBatchNorm2d)
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    outputs = []
+    for net in (model, converted, convert(copy.deepcopy(converted), span=100)):
+        output = net(images)
+        output.square().sum().backward()
+        outputs.append((output.detach(), net[0].weight.grad, net[1].running_var))
+        net.zero_grad()
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_convert_refuses_a_subclass_whose_forward_it_would_lose_by_name() -> None:
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    for layer in (Shifted(4), BatchNormAct(4, nn.ReLU(), scale=2.0)):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(layer))
+        with pytest.raises(
+            UserError, match=rf"^1\.0 is a {type(layer).__name__}, whose forward is more than batch norm"
+        ):
+            convert(model, span=8)
+        assert model[1][0] is layer
+
+
+def test_convert_takes_a_subclass_that_inherits_forward_and_refuses_a_lazy_layer_without_features() -> None:
+    class Named(nn.BatchNorm2d):
+        pass
+
+    assert isinstance(convert(Named(4), span=8), SpanBatchNorm2d)
+    lazy = nn.LazyBatchNorm2d()
+    with pytest.raises(UserError, match="one forward before convert"):
+        convert(lazy, span=8)
+    lazy(torch.randn(2, 3, 4, 4))
+    assert isinstance(convert(lazy, span=8), SpanBatchNorm2d)
+
+
+def test_convert_keeps_hooks_and_their_handles() -> None:
+    layer, seen = nn.BatchNorm2d(4), []
+    handle = layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    converted = convert(layer, span=8)
+    converted(torch.randn(8, 4, 2, 2))
+    handle.remove()
+    converted(torch.randn(8, 4, 2, 2))
+    assert seen == ["before", "after", "before"]
+
+
+@pytest.mark.parametrize("span", [8, 4])
+def test_update_bn_of_torch_averages_batches_with_equal_weights(span: int) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(8, 4, 5, 5), 2 * torch.randn(8, 4, 5, 5) + 1, torch.randn(8, 4, 5, 5) - 2]
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    twin = convert(copy.deepcopy(model), span=span)
+    for net in (model, twin):
+        torch.optim.swa_utils.update_bn(batches, net)
+    torch.testing.assert_close(twin[0].running_mean, model[0].running_mean, rtol=1e-5, atol=1e-5)
+    assert twin[0].momentum == 0.1
+    if span == 8:
+        torch.testing.assert_close(twin[0].running_var, model[0].running_var, rtol=1e-4, atol=1e-5)

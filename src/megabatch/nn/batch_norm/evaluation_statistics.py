@@ -76,7 +76,7 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
             totals.zero_()
         dist.all_reduce(totals, group=group)
     for layer, total in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
-        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.momentum)
+        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.next_momentum())
     discard_step(model)
 
 

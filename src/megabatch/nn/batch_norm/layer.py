@@ -52,7 +52,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             local samples than the span that a group shares.
     """
 
-    momentum: float
+    momentum: float | None  # None: a cumulative average, as torch.optim.swa_utils.update_bn sets it
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -87,8 +87,9 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         if not (self.training or recompute):
             return self._plain_batch_norm(input)
         if self.group_size == 1 and not (self.accumulate_statistics or recompute) and self._is_one_span(input):
+            momentum = self.next_momentum()
             self.num_batches_tracked.add_(1)
-            return self._plain_batch_norm(input)
+            return self._plain_batch_norm(input, momentum)
         normalised = self._normalise(input)
         if recompute:
             self._add_pooled(normalised)
@@ -104,7 +105,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         """
         total = spans[0] if len(spans) == 1 else spans.sum(0)
         if not self.accumulate_statistics:
-            self.move_averages(total, self.momentum)
+            self.move_averages(total, self.next_momentum())
         elif self._counts_for_group():
             torch.where(self.first_span[-1:] == 0, spans[0], self.first_span, out=self.first_span)
             self.span_sum.add_(total)
@@ -123,10 +124,14 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     def _is_one_span(self, input: Tensor) -> bool:
         return len(input) <= self.span and input.numel() > self.num_features
 
-    def _plain_batch_norm(self, input: Tensor) -> Tensor:
+    def next_momentum(self) -> float:
+        """Weight of the next statistic: `momentum`, or 1 / (number of statistics so far + 1) if that is None."""
+        return self.momentum if self.momentum is not None else 1.0 / (int(self.num_batches_tracked) + 1)
+
+    def _plain_batch_norm(self, input: Tensor, momentum: float = 0.0) -> Tensor:
         """Batch norm as in nn.BatchNorm2d: updates the running averages in training, uses them in evaluation."""
         return functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
         )
 
     def _normalise(self, input: Tensor) -> Normalised:
@@ -175,7 +180,8 @@ def convert(
     """Replaces every batch norm of torch (1d, 2d, 3d, Sync) in `model` by a SpanBatchNorm2d, in place.
 
     Returns `model`, or the new layer if `model` itself is a batch norm. The new layers hold the same parameter and
-    buffer tensors, so an optimizer made before stays valid.
+    buffer tensors, so an optimizer made before stays valid, and the same hooks. A subclass with a dropout `drop` and an
+    activation `act` behind the norm, such as timm's BatchNormAct2d, keeps both.
 
         model = convert(torchvision.models.resnet50(), span=32)
 
@@ -184,13 +190,16 @@ def convert(
         process_group, group_size: ranks that share a span; `new_span_group(group_size)` makes the group.
 
     Raises:
-        UserError: a layer without running statistics, or with momentum=None (a cumulative average); span or group_size
-            below 1, or a group_size without a process group of that size.
+        UserError: a layer without running statistics, or with momentum=None (a cumulative average); a lazy layer before
+            its first forward; a subclass whose forward differs from its norm, dropout and activation; span or
+            group_size below 1, or a group_size without a process group of that size.
     """
     twins: dict[nn.Module, SpanBatchNorm2d] = {}
-    for layer in model.modules():
-        if isinstance(layer, BATCH_NORMS):
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             twins[layer] = _twin(layer, span, process_group, group_size)
+            if type(layer).forward not in _KNOWN_FORWARDS:
+                _keep_activation(twins[layer], layer, name)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in twins:
@@ -202,6 +211,8 @@ def _twin(
     layer: nn.modules.batchnorm._BatchNorm, span: int, process_group: dist.ProcessGroup | None, group_size: int
 ) -> SpanBatchNorm2d:
     """A span layer that holds the parameter and buffer tensors of `layer`."""
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        raise UserError(f"{layer} was given, needed: a number of features; one forward before convert() works")
     if layer.running_mean is None or layer.momentum is None:
         raise UserError(
             f"{layer} was given, needed: a layer with an exponential running average; "
@@ -222,7 +233,51 @@ def _twin(
     twin._buffers.update(
         {name: layer._buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked")}
     )
+    for attribute in _HOOKS & vars(layer).keys():
+        vars(twin)[attribute] = vars(layer)[attribute]  # the same dictionaries, so that handles can remove the hooks
     return twin.train(layer.training)
+
+
+class _SpanBatchNormAct2d(SpanBatchNorm2d):
+    """act(drop(batch norm(x))), as timm's BatchNormAct2d."""
+
+    act: nn.Module
+    drop: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
+_HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
+_KNOWN_FORWARDS = {kind.forward for kind in (*BATCH_NORMS, SpanBatchNorm2d)}
+
+
+def _keep_activation(twin: SpanBatchNorm2d, layer: nn.Module, name: str) -> None:
+    """Adds the dropout and activation of a subclass to its twin; UserError if the subclass does more.
+
+    The twin is compared with the layer in evaluation mode, on random values.
+    """
+    parts = {part: getattr(layer, part, None) for part in ("drop", "act")}
+    if all(isinstance(part, nn.Module) for part in parts.values()):
+        twin._modules.update(layer._modules)
+        twin.__class__ = _SpanBatchNormAct2d
+        if _equal_in_evaluation(twin, layer):
+            return
+    raise UserError(
+        f"{name or 'the model'} is a {type(layer).__name__}, whose forward is more than batch norm; convert() would "
+        "lose that. Needed: torch's batch norms, or a norm followed by modules named drop and act; make the model with "
+        "norm_layer=torch.nn.BatchNorm2d, or replace this layer"
+    )
+
+
+def _equal_in_evaluation(one: nn.Module, other: nn.Module) -> bool:
+    one, other = (copy.deepcopy(layer).eval() for layer in (one, other))
+    weight = next(other.buffers())
+    sides = 0 if isinstance(other, nn.BatchNorm1d) else 3 if isinstance(other, nn.BatchNorm3d) else 2
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        images = 3 * torch.randn(4, len(weight), *[3] * sides, dtype=weight.dtype).to(weight.device)
+        return torch.allclose(one(images.clone()), other(images.clone()), rtol=1e-4, atol=1e-5)
 
 
 def _check_group(span: int, process_group: dist.ProcessGroup | None, group_size: int) -> None:

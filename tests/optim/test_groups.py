@@ -6,9 +6,9 @@ from torch import nn
 
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.models import create_model
+from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
-from megabatch.optim.param_groups import param_groups
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 
