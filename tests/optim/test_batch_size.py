@@ -8,21 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.errors import UserError
-from megabatch.optim.batch_size import NoiseScaleBatchPolicy, adjusted, batch_size_at
+from megabatch.optim.batch_size import NoiseScaleBatchPolicy, adjusted
 
 IMAGENET = 1_281_167
-
-
-def test_the_schedule_gives_the_batch_of_the_last_entry_reached() -> None:
-    sizes = ((0.0, 34_816), (30.0, 69_632))
-    assert [batch_size_at(e, sizes) for e in (0, 29.99, 30, 90)] == [34_816, 34_816, 69_632, 69_632]
-    assert batch_size_at(3.0, (), default=256) == 256
-    assert [batch_size_at(e, ((5.0, 512),), default=256) for e in (0, 5)] == [256, 512]
-
-
-def test_an_epoch_without_a_batch_size_is_an_error() -> None:
-    with pytest.raises(UserError, match="no batch size at epoch 2"):
-        batch_size_at(2.0, ())
 
 
 def change(

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Choice = TypeVar("Choice", bound=str)
 
 SET_HELP = "KEY=VALUE of the recipe, as peak_lr=2; repeatable. `megabatch recipes NAME` shows every key."
-CACHE_HELP = "Folder of downloaded data sets and shards; default ~/.cache/megabatch."
 HINTS = typing.get_type_hints(Runtime)
+CACHE_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Runtime)}["cache"]
 
 
 def runtime_options(*names: str, **texts: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,28 +5,8 @@ from typing import Any, Literal
 
 from megabatch.errors import UserError
 from megabatch.optim.noise_scale import GradientNoiseScale
-from megabatch.optim.schedule import ByEpoch, value_at
 
 BatchSizeRule = Literal["fixed", "linear", "sqrt", "noise_scale"]
-
-
-def batch_size_at(epoch: float, batch_sizes: ByEpoch, default: int = 0) -> int:
-    """Global batch size of a step that starts at `epoch` (Mikami et al. 2018, 1811.05233; Smith et al. 1711.00489).
-
-    Args:
-        batch_sizes: pairs `(from_epoch, global_batch_size)`; may be empty.
-        default: the batch size without a schedule, and before its first entry.
-
-    Raises:
-        UserError: the result is below 1, as for an epoch before the first entry without a default.
-    """
-    reached = [pair for pair in batch_sizes if pair[0] <= epoch]
-    size = int(value_at(reached, epoch)) if reached else default
-    if size < 1:
-        raise UserError(
-            f"there is no batch size at epoch {epoch:g}, needed: 1 or more; batch_sizes=((0, 2048), (30, 4096)) works"
-        )
-    return size
 
 
 def adjusted(

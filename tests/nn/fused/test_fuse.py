@@ -302,3 +302,22 @@ def test_triton_on_a_cpu_raises_an_error_that_names_a_valid_backend() -> None:
     set_fusion(model, "triton")
     with pytest.raises(UserError, match="backend='reference' works"):
         model(images(32))
+
+
+def test_a_subclass_of_batch_norm_keeps_its_forward_and_update_bn_works_in_a_fused_model() -> None:
+    class Doubled(SpanBatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    batches = [torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    for norm in (lambda channels: Doubled(channels, span=8), lambda channels: SpanBatchNorm2d(channels, span=8)):
+        outputs, averages = [], []
+        for fusion in ("plain", "reference"):
+            torch.manual_seed(0)
+            model = resnet8(in_channels=3, norm=norm)
+            set_fusion(model, fusion)
+            outputs.append(model(batches[0]).detach())
+            torch.optim.swa_utils.update_bn(batches, model)
+            averages.append(next(layer for layer in model.modules() if isinstance(layer, SpanBatchNorm2d)).running_var)
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(averages[1], averages[0], rtol=1e-4, atol=1e-5)

@@ -101,10 +101,13 @@ def _is_fusable(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
 
 
 def _is_local_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """True for batch norm over samples of this process only, with exponential running averages."""
-    if isinstance(norm, SpanBatchNorm2d):
-        return norm.group_size == 1
-    return type(norm) is nn.BatchNorm2d and norm.momentum is not None
+    """True for batch norm over samples of this process only, with exponential running averages.
+
+    A subclass may do more in its forward, so it is not fused.
+    """
+    if type(norm) not in {nn.BatchNorm2d, SpanBatchNorm2d}:
+        return False
+    return norm.momentum is not None and getattr(norm, "group_size", 1) == 1
 
 
 def _matches(x: Tensor, residual: Tensor | None) -> bool:
