@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from megabatch.data.loading.eval_loader import EvalLoader as EvalLoader
     from megabatch.data.loading.train_loader import TrainLoader as TrainLoader
     from megabatch.data.sources.arrays import ArraySource as ArraySource
-    from megabatch.data.sources.folder import open_folder as open_folder
-    from megabatch.data.sources.parquet import open_parquet as open_parquet
-    from megabatch.data.sources.shards import open_shards as open_shards
+    from megabatch.data.sources.dataset import open_folder as open_folder
+    from megabatch.data.sources.dataset import open_parquet as open_parquet
+    from megabatch.data.sources.dataset import open_shards as open_shards
     from megabatch.errors import MegabatchError as MegabatchError
     from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics as collect_statistics
     from megabatch.nn.batch_norm.evaluation_statistics import finish_step as finish_step
@@ -51,9 +51,7 @@ _NAMES = {
     "data.loading.eval_loader": ["EvalLoader"],
     "data.loading.train_loader": ["TrainLoader"],
     "data.sources.arrays": ["ArraySource"],
-    "data.sources.folder": ["open_folder"],
-    "data.sources.parquet": ["open_parquet"],
-    "data.sources.shards": ["open_shards"],
+    "data.sources.dataset": ["open_folder", "open_parquet", "open_shards"],
     "errors": ["MegabatchError"],
     "nn.batch_norm.evaluation_statistics": ["collect_statistics", "finish_step"],
     "nn.batch_norm.layer": ["SpanBatchNorm2d", "convert"],

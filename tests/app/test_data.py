@@ -76,7 +76,7 @@ def test_a_url_is_shown_without_what_may_be_secret(packed, tmp_path):
     finally:
         memory.rm("/bucket", recursive=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megabatch.app.data.open_remote_shards", lambda *_, **__: (data.train, data.evaluation))
+        patch.setattr("megabatch.app.data.open_remote_shards", lambda *_, **__: (data.train, data.evaluation, []))
         hidden = open_data(photos(), Runtime(data="https://me:secret@host/set?token=secret", cache=tmp_path))
     assert hidden.origin == "https://host/set"
 

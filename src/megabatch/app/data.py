@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,8 +16,9 @@ from megabatch.data.jpeg.gpu import GpuDecoder, has_torchvision
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.order import shards_at_once
 from megabatch.data.loading.train_loader import TrainLoader, shard_sizes
-from megabatch.data.sources import folder, parquet, shards
 from megabatch.data.sources.arrays import ArraySource
+from megabatch.data.sources.dataset import open_train_and_evaluation
+from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.remote import RemoteShards, open_remote_shards
 from megabatch.errors import DataError, SettingsError
@@ -35,11 +36,12 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Data:
-    """Training and evaluation set of a run; `origin` describes where they came from."""
+    """Training and evaluation set of a run; `origin` is where they came from, `notes` what a user may not expect."""
 
     train: Source
     evaluation: Source
     origin: str
+    notes: Sequence[str] = ()
 
     def close(self) -> None:
         """Stops background work of the sources, such as prefetching; call it after the loaders are closed."""
@@ -80,28 +82,20 @@ def _open(recipe: Recipe, runtime: Runtime, *, on_progress: Callable[[str], None
     if "://" in str(runtime.data):
         return _open_url(str(runtime.data), runtime)
     path = Path(runtime.data)
-    if not path.is_dir():
-        raise DataError(f"no folder {path}; --data needs a folder with train/ and val/, a class per folder in each")
-    return Data(*_open_path(path, probe=probe), f"folder {path.name}")
-
-
-def _open_path(path: Path, *, probe: bool) -> tuple[EncodedSource, EncodedSource]:
-    if any(path.rglob("*.tar")) or any(path.rglob("*.tar.gz")):
-        return shards.open_shards(path)
-    if any(path.rglob("*.parquet")):
-        return parquet.open_parquet(path)
-    train, evaluation = folder.open_folder(path)
+    dataset = open_train_and_evaluation(path)
+    train, evaluation = dataset.parts.values()
     for source in (train, evaluation) if probe else ():
-        source.probe(sample=PROBED_FILES)
-    return train, evaluation
+        if isinstance(source, FolderSource):
+            source.probe(sample=PROBED_FILES)
+    return Data(train, evaluation, f"{'file' if path.is_file() else 'folder'} {path.name}", dataset.notes)
 
 
 def _open_url(url: str, runtime: Runtime) -> Data:
     cache = (runtime.cache or cache_folder()) / "remote"
-    train, evaluation = open_remote_shards(url, cache=cache, max_bytes=_room(runtime))
+    train, evaluation, notes = open_remote_shards(url, cache=cache, max_bytes=_room(runtime))
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without credentials
-    return Data(train, evaluation, shown)
+    return Data(train, evaluation, shown, notes)
 
 
 def check_room(recipe: Recipe, runtime: Runtime, data: Data, *, world: World) -> None:

@@ -114,6 +114,8 @@ def describe_run(
         f"x {accumulated} accumulated, batch-norm span {recipe.bn_span}; run folder {log.folder}"
     )
     log.note(f"chosen: {'; '.join(choices)}")
+    for text in data.notes:
+        log.log({"event": "warning", "text": f"data: {text}"})
     if resumed_from is not None:
         log.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
 

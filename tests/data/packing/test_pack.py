@@ -15,8 +15,9 @@ from PIL import Image
 from megabatch.data.jpeg.decode import decode
 from megabatch.data.packing.pack import pack
 from megabatch.data.packing.shard import reencode
+from megabatch.data.sources.dataset import open_shards
 from megabatch.data.sources.folder import FolderSource
-from megabatch.data.sources.shards import ShardSource, open_shards
+from megabatch.data.sources.shards import ShardSource
 from megabatch.errors import DataError
 
 CLASSES = ("cat", "dog", "yak")

@@ -14,7 +14,8 @@ from megabatch.errors import DataError
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
-from megabatch.data.sources.parquet import ParquetSource, open_parquet  # noqa: E402
+from megabatch.data.sources.dataset import open_parquet  # noqa: E402
+from megabatch.data.sources.parquet import ParquetSource  # noqa: E402
 
 
 def image(i: int) -> bytes:
@@ -107,7 +108,7 @@ def test_train_and_validation_are_found_by_their_names(tmp_path, train, val):
 
 def test_a_missing_part_and_different_classes_are_refused(tmp_path):
     write(tmp_path / "train.parquet", range(9))
-    with pytest.raises(DataError, match="no parquet files for 'val'"):
+    with pytest.raises(DataError, match="no images for 'val', only for train"):
         open_parquet(tmp_path)
     write(tmp_path / "val.parquet", range(6), names=["cat", "dog", "wolf"])
     with pytest.raises(DataError, match="classes of train and val differ"):

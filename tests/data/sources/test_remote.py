@@ -233,7 +233,7 @@ def test_shards_are_found_in_train_and_val_folders_with_one_list_of_classes(buck
         for name in names:
             (bucket / f"train-{name}.tar").rename(bucket / part / f"{part}-{name}.tar")
     (bucket / "train-9.tar.gz").write_bytes(b"of another data set")
-    train, val = open_remote_shards(f"file://{bucket}", cache=tmp_path / "cache", max_bytes=MIB)
+    train, val, _ = open_remote_shards(f"file://{bucket}", cache=tmp_path / "cache", max_bytes=MIB)
     assert [len(train), len(val)] == [3 * PER_SHARD, 2 * PER_SHARD]
     assert train.class_names == val.class_names == ("cat", "dog")
     assert val.read(0) == content(3 * PER_SHARD)
@@ -245,7 +245,7 @@ def test_shards_are_found_in_train_and_val_folders_with_one_list_of_classes(buck
 def test_parts_without_a_list_of_classes_use_the_larger_number_of_classes(bucket, tmp_path):
     (bucket / "classes.txt").unlink()
     write_tar(bucket / "val-0.tar", [("a.jpg", b"image"), ("a.cls", b"6")])
-    train, val = open_remote_shards(f"file://{bucket}", cache=tmp_path / "cache", max_bytes=MIB)
+    train, val, _ = open_remote_shards(f"file://{bucket}", cache=tmp_path / "cache", max_bytes=MIB)
     assert train.class_names == val.class_names == tuple("0123456")
     write_tar(bucket / "val-0.tar", [("a.jpg", b"image"), ("a.cls", b"cat")])
     with pytest.raises(DataError, match="classes of train and val differ"):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from photographs import encode, photograph
 
+from megabatch.data.sources.dataset import open_shards
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.data.sources.shards import ShardSource, open_shards
+from megabatch.data.sources.shards import ShardSource
 from megabatch.data.sources.tar_index import index_path, open_index
 from megabatch.errors import DataError
 
@@ -278,7 +279,7 @@ def test_the_highest_numeric_label_of_train_and_val_gives_the_number_of_classes(
 
 def test_a_missing_part_and_different_classes_are_refused(tmp_path):
     write_tar(tmp_path / "train-0.tar", [("a.jpg", b"x"), ("a.cls", b"wolf")])
-    with pytest.raises(DataError, match=r"no shards for 'val'.*val-000000\.tar"):
+    with pytest.raises(DataError, match=r"no images for 'val'.*val-000000\.tar"):
         open_shards(tmp_path)
     write_tar(tmp_path / "val-0.tar", [("a.jpg", b"x"), ("a.cls", b"cat")])
     with pytest.raises(DataError, match="classes of train and val differ"):

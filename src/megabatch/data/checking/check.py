@@ -15,17 +15,18 @@ from megabatch.cores import usable_cores
 from megabatch.data.checking.check_file import BAD_KINDS, Finding, inspect_image
 from megabatch.data.jpeg.decode import MAX_PIXELS
 from megabatch.data.loading.prefetch import in_order
-from megabatch.data.sources.folder import IMAGE_SUFFIXES
+from megabatch.data.sources.dataset import open_dataset
+from megabatch.data.sources.layout import IMAGE_SUFFIXES, Layout, find_layout, is_hidden
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.shards import ShardSource
+from megabatch.data.sources.tar_folder import holds_labels, open_folders_in_tar
 from megabatch.errors import DataError
 
 OnProgress = Callable[[int, int], None]
 """Receives the number of images checked and the total."""
 
 KEPT_ENDING = ".orig"  # extension under which `repair` keeps the original of a file that it changed
-_PARTS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,18 @@ def check(
 ) -> CheckReport:
     """Reads and decodes every image of a folder, of tar shards or of parquet files; reports all bad and odd ones.
 
-    A folder holds one folder per class, or train and val with one folder per class in each. No file is changed;
-    `repair` and `exclude` do that. Decoding uses `workers` threads (default: one per core) and under 1 kB per image.
+    The data set is found as for training. No file is changed; `repair` and `exclude` do that. Decoding uses `workers`
+    threads (default: one per core) and under 1 kB per image.
 
     Raises:
-        DataError: `path` does not exist.
+        DataError: there is no data set at `path`, or it is unclear which files are meant.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise DataError(f"there is no {path}; needed: a folder of images, tar shards or parquet files")
-    problems: list[Problem] = []
-    archives = _archives(path)
-    images = _list_archives(path, archives, problems) if archives else _list_folder(path, problems)
+    layout = find_layout(path)
+    path, is_folder = layout.path, layout.kind == "folders"
+    problems = [Problem(_below(left, path), "not read", f"beside the {layout.kind}") for left in layout.left_out]
+    images = (_list_folder if is_folder else _list_archives)(layout, problems)
+    if not any(problem.is_bad for problem in problems):
+        problems += _of_the_whole(path)
     duplicates = _Duplicates()
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as threads:
         warnings.simplefilter("ignore")  # Pillow warns about files that are reported here anyway
@@ -95,7 +96,7 @@ def check(
             if on_progress is not None:
                 on_progress(done, len(images))
     problems.sort(key=lambda problem: (problem.name, problem.kind))
-    return CheckReport(path, len(images), problems, is_folder=not archives)
+    return CheckReport(path, len(images), problems, is_folder=is_folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,42 +141,55 @@ class _Duplicates:
             yield Problem(image.name, "duplicate", f"the same bytes as {first.name}")
 
 
-def _archives(path: Path) -> list[Path]:
-    """The data set's tar or parquet files; empty for a folder of images."""
-    if path.is_file():
-        return [path]
-    tars = sorted(file for file in path.rglob("*.tar*") if file.suffix not in {".idx", ".part"})
-    return tars or sorted(path.rglob("*.parquet"))
+def _of_the_whole(path: Path) -> list[Problem]:
+    """What training refuses or notes that no single file shows, such as classes that differ between parts."""
+    try:
+        dataset = open_dataset(path)
+    except DataError as error:
+        return [Problem(path.name, "refused data set", str(error))]
+    return [Problem(path.name, "note", note) for note in dataset.notes if "not read" not in note]
 
 
-def _list_folder(path: Path, problems: list[Problem]) -> list[_Image]:
-    """Images of a folder with parts, or of one with classes only; appends to `problems`."""
-    parts = [part for part in _PARTS if (path / part).is_dir()]
-    if not parts:
-        return _list_classes(path, path, "", problems)
-    problems += _stray_files(path, path, keep=parts)
-    images = [image for part in parts for image in _list_classes(path, path / part, part, problems)]
-    problems += _class_in_one_part(path, parts)
+def _list_folder(layout: Layout, problems: list[Problem]) -> list[_Image]:
+    """Images of the folders of parts, or of one folder of classes; appends to `problems`."""
+    folders = {part: paths[0] for part, paths in layout.parts.items()}
+    if folders.get("train") == layout.path:
+        return _list_classes(layout.path, layout.path, "", problems)
+    problems += _stray_files(layout.path, layout.path, keep=[folder.name for folder in folders.values()])
+    images = [image for part, folder in folders.items() for image in _list_classes(layout.path, folder, part, problems)]
+    problems += _class_in_one_part(images)
     return images
 
 
-def _list_archives(root: Path, files: Sequence[Path], problems: list[Problem]) -> list[_Image]:
+def _list_archives(layout: Layout, problems: list[Problem]) -> list[_Image]:
     """Images of tar and parquet files; an archive that cannot be opened is appended to `problems`."""
     images: list[_Image] = []
-    for file in files:
-        name = file.relative_to(root).as_posix() if file != root else file.name
+    for part, file in [(part, file) for part, files in layout.parts.items() for file in files]:
+        name = _below(file, layout.path) if file != layout.path else file.name
         try:
-            source: EncodedSource = ParquetSource(file) if file.suffix == ".parquet" else ShardSource(file)
+            sources = _open_archive(file, part)
         except DataError as error:
             problems.append(Problem(name, "refused archive", str(error)))
             continue
-        part = next((part for part in _PARTS if any(piece.startswith(part) for piece in name.split("/"))), "")
-        members = list(source.member_names()) if isinstance(source, ShardSource) else None
-        for i in range(len(source)):
-            label = f"{name}:{members[i]}" if members else source.name(i)
-            class_name = source.class_names[source.labels[i]]
-            images.append(_Image(label, part, class_name, partial(source.read, i), has_ending=members is not None))
+        for inner, source in sources.items():
+            images += _list_source(source, name, inner)
     return images
+
+
+def _open_archive(file: Path, part: str) -> dict[str, EncodedSource]:
+    """The sources in one file by part."""
+    if file.suffix == ".parquet":
+        return {part: ParquetSource(file)}
+    return {part: ShardSource(file)} if holds_labels(file) else {**open_folders_in_tar(file)}
+
+
+def _list_source(source: EncodedSource, file: str, part: str) -> Iterator[_Image]:
+    members = source.member_names() if isinstance(source, ShardSource) else map(source.name, range(len(source)))
+    for i, member in enumerate(members):
+        label = f"{file}:{member}" if isinstance(source, ShardSource) else member
+        class_name = source.class_names[source.labels[i]]
+        is_row = isinstance(source, ParquetSource)
+        yield _Image(label, part, class_name, partial(source.read, i), has_ending=not is_row)
 
 
 def _list_classes(root: Path, folder: Path, part: str, problems: list[Problem]) -> list[_Image]:
@@ -184,21 +198,28 @@ def _list_classes(root: Path, folder: Path, part: str, problems: list[Problem]) 
     images: list[_Image] = []
     for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
         name = _below(class_folder, root)
-        if class_folder.name.startswith("."):
+        if is_hidden(class_folder.name):
             problems.append(Problem(name, "hidden", "a hidden folder"))
         elif link := _link_problem(class_folder, root, folder):
             problems.append(link)
         else:
             paths = list(_walk(root, folder, class_folder, problems))
             images += [_Image(_below(path, root), part, class_folder.name, path.read_bytes) for path in paths]
-            problems += [] if paths else [Problem(name, "empty class", "no images in it")]
+            if not paths and part in {"train", ""}:
+                problems.append(Problem(name, "empty class", "no images in it"))
     return images
 
 
 def _walk(root: Path, folder: Path, class_folder: Path, problems: list[Problem]) -> Iterator[Path]:
     """Files whose names are those of images; all others are appended to `problems`."""
-    for parent, folders, files in os.walk(class_folder):
-        folders.sort()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(Problem(_below(Path(error.filename), root), "unreadable", str(error.strerror)))
+
+    for parent, folders, files in os.walk(class_folder, onerror=unreadable):
+        hidden = [name for name in sorted(folders) if is_hidden(name)]
+        problems += [Problem(_below(Path(parent, name), root), "hidden", "a hidden folder") for name in hidden]
+        folders[:] = sorted(set(folders) - set(hidden))
         problems += filter(None, (_link_problem(Path(parent, name), root, folder) for name in folders))
         problems += _case_clashes(root, parent, files)
         for file in sorted(files):
@@ -260,13 +281,17 @@ def _stray_files(root: Path, folder: Path, keep: Sequence[str]) -> Iterator[Prob
             yield Problem(_below(path, root), "no class", f"is in {folder.name}, not in a class folder")
 
 
-def _class_in_one_part(root: Path, parts: Sequence[str]) -> Iterator[Problem]:
-    classes = {part: {entry.name for entry in os.scandir(root / part) if entry.is_dir()} for part in parts}
-    for part in parts:
-        for other in parts:
-            for name in sorted(classes[part] - classes[other]):
-                if not name.startswith("."):
-                    yield Problem(f"{part}/{name}", "class in one part", f"{other} has no such class")
+def _class_in_one_part(images: Sequence[_Image]) -> Iterator[Problem]:
+    """Classes that val or test has and train lacks, which is refused, or the other way round, which is allowed."""
+    classes: dict[str, set[str]] = {}
+    for image in images:
+        classes.setdefault(image.part, set()).add(image.class_name)
+    train = classes.pop("train", set())
+    for part, names in classes.items():
+        for name in sorted(names - train):
+            yield Problem(f"{part}/{name}", "class not in train", "train has no images of this class")
+        for name in sorted(train - names):
+            yield Problem(f"train/{name}", "class in train alone", f"{part} has no images of this class")
 
 
 def _below(path: Path, root: Path) -> str:

@@ -26,8 +26,9 @@ BAD_KINDS = frozenset(
         "broken link",  # a symbolic link whose target does not exist
         "special file",  # a pipe, socket or device with an image's name
         "empty class",  # a class without images
-        "class in one part",  # a class that only train has, or only val
+        "class not in train",  # a class that only val or test has
         "refused archive",  # a tar that is compressed, damaged, without labels or unsafe
+        "refused data set",  # files that are good by themselves, but do not go together
     }
 )
 """Problems for which training rejects the data set or replaces the sample."""
@@ -48,6 +49,9 @@ ODD_KINDS = frozenset(
         "duplicate",  # same bytes as another file of its class
         "two classes",  # same bytes as a file of another class
         "train in val",  # same bytes in train and in val
+        "class in train alone",  # a class that val or test lacks
+        "not read",  # an archive or table beside the data set
+        "note",  # what else a run would note about the data set
         "unknown ending",  # not an image's extension; the file is skipped
         "hidden",  # a hidden file; skipped
         "no class",  # an image outside of all class folders; skipped

@@ -117,7 +117,7 @@ def _should_exclude(problem: Problem, kinds: Collection[str] | None) -> bool:
     if kinds is not None:
         return problem.kind in kinds
     return (
-        problem.is_bad and problem.kind != "class in one part"
+        problem.is_bad and problem.kind != "class not in train"
     )  # the images are good: moving them needs an explicit request
 
 

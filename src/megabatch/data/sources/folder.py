@@ -10,27 +10,31 @@ from numpy.typing import NDArray
 
 from megabatch.cores import usable_cores
 from megabatch.data.jpeg.decode import image_size
+from megabatch.data.sources.layout import IMAGE_SUFFIXES, is_image, list_folder
 from megabatch.errors import DataError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 class FolderSource:
     """Images under `path`/CLASS/, at any depth, as an `EncodedSource`.
 
     Classes and files are sorted by the bytes of their names, so the order is the same on every machine. Files with an
-    image suffix, in upper or lower case, count as images. Hidden files are ignored, and links to folders inside a class
-    are not followed. A file is read when its sample is requested.
+    image suffix, in upper or lower case, count as images. Hidden files and folders are ignored at every depth, and
+    links to folders inside a class are not followed. A file is read when its sample is requested.
+
+    Args:
+        path: the folder of class folders.
+        allow_empty: a class folder without images is no class, instead of an error.
 
     Raises:
-        DataError: no such folder, no images, a class without images, or a symbolic link to outside of `path`.
+        DataError: no such folder, one that cannot be read, no images, a class without images, or a symbolic link to
+            outside of `path`.
     """
 
     shard_sizes: Sequence[int] | None = None
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, allow_empty: bool = False) -> None:
         self.path = Path(path).expanduser()
-        by_class = _images_by_class(self.path)
+        by_class = _images_by_class(self.path, allow_empty=allow_empty)
         self.class_names = tuple(by_class)
         self._names = _PackedStrings([name for names in by_class.values() for name in names])
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(by_class)), [len(n) for n in by_class.values()])
@@ -74,30 +78,6 @@ class FolderSource:
             return f"cannot be read ({error.strerror})"
 
 
-def open_folder(path: Path | str) -> tuple[FolderSource, FolderSource]:
-    """Returns the training and the validation images from `path`/train/CLASS/ and `path`/val/CLASS/, at any depth.
-
-        train, val = open_folder("my_photos")
-        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
-        image_file = train.read(0)  # bytes, still encoded
-
-    Both are `FolderSource`s of the same classes, sorted by name. Reads the folders' listings, but no image.
-
-    Raises:
-        DataError: no such folder; train/ or val/ is missing (a subfolder that has both is suggested); the classes
-            differ, or one has no images; or a symbolic link points out of the data set.
-    """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise DataError(f"{path} is not a folder; needed: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
-    for part in ("train", "val"):
-        if not (path / part).is_dir():
-            raise DataError(f"{path} has no folder {part}/; {_suggestion(path)}")
-    train, val = FolderSource(path / "train"), FolderSource(path / "val")
-    _compare_classes(train, val)
-    return train, val
-
-
 def check_file_ends(path: Path) -> str | None:
     """Describes a fault that an image file's first and last bytes show; None if they show none."""
     with path.open("rb") as file:
@@ -136,12 +116,11 @@ def _fault_of_whole(path: Path) -> str | None:
 
 def _class_folders(path: Path, root: str) -> list[str]:
     """Names of the visible folders in `path`, sorted."""
-    with os.scandir(path) as entries:
-        folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [entry for entry in list_folder(path) if entry.is_dir()]
     for entry in folders:
         if entry.is_symlink():
             _refuse_link_outside(entry.path, root)
-    return sorted(entry.name for entry in folders)
+    return [entry.name for entry in folders]
 
 
 class _PackedStrings:
@@ -160,7 +139,7 @@ class _PackedStrings:
         return os.fsdecode(self._block[start : self._ends[index]])
 
 
-def _images_by_class(path: Path) -> dict[str, list[str]]:
+def _images_by_class(path: Path, *, allow_empty: bool) -> dict[str, list[str]]:
     """Image paths relative to `path` by class; classes and paths are sorted."""
     if not path.is_dir():
         raise DataError(f"{path} is not a folder; needed: a folder with one folder of images per class")
@@ -173,9 +152,10 @@ def _images_by_class(path: Path) -> dict[str, list[str]]:
     by_class = {name: sorted(_images_below(path, name, root)) for name in classes}
     if not any(by_class.values()):
         raise DataError(f"{path} contains no images; needed: files that end in {_suffixes()}")
-    if empty := [name for name, images in by_class.items() if not images]:
+    empty = [name for name, images in by_class.items() if not images]
+    if empty and not allow_empty:
         raise DataError(f"class '{empty[0]}' has no images in {path / empty[0]}; remove the folder or add images to it")
-    return by_class
+    return {name: images for name, images in by_class.items() if images}
 
 
 def _images_below(path: Path, class_name: str, root: str) -> Iterator[str]:
@@ -183,39 +163,19 @@ def _images_below(path: Path, class_name: str, root: str) -> Iterator[str]:
     folders = [class_name]
     while folders:
         folder = folders.pop()
-        with os.scandir(path / folder) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    _refuse_link_outside(entry.path, root)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{folder}/{entry.name}")
-                elif not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                    yield f"{folder}/{entry.name}"
+        for entry in list_folder(path / folder):
+            if entry.is_symlink():
+                _refuse_link_outside(entry.path, root)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(f"{folder}/{entry.name}")
+            elif is_image(entry.name):
+                yield f"{folder}/{entry.name}"
 
 
 def _refuse_link_outside(link: str, root: str) -> None:
     """Refuses a link to outside of the data set, which could make any readable file a sample; others are allowed."""
     if os.path.commonpath([os.path.realpath(link), root]) != root:
         raise DataError(f"{link} is a symbolic link out of the data set; replace it by a copy of its target")
-
-
-def _suggestion(path: Path) -> str:
-    for child in sorted(entry for entry in path.iterdir() if entry.is_dir()):
-        if (child / "train").is_dir() and (child / "val").is_dir():
-            return f"did you mean {child}?"
-    return "needed: train/CLASS/*.jpg and val/CLASS/*.jpg"
-
-
-def _compare_classes(train: FolderSource, val: FolderSource) -> None:
-    if train.class_names == val.class_names:
-        return
-    only_train = sorted(set(train.class_names) - set(val.class_names))
-    only_val = sorted(set(val.class_names) - set(train.class_names))
-    where, name = ("train", only_train[0]) if only_train else ("val", only_val[0])
-    raise DataError(
-        f"classes of train and val differ: '{name}' is only in {where} "
-        f"({len(train.class_names)} and {len(val.class_names)} classes); both need the same folders"
-    )
 
 
 def _suffixes() -> str:

@@ -10,6 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.data.sources.labels import find_classes
 from megabatch.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
@@ -37,17 +39,22 @@ class ParquetSource:
 
     def __init__(self, paths: Path | str | Iterable[Path | str], *, cache_bytes: int = _CACHE_BYTES) -> None:
         self._paths = _parquet_paths(paths)
-        files = [_open(path) for path in self._paths]
-        self._image_column, label_column = _columns(files[0], self._paths[0])
-        self._groups = [(file, group) for file in range(len(files)) for group in range(files[file].num_row_groups)]
-        sizes = [files[file].metadata.row_group(group).num_rows for file, group in self._groups]
-        self.shard_sizes: Sequence[int] = sizes
-        self._first = np.concatenate([[0], np.cumsum(sizes)])
-        self._first_of_file = np.concatenate([[0], np.cumsum([file.metadata.num_rows for file in files])])
-        self.labels, self.class_names = _labels(files, self._paths, label_column)
-        self._cache = _RowGroups(self._load, cache_bytes)
+        files = [_read_header(path) for path in self._paths]
+        _refuse_different(files)
+        self._image_column = files[0].image_column
+        self._groups = [(file, group) for file in range(len(files)) for group in range(len(files[file].group_rows))]
+        self.shard_sizes: Sequence[int] = [rows for file in files for rows in file.group_rows]
+        self._mean_bytes = [num_bytes for file in files for num_bytes in file.group_mean_bytes]
+        self._first = np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
+        self._first_of_file = np.concatenate([[0], np.cumsum([len(file.labels) for file in files])])
         if not len(self):
             raise DataError(f"{self._paths[0]} has no rows; at least 1 is needed")
+        places = {value: str(file.path) for file in reversed(files) for value in set(file.labels)}
+        classes = find_classes(places, files[0].class_names, where=str(self._paths[0]))
+        self.class_names, self.numbered = classes.names, classes.numbered
+        numbers = (classes.number[value] for file in files for value in file.labels)
+        self.labels: npt.NDArray[np.int64] = np.fromiter(numbers, np.int64, len(self))
+        self._cache = _RowGroups(self._load, cache_bytes)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -72,8 +79,7 @@ class ParquetSource:
 
     def estimated_sizes(self) -> npt.NDArray[np.int64]:
         """Bytes of each sample, [n], estimated as its row group's mean without reading the images."""
-        sizes = [_group_bytes(_open(path)) for path in self._paths]
-        return np.repeat(np.concatenate(sizes), self.shard_sizes)
+        return np.repeat(np.array(self._mean_bytes, dtype=np.int64), self.shard_sizes)
 
     def _group_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -84,52 +90,11 @@ class ParquetSource:
         file, group = self._groups[number]
         try:
             # a new file object for each read: pyarrow's are not thread-safe
-            table = _open(self._paths[file]).read_row_group(group, columns=[self._image_column], use_threads=False)
+            with _open(self._paths[file]) as opened:
+                table = opened.read_row_group(group, columns=[self._image_column], use_threads=False)
         except (OSError, _pyarrow().ArrowException) as error:
             raise DataError(f"{self._paths[file]}: row group {group} cannot be read: {error}") from error
         return table.column(self._image_column)
-
-
-def open_parquet(path: Path | str) -> tuple[ParquetSource, ParquetSource]:
-    """Returns the training and the validation samples of a folder of parquet files in Hugging Face's layout.
-
-        train, val = open_parquet("my_dataset")  # pip install 'megabatch[parquet]'
-        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
-        image_file = train.read(0)  # bytes, still encoded
-
-    Files belong to the training part if their name, or that of a folder on the way to them, starts with "train"; to the
-    validation part if it starts with "val", else "test". Both results are `ParquetSource`s of the same classes. Reads
-    all labels, but no image.
-
-    Raises:
-        DataError: pyarrow is missing; a part is missing; the classes differ; a file is damaged or has no column of
-            image bytes or of labels; or a label is missing or not a class.
-    """
-    path = Path(path).expanduser()
-    train, val = _part(path, ("train",)), _part(path, ("val",)) or _part(path, ("test",))
-    for name, files in (("train", train), ("val", val)):
-        if not files:
-            raise DataError(
-                f"no parquet files for '{name}' in {path}; needed: for example {name}-00000-of-00001.parquet"
-            )
-    sources = ParquetSource(train), ParquetSource(val)
-    names = max(sources[0].class_names, sources[1].class_names, key=len)
-    for source in sources:
-        if not _can_have_classes(source, names):
-            raise DataError(f"{path}: the classes of train and val differ; both need the same")
-        source.class_names = names
-    return sources
-
-
-def _can_have_classes(source: ParquetSource, names: tuple[str, ...]) -> bool:
-    """True if a source's classes can be `names`: equal, or all are numbers, of which a part may lack the highest."""
-    return source.class_names == names or all(name.isdecimal() for name in (*names, *source.class_names))
-
-
-def _part(path: Path, starts: tuple[str, ...]) -> list[Path]:
-    """Files below `path` whose name, or a folder's name on the way to them, begins with one of `starts`."""
-    files = sorted(path.rglob("*.parquet"))
-    return [file for file in files if any(part.startswith(starts) for part in file.relative_to(path).parts)]
 
 
 def _parquet_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
@@ -161,11 +126,38 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What one file says of itself, and its labels."""
+
+    path: Path
+    image_column: str
+    label_column: str
+    label_type: Any
+    class_names: tuple[str, ...] | None
+    group_rows: list[int]
+    group_mean_bytes: list[int]
+    labels: list[Any]
+
+
+def _read_header(path: Path) -> _Header:
+    with _open(path) as file:
+        image, label = _columns(file, path)
+        labels = file.read(columns=[label]).column(label).to_pylist()
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        kind, names = file.schema_arrow.field(label).type, _class_label_names(file, label)
+    if None in labels:
+        raise DataError(f"{path}: row {labels.index(None)} has no {label}; each image needs one")
+    rows = [group.num_rows for group in groups]
+    means = [group.total_byte_size // max(1, group.num_rows) for group in groups]
+    return _Header(path, image, label, kind, names, rows, means, labels)
+
+
 def _columns(file: Any, path: Path) -> tuple[str, str]:
     """The names of the image column and the label column."""
     types = {field.name: field.type for field in file.schema_arrow}
     images = [name for name in (*IMAGE_COLUMNS, *types) if name in types and _holds_bytes(types[name])]
-    labels = [name for name in LABEL_COLUMNS if name in types]
+    labels = [name for name in LABEL_COLUMNS if name in types and not _pyarrow().types.is_nested(types[name])]
     if not images or not labels:
         missing = "image bytes" if not images else "labels"
         raise DataError(
@@ -174,10 +166,31 @@ def _columns(file: Any, path: Path) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _group_bytes(file: Any) -> npt.NDArray[np.int64]:
-    """Mean bytes per row of each row group."""
-    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    return np.array([group.total_byte_size // max(1, group.num_rows) for group in groups], dtype=np.int64)
+def _refuse_different(files: Sequence[_Header]) -> None:
+    """Refuses files that disagree on their columns, on the kind of labels, or on names or order of the classes."""
+    first = files[0]
+    for file in files:
+        differences = {
+            "columns": (f"{first.image_column}, {first.label_column}", f"{file.image_column}, {file.label_column}"),
+            "labels of type": (_kind(first.label_type), _kind(file.label_type)),
+            "classes": (_shown(first.class_names), _shown(file.class_names)),
+        }
+        for what, (wanted, found) in differences.items():
+            if wanted != found:
+                raise DataError(
+                    f"{file.path} has {what} {found}, but {first.path.name} has {wanted}; all files of a data set need "
+                    "the same, in the same order"
+                )
+
+
+def _kind(label_type: Any) -> str:
+    types = _pyarrow().types
+    is_number = types.is_integer(label_type) or types.is_floating(label_type) or types.is_boolean(label_type)
+    return "number" if is_number else "text"
+
+
+def _shown(names: tuple[str, ...] | None) -> str:
+    return "without names" if names is None else ", ".join(names)
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -185,29 +198,6 @@ def _holds_bytes(kind: Any) -> bool:
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _labels(files: Sequence[Any], paths: Sequence[Path], column: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    values = [value for file in files for value in file.read(columns=[column]).column(column).to_pylist()]
-    if any(value is None for value in values):
-        raise DataError(f"{paths[0].parent}: row {values.index(None)} has no {column}; each image needs one")
-    named = _class_label_names(files[0], column)
-    if all(isinstance(value, int) for value in values):
-        return _numeric(values, named, paths[0])
-    names = named or tuple(sorted({str(value) for value in values}))
-    by_name = {name: number for number, name in enumerate(names)}
-    return np.array([by_name[str(value)] for value in values], dtype=np.int64), names
-
-
-def _numeric(
-    values: list[int], named: tuple[str, ...] | None, path: Path
-) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    labels = np.array(values, dtype=np.int64)
-    names = named or tuple(str(number) for number in range(int(labels.max(initial=-1)) + 1))
-    if labels.size and not (labels.min() >= 0 and labels.max() < len(names)):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise DataError(f"{path}: label {wrong} is not one of the {len(names)} classes 0 to {len(names) - 1}")
-    return labels, names
 
 
 def _class_label_names(file: Any, column: str) -> tuple[str, ...] | None:

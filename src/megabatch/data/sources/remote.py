@@ -14,14 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megabatch.data.sources.file_cache import PART_ENDING, FileCache, RemoteFile
-from megabatch.data.sources.shards import (
-    CLASSES_FILE,
-    COMPRESSED_ENDINGS,
-    IndexedShards,
-    OpenFiles,
-    common_class_names,
-    read_class_names,
-)
+from megabatch.data.sources.labels import agree_on_classes, read_class_names
+from megabatch.data.sources.layout import COMPRESSED_ENDINGS, by_part, is_hidden, part_of
+from megabatch.data.sources.shards import CLASSES_FILE, IndexedShards, OpenFiles
 from megabatch.data.sources.tar_index import ShardIndex, build_index, load_index, write_index
 from megabatch.errors import DataError, MegabatchError
 
@@ -136,15 +131,22 @@ class RemoteShards(IndexedShards):
         return index
 
 
-def open_remote_shards(url: str, *, cache: Path | str, max_bytes: int) -> tuple[RemoteShards, RemoteShards]:
-    """Returns training and validation samples of a remote folder, which share one cache; errors as `RemoteShards`."""
+def open_remote_shards(url: str, *, cache: Path | str, max_bytes: int) -> tuple[RemoteShards, RemoteShards, list[str]]:
+    """Returns training and evaluation samples of a remote folder, which share one cache, and notes on their classes.
 
-    def opened(part: str, class_names: Sequence[str] | None = None) -> RemoteShards:
-        return RemoteShards(url, part=part, cache=cache, max_bytes=max_bytes, class_names=class_names)
+    Evaluation samples are those of val, or of test if there is no val. Errors as `RemoteShards`.
+    """
 
-    train, val = opened("train"), opened("val")
-    names = common_class_names(train.class_names, val.class_names, url)
-    return (train, val) if names is None else (opened("train", names), opened("val", names))
+    def opened(part: str) -> RemoteShards:
+        return RemoteShards(url, part=part, cache=cache, max_bytes=max_bytes)
+
+    fs, root = _open_remote(url)
+    parts = [part for part in ("train", "val", "test") if part in _remote_parts(fs, root)]
+    evaluation = next((part for part in ("val", "test") if part in parts), "val")
+    sources = {part: opened(part) for part in ("train", evaluation)}
+    numbered = all(source.numbered for source in sources.values())
+    notes = agree_on_classes(sources, url, numbered=numbered)
+    return sources["train"], sources[evaluation], notes
 
 
 def _open_remote(url: str) -> tuple[Any, str]:
@@ -160,29 +162,41 @@ def _open_remote(url: str) -> tuple[Any, str]:
 
 
 def _find_shards(fs: Any, root: str, part: str) -> list[RemoteFile]:
-    """Finds shards as `open_shards` does: in the folder `part`, else those named `part`-*.tar or `part`.tar."""
-    found = _tars(fs, posixpath.join(root, part), lambda _: True, may_be_missing=True)
-    found = found or _tars(fs, root, lambda name: name.startswith(f"{part}-") or name == f"{part}.tar")
+    """Tars in the folder of a part or named after it, by the rules for local folders (`layout.by_part`)."""
+    found = _remote_parts(fs, root).get(part, {})
+    if compressed := [name for name in found if name.endswith(COMPRESSED_ENDINGS)]:
+        raise DataError(f"{compressed[0]} is compressed, which allows no random access; a plain .tar works")
     if not found:
         raise DataError(f"no shards for '{part}' in {root}; needed: {part}-000000.tar or {part}/*.tar there")
-    return found
+    return [_remote_file(fs, entry) for entry in found.values()]
 
 
-def _tars(fs: Any, folder: str, wanted: Callable[[str], bool], *, may_be_missing: bool = False) -> list[RemoteFile]:
+def _remote_parts(fs: Any, root: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Listing entries of the tars in `root` and in its folders of parts, by part and path."""
+    entries = _listed(fs, root)
+    for folder in [entry for entry in entries.values() if entry.get("type") == "directory" and part_of(_base(entry))]:
+        entries |= _listed(fs, folder["name"])
+    start = len(root.rstrip("/")) + 1
+    tars = {name[start:]: name for name in entries if name.endswith((".tar", *COMPRESSED_ENDINGS))}
+    parts = by_part(tars, root)
+    return {part: {tars[name]: entries[tars[name]] for name in names} for part, names in parts.items()}
+
+
+def _base(entry: dict[str, Any]) -> str:
+    return posixpath.basename(str(entry["name"]).rstrip("/"))
+
+
+def _listed(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """Visible entries of a folder by path."""
     try:
         entries = fs.ls(folder, detail=True)
     except FileNotFoundError as error:
-        if may_be_missing:
-            return []
         raise DataError(
             f"{folder} does not exist; needed: a folder with train-000000.tar and val-000000.tar"
         ) from error
     except Exception as error:  # each fsspec file system raises its own errors
         raise DataError(f"{folder} cannot be listed: {error}") from error
-    named = sorted((entry["name"], entry) for entry in entries if wanted(posixpath.basename(entry["name"])))
-    if compressed := [name for name, _ in named if name.endswith(COMPRESSED_ENDINGS)]:
-        raise DataError(f"{compressed[0]} is compressed, which allows no random access; a plain .tar works")
-    return [_remote_file(fs, entry) for name, entry in named if name.endswith(".tar")]
+    return {entry["name"]: entry for entry in entries if not is_hidden(_base(entry))}
 
 
 def _remote_file(fs: Any, entry: dict[str, Any]) -> RemoteFile:

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.data.sources.labels import find_classes, read_class_names
+from megabatch.data.sources.layout import COMPRESSED_ENDINGS, list_folder, part_of
 from megabatch.data.sources.tar_index import ShardIndex, open_index
 from megabatch.errors import DataError
 
 CLASSES_FILE = "classes.txt"
 _MAX_OPEN_FILES = 128
-COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_SHARE_OF_OPEN_FILES = 4  # at most a quarter of the files that the process may open
 
 
 class IndexedShards:
@@ -38,8 +40,11 @@ class IndexedShards:
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._offsets = np.concatenate([index.records["offset"] for index in indices])
         self.sizes = np.concatenate([index.records["size"] for index in indices])
-        self.class_names = tuple(class_names or _names_of_labels(indices))
-        self.labels: npt.NDArray[np.int64] = _labels(names, indices, self.class_names)
+        places = {text: name for name, index in zip(names, indices, strict=True) for text in index.label_texts}
+        classes = find_classes(places, class_names, where=names[0])
+        self.class_names, self.numbered = classes.names, classes.numbered
+        parts = [np.array([classes.number[text] for text in i.label_texts])[i.records["label"]] for i in indices]
+        self.labels: npt.NDArray[np.int64] = np.concatenate(parts).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -96,7 +101,7 @@ class ShardSource(IndexedShards):
         names = [path.name for path in self._paths]
         indices = [open_index(path) for path in self._paths]
         super().__init__(names, indices, class_names or _names_beside(self._paths[0].parent))
-        self._files = OpenFiles(_MAX_OPEN_FILES)
+        self._files = OpenFiles(_most_open_files())
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
         return self._files.read(self._paths[shard], offset, size)
@@ -105,63 +110,15 @@ class ShardSource(IndexedShards):
         return open_index(self._paths[shard])
 
 
-def open_shards(path: Path | str) -> tuple[ShardSource, ShardSource]:
-    """Returns the training and the validation samples of a folder of tar shards in WebDataset's layout.
-
-        train, val = open_shards("my_shards")  # `megabatch data pack my_photos my_shards` makes them
-        print(len(train), train.class_names, train.labels)  # labels: [n] int64, the index of the class name
-        image_file = train.read(0)  # bytes, still encoded
-
-    Shards are `path`/train-*.tar and `path`/val-*.tar, or all tars in `path`/train/ and `path`/val/. Both results are
-    `ShardSource`s of the same classes, with samples in the order of the shards' names. Reads the indices of the shards;
-    builds and writes those that are missing.
-
-    Raises:
-        DataError: a part is missing; the classes differ; a tar is compressed or damaged; a member is not a plain file
-            or leaves the archive's folder; or a sample has no label, or one that is not a class.
-    """
-    path = Path(path).expanduser()
-    parts = {part: _part(path, part) for part in ("train", "val")}
-    for part, paths in parts.items():
-        if not paths:
-            raise DataError(
-                f"no shards for '{part}' in {path}; needed: {path / part}-000000.tar or {path / part}/*.tar"
-            )
-    train, val = ShardSource(parts["train"]), ShardSource(parts["val"])
-    names = common_class_names(train.class_names, val.class_names, str(path))
-    if names is None:
-        return train, val
-    return ShardSource(parts["train"], class_names=names), ShardSource(parts["val"], class_names=names)
-
-
-def common_class_names(train: Sequence[str], val: Sequence[str], where: str) -> Sequence[str] | None:
-    """Class names with which both parts must be opened again; None if they already agree.
-
-    Raises:
-        DataError: the names differ and are not all numbers.
-    """
-    if train == val:
-        return None
-    if not all(name.isdecimal() for name in (*train, *val)):
-        raise DataError(f"{where}: the classes of train and val differ; both need the same, or one {CLASSES_FILE}")
-    return max(train, val, key=len)  # numbers: the part with the highest label has all classes
-
-
-def _part(path: Path, part: str) -> list[Path]:
-    found = _tars(path / part, "*") if (path / part).is_dir() else []
-    return found or _tars(path, f"{part}-*") or _tars(path, part)
-
-
-def _tars(folder: Path, stem: str) -> list[Path]:
-    """Tars sorted by name, including compressed ones, so that these are refused with a reason and not ignored."""
-    endings = (".tar", *COMPRESSED_ENDINGS)
-    return sorted(path for ending in endings for path in folder.glob(stem + ending))
-
-
 def _shard_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
+    """Given paths, or the tars in a folder by name; compressed ones too, so that these are refused with a reason."""
     if isinstance(paths, str | Path):
         folder = Path(paths).expanduser()
-        found = _tars(folder, "*") if folder.is_dir() else [folder]
+        if not folder.is_dir():
+            return [folder]
+        found = [
+            Path(entry.path) for entry in list_folder(folder) if entry.name.endswith((".tar", *COMPRESSED_ENDINGS))
+        ]
     else:
         found = [Path(path).expanduser() for path in paths]
     if not found:
@@ -169,40 +126,21 @@ def _shard_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
     return found
 
 
-def read_class_names(text: str) -> list[str]:
-    """Class names in the text of a `classes.txt`, one per line."""
-    return text.removesuffix("\n").split("\n")
-
-
 def _names_beside(folder: Path) -> list[str] | None:
-    for place in [folder, folder.parent] if folder.name in {"train", "val"} else [folder]:
+    """Class names in the folder of the shards, or one above if that is the folder of a part."""
+    for place in [folder, folder.parent] if part_of(folder.name) else [folder]:
         if (place / CLASSES_FILE).is_file():
             return read_class_names((place / CLASSES_FILE).read_text(encoding="utf-8", errors="surrogateescape"))
     return None
 
 
-def _names_of_labels(indices: Sequence[ShardIndex]) -> list[str]:
-    texts = sorted({text for index in indices for text in index.label_texts})
-    if all(text.isdecimal() for text in texts):
-        return [str(number) for number in range(1 + max((int(text) for text in texts), default=0))]
-    return texts
-
-
-def _labels(names: Sequence[str], indices: Sequence[ShardIndex], class_names: Sequence[str]) -> npt.NDArray[np.int64]:
-    by_name = {name: number for number, name in enumerate(class_names)}
-    parts = []
-    for name, index in zip(names, indices, strict=True):
-        numbers = [_class_of(text, by_name, name) for text in index.label_texts]
-        parts.append(np.array(numbers, dtype=np.int64)[index.records["label"]])
-    return np.concatenate(parts)
-
-
-def _class_of(text: str, by_name: dict[str, int], shard: str) -> int:
-    if text in by_name:
-        return by_name[text]
-    if text.isdecimal() and int(text) < len(by_name):
-        return int(text)
-    raise DataError(f"{shard}: label '{text}' is neither a class name nor a number below {len(by_name)}")
+def _most_open_files() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _MAX_OPEN_FILES
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_OPEN_FILES if soft < 0 else max(1, min(_MAX_OPEN_FILES, soft // _SHARE_OF_OPEN_FILES))
 
 
 class OpenFiles:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.data.sources.layout import is_hidden
 from megabatch.errors import DataError
 
 FORMAT = "megabatch tar index 1"
@@ -142,7 +143,7 @@ def list_members(tar: Path) -> list[Member]:
 
 def split_name(name: str) -> tuple[str, str] | None:
     """Splits a member's name into WebDataset's key and ending: `a/b.c.jpg` is `a/b` and `c.jpg`. None if hidden."""
-    match = _KEY.match(name)
+    match = None if any(map(is_hidden, name.split("/"))) else _KEY.match(name)
     return (match[1], match[2].lower()) if match else None
 
 
@@ -167,12 +168,19 @@ def _pair(tar: Path, key: str, members: dict[str, Member]) -> tuple[Member, Memb
     image = next((member for ending, member in members.items() if ending in IMAGE_ENDINGS), None)
     label = members.get(LABEL_ENDING)
     if image is None or label is None:
-        what = "image" if image is None else "label"
-        raise DataError(
-            f"{tar}: sample '{key}' has no {what} (its members end in {', '.join(sorted(members))}); needed: {key}.jpg "
-            f"and {key}.cls next to each other; `megabatch data pack` makes such shards from folders of classes"
-        )
+        raise DataError(_incomplete(tar, key, members, "image" if image is None else "label"))
     return image, label
+
+
+def _incomplete(tar: Path, key: str, members: dict[str, Member], what: str) -> str:
+    shown = ", ".join(sorted(members)[:3]) + (", ..." if len(members) > 3 else "")
+    text = (
+        f"{tar}: sample '{key}' has no {what} (its members end in {shown}); needed: {key}.jpg and {key}.cls next to "
+        "each other"
+    )
+    if any("." in ending for ending in members):
+        return f"{text}. The ending begins at the first dot of a name, as in WebDataset: use names without other dots"
+    return f"{text}; `megabatch data pack` makes such shards from folders of classes"
 
 
 def _refuse_huge(tar: Path, image: Member) -> None:
