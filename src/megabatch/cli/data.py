@@ -40,7 +40,9 @@ def fetch(
 
 @data_app.command()
 def pack(
-    src: Annotated[Path, typer.Argument(help="Folder of images, tar, or folder of tars or parquet files.")],
+    src: Annotated[
+        Path, typer.Argument(help="Data set: a folder of class folders, of tars or of parquet files; or one file.")
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is resumed.")],
     shard_mib: Annotated[float, typer.Option(help="Size of a shard in MiB.", min=0.001)] = 256,
     max_side: Annotated[int | None, typer.Option(help="Reduce longer sides to this many pixels.", min=1)] = None,
@@ -74,7 +76,9 @@ def pack(
 
 @data_app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Folder of images, tar shards or parquet files.")],
+    path: Annotated[
+        Path, typer.Argument(help="Data set: a folder of class folders, of tars or of parquet files; or one file.")
+    ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Rewrite repairable files; keep each original as NAME.orig.")
     ] = False,

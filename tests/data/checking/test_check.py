@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,44 @@ def test_every_sample_of_a_shard_is_checked(tmp_path):
         repair(report)
     with pytest.raises(DataError, match=r"pack.*--skip-bad"):
         exclude(report)
+
+
+def test_what_only_the_whole_data_set_shows_is_reported(tmp_path):
+    good = jpeg()
+    write_tar(tmp_path / "train-0.tar", [("a.jpg", good), ("a.cls", b"cat"), ("b.jpg", jpeg()), ("b.cls", b"dog")])
+    write_tar(tmp_path / "val-0.tar", [("c.jpg", good + b"0"), ("c.cls", b"yak")])
+    write_tar(tmp_path / "devkit.tar", [("readme", b"")])
+    assert check(tmp_path).count() >= Counter({"refused data set": 1, "not read": 1})
+    write_tar(tmp_path / "val-0.tar", [("c.jpg", good + b"0"), ("c.cls", b"cat")])
+    report = check(tmp_path)
+    assert report.bad == []
+    assert [problem.detail for problem in report.problems if problem.kind == "note"] == [
+        "val has no images of 1 of the 2 classes: 'dog'"
+    ]
+
+
+def test_a_class_folder_without_permission_is_reported(folder, monkeypatch):
+    import os
+
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert found(check(folder))["train/dog"] >= {"unreadable"}
+
+
+def test_images_in_folders_of_a_tar_are_checked(tmp_path):
+    write_tar(
+        tmp_path / "x.tar", [("train/cat/1.jpg", jpeg()), ("train/dog/2.jpg", b""), ("val/cat/3.jpg", jpeg()[:-400])]
+    )
+    assert {problem.name: problem.kind for problem in check(tmp_path).bad} == {
+        "x.tar:train/dog/2.jpg": "empty",
+        "x.tar:val/cat/3.jpg": "truncated",
+    }
 
 
 def test_every_parquet_row_is_checked(tmp_path):

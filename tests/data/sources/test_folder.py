@@ -79,6 +79,22 @@ def test_a_folder_without_images_is_refused(tmp_path):
         FolderSource(tmp_path / "cat")
 
 
+def test_a_folder_that_cannot_be_read_is_named(photos, monkeypatch):
+    import os
+
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("hat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for use in (open_folder, lambda path: FolderSource(path / "train")):
+        with pytest.raises(DataError, match=r"hat cannot be read \(Permission denied\); needed: permission to read"):
+            use(photos)
+
+
 def test_an_empty_class_is_named(photos):
     for file in (photos / "train" / "pants").iterdir():
         file.unlink()

@@ -144,6 +144,74 @@ def test_files_without_the_columns_or_with_empty_cells_are_refused(tmp_path):
         ParquetSource(tmp_path / "path.parquet").read(0)
 
 
+DIFFERENT = {
+    "columns": (
+        {"image": [b"x"], "label": [0]},
+        {"img": [b"x"], "label": [0]},
+        "columns img, label, but a.parquet has",
+    ),
+    "labels": ({"image": [b"x"], "label": [0]}, {"image": [b"x"], "label": ["cat"]}, "labels of type text"),
+    "label columns": (
+        {"image": [b"x"], "label": [0], "fine_label": [3]},
+        {"image": [b"x"], "fine_label": [3]},
+        "columns image, fine_label, but",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_files_of_a_part_that_disagree_are_refused_by_name(tmp_path, kind):
+    first, second, message = DIFFERENT[kind]
+    pq.write_table(pa.table(first), tmp_path / "a.parquet")
+    pq.write_table(pa.table(second), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=rf"b\.parquet has {message}"):
+        ParquetSource(tmp_path)
+
+
+@pytest.mark.parametrize("other", [["dog", "cat", "wolf"], ["cat", "dog"], None])
+def test_files_of_a_part_that_name_other_classes_or_another_order_are_refused(tmp_path, other):
+    write(tmp_path / "a.parquet", range(4), names=["cat", "dog", "wolf"])
+    write(tmp_path / "b.parquet", range(2), names=other)
+    with pytest.raises(DataError, match=r"b\.parquet has classes .*, but a\.parquet has cat, dog, wolf"):
+        ParquetSource(tmp_path)
+
+
+def test_parts_that_name_their_classes_in_another_order_are_matched_by_name(tmp_path):
+    write(tmp_path / "train.parquet", range(3), names=["cat", "dog", "wolf"])
+    write(tmp_path / "val.parquet", range(3), names=["wolf", "cat", "dog"])
+    train, val = open_parquet(tmp_path)
+    assert [val.class_names[label] for label in val.labels] == ["wolf", "cat", "dog"]
+    assert val.class_names == train.class_names
+
+
+@pytest.mark.parametrize("labels", [[[0], [1]], [{"a": 1}, {"a": 2}]])
+def test_several_labels_in_a_cell_are_refused(tmp_path, labels):
+    pq.write_table(pa.table({"image": [b"x", b"y"], "label": labels}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column of labels"):
+        ParquetSource(tmp_path)
+
+
+def test_labels_as_floats_are_numbers_and_fractions_are_refused(tmp_path):
+    pq.write_table(pa.table({"image": [b"x"] * 3, "label": [2.0, 0.0, 1.0]}), tmp_path / "a.parquet")
+    assert ParquetSource(tmp_path).labels.tolist() == [2, 0, 1]
+    pq.write_table(pa.table({"image": [b"x"] * 2, "label": [0.0, float("nan")]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a label is nan"):
+        ParquetSource(tmp_path)
+
+
+def test_one_file_is_open_at_a_time(tmp_path, monkeypatch):
+    import megabatch.data.sources.parquet as module
+
+    for name in "abc":
+        write(tmp_path / f"{name}.parquet", range(3))
+    opened, real = [], module._open
+    monkeypatch.setattr(module, "_open", lambda path: opened.append(real(path)) or opened[-1])
+    source = ParquetSource(tmp_path)
+    assert [file.closed for file in opened] == [True] * 3
+    assert source.read(8)
+    assert opened[-1].closed
+
+
 def test_damaged_files_are_refused(tmp_path):
     path = write(tmp_path / "a.parquet", range(40))
     whole = path.read_bytes()

@@ -256,6 +256,24 @@ def test_images_without_labels_are_refused_with_a_command_that_helps(tmp_path):
         ShardSource(path)
 
 
+def test_names_with_several_dots_are_refused_in_a_short_line_that_says_why(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [(f"photo.v1.{i}.{end}", b"0") for i in range(300) for end in ("jpg", "cls")])
+    with pytest.raises(DataError, match=r"begins at the first dot of a name.*names without other dots") as caught:
+        ShardSource(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_few_files_stay_open_if_the_process_may_open_few(tmp_path, monkeypatch):
+    import resource
+
+    for i in range(20):
+        write_tar(tmp_path / f"{i:02d}.tar", samples(1))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    source = ShardSource(tmp_path)
+    assert [source.read(i) for i in range(20)] == [source.read(0)] * 20
+    assert len(source._files._files) == 4
+
+
 # ---- train and val
 
 

@@ -237,10 +237,10 @@ def _images_in(path: Path) -> bool:
 
 def _has_image(path: Path) -> bool:
     """True if there is an image at any depth."""
-    return any(is_image(file.name) for file in _walk(path))
+    return any(is_image(file.name) for file in visible_files(path))
 
 
-def _walk(path: Path) -> Iterator[Path]:
+def visible_files(path: Path) -> Iterator[Path]:
     """Visible files at any depth, outside of hidden folders."""
     for parent, folders, files in os.walk(path, onerror=_refuse_unreadable):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
@@ -256,7 +256,9 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
 def _data_files(path: Path) -> list[Path]:
     """Tars and parquet files at any depth; folders that are links, to another disk for example, are followed once."""
     linked = [path / name for name in subfolders(path) if (path / name).is_symlink()]
-    return [file for root in (path, *linked) for file in _walk(root) if file.name.lower().endswith(_ALL_ENDINGS)]
+    return [
+        file for root in (path, *linked) for file in visible_files(root) if file.name.lower().endswith(_ALL_ENDINGS)
+    ]
 
 
 def _archives_beside(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megabatch.data.sources.labels import find_classes
+from megabatch.data.sources.layout import visible_files
 from megabatch.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
@@ -100,7 +101,7 @@ class ParquetSource:
 def _parquet_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
     if isinstance(paths, str | Path):
         folder = Path(paths).expanduser()
-        found = sorted(folder.rglob("*.parquet")) if folder.is_dir() else [folder]
+        found = [file for file in visible_files(folder) if file.suffix == ".parquet"] if folder.is_dir() else [folder]
     else:
         found = [Path(path).expanduser() for path in paths]
     if not found:
