@@ -1,12 +1,13 @@
 """Speed of a whole training step on a CPU, compared with plain scripts around the same networks.
 
-    python benchmarks/step.py --output benchmarks/out [--model resnet50|resnet18] [--case NAME ...] [--repeats 9]
+    python benchmarks/step.py --output benchmarks/out [--model NAME ...] [--case NAME ...] [--repeats 9]
 
-ResNet-50 at 224 px with 32 images and ResNet-18 at 32 px (3x3 stem) with 128: forward, cross entropy with label
-smoothing, backward, SGD with momentum. `plain` cases are our own network with torch's operations, equal to
-torchvision's; torchvision's and timm's models run too where these packages can be imported. On a processor without
-bfloat16 instructions the float32 cases are the ones to compare with. Every contender is its own process
-(`step_cases.py`); all are warm before the first round, run in an order drawn anew each round, and sleep in between.
+ResNet-50 at 224 px with 32 images, ResNet-18 at 32 px (3x3 stem) with 128 and ResNet-8, the demo's net, at 28 px with
+512: forward, cross entropy with label smoothing, backward, SGD with momentum. `plain` cases are our own network with
+torch's operations, equal to torchvision's; torchvision's and timm's models run too where these packages can be
+imported. On a processor without bfloat16 instructions the float32 cases are the ones to compare with. Every contender
+is its own process (`step_cases.py`); all are warm before the first round, run in an order drawn anew each round, and
+sleep in between.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def main() -> None:
     for model in options.model or SETTINGS:
         if options.batch:
             SETTINGS[model]["batch"] = options.batch
-        names = _runnable([*dict.fromkeys([*(options.case or cases(model)), BASELINE])])
+        names = _runnable([*dict.fromkeys([*(options.case or cases(model)), BASELINE])], model)
         timings, facts = race(model, names, repeats=options.repeats)
         images = SETTINGS[model]["batch"]
         records = [
@@ -106,9 +107,9 @@ def main() -> None:
             )
 
 
-def _runnable(names: Sequence[str]) -> list[str]:
+def _runnable(names: Sequence[str], model: str) -> list[str]:
     """`names` without those whose package cannot be imported; prints the reason for each of these."""
-    reasons = {name: missing(name) for name in names}
+    reasons = {name: missing(name, model) for name in names}
     for name, reason in reasons.items():
         if reason:
             print(f"skipped: {name} ({reason})", file=sys.stderr, flush=True)
@@ -121,7 +122,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", action="append", choices=tuple(SETTINGS), help="may be given several times")
     parser.add_argument("--case", action="append", choices=tuple(cases("resnet50")), help="may be given several times")
     parser.add_argument("--repeats", type=int, default=9, help="steps of each contender")
-    parser.add_argument("--batch", type=int, help="images per step; default 32 (resnet50), 128 (resnet18)")
+    parser.add_argument(
+        "--batch", type=int, help="images per step; default 32 (resnet50), 128 (resnet18), 512 (resnet8)"
+    )
     return parser.parse_args()
 
 

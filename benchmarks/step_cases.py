@@ -22,8 +22,9 @@ from megabatch import create_model
 Step = Callable[[], Any]
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "resnet50": {"recipe": "goyal2017_8k", "batch": 32, "pixels": 224, "classes": 1000},
-    "resnet18": {"recipe": "cifar10", "batch": 128, "pixels": 32, "classes": 10},
+    "resnet50": {"recipe": "goyal2017_8k", "batch": 32, "pixels": 224, "channels": 3, "classes": 1000},
+    "resnet18": {"recipe": "cifar10", "batch": 128, "pixels": 32, "channels": 3, "classes": 10},
+    "resnet8": {"recipe": "fashion_mnist", "batch": 512, "pixels": 28, "channels": 1, "classes": 10},
 }
 SMOOTHING, RATE, MOMENTUM, DECAY = 0.1, 1e-3, 0.9, 5e-5
 
@@ -109,7 +110,8 @@ def torchvisions(model: str) -> Callable[..., nn.Module]:
 
 def ours_plain(model: str) -> Callable[..., nn.Module]:
     """Constructor of megabatch's model with torch's operations: the same network and arithmetic as torchvision's."""
-    return functools.partial(create_model, model, image_size=SETTINGS[model]["pixels"])
+    values = SETTINGS[model]
+    return functools.partial(create_model, model, image_size=values["pixels"], in_channels=values["channels"])
 
 
 def small_images(net: Any, pixels: int) -> nn.Module:
@@ -124,7 +126,7 @@ def batch(model: str) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
     values = SETTINGS[model]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(values["batch"], 3, values["pixels"], values["pixels"], generator=generator)
+    images = torch.randn(values["batch"], values["channels"], values["pixels"], values["pixels"], generator=generator)
     return images, torch.randint(values["classes"], (values["batch"],), generator=generator)
 
 
@@ -142,6 +144,7 @@ def cases(model: str) -> dict[str, Callable[[], contextlib.AbstractContextManage
         "megabatch train, memory returned": lambda: ours(model, keep_memory=False),
         "megabatch train, compiled": lambda: ours(model, compile=True),
         "megabatch train, fp32": lambda: ours(model, precision="fp32"),
+        "megabatch train, fp32 NCHW": lambda: ours(model, precision="fp32", channels_last=False),
         "plain eager fp32": script(bf16=False, channels_last=False),
         "plain eager fp32 channels_last": script(bf16=False, channels_last=True),
         "plain compiled fp32": script(bf16=False, channels_last=False, compiled=True),
@@ -154,11 +157,13 @@ def cases(model: str) -> dict[str, Callable[[], contextlib.AbstractContextManage
     }
 
 
-def missing(case: str) -> str | None:
+def missing(case: str, model: str) -> str | None:
     """Reason why `case` cannot run here, or None."""
     package = case.split(maxsplit=1)[0]
     if package not in {"torchvision", "timm"}:
         return None
+    if model == "resnet8":
+        return f"{package} has no {model}"
     try:
         importlib.import_module(package)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision's CUDA wheels raise RuntimeError on a CPU torch
