@@ -18,5 +18,5 @@ if len(sys.argv) > 2:  # classify photographs as `megabatch evaluate` does
     loader = EvalLoader(images, resolution=recipe["eval_resolution"], crop_ratio=recipe["eval_crop_ratio"], **pixels)
     with torch.inference_mode():
         for batch in loader.batches(0, len(images), 8):
-            print(model(batch.images).softmax(1).max(1).indices.tolist())
+            print([model.class_names[number] for number in model(batch.images).argmax(1).tolist()])
     loader.close()

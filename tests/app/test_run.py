@@ -273,6 +273,7 @@ def test_a_loaded_model_has_the_weights_that_were_evaluated(tmp_path, half_life)
     expected = load_for_evaluation(recipe, FP32, open_checkpoint(tmp_path)[1], world=World())
     model = load_model(tmp_path)
     assert not model.training
+    assert model.class_names == ("a", "b", "c", "d")
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
     with torch.inference_mode():

@@ -234,6 +234,32 @@ def test_evaluate_counts_what_train_counted(photos, tmp_path, monkeypatch):
     assert "--device cpu works" in said
 
 
+def test_evaluate_matches_classes_by_name(photos, tmp_path):
+    output = tmp_path / "run"
+    megabatch("train", "photos", "--data", photos, "--workers", 1, "--output", output, *QUICK)
+    shutil.rmtree(photos / "train")  # evaluation needs val/ only
+    shutil.rmtree(photos / "val" / "blue")
+    counted = megabatch("evaluate", output, "--data", photos, "--workers", 1, "--precision", "fp32")
+    assert counted.stderr == "the data has images of 1 of the model's 2 classes; no blue\n"
+    correct = int(counted.stdout.split("(")[1].split()[0])
+    (photos / "val" / "red").rename(photos / "val" / "blue")
+    as_blue = megabatch("evaluate", output, "--data", photos, "--workers", 1, "--precision", "fp32")
+    assert int(as_blue.stdout.split("(")[1].split()[0]) == 4 - correct
+    (photos / "val" / "blue").rename(photos / "val" / "green")
+    said = error_line(megabatch("evaluate", output, "--data", photos, "--workers", 1))
+    assert "does not know: green; its classes are blue, red;" in said
+
+
+def test_resume_refuses_a_class_that_was_added_and_a_new_run_trains_it(photos, tmp_path):
+    arguments = ["train", "photos", "--data", photos, "--workers", 1, *QUICK, "--output"]
+    assert megabatch(*arguments, tmp_path / "run", "--steps", 1).returncode == 0
+    for part in ("train", "val"):
+        shutil.copytree(photos / part / "red", photos / part / "green")
+    said = error_line(megabatch(*arguments, tmp_path / "run", "--resume"))
+    assert "does not know: green; its classes are blue, red;" in said
+    assert megabatch(*arguments, tmp_path / "other", "--steps", 1).returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_evaluate_counts_the_same_with_two_workers(photos, tmp_path):

@@ -75,6 +75,20 @@ def open_data(
     return data
 
 
+def open_evaluation_data(recipe: Recipe, runtime: Runtime) -> Data:
+    """As `open_data`, but a data set may have only val or test; `train` is then the evaluation set too.
+
+    Raises:
+        DataError, FetchError, SettingsError: as `open_data`.
+    """
+    if runtime.data is None or "://" in str(runtime.data):
+        return open_data(recipe, runtime)
+    _check_decode(runtime)
+    dataset = open_train_and_evaluation(runtime.data, train_needed=False)
+    *_, evaluation = dataset.parts.values()
+    return Data(dataset.parts.get("train", evaluation), evaluation, _origin(Path(runtime.data)), dataset.notes)
+
+
 def _open(recipe: Recipe, runtime: Runtime, *, on_progress: Callable[[str], None] | None, probe: bool) -> Data:
     if runtime.data is None:
         fetched = fetch.fetch(recipe.dataset, cache=runtime.cache, on_progress=on_progress)
@@ -87,7 +101,11 @@ def _open(recipe: Recipe, runtime: Runtime, *, on_progress: Callable[[str], None
     for source in (train, evaluation) if probe else ():
         if isinstance(source, FolderSource):
             source.probe(sample=PROBED_FILES)
-    return Data(train, evaluation, f"{'file' if path.is_file() else 'folder'} {path.name}", dataset.notes)
+    return Data(train, evaluation, _origin(path), dataset.notes)
+
+
+def _origin(path: Path) -> str:
+    return f"{'file' if path.is_file() else 'folder'} {path.name}"
 
 
 def _open_url(url: str, runtime: Runtime) -> Data:

@@ -1,7 +1,7 @@
 """Trained models from checkpoints."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,21 +14,32 @@ from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import open_checkpoint
 
 
-def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Module:
+class TrainedModel(nn.Module):
+    """Type of what `load_model` returns: the recipe's own module, with the facts that using it needs as attributes."""
+
+    class_names: tuple[str, ...]
+    """Name of each class, in the order of the logits; "0", "1", ... if the checkpoint or its data set had no names."""
+
+
+def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel:
     """Loads the trained model of a run folder (its best checkpoint) or of one checkpoint file, in evaluation mode.
 
     It has the averaged weights where the recipe averages them. Its input are images (N, C, H, W), float32, normalised
-    with the recipe's `pixel_mean` and `pixel_std`; its output are logits (N, classes).
+    with the recipe's `pixel_mean` and `pixel_std`; its output are logits (N, classes). `class_names` is an attribute of
+    the model: the name of each class, in the order of the logits ("0", "1", ... if the data set had no names, or the
+    checkpoint was written by a version that stored none).
 
         model = load_model("runs/mine")
-        classes = model(images).argmax(1)
+        names = [model.class_names[k] for k in model(images).argmax(1)]
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or its checksum differs.
     """
     info, state = open_checkpoint(Path(path))
     world = World(device=torch.device(device))
-    return load_for_evaluation(from_json(info.recipe), Runtime(), state, world=world).eval()
+    model = cast("TrainedModel", load_for_evaluation(from_json(info.recipe), Runtime(), state, world=world).eval())
+    model.class_names = info.class_names or tuple(map(str, range(info.num_classes)))
+    return model
 
 
 def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any], *, world: World) -> nn.Module:

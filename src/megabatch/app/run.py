@@ -44,6 +44,7 @@ def open_run(
     Raises:
         RecipeError, SettingsError: recipe and runtime do not fit together.
         CheckpointError: `runtime.resume`, and the folder's run has another recipe.
+        DataError: `runtime.resume`, and the data has other classes than the folder's run.
     """
     wished = check(recipe, runtime, world_size=world.world_size, device=world.device)
     precision = choose_precision(runtime, world.device)
@@ -53,7 +54,9 @@ def open_run(
         stack.enter_context(cudnn_measures(runtime, world.device))
         log = open_run_log(recipe, folder, world=world, quiet=quiet, stack=stack)
         state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
-        resumed_from = resume(state, recipe, folder, world=world, log=log) if runtime.resume else None
+        resumed = None
+        if runtime.resume:
+            resumed, data = resume(state, recipe, data, folder, world=world, log=log)
         check_same_weights(state.module, world)
         announce_measuring(log, stack)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
@@ -61,7 +64,7 @@ def open_run(
         if world.is_first:
             kernels = describe_kernels(runtime, precision, world.device)
             choices = (f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange)
-            describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed_from)
+            describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed)
         loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
         stack.callback(loader.close)
         run = Run(
@@ -74,7 +77,7 @@ def open_run(
             micro_batch_size=micro_batch.size,
             log=log.log,
             stop_requested=stop_requested,
-            checkpoints=_open_checkpoints(recipe, runtime, folder, stack=stack) if world.is_first else None,
+            checkpoints=_open_checkpoints(recipe, runtime, data, folder, stack=stack) if world.is_first else None,
             checkpoint_every_steps=runtime.checkpoint_every_steps,
             max_steps=max_steps,
             exchange_report=exchange_report,
@@ -87,10 +90,15 @@ def open_run(
 
 
 def _open_checkpoints(
-    recipe: Recipe, runtime: Runtime, folder: Path, *, stack: contextlib.ExitStack
+    recipe: Recipe, runtime: Runtime, data: Data, folder: Path, *, stack: contextlib.ExitStack
 ) -> CheckpointWriter:
     """A background writer whose last checkpoint is on disk when `stack` ends."""
-    writer = CheckpointWriter(folder / "checkpoints", fields_as_json(recipe), keep=runtime.keep_checkpoints)
+    writer = CheckpointWriter(
+        folder / "checkpoints",
+        fields_as_json(recipe),
+        class_names=tuple(data.train.class_names),
+        keep=runtime.keep_checkpoints,
+    )
     stack.callback(writer.wait)
     return writer
 

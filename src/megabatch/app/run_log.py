@@ -17,6 +17,7 @@ from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
+from megabatch.train.checkpoint import CheckpointInfo
 from megabatch.train.schedule import count_steps
 from megabatch.train.state import TrainState
 
@@ -86,7 +87,7 @@ def describe_run(
     micro_batch_size: int,
     choices: Sequence[str],
     state: TrainState,
-    resumed_from: int | None,
+    resumed: CheckpointInfo | None,
 ) -> None:
     """Writes recipe.json and environment.json and logs the run's start, in three lines on the screen."""
     environment = describe()
@@ -102,6 +103,7 @@ def describe_run(
         "wire": runtime.wire,
         "data": data.origin,
     }
+    resumed_from = resumed.step if resumed else None
     log.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)
     batch = f"{recipe.global_batch_size:,}"
     accumulated = recipe.global_batch_size // (micro_batch_size * world.world_size) or 1
@@ -116,8 +118,8 @@ def describe_run(
     log.note(f"chosen: {'; '.join(choices)}")
     for text in data.notes:
         log.log({"event": "warning", "text": f"data: {text}"})
-    if resumed_from is not None:
-        log.note(f"resumed at step {resumed_from:,}, epoch {state.samples_seen / len(data.train):.2f}")
+    if resumed:
+        log.note(f"resumed at step {resumed.step:,}, epoch {state.samples_seen / len(data.train):.2f}")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
+from megabatch.app.classes import match_training_data
+from megabatch.app.data import Data
 from megabatch.app.model import build_model, build_optimizer
 from megabatch.app.run_log import RunLog
 from megabatch.comm.launch import World, broadcast_from_rank0
@@ -13,7 +15,7 @@ from megabatch.optim.batch_size import NoiseScaleBatchPolicy
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, differing_fields, from_json
 from megabatch.runtime import Runtime
-from megabatch.train.checkpoint import checkpoint_path, newest_intact, open_checkpoint
+from megabatch.train.checkpoint import CheckpointInfo, checkpoint_path, newest_intact, open_checkpoint
 from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
 from megabatch.train.weight_copies import WeightCopies
@@ -47,8 +49,13 @@ def _copies(runtime: Runtime, precision: Precision, module: nn.Module) -> Weight
     return WeightCopies(module if wanted else None, precision.dtype)
 
 
-def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, log: RunLog) -> int | None:
-    """Loads the newest intact checkpoint, the same one on every worker; returns its step, or None."""
+def resume(
+    state: TrainState, recipe: Recipe, data: Data, folder: Path, *, world: World, log: RunLog
+) -> tuple[CheckpointInfo | None, Data]:
+    """Loads the newest intact checkpoint, the same one on every worker.
+
+    Returns its description, or None if there is none, and `data` with labels numbered as in that checkpoint.
+    """
 
     def warn(text: str) -> None:
         log.log({"event": "warning", "text": text})
@@ -58,11 +65,14 @@ def resume(state: TrainState, recipe: Recipe, folder: Path, *, world: World, log
     step = broadcast_from_rank0(found[0].step if found else None, world)
     if step is None:
         warn("no checkpoint to resume from; the run starts at step 0")
-        return None
+        return None, data
     info, saved = found or open_checkpoint(checkpoint_path(checkpoints, step))
+    data, remark = match_training_data(data, info)
+    if remark:
+        warn(remark)
     refuse_other_recipe(recipe, from_json(info.recipe))
     state.load_state_dict(saved)
-    return info.step
+    return info, data
 
 
 def refuse_other_recipe(recipe: Recipe, saved: Recipe) -> None:

@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from megabatch.cli.options import find_device, runtime_options
-from megabatch.errors import DataError
-from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 
 
@@ -18,7 +16,10 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (uses its best checkpoint).")],
     runtime: Runtime,
 ) -> None:
-    """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once."""
+    """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once.
+
+    The data's classes are matched with the checkpoint's by name; the data may lack some. A folder needs only val/.
+    """
     from megabatch.comm import launch
     from megabatch.train.checkpoint import open_checkpoint
 
@@ -33,7 +34,8 @@ def evaluate(
 
 
 def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
-    from megabatch.app.data import build_eval_loader, fit_to_data, open_data
+    from megabatch.app.classes import match_evaluation_data
+    from megabatch.app.data import build_eval_loader, open_evaluation_data
     from megabatch.app.load import load_for_evaluation
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.comm.launch import join
@@ -46,9 +48,9 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
         choose_memory(runtime, world)
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
-        data = stack.enter_context(contextlib.closing(open_data(recipe, runtime)))
-        _require_classes(recipe, fit_to_data(recipe, data).num_classes)
-        loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
+        data = stack.enter_context(contextlib.closing(open_evaluation_data(recipe, runtime)))
+        source, remarks = match_evaluation_data(data.evaluation, info)
+        loader = build_eval_loader(recipe, runtime, source, world=world)
         stack.callback(loader.close)
         result = evaluate_model(
             load_for_evaluation(recipe, runtime, state, world=world),
@@ -58,14 +60,9 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
             block_size=eval_block_size(recipe),
         )
         if world.is_first:
+            for remark in remarks:
+                typer.echo(remark, err=True)
             typer.echo(
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
                 f"top1 {result.top1:.4f} ({result.correct1:,} of {result.num_samples:,})"
             )
-
-
-def _require_classes(recipe: Recipe, found: int) -> None:
-    if found != recipe.num_classes:
-        raise DataError(
-            f"the data has {found} classes, the checkpoint {recipe.num_classes}; give the data it was trained on"
-        )

@@ -20,6 +20,7 @@ from megabatch.runtime import Runtime
 from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
 
 if TYPE_CHECKING:
+    from megabatch.app.data import Data
     from megabatch.comm.launch import World
     from megabatch.data.loading.train_loader import TrainLoader
 
@@ -66,18 +67,20 @@ def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path) -> int:
         fitted = fit_to_data(recipe, data)
         num_workers = runtime.workers or default_workers(fitted, runtime)
         check_room(fitted, runtime, data, world=World(world_size=num_workers, local_world_size=num_workers))
+        if runtime.resume:
+            _check_resumed(fitted, data, folder)
     check(fitted, runtime, world_size=num_workers, device=device)
-    if runtime.resume:
-        _check_resumed(fitted, folder)
     return num_workers
 
 
-def _check_resumed(recipe: Recipe, folder: Path) -> None:
-    """Raises CheckpointError if the run to resume has another recipe."""
+def _check_resumed(recipe: Recipe, data: "Data", folder: Path) -> None:
+    """Raises DataError or CheckpointError if the run to resume has other classes or another recipe."""
+    from megabatch.app.classes import match_training_data
     from megabatch.app.state import refuse_other_recipe
     from megabatch.train.checkpoint import list_checkpoints
 
     for newest in list_checkpoints(folder / "checkpoints")[-1:]:
+        match_training_data(data, newest)
         refuse_other_recipe(recipe, from_json(newest.recipe))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: one file of tensors and plain numbers, and a small JSON file beside it that completes it.
 
     checkpoints/step-00000123.pt      the training state, torch.save, loaded with weights_only
-    checkpoints/step-00000123.json    step, epoch, top1, sha256 and size of the .pt, the recipe; written last
+    checkpoints/step-00000123.json    step, epoch, top1, sha256 and size of the .pt, recipe, class names; written last
 
 Both are written atomically, the JSON last: a checkpoint without its JSON is ignored, and one whose checksum differs is
 reported and skipped. The data loader has no state of its own: its position is a function of `samples_seen`, so a run
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The JSON beside a checkpoint."""
+    """The JSON beside a checkpoint; `class_names` is None if the version that wrote it stored none."""
 
     path: Path
     step: int
@@ -36,6 +36,12 @@ class CheckpointInfo:
     sha256: str
     num_bytes: int
     recipe: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the model tells apart."""
+        return int(self.recipe["num_classes"])
 
 
 class CheckpointWriter:
@@ -45,9 +51,17 @@ class CheckpointWriter:
     progress; its error is raised by the next `write` or by `wait`.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], *, keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        *,
+        class_names: tuple[str, ...] | None = None,
+        keep: int = 2,
+    ) -> None:
         self.folder = folder
         self.recipe = dict(recipe)
+        self.class_names = class_names
         self.keep = max(1, keep)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -70,23 +84,31 @@ class CheckpointWriter:
 
     def _run(self, state: dict[str, Any], step: int, epoch: float, top1: float | None) -> None:
         try:
-            write_checkpoint(self.folder, state, recipe=self.recipe, step=step, epoch=epoch, top1=top1)
+            facts: dict[str, Any] = {"recipe": self.recipe, "class_names": self.class_names}
+            write_checkpoint(self.folder, state, **facts, step=step, epoch=epoch, top1=top1)
             remove_old(self.folder, keep=self.keep)
         except Exception as error:  # noqa: BLE001 - carried to the caller by `wait`
             self._error = error
 
 
 def write_checkpoint(
-    folder: Path, state: Mapping[str, Any], *, recipe: Mapping[str, Any], step: int, epoch: float, top1: float | None
+    folder: Path,
+    state: Mapping[str, Any],
+    *,
+    recipe: Mapping[str, Any],
+    class_names: tuple[str, ...] | None = None,
+    step: int,
+    epoch: float,
+    top1: float | None,
 ) -> CheckpointInfo:
     """Writes one checkpoint atomically and returns the content of its JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
     with replacing(path, durable=True) as part:
         torch.save(dict(state), part)
-        info = CheckpointInfo(path, step, epoch, top1, sha256_of(part), part.stat().st_size, dict(recipe))
+        info = CheckpointInfo(path, step, epoch, top1, sha256_of(part), part.stat().st_size, dict(recipe), class_names)
     facts: dict[str, Any] = {"format": FORMAT, "step": step, "epoch": epoch, "top1": top1, "sha256": info.sha256}
-    facts |= {"num_bytes": info.num_bytes, "recipe": info.recipe}
+    facts |= {"num_bytes": info.num_bytes, "recipe": info.recipe, "class_names": class_names}
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1), durable=True)
     return info
 
@@ -187,6 +209,7 @@ def _read_info(path: Path) -> CheckpointInfo:
     facts = json.loads(path.read_text())
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+    names = facts.get("class_names")
     return CheckpointInfo(
         path.with_suffix(".pt"),
         int(facts["step"]),
@@ -195,4 +218,5 @@ def _read_info(path: Path) -> CheckpointInfo:
         str(facts["sha256"]),
         int(facts["num_bytes"]),
         dict(facts["recipe"]),
+        None if names is None else tuple(map(str, names)),
     )

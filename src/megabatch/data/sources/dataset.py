@@ -41,20 +41,22 @@ def open_dataset(path: Path | str, *, kind: str | None = None) -> DataSet:
     return _opened(layout, _openers(layout))
 
 
-def open_train_and_evaluation(path: Path | str, *, kind: str | None = None) -> DataSet:
+def open_train_and_evaluation(path: Path | str, *, kind: str | None = None, train_needed: bool = True) -> DataSet:
     """Opens train, and val or else test, as the two parts of a data set, in this order.
 
     Raises:
-        DataError: as `open_dataset`; or one of the two is missing, or there is only one class.
+        DataError: as `open_dataset`; or there is no val or test, or, with `train_needed`, no train or only one class.
     """
     layout = find_layout(path, kind=kind)
     openers = _openers(layout)
     evaluation = next((part for part in EVALUATION_PARTS if part in openers), "val")
-    for part in ("train", evaluation):
+    wanted = ("train", evaluation) if train_needed or "train" in openers else (evaluation,)
+    for part in wanted:
         if part not in openers:
             raise DataError(_missing(layout, part, list(openers)))
-    dataset = _opened(layout, {part: openers[part] for part in ("train", evaluation)})
-    _refuse_one_class(layout, dataset.parts["train"].class_names)
+    dataset = _opened(layout, {part: openers[part] for part in wanted})
+    if train_needed:
+        _refuse_one_class(layout, dataset.parts["train"].class_names)
     if evaluation != "val":
         dataset.notes.append(f"there is no val; {evaluation} is the evaluation set")
     return dataset
