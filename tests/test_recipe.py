@@ -61,6 +61,7 @@ def test_override_parses_each_type(recipe):
         ("resolution", "5:28", "start at 0"),
         ("pixel_mean", "124", "needed: of pixels in [0, 1]; pixel_mean=0.5 works"),
         ("pixel_std", "58", "in (0, 1]"),
+        ("stem", "large", "needed: auto, as resnet8 has one stem; stem=auto works"),
         ("min_crop_aspect", "0", "above 0 and at most max_crop_aspect"),
     ],
 )

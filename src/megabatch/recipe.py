@@ -18,6 +18,7 @@ from megabatch.errors import RecipeError
 from megabatch.recipe_text import as_text, parse
 
 Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"]
+Stem = Literal["auto", "small", "large"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
 Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup"]
@@ -65,6 +66,7 @@ class Recipe:
 
     # Model
     model: Model
+    stem: Stem = "auto"  # ResNet-18, 34, 50; small: 3x3 of stride 1, large: 7x7 and pooling; auto: small up to 64 px
     initialization: Initialization = "he_fan_out"
     zero_gamma: bool = True  # the last batch norm of a residual block starts at 0 (Goyal et al. 2017, 5.1)
     blur_pool: bool = False  # antialiased downsampling (Zhang 2019)
@@ -207,6 +209,8 @@ def validate(recipe: Recipe) -> Recipe:
         _require(0 <= getattr(recipe, field) < 1, recipe, field, "in [0, 1)", 0.1)
     for field in ("stats_momentum", "eval_crop_ratio", "max_crop_area", "min_crop_area"):
         _require(0 < getattr(recipe, field) <= 1, recipe, field, "in (0, 1]", 0.1)
+    has_stems = recipe.stem == "auto" or recipe.model in {"resnet18", "resnet34", "resnet50"}
+    _require(has_stems, recipe, "stem", f"auto, as {recipe.model} has one stem", "auto")
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
     aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
     _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)

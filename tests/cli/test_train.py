@@ -17,6 +17,7 @@ from command_line import error_line, megabatch, megabatch_process
 from limits import HANG_S
 from PIL import Image
 
+from megabatch.app.load import load_model
 from megabatch.observe.events import read_events
 
 SMALL = ["--set", "model=resnet8", "--set", "resolution=0:16", "--set", "eval_resolution=16", "--set", "bn_span=4"]
@@ -248,6 +249,18 @@ def test_evaluate_matches_classes_by_name(photos, tmp_path):
     (photos / "val" / "blue").rename(photos / "val" / "green")
     said = error_line(megabatch("evaluate", output, "--data", photos, "--workers", 1))
     assert "does not know: green; its classes are blue, red;" in said
+
+
+@pytest.mark.parametrize(("stem", "size", "stride"), [("auto", 3, 1), ("large", 7, 2)])
+def test_the_stem_is_said_and_kept_by_a_loaded_model(photos, tmp_path, stem, size, stride):
+    settings = [*QUICK, "--set", f"stem={stem}"]
+    settings[settings.index("model=resnet8")] = "model=resnet18"
+    output = tmp_path / "run"
+    trained = megabatch(
+        "train", "photos", "--data", photos, "--workers", 1, "--output", output, *settings, "--steps", 1
+    )
+    assert f"photos: resnet18 with a {size}x{size} stem of stride {stride}, " in trained.stdout
+    assert load_model(output).conv1.kernel_size == (size, size)
 
 
 def test_resume_refuses_a_class_that_was_added_and_a_new_run_trains_it(photos, tmp_path):

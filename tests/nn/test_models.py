@@ -114,6 +114,12 @@ def test_images_of_up_to_64_pixels_get_the_small_stem() -> None:
     assert [stem.stride for stem in stems.values()] == [(1, 1), (1, 1), (2, 2), (2, 2)]
 
 
+def test_a_given_stem_is_made_for_any_image_size() -> None:
+    options = [("small", 224), ("small", 32), ("large", 224), ("large", 32)]
+    stems = [create_model("resnet18", num_classes=3, image_size=size, stem=stem).conv1 for stem, size in options]
+    assert [stem.kernel_size for stem in stems] == [(3, 3), (3, 3), (7, 7), (7, 7)]
+
+
 def test_a_blurred_convolution_is_the_convolution_of_the_binomially_blurred_image() -> None:
     conv = BlurConv2d(2, 3, 3, 2, padding=1, bias=False).double()
     x = torch.randn(1, 2, 7, 7, dtype=torch.float64)

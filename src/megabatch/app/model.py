@@ -37,6 +37,7 @@ def make_model(recipe: Recipe, norm: Norm = nn.BatchNorm2d) -> nn.Module:
         blur_pool=recipe.blur_pool,
         width=recipe.width,
         image_size=int(max(value for _, value in recipe.resolution)),
+        stem=recipe.stem,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from megabatch.app.data import Data
 from megabatch.comm.launch import World
 from megabatch.files import write_text
@@ -108,7 +110,7 @@ def describe_run(
     batch = f"{recipe.global_batch_size:,}"
     accumulated = recipe.global_batch_size // (micro_batch_size * world.world_size) or 1
     log.note(
-        f"{recipe.name}: {recipe.model}, {recipe.num_train_images:,} images from {data.origin}, "
+        f"{recipe.name}: {recipe.model}{_stem(state.module)}, {recipe.num_train_images:,} images from {data.origin}, "
         f"{recipe.total_epochs:g} epochs at global batch {batch}"
     )
     log.note(
@@ -120,6 +122,12 @@ def describe_run(
         log.log({"event": "warning", "text": f"data: {text}"})
     if resumed:
         log.note(f"resumed at step {resumed.step:,}, epoch {state.samples_seen / len(data.train):.2f}")
+
+
+def _stem(module: nn.Module) -> str:
+    """The first convolution in words: in ResNet-18, 34 and 50 it depends on the training resolution or `stem`."""
+    first = getattr(module, "conv1", None)
+    return f" with a {first.kernel_size[0]}x{first.kernel_size[1]} stem of stride {first.stride[0]}" if first else ""
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

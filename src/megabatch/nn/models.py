@@ -1,5 +1,7 @@
 """Creates models by name."""
 
+from typing import Literal
+
 from torch import nn
 
 from megabatch.errors import UserError
@@ -8,7 +10,7 @@ from megabatch.nn.resnet import Norm, resnet18, resnet34, resnet50
 from megabatch.nn.small import resnet8
 
 SMALL_IMAGE = 64
-"""Largest image size, in pixels per side, for which ResNet-18, 34 and 50 have a stem for small images."""
+"""Largest image size, in pixels per side, for which stem="auto" is the small stem."""
 
 
 def create_model(
@@ -21,6 +23,7 @@ def create_model(
     blur_pool: bool = False,
     width: int = 16,
     image_size: int = 224,
+    stem: Literal["auto", "small", "large"] = "auto",
 ) -> nn.Module:
     """Returns a new model, with weights drawn from torch's global generator, in float32 on the CPU.
 
@@ -40,13 +43,15 @@ def create_model(
         blur_pool: blur before strided convolutions in blocks, against aliasing (Zhang 2019, arXiv:1904.11486).
             ResNets only.
         width: channels of the first stage of "resnet8"; other models ignore it.
-        image_size: pixels per side. Up to 64, ResNet-18, 34 and 50 have a 3x3 stem of stride 1 without pooling, else
-            a 7x7 stem of stride 2 with max pooling. The model accepts other sizes as well.
+        image_size: pixels per side; stem="auto" is the small stem up to 64, else the large one. The model accepts
+            other sizes as well.
+        stem: of ResNet-18, 34 and 50. "small" is a 3x3 convolution of stride 1 without pooling, "large" a 7x7 one of
+            stride 2 with max pooling; weights of one do not fit the other.
 
     Raises:
         UserError: `name` is none of the six.
     """
-    small_stem = image_size <= SMALL_IMAGE
+    small_stem = image_size <= SMALL_IMAGE if stem == "auto" else stem == "small"
     match name:
         case "resnet8":
             return resnet8(
