@@ -123,6 +123,9 @@ def test_a_launched_worker_refuses_a_folder_that_holds_a_run_and_resumes_or_star
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    in_grey = ["train", "fashion_mnist", "--data", photos, "--output", tmp_path / "run"]
+    assert "is in colour" in error_line(megabatch_process(*in_grey, env=os.environ | launched))
+    assert not (tmp_path / "run").exists()
     arguments = ["train", "photos", "--data", photos, "--output", tmp_path / "run", *QUICK]
     first = megabatch_process(*arguments, "--resume", "--steps", 1, env=os.environ | launched)
     assert first.returncode == 0, first.stderr
@@ -249,6 +252,15 @@ def test_evaluate_matches_classes_by_name(photos, tmp_path):
     (photos / "val" / "blue").rename(photos / "val" / "green")
     said = error_line(megabatch("evaluate", output, "--data", photos, "--workers", 1))
     assert "does not know: green; its classes are blue, red;" in said
+
+
+def test_photographs_are_trained_in_grey_only_where_the_user_says_so(photos, tmp_path):
+    arguments = ["fashion_mnist", "--data", photos, "--workers", 1, "--set", "global_batch_size=128", "--steps", 1]
+    said = refused(tmp_path, *arguments)
+    assert "is in colour; recipe photos works" in said
+    trained = megabatch("train", *arguments, "--set", "image_channels=1", "--output", tmp_path / "grey")
+    assert trained.returncode == 0, trained.stderr
+    assert "warning: a global batch of 128 images is larger than the data set of 24" in trained.stdout
 
 
 @pytest.mark.parametrize(("stem", "size", "stride"), [("auto", 3, 1), ("large", 7, 2)])

@@ -1,4 +1,4 @@
-"""What is said at the start of a run that has too few updates for batch norm's running averages."""
+"""Warnings at the start of a run whose recipe suits its data badly."""
 
 import dataclasses
 import re
@@ -7,7 +7,11 @@ import pytest
 
 from megabatch import recipes
 from megabatch.recipe import Recipe, override
-from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
+from megabatch.train.recipe_warnings import (
+    batch_larger_than_data,
+    too_few_updates_for_running_averages,
+    warnings_for,
+)
 
 
 def updates(number: int, **changes: object) -> Recipe:
@@ -46,4 +50,27 @@ def test_the_batch_at_the_end_decides_where_it_grows():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_no_recipe_needs_the_warning_as_it_is(name):
-    assert too_few_updates_for_running_averages(recipes.get(name)) is None
+    assert warnings_for(recipes.get(name)) == []
+
+
+@pytest.mark.parametrize("name", ["mlperf_4096", "mikami2018_34k_68k", "photos"])
+@pytest.mark.parametrize("num_images", [7, 50, 500])
+def test_a_batch_beyond_the_data_set_is_warned_of_with_values_that_work(name, num_images):
+    recipe = dataclasses.replace(recipes.get(name), num_train_images=num_images)
+    said = batch_larger_than_data(recipe)
+    if name == "photos" and num_images == 500:
+        assert said is None
+        return
+    assert f"larger than the data set of {num_images}" in said
+    assert ("recipe photos" in said) == (name != "photos")
+    assert said in warnings_for(recipe)
+    settings = dict(re.findall(r"--set (\w+)=(\S+)", said))
+    fitting = override(recipe, settings)
+    assert batch_larger_than_data(fitting) is None
+    assert num_images / 20 <= fitting.smallest_batch <= num_images / 5 or num_images < 10
+
+
+def test_a_batch_as_large_as_the_data_set_is_not_warned_of():
+    recipe = dataclasses.replace(recipes.get("photos"), num_train_images=64)
+    assert batch_larger_than_data(recipe) is None
+    assert batch_larger_than_data(dataclasses.replace(recipe, num_train_images=63)) is not None

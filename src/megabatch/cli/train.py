@@ -17,7 +17,7 @@ from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime
 from megabatch.errors import SettingsError
 from megabatch.recipe import Recipe, from_json, override
 from megabatch.runtime import Runtime
-from megabatch.train.recipe_warnings import too_few_updates_for_running_averages
+from megabatch.train.recipe_warnings import warnings_for
 
 if TYPE_CHECKING:
     from megabatch.app.data import Data
@@ -36,19 +36,21 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings and the last line.")] = False,
 ) -> None:
     """Trains a recipe. The last line shows the top-1 accuracy and the report's path."""
-    _train(override(recipes.get(recipe), parse_settings(settings or [])), runtime, max_steps=steps, quiet=quiet)
+    given = parse_settings(settings or [])
+    chosen = override(recipes.get(recipe), given)
+    _train(chosen, runtime, max_steps=steps, quiet=quiet, may_drop_colour="image_channels" in given)
 
 
-def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bool) -> None:
+def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bool, may_drop_colour: bool) -> None:
     from megabatch.comm import launch
 
     if launch.started_by_launcher():
-        _work(recipe, runtime, None, max_steps=max_steps, quiet=quiet)
+        _work(recipe, runtime, None, max_steps=max_steps, quiet=quiet, may_drop_colour=may_drop_colour)
         return
     folder = _run_folder(recipe, runtime)
-    num_workers = _check_before_start(recipe, runtime, folder)
+    num_workers = _check_before_start(recipe, runtime, folder, may_drop_colour=may_drop_colour)
     if num_workers == 1:
-        _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet)
+        _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet, may_drop_colour=True)  # checked above
         return
     arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
     code = launch.run_local_workers(num_workers, arguments)
@@ -56,14 +58,17 @@ def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bo
         raise typer.Exit(code)
 
 
-def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path) -> int:
+def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path, *, may_drop_colour: bool) -> int:
     """Returns the number of local workers; reports invalid input before anything is written."""
     from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.image_checks import refuse_colour_as_grey
     from megabatch.app.resolve import check, default_workers
     from megabatch.comm.launch import World
 
     device = find_device(runtime.device)
     with contextlib.closing(open_data(recipe, runtime, on_progress=_say, probe=True)) as data:
+        if not may_drop_colour:
+            refuse_colour_as_grey(recipe, data)
         fitted = fit_to_data(recipe, data)
         num_workers = runtime.workers or default_workers(fitted, runtime)
         check_room(fitted, runtime, data, world=World(world_size=num_workers, local_world_size=num_workers))
@@ -84,11 +89,20 @@ def _check_resumed(recipe: Recipe, data: "Data", folder: Path) -> None:
         refuse_other_recipe(recipe, from_json(newest.recipe))
 
 
-def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: int | None, quiet: bool) -> None:
+def _work(
+    recipe: Recipe,
+    runtime: Runtime,
+    output: Path | None,
+    *,
+    max_steps: int | None,
+    quiet: bool,
+    may_drop_colour: bool,
+) -> None:
     """Runs one worker process: join, open the data, build the run, train, report."""
     import torch
 
     from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.image_checks import image_remarks, refuse_colour_as_grey
     from megabatch.app.run import open_run
     from megabatch.comm.launch import join, sum_over_workers
     from megabatch.train.loop import train as run_loop
@@ -97,6 +111,8 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: i
         join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads) as world,
         contextlib.closing(open_data(recipe, runtime)) as data,
     ):
+        if not may_drop_colour:
+            refuse_colour_as_grey(recipe, data)
         folder = _shared_folder(recipe, runtime, output, world)
         fitted = fit_to_data(recipe, data)
         check_room(fitted, runtime, data, world=world)
@@ -114,7 +130,7 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, *, max_steps: i
                 quiet=quiet,
             ) as run,
         ):
-            if warning := too_few_updates_for_running_averages(fitted):
+            for warning in [*warnings_for(fitted), *(image_remarks(fitted, data) if world.is_first else ())]:
                 run.log({"event": "warning", "text": warning})
             first_sample = run.state.samples_seen
             evaluation = run_loop(run)

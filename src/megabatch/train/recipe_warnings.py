@@ -3,9 +3,37 @@
 import math
 
 from megabatch.recipe import Recipe
-from megabatch.train.schedule import total_samples
+from megabatch.train.schedule import count_steps, total_samples
 
 _RECOMPUTED_IMAGES = 16_384  # enough to recover the loss: benchmarks/records/2026-11-20_2cores_large_batch
+
+
+def warnings_for(recipe: Recipe) -> list[str]:
+    """Returns all warnings of this module that apply to a recipe fitted to its data."""
+    found = (batch_larger_than_data(recipe), too_few_updates_for_running_averages(recipe))
+    return [text for text in found if text]
+
+
+def batch_larger_than_data(recipe: Recipe) -> str | None:
+    """Returns a warning if a global batch repeats images, so that a run has less than one update per epoch, else None.
+
+    It happens where a recipe of a large data set trains a small one: its schedule is in epochs, and keeps its length.
+    """
+    num_images, batch = recipe.num_train_images, recipe.smallest_batch
+    if batch <= num_images:
+        return None
+    fitting = max(1, num_images // 10)
+    span = min(recipe.bn_span, fitting)
+    smaller = f"--set global_batch_size={fitting // span * span}"
+    if span < recipe.bn_span:
+        smaller += f" --set bn_span={span}"
+    if recipe.batch_sizes:
+        smaller += " --set batch_sizes=none"
+    elsewhere = "" if recipe.name == "photos" else "recipe photos is meant for small data sets, or "
+    return (
+        f"a global batch of {batch:,} images is larger than the data set of {num_images:,}: {count_steps(recipe):,} "
+        f"updates in {recipe.total_epochs:g} epochs; {elsewhere}{smaller} works, with a peak_lr for that batch"
+    )
 
 
 def too_few_updates_for_running_averages(recipe: Recipe) -> str | None:
