@@ -11,6 +11,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
 Wire = Literal["fp32", "fp16", "bf16"]
+BucketPlan = Literal["size", "cubic"]
 Decode = Literal["auto", "cpu", "gpu"]
 Fusion = Literal["auto", "plain"]
 Switch = Literal["auto", "on", "off"]
@@ -56,7 +57,16 @@ class Runtime:
 
     all_reduce: AllReduce = _option("auto", "All-reduce algorithm of the gradient exchange.")
     wire: Wire = _option("fp32", "Data type of gradients in the exchange.")
-    bucket_mib: float = _option(25.0, "MiB per bucket of gradients that are exchanged together.", least=0.001)
+    bucket_plan: BucketPlan = _option(
+        "size", "Gradients exchanged together: --bucket-mib at a time, or 3 (k + 1)^3 tensors by group k."
+    )
+    bucket_mib: float = _option(25.0, "MiB per bucket of gradients; not used by --bucket-plan cubic.", least=0.001)
+    bn_tile_rows: int = _option(
+        1,
+        "Rows of the grid of workers (one per host) that a batch-norm span shared by workers covers; "
+        "1: consecutive workers.",
+        least=1,
+    )
     timeout_s: float = _option(300.0, "Seconds after which a collective times out.", least=1)
 
     cache: Path | None = _option(None, "Folder of downloaded data sets and shards; default ~/.cache/megabatch.")

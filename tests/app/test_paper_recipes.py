@@ -12,7 +12,7 @@ from tiny_run import run_tiny
 from megabatch import recipes
 from megabatch.app.data import Data
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.recipe import validate
+from megabatch.recipe import override, validate
 from megabatch.runtime import Runtime
 from megabatch.train.schedule import settings_at
 
@@ -81,3 +81,21 @@ def test_81920_samples_in_spans_of_40_train_the_same_on_one_worker_and_on_four(t
     assert four[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for name, tensor in alone["weights"].items():
         torch.testing.assert_close(four[0]["weights"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def train_64_epochs_of_you(folder):
+    torch.set_num_threads(1)
+    recipe = override(recipes.get("you2017_resnet50_32k"), {"total_epochs": "64", "published_top1": "0.749"})
+    small = {"model": "resnet8", "width": 8, "resolution": ((0.0, 8.0),), "eval_resolution": 8, "num_classes": 10}
+    small |= {"global_batch_size": 64, "num_train_images": 192}
+    recipe = validate(dataclasses.replace(recipe, **small))
+    runtime = Runtime(precision="fp32", micro_batch_size=16)
+    return run_tiny(folder, recipe, runtime=runtime, max_steps=4, data=made_data(recipe))
+
+
+@pytest.mark.multiprocess
+def test_the_64_epoch_run_of_you_trains_on_two_workers_what_one_trains(tmp_path):
+    alone = train_64_epochs_of_you(tmp_path / "one")
+    two = run_processes(2, train_64_epochs_of_you, tmp_path / "two")
+    assert two[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert two[0]["samples_seen"] == 256

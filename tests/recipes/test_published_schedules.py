@@ -5,6 +5,7 @@ import math
 import pytest
 
 from megabatch import recipes
+from megabatch.recipe import override
 from megabatch.train.schedule import count_steps, settings_at
 from megabatch.train.state import StepSettings
 
@@ -44,6 +45,16 @@ def at(name: str, epoch: float) -> StepSettings:
 )
 def test_the_number_of_updates_is_the_published_one(name: str, steps: int) -> None:
     assert count_steps(recipes.get(name)) == steps
+
+
+def test_the_64_epoch_run_of_you_is_the_90_epoch_recipe_with_fewer_epochs() -> None:
+    """0.749 after 64 epochs (You et al. 2017): 64 x 1,281,167 / 32,768 = 2,502.3 batches."""
+    shorter = override(recipes.get("you2017_resnet50_32k"), {"total_epochs": "64", "published_top1": "0.749"})
+    assert count_steps(shorter) == 2_503
+    assert shorter.warmup_epochs == pytest.approx(14 * 64 / 90)
+    middle = settings_at(shorter, step=0, first=32 * NUM_IMAGES)
+    assert middle.lr == pytest.approx(32 * 0.5**2, rel=1e-5)
+    assert settings_at(shorter, step=0, first=64 * NUM_IMAGES - 1).lr < 1e-6
 
 
 def test_a_growing_batch_takes_fewer_updates() -> None:

@@ -40,6 +40,7 @@ def build_exchange(
         hosts=hosts,
         tuning=tuning_file(),
         bucket_mib=runtime.bucket_mib,
+        bucket_plan=runtime.bucket_plan,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         timeline=timeline,
     )

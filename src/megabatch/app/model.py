@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from megabatch.app.span_tiles import span_tiles
 from megabatch.comm.launch import World
 from megabatch.errors import SettingsError
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
-from megabatch.nn.batch_norm.groups import new_span_group
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import initialize
@@ -64,14 +64,14 @@ def _is_unsafe(layer: nn.Conv2d) -> bool:
 
 def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_size: int) -> nn.Module:
     """The recipe's model, initialised alike on every worker from the seed alone."""
-    group_size = max(1, recipe.bn_span // micro_batch_size)
+    groups = span_tiles(recipe, runtime, world=world, micro_batch_size=micro_batch_size)
     norm = functools.partial(
         SpanBatchNorm2d,
         span=recipe.bn_span,
         eps=recipe.bn_eps,
         stats_momentum=recipe.stats_momentum,
-        process_group=new_span_group(group_size),
-        group_size=group_size,
+        process_group=groups.new_group(),
+        group_size=groups.size,
     )
     model = make_model(recipe, norm)
     initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)

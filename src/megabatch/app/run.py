@@ -17,6 +17,7 @@ from megabatch.app.resolve import (
     describe_kernels,
 )
 from megabatch.app.run_log import RunLog, announce_measuring, describe_run, open_run_log
+from megabatch.app.span_tiles import span_tiles
 from megabatch.app.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
 from megabatch.recipe import Recipe, fields_as_json
@@ -52,6 +53,7 @@ def open_run(
     memory = choose_memory(runtime, world)
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
+        tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
         log = open_run_log(recipe, folder, world=world, quiet=quiet, stack=stack)
         state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
         resumed = None
@@ -63,7 +65,8 @@ def open_run(
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:
             kernels = describe_kernels(runtime, precision, world.device)
-            choices = (f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange)
+            choices = [f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange]
+            choices += [str(tiles)] if str(tiles) else []
             describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed)
         loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
         stack.callback(loader.close)
@@ -75,6 +78,7 @@ def open_run(
             loader=loader,
             eval_data=build_eval_loader(recipe, runtime, data.evaluation, world=world),
             micro_batch_size=micro_batch.size,
+            stream_rank=tiles.stream_rank(world),
             log=log.log,
             stop_requested=stop_requested,
             checkpoints=_open_checkpoints(recipe, runtime, data, folder, stack=stack) if world.is_first else None,

@@ -175,6 +175,7 @@ class Run:
     loader: Loader
     eval_data: EvalData
     micro_batch_size: int
+    stream_rank: int  # place of this worker in the order in which samples are dealt: its rank, except under span tiles
     log: Callable[[dict[str, Any]], None]  # writes one event
     stop_requested: Callable[[], bool]
     checkpoints: CheckpointWriter | None = None  # on rank 0
@@ -193,7 +194,7 @@ class Run:
         ranges = micro_batches(
             settings.first,
             settings.count,
-            rank=self.world.rank,
+            rank=self.stream_rank,
             world_size=self.world.world_size,
             micro_batch_size=self.micro_batch_size,
             bn_span=self.recipe.bn_span,

@@ -61,12 +61,14 @@ class Choice:
 
     cell: Cell
     why: str
+    bucket_plan: str = "size"
 
     def __str__(self) -> str:
         """For the log, for example "all-reduce torus 2 x 2, bucket 25 MiB, wire fp32 (as given)"."""
         cell = self.cell
         grid = "" if cell.algorithm == "flat" else f" {cell.shape[0]} x {cell.shape[1]}"  # flat ignores the grid
-        return f"all-reduce {cell.algorithm}{grid}, bucket {cell.bucket_mib:g} MiB, wire {cell.wire} ({self.why})"
+        buckets = "buckets in cubic groups" if self.bucket_plan == "cubic" else f"bucket {cell.bucket_mib:g} MiB"
+        return f"all-reduce {cell.algorithm}{grid}, {buckets}, wire {cell.wire} ({self.why})"
 
 
 def describe_world(backend: str, hosts: Sequence[str]) -> str:

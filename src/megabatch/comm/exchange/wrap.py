@@ -108,12 +108,13 @@ def wrap(
         init_sync=init_sync,
         gradient_as_bucket_view=True,
         static_graph=static_graph,
-        **_ddp_options(caps),
+        **_ddp_options(caps, bucket_plan),
     )
     wrapped.register_comm_hook(state, HOOKS[algorithm])
     # nn.Module.__setattr__ is bypassed: it searches each value for parameters and submodules.
     object.__setattr__(wrapped, "exchange_state", state)
-    object.__setattr__(wrapped, "exchange_choice", Choice(Cell(algorithm, state.grid.shape, bucket_mib, wire), why))
+    cell = Cell(algorithm, state.grid.shape, bucket_mib, wire)
+    object.__setattr__(wrapped, "exchange_choice", Choice(cell, why, bucket_plan))
     return wrapped
 
 
@@ -147,13 +148,17 @@ def choose_on_rank0(
     return choice
 
 
-def _ddp_options(caps_mib: list[float]) -> dict[str, Any]:
+def _ddp_options(caps_mib: list[float], plan: str) -> dict[str, Any]:
     """DDP options whose names depend on torch's version; without `bucket_cap_mb_list` all buckets have one size."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {}
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
     if "bucket_cap_mb_list" in known:
         options["bucket_cap_mb_list"] = caps_mib
+    elif plan == "cubic":
+        raise SettingsError(
+            "bucket plan 'cubic' needs torch 2.13 or newer, which takes a size per bucket; 'size' works"
+        )
     else:
         options["bucket_cap_mb"] = max(caps_mib)
     return options
