@@ -110,12 +110,24 @@ def test_more_workers_than_spans_are_refused_with_a_number_that_works(photos, tm
     assert "4 workers have work" in refused(tmp_path, "photos", "--data", photos, *QUICK, "--workers", "5")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(photos, tmp_path):
-    (tmp_path / "run").mkdir()
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("environment", [{}, SRUN], ids=["shell", "srun"])
+@pytest.mark.parametrize("spelled", ["absolute", "run", "./elsewhere/../run", "link"])
+def test_a_folder_that_holds_a_run_is_not_overwritten_however_it_is_spelled(
+    photos, tmp_path, monkeypatch, spelled, environment
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("run")
     (tmp_path / "run" / "events.jsonl").write_text('{"event": "step"}\n')
-    done = megabatch("train", "photos", "--data", photos, "--output", tmp_path / "run", *QUICK)
-    assert done.returncode == 2
-    assert "--resume" in done.stderr
+    output = tmp_path / "run" if spelled == "absolute" else spelled
+    said = error_line(megabatch("train", "photos", "--data", photos, "--output", output, *QUICK))
+    assert "already holds a run; --resume continues it" in said
     assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "step"}\n'
 
 
