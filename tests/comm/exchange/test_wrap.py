@@ -10,7 +10,7 @@ from torch import nn
 
 from megabatch.comm.exchange.buckets import bucket_caps_mib, cubic_groups
 from megabatch.comm.exchange.timeline import Timeline
-from megabatch.comm.exchange.wrap import wrap
+from megabatch.comm.exchange.wrap import _ddp_options, wrap
 from megabatch.errors import SettingsError
 
 
@@ -36,6 +36,16 @@ def test_the_size_plan_starts_with_a_small_bucket():
 def test_an_impossible_plan_is_refused(options, message):
     with pytest.raises(SettingsError, match=message):
         bucket_caps_mib([], **options)
+
+
+def test_cubic_groups_are_refused_by_a_torch_with_one_size_for_all_buckets(monkeypatch):
+    def older(self, module, bucket_cap_mb=None, broadcast_buffers=True):
+        """The options of torch 2.11 that matter here."""
+
+    monkeypatch.setattr("megabatch.comm.exchange.wrap.DistributedDataParallel", type("Older", (), {"__init__": older}))
+    assert _ddp_options([1.0, 25.0], "size") == {"broadcast_buffers": False, "bucket_cap_mb": 25.0}
+    with pytest.raises(SettingsError, match=r"'cubic' needs torch 2\.13 or newer"):
+        _ddp_options([1.0, 25.0], "cubic")
 
 
 def deep_net():

@@ -80,7 +80,7 @@ def wrap(
 
     Raises:
         SettingsError: an unknown algorithm, wire or plan; a shape or hosts that do not fit the number of ranks;
-            `tuning` is not a table of measurements.
+            `tuning` is not a table of measurements; or plan "cubic" with torch 2.11 or 2.12.
     """
     if algorithm not in (*HOOKS, "auto"):
         raise SettingsError(
