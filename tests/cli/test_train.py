@@ -71,7 +71,7 @@ def test_a_run_on_photographs_with_two_workers_ends_with_its_accuracy(photos, tm
         (["fashion_mnist", "--loss-scale", "large"], "--loss-scale dynamic works"),
         (["fashion_mnist", "--precision", "fp16", "--loss-scale", "1000"], "power of two"),
         (["fashion_mnist", "--device", "cpu", "--capture", "on"], "capture=auto works"),
-        (["photos", "--data", "no-such-folder"], "no folder no-such-folder"),
+        (["photos", "--data", "no-such-folder"], "there is no no-such-folder"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

@@ -60,7 +60,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
             block_size=eval_block_size(recipe),
         )
         if world.is_first:
-            for remark in remarks:
+            for remark in [*data.notes, *remarks]:
                 typer.echo(remark, err=True)
             typer.echo(
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
