@@ -51,7 +51,8 @@ int main(int argc, char **argv) {
         /* Outputs both smaller and larger than the box, fractional boxes, and now and then an invalid one. */
         int rows = 1 + (int)below(below(4) ? 40 : 300), columns = 1 + (int)below(below(4) ? 40 : 300);
         int channels = below(2) ? 1 : 3;
-        double top = below(48), left = below(64), height = 1 + below(48 - (int)top), width = 1 + below(64 - (int)left);
+        double top = below(96), left = below(128), height = 1 + below(96 - (int)top), width = 1 + below(128 - (int)left);
+        if (below(3) == 0) top = 0, left = 0, height = 96, width = 128; /* more than 64 x 64 */
         if (below(3) == 0) top *= 0.97, left *= 0.97, height *= 0.97, width *= 0.97;
         if (below(100) == 0) width = below(2) ? NAN : 1e300;
         uint8_t *out = malloc((size_t)rows * columns * channels);

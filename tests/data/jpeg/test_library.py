@@ -36,7 +36,7 @@ for _ in range(1500):
         data[rng.randrange(min(len(data), rng.choice([700, 10**6])))] = rng.choice([0, 255, rng.randrange(256)])
     if rng.random() < 0.3:
         del data[rng.randrange(len(data)):]
-    box = rng.choice([(0, 0, 64, 48), (0, 0, 8, 8), (40, 33, 24, 15)])
+    box = rng.choice([(0, 0, 96, 80), (0, 0, 8, 8), (40, 33, 24, 15)])
     try:
         pixels = decode_crop(bytes(data), box=box, size=rng.choice([7, 32, 100]), max_pixels=10**6)
         assert pixels.dtype == np.uint8
@@ -48,7 +48,7 @@ assert 100 < rejected < 1500, rejected
     folder.mkdir()
     for index, (mode, subsampling) in enumerate(JPEG_LAYOUTS):
         for progressive in (False, True):
-            data = encode(photograph(64, 48), mode=mode, subsampling=subsampling, progressive=progressive)
+            data = encode(photograph(96, 80), mode=mode, subsampling=subsampling, progressive=progressive)
             (folder / f"{index}-{progressive}.jpg").write_bytes(data)
     command = [sys.executable, "-W", "ignore", "-c", script, str(library_folder), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
@@ -72,7 +72,7 @@ def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
     for index, (mode, subsampling) in enumerate(JPEG_LAYOUTS):
         options = rng.choice([{}, {"restart_marker_blocks": 2}, {"optimize": True}])
         path = tmp_path / f"{index}.jpg"
-        path.write_bytes(encode(photograph(48, 64), mode=mode, subsampling=subsampling, **options))
+        path.write_bytes(encode(photograph(96, 128), mode=mode, subsampling=subsampling, **options))
         files.append(str(path))
     done = subprocess.run([str(program), "6000", *files], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

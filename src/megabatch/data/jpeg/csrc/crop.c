@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 enum { RST0 = 0xD0 };
+enum { SMALL = 64 * 64 }; /* largest crop, in pixels, that crop_small decodes */
 
 static _Thread_local JcTables tables; /* kept between images, so that equal Huffman tables are built once per thread */
 
@@ -15,14 +16,22 @@ static int side_of(double surplus) {
     return surplus >= 12 ? 1 : surplus >= 6 ? 2 : surplus >= 3 ? 4 : 8;
 }
 
-/* The plane's extent along one axis: whole blocks that cover the crop. `ratio` is samples per pixel; `size` the
- * component's samples, which the last block may exceed. */
-static void plan_axis(double start, double length, double ratio, int size, int side, int *first, int *num) {
-    int low = (int)floor(start * ratio) / side * side;
-    int high = (int)ceil((start + length) * ratio);
+/* The plane's extent along one axis: whole blocks that cover the crop, and the pixels next to it if `smooth`, because
+ * upsampling interpolates between samples. `ratio` is samples per pixel; `size` the component's samples, which the last
+ * block may exceed. */
+static void plan_axis(double start, double length, double ratio, int size, int side, int smooth, int *first, int *num) {
+    int low = (int)floor(fmax(start - smooth, 0) * ratio) / side * side;
+    int high = (int)ceil((start + length + smooth) * ratio);
     high = high < size ? high : size;
     *first = low;
     *num = (high - low + side - 1) / side * side;
+}
+
+/* True if libjpeg-turbo upsamples the component by interpolation: at the ratios (2, 1), (2, 2) and (1, 2). It repeats the
+ * samples at all others, and of a component of one or two columns. */
+static int is_smooth(const Jpeg *jpeg, const JcComponent *component) {
+    int across = jpeg->h_max / component->h, down = jpeg->v_max / component->v;
+    return (across == 2 && down <= 2 && component->width > 2) || (across == 1 && down == 2);
 }
 
 /* Sets block size, plane and scale of a component. The block size is chosen per component, because subsampled chroma
@@ -36,8 +45,10 @@ static void plan_component(const Jpeg *jpeg, JcComponent *component, const JcBox
     int samples_y = (jpeg->height * component->v + jpeg->v_max - 1) / jpeg->v_max;
     component->width = (samples_x * side + 7) / 8;
     component->height = (samples_y * side + 7) / 8;
-    plan_axis(box->left, box->width, across * side / 8, component->width, side, &component->first_x, &component->num_x);
-    plan_axis(box->top, box->height, down * side / 8, component->height, side, &component->first_y, &component->num_y);
+    int smooth = component->smooth = side == 8 && is_smooth(jpeg, component);
+    across *= side / 8.0, down *= side / 8.0;
+    plan_axis(box->left, box->width, across, component->width, side, smooth, &component->first_x, &component->num_x);
+    plan_axis(box->top, box->height, down, component->height, side, smooth, &component->first_y, &component->num_y);
     /* Columns are padded to 16 samples (32 bytes), so that all of them have the alignment of the first. */
     component->stride = ((size_t)component->num_y + 15) & ~(size_t)15;
     jc_idct_scale(component->scale, jpeg->quant[component->quant], side);
@@ -138,8 +149,71 @@ static int decode_scan(Jpeg *jpeg, Range range) {
 /* True for a non-empty box inside the image; false for NaN, because every comparison with it is. */
 static int is_inside(const JcBox *box, const Jpeg *jpeg) {
     double slack = 1e-6; /* for boxes computed in floating point */
-    return box->top >= 0 && box->left >= 0 && box->height > 0 && box->width > 0 &&
+    return box->top >= 0 && box->top < jpeg->height && box->left >= 0 && box->left < jpeg->width &&
+           box->height > 0 && box->width > 0 &&
            box->top + box->height <= jpeg->height + slack && box->left + box->width <= jpeg->width + slack;
+}
+
+/* The box of whole pixels around a box. */
+static JcBox outward(const JcBox *box) {
+    double top = floor(box->top), left = floor(box->left), slack = 1e-6;
+    return (JcBox){top, left, ceil(box->top + box->height - slack) - top, ceil(box->left + box->width - slack) - left};
+}
+
+/* Decodes the box of the JPEG and resizes it to rows x columns x channels. */
+static int crop(Jpeg *jpeg, const JcBox *box, int rows, int columns, int channels, uint8_t *out) {
+    int num_wanted = channels == 1 ? 1 : jpeg->num_components; /* grey output needs luma only */
+    size_t planes = 0;
+    for (int i = 0; i < num_wanted; i++) {
+        plan_component(jpeg, &jpeg->component[i], box, rows, columns);
+        planes += plane_bytes(&jpeg->component[i]);
+    }
+    /* One allocation: the planes, then the resize buffers. */
+    char *memory = malloc(planes + jc_resize_bytes(jpeg, box, rows, columns) + 64);
+    if (memory == NULL) return JC_NO_MEMORY;
+    char *plane = memory;
+    for (int i = 0; i < num_wanted; i++) {
+        jpeg->component[i].plane = (int16_t *)plane;
+        plane += plane_bytes(&jpeg->component[i]);
+    }
+    int status = decode_scan(jpeg, range_of(jpeg, num_wanted));
+    if (status == JC_OK) jc_resize(jpeg, box, rows, columns, channels, plane, out);
+    free(memory);
+    return status;
+}
+
+/* Resizes a box of interleaved pixels. */
+static int resize_pixels(
+    const uint8_t *pixels, int height, int width, const JcBox *box, int rows, int columns, int channels, uint8_t *out) {
+    Jpeg image = {.width = width, .height = height, .num_components = channels, .h_max = 1, .v_max = 1, .is_rgb = 1};
+    JcComponent plane = {.h = 1, .v = 1, .side = 8, .width = width, .height = height, .num_x = width, .num_y = height};
+    plane.stride = ((size_t)height + 15) & ~(size_t)15;
+    for (int i = 0; i < channels; i++) image.component[i] = plane;
+    size_t bytes = jc_rounded(plane_bytes(&plane));
+    char *memory = malloc((size_t)channels * bytes + jc_resize_bytes(&image, box, rows, columns) + 64);
+    if (memory == NULL) return JC_NO_MEMORY;
+    for (int i = 0; i < channels; i++) {
+        int16_t *column = image.component[i].plane = (int16_t *)(memory + (size_t)i * bytes);
+        for (int x = 0; x < width; x++, column += plane.stride) {
+            const uint8_t *pixel = pixels + x * channels + i;
+            for (int y = 0; y < height; y++, pixel += width * channels) column[y] = (int16_t)(*pixel << 6);
+        }
+    }
+    jc_resize(&image, box, rows, columns, channels, memory + (size_t)channels * bytes, out);
+    free(memory);
+    return JC_OK;
+}
+
+/* Decodes a small box without resizing it, then resizes its pixels, so that saturated colours are clamped before they are
+ * averaged, as in a full decoder. The smaller an image, the more of its pixels lie at edges, where that matters. */
+static int crop_small(Jpeg *jpeg, const JcBox *box, int rows, int columns, int channels, uint8_t *out) {
+    uint8_t pixels[3 * SMALL];
+    JcBox whole = outward(box);
+    int height = (int)whole.height, width = (int)whole.width;
+    int status = crop(jpeg, &whole, height, width, channels, pixels);
+    if (status != JC_OK) return status;
+    JcBox inner = {box->top - whole.top, box->left - whole.left, box->height, box->width};
+    return resize_pixels(pixels, height, width, &inner, rows, columns, channels, out);
 }
 
 /* Decodes the box (top, left, height, width) of the JPEG in `data`, resized to rows x columns x channels (1 or 3),
@@ -153,22 +227,8 @@ __attribute__((visibility("default"))) int megabatch_jpeg_crop(
     if (status != JC_OK) return status;
     if ((int64_t)jpeg.width * jpeg.height > max_pixels) return JC_UNSUPPORTED;
     if (!is_inside(&box, &jpeg) || rows < 1 || columns < 1) return JC_BAD_BOX;
-    int num_wanted = channels == 1 ? 1 : jpeg.num_components; /* grey output needs luma only */
-    size_t planes = 0;
-    for (int i = 0; i < num_wanted; i++) {
-        plan_component(&jpeg, &jpeg.component[i], &box, rows, columns);
-        planes += plane_bytes(&jpeg.component[i]);
-    }
-    /* One allocation: the planes, then the resize buffers. */
-    char *memory = malloc(planes + jc_resize_bytes(&jpeg, &box, rows, columns) + 64);
-    if (memory == NULL) return JC_NO_MEMORY;
-    char *plane = memory;
-    for (int i = 0; i < num_wanted; i++) {
-        jpeg.component[i].plane = (int16_t *)plane;
-        plane += plane_bytes(&jpeg.component[i]);
-    }
-    status = decode_scan(&jpeg, range_of(&jpeg, num_wanted));
-    if (status == JC_OK) jc_resize(&jpeg, &box, rows, columns, channels, plane, out);
-    free(memory);
-    return status;
+    JcBox whole = outward(&box);
+    int is_unscaled = whole.height == rows && whole.width == columns;
+    if (whole.height * whole.width > SMALL || is_unscaled) return crop(&jpeg, &box, rows, columns, channels, out);
+    return crop_small(&jpeg, &box, rows, columns, channels, out);
 }

@@ -1,13 +1,10 @@
-/* Antialiased bilinear resize of the decoded planes, then colour conversion, then interleaving to bytes.
+/* Resizes the decoded planes with the filters of filter.c, then converts colour and interleaves bytes.
  *
- * The filter is a triangle whose half-width is one output pixel, and at least one sample; it is cut off at the crop and
- * normalised, as in Pillow and in torch with `antialias=True`. Each component is resized from its own resolution:
- * subsampled chroma is not upsampled first, and colour is converted for output pixels only.
- * Samples are 16 bit, 64 times the 8-bit value; weights are fractions of 32768.
+ * Each component is resized from its own resolution; colour is converted for output pixels only. Samples are 16 bit, 64
+ * times the 8-bit value; weights are fractions of 32768.
  */
 #include "crop.h"
 
-#include <math.h>
 #include <string.h>
 
 #define GROUP 8            /* columns resized before they are transposed together */
@@ -16,107 +13,6 @@
 
 typedef int16_t S8 __attribute__((vector_size(16)));
 typedef uint8_t B16 __attribute__((vector_size(16)));
-
-typedef struct {
-    double start, step, support; /* in samples: crop edge from the plane's origin, output pixel, filter half-width */
-    int lowest, highest, num;    /* samples [lowest, highest) may be read; num is the number of output positions */
-} Axis;
-
-typedef struct {
-    int *first;       /* first sample of each output position */
-    int *count;       /* number of samples of each output position */
-    int16_t *weight;  /* max_count weights per output position */
-    int max_count;
-} Filter;
-
-/* Rounds up to 64 bytes, so that every buffer keeps the alignment of the scratch memory. */
-static size_t rounded(size_t size) {
-    return (size + 63) & ~(size_t)63;
-}
-
-/* floor, inline: without SSE4.1 the library's version is a function call. */
-static int whole(double value) {
-    int near = (int)value;
-    return near - (value < near);
-}
-
-/* `origin` is the plane's first sample, `limit` the component's number of samples. */
-static Axis axis_of(double start, double length, int origin, int limit, int num) {
-    Axis axis = {.num = num, .step = length / num};
-    axis.start = start - origin;
-    axis.support = axis.step > 1.0 ? axis.step : 1.0;
-    axis.lowest = (int)floor(start) - origin;
-    axis.highest = (int)ceil(start + length);
-    axis.highest = (axis.highest < limit ? axis.highest : limit) - origin;
-    return axis;
-}
-
-/* `ratio` below is samples of this component per image pixel: subsampling times the reduced block size. */
-static Axis horizontal(const Jpeg *jpeg, const JcComponent *component, const JcBox *box, int columns) {
-    double ratio = (double)(component->h * component->side) / (jpeg->h_max * 8);
-    return axis_of(box->left * ratio, box->width * ratio, component->first_x, component->width, columns);
-}
-
-static Axis vertical(const Jpeg *jpeg, const JcComponent *component, const JcBox *box, int rows) {
-    double ratio = (double)(component->v * component->side) / (jpeg->v_max * 8);
-    return axis_of(box->top * ratio, box->height * ratio, component->first_y, component->height, rows);
-}
-
-/* Upper bound of the number of samples under one filter. */
-static int max_count(const Axis *axis) {
-    return (int)ceil(axis->support) * 2 + 1;
-}
-
-/* Size of `first`, `count` and `weight` of a filter. */
-static size_t filter_bytes(const Axis *axis) {
-    size_t num = (size_t)axis->num;
-    return 2 * rounded(num * sizeof(int)) + rounded(num * (size_t)max_count(axis) * sizeof(int16_t));
-}
-
-/* Rounds weights to fractions of 32768 that sum to exactly 32768, so that flat areas keep their value; the largest one
- * absorbs the rounding error. A weight of 1 becomes 32767, the int16 maximum, which rounds to the same sample. */
-static void quantise(const float *exact, float total, int count, int16_t *weight) {
-    int sum = 0, largest = 0;
-    float unit = 32767.0f / total;
-    for (int t = 0; t < count; t++) {
-        weight[t] = (int16_t)(exact[t] * unit + 0.5f);
-        sum += weight[t];
-        if (weight[t] > weight[largest]) largest = t;
-    }
-    int rest = (count == 1 ? 32767 : 32768) - sum + weight[largest];
-    weight[largest] = (int16_t)(rest < 32767 ? rest : 32767);
-}
-
-/* Computes a filter into `memory` and returns the first byte after it. `exact` holds the weights of one position
- * before they are rounded. */
-static char *make_filter(Filter *filter, const Axis *axis, char *memory, float *exact) {
-    size_t num = (size_t)axis->num;
-    filter->max_count = max_count(axis);
-    filter->first = (int *)memory;
-    filter->count = (int *)(memory + rounded(num * sizeof(int)));
-    filter->weight = (int16_t *)(memory + 2 * rounded(num * sizeof(int)));
-    for (int j = 0; j < axis->num; j++) {
-        double centre = axis->start + (j + 0.5) * axis->step;
-        int first = whole(centre - axis->support + 0.5), last = whole(centre + axis->support + 0.5);
-        /* Cut off at the crop; at least one sample stays, so that every index is valid. */
-        if (first < axis->lowest) first = axis->lowest;
-        if (last > axis->highest) last = axis->highest;
-        if (first >= axis->highest) first = axis->highest - 1;
-        if (last <= first) last = first + 1;
-        int count = last - first < filter->max_count ? last - first : filter->max_count;
-        float total = 0.0f, offset = (float)(first + 0.5 - centre), inverse = (float)(1.0 / axis->support);
-        for (int t = 0; t < count; t++) {
-            float distance = fabsf(offset + (float)t) * inverse;
-            exact[t] = distance < 1.0f ? 1.0f - distance : 0.0f;
-            total += exact[t];
-        }
-        if (total <= 0.0f) exact[0] = total = 1.0f; /* no sample under the triangle: take the nearest */
-        filter->first[j] = first;
-        filter->count[j] = count;
-        quantise(exact, total, count, filter->weight + (size_t)j * (size_t)filter->max_count);
-    }
-    return memory + filter_bytes(axis);
-}
 
 /* sample * weight / 32768, rounded; compilers turn this form into one vector instruction (pmulhrsw) */
 JC_INLINE int16_t part(int16_t sample, int16_t weight) {
@@ -165,7 +61,7 @@ JC_CLONES static void transpose8(const int16_t *restrict in, size_t in_stride, i
 /* Resizes a column-major plane to `columns` columns and transposes it to row-major order. `group` holds GROUP resized
  * columns, which are transposed in 8 x 8 tiles while they are in the cache. */
 static void resize_width(
-    const JcComponent *component, const Filter *filter, int columns, int16_t *group, int16_t *out, size_t stride) {
+    const JcComponent *component, const JcFilter *filter, int columns, int16_t *group, int16_t *out, size_t stride) {
     size_t lines = ((size_t)component->num_y + 7) & ~(size_t)7;
     for (int j = 0; j < columns; j += GROUP) {
         for (int i = 0; i < GROUP && j + i < columns; i++) {
@@ -180,7 +76,9 @@ static void resize_width(
 /* Undoes the factor 64, rounds and clamps. Colour sums lie within [-14,600, 30,800], so nothing overflows. */
 JC_INLINE uint8_t to_byte(int16_t sample) {
     int16_t value = (int16_t)((int16_t)(sample + 32) >> 6);
-    return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+    value = value > 0 ? value : 0; /* two plain selections: compilers turn each into one vector instruction */
+    value = value < 255 ? value : 255;
+    return (uint8_t)value;
 }
 
 /* Interleaves 16 bytes each of red, green and blue to 48 bytes. For each third of the output, `rg` merges red and
@@ -200,18 +98,31 @@ JC_INLINE void interleave(const uint8_t *r, const uint8_t *g, const uint8_t *b, 
     }
 }
 
-/* Converts a row from JFIF's YCbCr (ITU-R BT.601, full range) to RGB. Weights are fractions of 32768; for weights of 1
- * and more the integer part is added separately. */
-JC_CLONES static void colour_row(
-    const int16_t *restrict luma, const int16_t *restrict blue, const int16_t *restrict red, int num, uint8_t *restrict out) {
+/* Fractions of 32768. Volatile, because compilers expand a product with a known constant to several instructions, and use
+ * one (pmulhrsw) if the weight is unknown: all in all, crops take 10 % less time. */
+static const volatile int16_t red_cr = 13173, green_cb = 11277, green_cr = 23401, blue_cb = 7471;
+
+/* Converts RUN samples from JFIF's YCbCr (ITU-R BT.601, full range) to RGB. Of weights of 1 and more, the integer part is
+ * added separately. */
+JC_INLINE void to_rgb(const int16_t *luma, const int16_t *blue, const int16_t *red, uint8_t *r, uint8_t *g, uint8_t *b) {
+    int16_t r_cr = red_cr, g_cb = green_cb, g_cr = green_cr, b_cb = blue_cb;
+    for (int i = 0; i < RUN; i++) {
+        int16_t y = luma[i], cb = (int16_t)(blue[i] - CENTRE), cr = (int16_t)(red[i] - CENTRE);
+        r[i] = to_byte((int16_t)(y + cr + part(cr, r_cr)));                /* y + 1.402 cr */
+        g[i] = to_byte((int16_t)(y - part(cb, g_cb) - part(cr, g_cr)));    /* y - 0.344136 cb - 0.714136 cr */
+        b[i] = to_byte((int16_t)(y + (int16_t)(cb - part(cb, b_cb)) + cb)); /* y + 1.772 cb */
+    }
+}
+
+/* Writes a row of colour pixels; `row` holds the samples of each component. */
+JC_CLONES static void colour_row(int16_t *const row[3], int is_rgb, int num, uint8_t *restrict out) {
     uint8_t r[RUN], g[RUN], b[RUN], rest[3 * RUN];
     for (int x = 0; x < num; x += RUN) { /* the input rows are padded to whole runs, the output is not */
-        for (int i = 0; i < RUN; i++) {
-            int16_t y = luma[x + i], cb = (int16_t)(blue[x + i] - CENTRE), cr = (int16_t)(red[x + i] - CENTRE);
-            r[i] = to_byte((int16_t)(y + cr + part(cr, 13173)));              /* y + 1.402 cr */
-            g[i] = to_byte((int16_t)(y - part(cb, 11277) - part(cr, 23401))); /* y - 0.344136 cb - 0.714136 cr */
-            b[i] = to_byte((int16_t)(y + (int16_t)(cb - part(cb, 7471)) + cb)); /* y + 1.772 cb */
-        }
+        if (is_rgb)
+            for (int i = 0; i < RUN; i++)
+                r[i] = to_byte(row[0][x + i]), g[i] = to_byte(row[1][x + i]), b[i] = to_byte(row[2][x + i]);
+        else
+            to_rgb(row[0] + x, row[1] + x, row[2] + x, r, g, b);
         uint8_t *to = num - x >= RUN ? out + 3 * x : rest;
         for (int i = 0; i < RUN; i += 16) interleave(r + i, g + i, b + i, to + 3 * i);
     }
@@ -238,21 +149,21 @@ static int wanted(const Jpeg *jpeg) {
 
 static Layout layout_of(const Jpeg *jpeg, const JcBox *box, int rows, int columns) {
     Layout layout = {0};
-    size_t width = rounded((size_t)columns), most = 0, lines = 0;
+    size_t width = jc_rounded((size_t)columns), lines = 0;
     for (int i = 0; i < wanted(jpeg); i++) {
         const JcComponent *component = &jpeg->component[i];
-        Axis across = horizontal(jpeg, component, box, columns), down = vertical(jpeg, component, box, rows);
+        JcAxis across = jc_axis_x(jpeg, component, box, columns), down = jc_axis_y(jpeg, component, box, rows);
         size_t num_y = ((size_t)component->num_y + 7) & ~(size_t)7; /* transposed in tiles of 8 */
-        size_t taps = (size_t)(max_count(&across) > max_count(&down) ? max_count(&across) : max_count(&down));
-        layout.lines[i] = rounded(width * num_y * sizeof(int16_t));
-        layout.filters[i] = filter_bytes(&across) + filter_bytes(&down);
-        most = taps > most ? taps : most;
+        size_t exact_x = jc_exact_bytes(&across), exact_y = jc_exact_bytes(&down);
+        layout.lines[i] = jc_rounded(width * num_y * sizeof(int16_t));
+        layout.filters[i] = jc_filter_bytes(&across) + jc_filter_bytes(&down);
+        layout.exact = exact_x > layout.exact ? exact_x : layout.exact;
+        layout.exact = exact_y > layout.exact ? exact_y : layout.exact;
         lines = num_y > lines ? num_y : lines;
         layout.total += layout.lines[i] + layout.filters[i];
     }
     /* Shared by all components, hence the largest of each; `rows` holds one output row per component. */
-    layout.exact = rounded(most * sizeof(float));
-    layout.group = rounded(GROUP * lines * sizeof(int16_t));
+    layout.group = jc_rounded(GROUP * lines * sizeof(int16_t));
     layout.rows = 3 * width * sizeof(int16_t);
     layout.total += layout.exact + layout.group + layout.rows;
     return layout;
@@ -272,23 +183,23 @@ static int is_like_last(const Jpeg *jpeg, int i) {
 /* Resizes all planes to `columns` first; then makes the output row by row: vertical filter, colour, interleaving. */
 void jc_resize(const Jpeg *jpeg, const JcBox *box, int rows, int columns, int channels, void *scratch, uint8_t *out) {
     Layout layout = layout_of(jpeg, box, rows, columns);
-    size_t width = rounded((size_t)columns);
+    size_t width = jc_rounded((size_t)columns);
     float *exact = scratch;
     int16_t *group = (int16_t *)((char *)scratch + layout.exact), *lines[3], *row[3];
     char *memory = (char *)group + layout.group; /* next free byte of the scratch memory */
-    Filter across[3], down[3];
+    JcFilter across[3], down[3];
     for (int i = 0; i < 3; i++, memory += width * sizeof(int16_t)) row[i] = (int16_t *)memory;
     for (int i = 0; i < wanted(jpeg); i++) {
         const JcComponent *component = &jpeg->component[i];
-        Axis x_axis = horizontal(jpeg, component, box, columns), y_axis = vertical(jpeg, component, box, rows);
+        JcAxis x_axis = jc_axis_x(jpeg, component, box, columns), y_axis = jc_axis_y(jpeg, component, box, rows);
         lines[i] = (int16_t *)memory;
         memory += layout.lines[i];
         if (is_like_last(jpeg, i)) {
             across[i] = across[i - 1];
             down[i] = down[i - 1];
         } else {
-            memory = make_filter(&across[i], &x_axis, memory, exact);
-            memory = make_filter(&down[i], &y_axis, memory, exact);
+            memory = jc_make_filter(&across[i], &x_axis, memory, exact);
+            memory = jc_make_filter(&down[i], &y_axis, memory, exact);
         }
         resize_width(component, &across[i], columns, group, lines[i], width);
     }
@@ -298,7 +209,7 @@ void jc_resize(const Jpeg *jpeg, const JcBox *box, int rows, int columns, int ch
             weighted_sum(row[i], lines[i] + (size_t)down[i].first[y] * width, width, weight, down[i].count[y], columns);
         }
         if (wanted(jpeg) == 3)
-            colour_row(row[0], row[1], row[2], columns, out);
+            colour_row(row, jpeg->is_rgb, columns, out);
         else
             grey_row(row[0], columns, channels, out);
     }
