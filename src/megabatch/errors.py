@@ -5,6 +5,7 @@ MegabatchError
 |   |-- RecipeError        a recipe field: unknown, of the wrong type, or contradicting another
 |   |-- SettingsError      a runtime option: workers, micro-batch, precision, all-reduce, paths
 |   |-- DataError          a data set: missing, empty, corrupt, or not in the requested layout
+|   |   `-- TooManyPixelsError   an image is larger than is decoded, as a decompression bomb is
 |   `-- CheckpointError    a checkpoint: missing, corrupt, or of another recipe
 |-- FetchError             a download failed, or the cache is not writable
 |-- DivergedError          the loss is not finite
@@ -30,6 +31,10 @@ class SettingsError(UserError):
 
 class DataError(UserError):
     """A data set is missing, empty, corrupt or in an unknown layout."""
+
+
+class TooManyPixelsError(DataError):
+    """An image has more pixels than are decoded, as a decompression bomb has."""
 
 
 class CheckpointError(UserError):

@@ -105,7 +105,7 @@ def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, in
     """Applies the requested changes, prints each, and returns the remaining problems."""
     from dataclasses import replace
 
-    from megabatch.data.loading import repair as repairs
+    from megabatch.data.checking import repair as repairs
 
     for requested, change, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
         if not requested:

@@ -13,9 +13,9 @@ from photographs import encode, photograph
 from PIL import Image
 
 from megabatch.data.checking.check import CheckReport, check
-from megabatch.data.checking.check_file import BAD_KINDS, KINDS, ODD_KINDS, inspect_image, jpeg_end
+from megabatch.data.checking.check_file import BAD_KINDS, KINDS, ODD_KINDS, inspect_image
+from megabatch.data.checking.repair import REPAIRS, exclude, repair
 from megabatch.data.jpeg.decode import decode
-from megabatch.data.loading.repair import REPAIRS, exclude, repair
 from megabatch.data.sources.folder import FolderSource
 from megabatch.errors import DataError
 
@@ -127,15 +127,6 @@ def test_a_clean_folder_has_no_problems(tmp_path):
     assert report.problems == []
     assert report.num_images == 16
     assert check(tmp_path / "train").problems == []
-
-
-def test_the_end_of_a_jpeg_is_found_after_thumbnails_and_before_appended_data():
-    exif = Image.Exif()
-    data = jpeg(exif=exif, comment=b"\xff\xd9 in a comment", progressive=True)
-    assert jpeg_end(data) == len(data)
-    assert jpeg_end(data + jpeg()) == len(data)
-    assert jpeg_end(data[:-2]) is None
-    assert jpeg_end(jpeg(restart_marker_blocks=1)) is not None
 
 
 def test_an_image_may_have_several_problems_at_once():

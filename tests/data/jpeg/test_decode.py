@@ -14,7 +14,7 @@ from slow import slow_except
 
 from megabatch.data.jpeg import library
 from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_size
-from megabatch.errors import DataError
+from megabatch.errors import DataError, TooManyPixelsError
 
 MEAN_TOLERANCE = 4.0  # of 255, compared with Pillow's antialiased resize of the full decode
 
@@ -265,7 +265,7 @@ def test_a_file_that_is_not_an_image_is_rejected_with_the_reason():
 
 def test_an_image_above_the_pixel_limit_is_rejected_by_its_header(either):
     data = encode(photograph(64, 64))
-    with pytest.raises(DataError, match=r"absurdly large.*max_pixels=1000"):
+    with pytest.raises(TooManyPixelsError, match=r"absurdly large.*max_pixels=1000"):
         decode_crop(data, box=(0, 0, 8, 8), size=8, max_pixels=1000)
     with pytest.raises(DataError, match="absurdly large"):
         decode(data, max_pixels=1000)
@@ -274,7 +274,7 @@ def test_an_image_above_the_pixel_limit_is_rejected_by_its_header(either):
 def test_a_decompression_bomb_is_rejected_without_being_decompressed():
     bomb = encode(np.zeros((12_000, 12_000), dtype=np.uint8), "PNG", mode="1")
     assert len(bomb) < 100_000
-    with pytest.raises(DataError, match="absurdly large"):
+    with pytest.raises(TooManyPixelsError, match="absurdly large"):
         decode(bomb)
 
 

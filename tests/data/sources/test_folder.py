@@ -3,11 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photographs import TEST_PHOTOS
-from PIL import Image
+from photographs import TEST_PHOTOS, encode, photograph
 
 from megabatch.data.sources.dataset import open_folder
-from megabatch.data.sources.folder import FolderSource, check_file_ends
+from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
 
@@ -139,8 +138,8 @@ def test_the_data_set_itself_may_be_a_link(photos, tmp_path):
         ("zero.jpg", b"", "the file is empty"),
         ("cut.jpg", JPEG[:-2000], "the JPEG is truncated"),
         ("text.jpg", b"<html>not found</html>" * 99, "not an image"),
-        ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0" * 2000, "the PNG is truncated"),
-        ("cut.webp", b"RIFF\xff\xff\0\0WEBPVP8 ", "the WebP is truncated"),
+        ("cut.png", encode(photograph(80, 90), "PNG")[:-2000], "the PNG is truncated"),
+        ("cut.webp", encode(photograph(80, 90), "WEBP")[:-200], "not an image that Pillow can read"),
     ],
 )
 def test_probe_names_the_bad_file_and_its_fault(photos, name, content, fault):
@@ -152,7 +151,7 @@ def test_probe_names_the_bad_file_and_its_fault(photos, name, content, fault):
 def test_probe_counts_the_bad_files_and_names_the_first(photos):
     for name in ("dress/028.jpg", "hat/007.jpg", "shoes/041.jpg"):
         (photos / "train" / name).write_bytes(b"")
-    with pytest.raises(DataError, match=r"dress/028\.jpg: the file is empty and 2 more files are bad"):
+    with pytest.raises(DataError, match=r"dress/028\.jpg: the file is empty \(0 bytes\) and 2 more files are bad"):
         FolderSource(photos / "train").probe()
 
 
@@ -165,23 +164,6 @@ def test_probe_of_a_sample_checks_that_many_files_spread_evenly(photos, monkeypa
     checked.clear()
     source.probe(sample=1000)
     assert sorted(checked) == list(range(24))
-
-
-def test_a_jpeg_with_data_after_its_end_is_whole_and_one_truncated_after_its_thumbnail_is_not(tmp_path):
-    whole = tmp_path / "trailer.jpg"
-    whole.write_bytes(JPEG + b"camera notes" * 500)
-    assert check_file_ends(whole) is None
-    thumbnail = b"\xff\xe1\x00\x0a" + b"\xff\xd8\xff\xda\0\0\xff\xd9"  # an APP1 segment that holds a small JPEG
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(JPEG[:2] + thumbnail + JPEG[2:-3000])
-    assert check_file_ends(cut) == "the JPEG is truncated (it has no end marker)"
-
-
-@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "gif", "tiff", "ppm", "jpg"])
-def test_whole_files_of_every_format_pass(tmp_path, suffix):
-    noise = np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / f"image.{suffix}")
-    assert check_file_ends(tmp_path / f"image.{suffix}") is None
 
 
 def test_a_file_that_cannot_be_read_is_named(photos):

@@ -1,17 +1,17 @@
 """Checks the bytes of one image file: bad ones, which training cannot use, and odd ones, which it can."""
 
 import io
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image
 
-from megabatch.data.jpeg.decode import MAX_PIXELS, decode, image_size
+from megabatch.data.jpeg.decode import MAX_PIXELS, PILLOW_ERRORS, decode, image_size
+from megabatch.data.jpeg.ends import image_end
 from megabatch.data.jpeg.formats import ENDINGS, sniff
-from megabatch.errors import DataError
+from megabatch.errors import DataError, TooManyPixelsError
 
 BAD_KINDS = frozenset(
     {
@@ -69,9 +69,7 @@ Finding = tuple[str, str]
 MIN_SIDE = 16
 MAX_ASPECT = 10.0
 _END = b"\xff\xd9"
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _LFS = b"version https://git-lfs"
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Image.DecompressionBombError)
 
 
 def inspect_image(data: bytes, ending: str | None, *, max_pixels: int = MAX_PIXELS) -> list[Finding]:
@@ -90,9 +88,10 @@ def inspect_image(data: bytes, ending: str | None, *, max_pixels: int = MAX_PIXE
         height, width = image_size(data, max_pixels=max_pixels)
         pixels = decode(data, max_pixels=max_pixels)
     except DataError as error:
-        return [*findings, _classify_error(data, format_name, str(error))]
+        return [*findings, _classify_error(data, format_name, error)]
     findings += _odd_shape(height, width)
     findings += _odd_pixels(pixels)
+    findings += _odd_end(data)
     findings += _odd_jpeg(data) if format_name == "jpeg" else []
     return findings + list(_odd_header(data))
 
@@ -108,26 +107,14 @@ def _describe_non_image(data: bytes) -> str:
     return f"begins with {data[:12]!r}"
 
 
-def _classify_error(data: bytes, format_name: str, error: str) -> Finding:
-    if "absurdly large" in error:
-        return "bomb", error
-    if _is_truncated(data, format_name):
-        if format_name == "jpeg" and _decodes(data + _END):
-            return "missing end", "only the end marker is missing"
-        return "truncated", error
-    return "damaged", error
-
-
-def _is_truncated(data: bytes, format_name: str) -> bool:
-    """True if the format has an end marker or a length field, and the data end before that."""
-    ends: dict[str, Callable[[bytes], bool]] = {
-        "jpeg": lambda data: jpeg_end(data) is not None,
-        "png": lambda data: b"IEND" in data[-64:],
-        "gif": lambda data: data.rstrip(b"\0").endswith(b";"),
-        "webp": lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8,
-        "bmp": lambda data: len(data) >= int.from_bytes(data[2:6], "little"),
-    }
-    return format_name in ends and not ends[format_name](data)
+def _classify_error(data: bytes, format_name: str, error: DataError) -> Finding:
+    if isinstance(error, TooManyPixelsError):
+        return "bomb", str(error)
+    if image_end(data) is not None:
+        return "damaged", str(error)
+    if format_name == "jpeg" and _decodes(data + _END) and not list(_odd_jpeg(data + _END)):
+        return "missing end", "only the end marker is missing"
+    return "truncated", str(error)
 
 
 def _decodes(data: bytes) -> bool:
@@ -136,21 +123,6 @@ def _decodes(data: bytes) -> bool:
     except DataError:
         return False
     return True
-
-
-def jpeg_end(data: bytes) -> int | None:
-    """Offset one past the end marker of a JPEG's first image, or None if there is no end marker.
-
-    Segments are skipped by their length, so an end marker inside an embedded thumbnail does not count.
-    """
-    at = 2
-    while (match := _NEXT_MARKER.search(data, at)) is not None:
-        at = match.start()
-        if data[at : at + 2] == _END:
-            return at + 2
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        at += 2 + length
-    return None
 
 
 def _odd_shape(height: int, width: int) -> Iterator[Finding]:
@@ -166,10 +138,13 @@ def _odd_pixels(pixels: npt.NDArray[np.uint8]) -> Iterator[Finding]:
         yield "blank", f"all pixels are {tuple(int(value) for value in first)}"
 
 
-def _odd_jpeg(data: bytes) -> Iterator[Finding]:
-    end = jpeg_end(data)
-    if end is not None and data[end:].strip(b"\0"):
+def _odd_end(data: bytes) -> Iterator[Finding]:
+    end = image_end(data)
+    if end is not None and end < len(data):
         yield "trailing bytes", f"{len(data) - end} bytes after the end"
+
+
+def _odd_jpeg(data: bytes) -> Iterator[Finding]:
     try:
         simplejpeg.decode_jpeg_header(data)
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
@@ -182,7 +157,7 @@ def _odd_header(data: bytes) -> Iterator[Finding]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield from _odd_mode(image, data)
-    except _PILLOW_ERRORS:  # the pixels were decoded, so the file is usable
+    except PILLOW_ERRORS:  # the pixels were decoded, so the file is usable
         return
 
 

@@ -1,13 +1,13 @@
 """Decodes image files to uint8 pixels, and only as much of a file as a crop needs.
 
 Every function takes the file's bytes; pixels are height x width x channels, RGB or grey. libjpeg-turbo decodes plain
-JPEG, Pillow every other format it can read. Of an animation the first frame is used, transparency is dropped, 16 bits
-are reduced to 8, CMYK is converted to RGB. EXIF orientation is ignored, as in torchvision's ImageFolder, because most
-training sets were labelled and evaluated that way.
+JPEG, Pillow the other formats that `sniff` recognises. Of an animation the first frame is used, transparency is
+dropped, 16 bits are reduced to 8, CMYK is converted to RGB. EXIF orientation is ignored, as in torchvision's
+ImageFolder, because most training sets were labelled and evaluated that way.
 
 A file that cannot be decoded completely raises `DataError` with the reason; no function returns part of an image.
-Damage inside a JPEG below the crop's last row may go undetected, because those rows are not read; a missing end marker
-is always detected.
+Damage inside a JPEG below the crop's last row may go undetected, because those rows are not decoded; a missing end
+marker is always detected. Bytes after the image's end are ignored.
 
 `decode_crop` uses the compiled decoder of `library.py` if it is built and the file is a plain baseline JPEG. All
 functions are thread-safe and spend most of their time without the GIL.
@@ -25,26 +25,33 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from megabatch.data.jpeg import library
-from megabatch.errors import DataError
+from megabatch.data.jpeg.formats import PILLOW_NAMES, sniff
+from megabatch.errors import DataError, TooManyPixelsError
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 FloatBox = tuple[float, float, float, float]
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB of RGB; the largest image of ImageNet has 61 million
-_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, struct.error)
+PILLOW_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, TypeError, RuntimeError),
+    *(struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+"""What Pillow raises for damaged files."""
+
+_JPEG_START = b"\xff\xd8\xff"
 _SMALL = 64 * 64  # largest box, in pixels, that is always decoded at full resolution, as in csrc/crop.c
 _PLAIN_COLOURS = frozenset({"YCbCr", "Gray", "RGB"})
 _CHROMA_STEPS = {"422": (1, 2), "411": (1, 4), "440": (2, 1)}  # rows and columns that share a chroma sample
+_HARMLESS = ("extraneous bytes", "JFIF revision", "Adobe color transform", "Invalid SOS parameters")
 _ROUNDING = 1e-6  # tolerance for box edges computed in floating point, in pixels
-_PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width in pixels, read from the header only, before any EXIF rotation.
 
     Raises:
-        DataError: not an image, or more than `max_pixels` pixels.
+        DataError: not an image; `TooManyPixelsError` if it has more than `max_pixels` pixels.
     """
     header = _jpeg_header(data)
     if header is None:
@@ -104,7 +111,7 @@ def decode_crop(
 
 
 def _crop_with_library(data: bytes, box: FloatBox, channels: int, max_pixels: int, out: Pixels) -> bool:
-    if data[:2] != b"\xff\xd8":
+    if data[:3] != _JPEG_START:
         return False
     contiguous = out if out.flags.c_contiguous else np.empty(out.shape, dtype=np.uint8)
     done = library.crop(bytes(data), box, channels=channels, max_pixels=max_pixels, out=contiguous)
@@ -173,7 +180,7 @@ def _denominator(box: FloatBox, size: tuple[int, int], chroma_step: tuple[int, i
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str, str] | None:
     """Height, width, colour space and subsampling of a JPEG; None if libjpeg-turbo does not support the file."""
-    if data[:3] != b"\xff\xd8\xff":
+    if data[:3] != _JPEG_START:
         return None
     try:
         height, width, colour, subsampling = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -195,37 +202,47 @@ def is_gpu_decodable(data: bytes) -> bool:
 
 def _decode_with_turbo(data: bytes, channels: int, height: int, width: int, *, denominator: int) -> tuple[Pixels, int]:
     """The whole image at 1 / denominator of its resolution, and the denominator used (1 after a fallback to Pillow)."""
+    pixels = _turbo(data, "RGB" if channels == 3 else "GRAY", height, width, denominator)
+    return (_decode_with_pillow(data, channels), 1) if pixels is None else (pixels, denominator)
+
+
+def _turbo(data: bytes, colour: str, height: int, width: int, denominator: int) -> Pixels | None:
+    """Pixels from libjpeg-turbo, or None if it has objections that do not concern pixels; Pillow has none."""
     rows, columns = -(-height // denominator), -(-width // denominator)
-    colour = "RGB" if channels == 3 else "GRAY"
     options: dict[str, Any] = {"min_height": rows, "min_width": columns, "min_factor": denominator}
     try:
-        pixels = simplejpeg.decode_jpeg(data, colour, **options)
+        return np.asarray(simplejpeg.decode_jpeg(data, colour, **options), dtype=np.uint8)
     except (ValueError, KeyError) as error:
-        if "extraneous bytes" not in str(error):
+        if not any(text in str(error) for text in _HARMLESS):
             raise DataError(f"the JPEG is damaged: {error}") from error
-        # Stray bytes between markers do not affect pixels, and Pillow skips them.
-        return _decode_with_pillow(data, channels), 1
-    return np.asarray(pixels, dtype=np.uint8), denominator
+        return None
 
 
 def _open(data: bytes) -> Image.Image:
+    """Opens a file as the format that its first bytes say; no other plugin of Pillow sees it."""
     if len(data) == 0:
         raise DataError("the file is empty (0 bytes)")
+    name = sniff(data)
     try:
-        return Image.open(io.BytesIO(data))
-    except _PILLOW_BOMBS as error:
-        raise DataError(f"the image is absurdly large: {error}") from error
+        return Image.open(io.BytesIO(data), formats=[PILLOW_NAMES.get(name, name)] if name else [])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixelsError(f"the image is absurdly large: {error}") from error
     except UnidentifiedImageError as error:  # its message only names the BytesIO object
         raise DataError("not an image: unknown format or damaged header") from error
-    except _PILLOW_ERRORS as error:
+    except KeyError as error:
+        raise DataError(f"the installed Pillow cannot read {name} files; convert them to JPEG or PNG") from error
+    except PILLOW_ERRORS as error:
         raise DataError(f"not an image that Pillow can read: {error}") from error
 
 
 def _decode_with_pillow(data: bytes, channels: int) -> Pixels:
+    header = _jpeg_header(data)
+    if header is not None and header[2] not in _PLAIN_COLOURS:  # Pillow does not report damage inside, turbo does
+        _turbo(data, "CMYK", header[0], header[1], denominator=8)
     with _open(data) as image:
         try:
             return _to_channels(image, channels)
-        except _PILLOW_ERRORS as error:
+        except PILLOW_ERRORS as error:
             raise DataError(f"the {image.format} image is damaged: {error}") from error
 
 
@@ -239,7 +256,9 @@ def _to_channels(image: Image.Image, channels: int) -> Pixels:
 
 def _check_num_pixels(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise DataError(f"the image is absurdly large: {width} x {height} pixels, more than max_pixels={max_pixels}")
+        raise TooManyPixelsError(
+            f"the image is absurdly large: {width} x {height} pixels, more than max_pixels={max_pixels}"
+        )
 
 
 def _check_box(box: Box, height: int, width: int) -> None:

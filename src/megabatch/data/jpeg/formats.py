@@ -13,6 +13,9 @@ ENDINGS = {
     "heic": frozenset({"heic", "heif"}),
 }
 _PREFERRED_ENDING = {"jpeg": "jpg", "tiff": "tif", "pnm": "ppm"}
+PILLOW_NAMES = {"jp2": "JPEG2000", "pnm": "PPM", "heic": "HEIF"}
+"""Pillow's name of a format where it is not ours in capitals."""
+
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -21,6 +24,10 @@ _STARTS = {
     b"BM": "bmp",
     b"II*\0": "tiff",
     b"MM\0*": "tiff",
+    b"II\0*": "tiff",  # byte order of the header reversed; Pillow reads both
+    b"MM*\0": "tiff",
+    b"II+\0": "tiff",  # 64-bit offsets
+    b"MM\0+": "tiff",
     b"\0\0\0\x0cjP  ": "jp2",
     b"\xff\x4f\xff\x51": "jp2",
 }

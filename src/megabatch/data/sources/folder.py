@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabatch.cores import usable_cores
-from megabatch.data.jpeg.decode import image_size
+from megabatch.data.jpeg.ends import check_file_ends
 from megabatch.data.sources.layout import IMAGE_SUFFIXES, is_image, list_folder
 from megabatch.errors import DataError
 
@@ -53,8 +53,8 @@ class FolderSource:
     def probe(self, sample: int | None = None) -> None:
         """Checks the beginning and the end of each file, or of `sample` files that are spread evenly.
 
-        Finds empty files, files that are not images, and truncated files. It decodes nothing, so damage in the middle
-        is not found; training replaces such files when it meets them, and `megabatch data check` finds them.
+        Finds empty files, files that are not images, and truncated files: all of them are bad to `megabatch data
+        check`, too. Damage in the middle is not found; training replaces such files when it meets them.
 
         Raises:
             DataError: states the first bad file, its fault, and the number of other bad files.
@@ -76,42 +76,6 @@ class FolderSource:
             return check_file_ends(self.path / self._names[index])
         except OSError as error:
             return f"cannot be read ({error.strerror})"
-
-
-def check_file_ends(path: Path) -> str | None:
-    """Describes a fault that an image file's first and last bytes show; None if they show none."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            return "the file is empty"
-        start = file.read(1 << 16)
-        file.seek(max(0, size - 1024))
-        end = file.read()
-    if start[:3] == b"\xff\xd8\xff" and b"\xff\xd9" not in end and not _jpeg_ends(path.read_bytes()):
-        return "the JPEG is truncated (it has no end marker)"
-    if start[:8] == b"\x89PNG\r\n\x1a\n" and b"IEND" not in end:
-        return "the PNG is truncated (it has no end chunk)"
-    if start[:4] == b"RIFF" and int.from_bytes(start[4:8], "little") + 8 > size:
-        return "the WebP is truncated (it is shorter than its header says)"
-    try:
-        image_size(start)
-    except DataError:
-        return _fault_of_whole(path)
-    return None
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """True if an end marker follows the last scan; some cameras append other data after the image."""
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-
-
-def _fault_of_whole(path: Path) -> str | None:
-    """Checks the header of a file whose header is longer than the first bytes, or at another place (TIFF)."""
-    try:
-        image_size(path.read_bytes())
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def _class_folders(path: Path, root: str) -> list[str]:

@@ -3,8 +3,9 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
-enum { RST0 = 0xD0 };
+enum { RST0 = 0xD0, RST7 = 0xD7, EOI = 0xD9 };
 enum { SMALL = 64 * 64 }; /* largest crop, in pixels, that crop_small decodes */
 
 static _Thread_local JcTables tables; /* kept between images, so that equal Huffman tables are built once per thread */
@@ -115,8 +116,10 @@ static int decode_mcu(Jpeg *jpeg, JcBits *bits, int mcu_x, int mcu_y) {
  * expected marker; the full decoder then takes over. */
 static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     const uint8_t *at = bits->next, *end = jpeg->end;
-    /* Real bits left in the buffer: only the padding before the marker, less than a byte, is allowed. */
-    if (bits->count - bits->scan->missing >= 8) return JC_DAMAGED;
+    /* Real bits left in the buffer: only the padding before the marker, less than a byte, is allowed. Fewer than none means
+     * that blocks were made of missing bits. */
+    int real = bits->count - bits->scan->missing;
+    if (real < 0 || real >= 8) return JC_DAMAGED;
     while (end - at >= 2 && at[0] == 0xFF && at[1] == 0xFF) at++; /* fill bytes */
     if (end - at < 2 || at[0] != 0xFF || at[1] != RST0 + (number & 7)) return JC_DAMAGED;
     bits->scan->missing = 0;
@@ -125,7 +128,19 @@ static int restart(Jpeg *jpeg, JcBits *bits, int number) {
     return JC_OK;
 }
 
-/* Decodes the MCUs in `range` and skips those before them; rows below the crop are not read at all. */
+/* Looks for the marker that ends the scan, from `at` on. Any but the end marker means that the image was truncated, even
+ * if the crop is complete, or has more scans. Bytes after the end marker belong to another image, or to none. */
+static int find_end(const Jpeg *jpeg, const uint8_t *at) {
+    while (jpeg->end - at >= 2 && (at = memchr(at, 0xFF, (size_t)(jpeg->end - at - 1))) != NULL) {
+        int is_restart = jpeg->restart_interval && at[1] >= RST0 && at[1] <= RST7;
+        if (at[1] == EOI) return JC_OK;
+        if (at[1] != 0 && at[1] != 0xFF && !is_restart) return JC_DAMAGED;
+        at += at[1] == 0xFF ? 1 : 2; /* FF FF: a fill byte */
+    }
+    return JC_DAMAGED;
+}
+
+/* Decodes the MCUs in `range` and skips those before them; of rows below the crop, only the end marker is looked for. */
 static int decode_scan(Jpeg *jpeg, Range range) {
     JcScan scan = {.end = jpeg->end};
     JcBits bits = {.next = jpeg->scan, .scan = &scan};
@@ -143,7 +158,7 @@ static int decode_scan(Jpeg *jpeg, Range range) {
         /* More bits were supplied than are left in the buffer, so some of these blocks were made of them. */
         if (scan.missing > bits.count) return JC_DAMAGED;
     }
-    return JC_OK;
+    return find_end(jpeg, bits.next);
 }
 
 /* True for a non-empty box inside the image; false for NaN, because every comparison with it is. */

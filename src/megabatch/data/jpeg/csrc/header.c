@@ -9,8 +9,8 @@ const uint8_t jc_zigzag[64] = {
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-enum { SOF0 = 0xC0, SOF1 = 0xC1, DHT = 0xC4, SOF15 = 0xCF, RST0 = 0xD0, RST7 = 0xD7, SOI = 0xD8, EOI = 0xD9, SOS = 0xDA };
-enum { DQT = 0xDB, DRI = 0xDD, APP14 = 0xEE, TEM = 0x01 };
+enum { SOF0 = 0xC0, SOF1 = 0xC1, DHT = 0xC4, SOI = 0xD8, SOS = 0xDA, DQT = 0xDB, DRI = 0xDD };
+enum { APP0 = 0xE0, APP14 = 0xEE, APP15 = 0xEF, COM = 0xFE };
 
 /* DQT, which may define several tables: a byte with precision and slot, then 64 values of 8 or 16 bits. */
 static int read_quant(Jpeg *jpeg, const uint8_t *body, size_t size) {
@@ -59,12 +59,13 @@ static int read_frame(Jpeg *jpeg, const uint8_t *body, size_t size) {
         JcComponent *component = &jpeg->component[i];
         const uint8_t *entry = body + 6 + 3 * i;
         component->id = entry[0];
-        /* A single component is never interleaved: its blocks are in raster order and its factors do not matter. */
-        component->h = count == 1 ? 1 : entry[1] >> 4;
-        component->v = count == 1 ? 1 : entry[1] & 15;
+        component->h = entry[1] >> 4;
+        component->v = entry[1] & 15;
         component->quant = entry[2];
         if (component->h < 1 || component->h > 4 || component->v < 1 || component->v > 4) return JC_DAMAGED;
         if (component->quant > 3) return JC_DAMAGED;
+        /* A single component is never interleaved: its blocks are in raster order and its factors do not matter. */
+        if (count == 1) component->h = component->v = 1;
         if (component->h > jpeg->h_max) jpeg->h_max = component->h;
         if (component->v > jpeg->v_max) jpeg->v_max = component->v;
     }
@@ -88,6 +89,9 @@ static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defi
     if (count == 0 || size < 1) return JC_DAMAGED;
     if (body[0] != count) return JC_UNSUPPORTED; /* one scan per component, not interleaved */
     if (size < 4 + 2 * (size_t)count) return JC_DAMAGED;
+    /* First and last coefficient and bit positions: fixed in baseline files. */
+    const uint8_t *spectrum = body + 1 + 2 * count;
+    if (spectrum[0] != 0 || spectrum[1] != 63 || spectrum[2] != 0) return JC_UNSUPPORTED;
     for (int i = 0; i < count; i++) {
         JcComponent *component = &jpeg->component[i];
         if (body[1 + 2 * i] != component->id) return JC_UNSUPPORTED;
@@ -102,20 +106,10 @@ static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defi
     return JC_OK;
 }
 
-/* Ends the scan's data at the last end marker. A file without one was truncated: damaged even if the crop is whole. */
-static int find_end(Jpeg *jpeg, const uint8_t *end) {
-    for (const uint8_t *at = end - 2; at >= jpeg->scan; at--) {
-        if (at[0] == 0xFF && at[1] == EOI) {
-            jpeg->end = at;
-            return JC_OK;
-        }
-    }
-    return JC_DAMAGED;
-}
-
-/* Progressive, lossless and arithmetic-coded frames, and DAC, which only the latter use. */
-static int is_other_frame(int marker) {
-    return marker > SOF1 && marker <= SOF15 && marker != DHT;
+/* Segments of a baseline file. The others are reserved, or belong to progressive, lossless and arithmetic coding. */
+static int is_baseline(int marker) {
+    return marker == SOF0 || marker == SOF1 || marker == DHT || (marker >= SOS && marker <= DRI) ||
+           (marker >= APP0 && marker <= APP15) || marker == COM;
 }
 
 /* FF FF is a fill byte before a marker, FF 00 is no marker. */
@@ -137,9 +131,7 @@ int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *table
         if (end - next < 4) return JC_DAMAGED;
         int marker = next[1];
         size_t length = (size_t)(next[2] << 8 | next[3]);
-        /* Markers without a length field do not occur between the segments of a header. */
-        if (marker == TEM || (marker >= RST0 && marker <= EOI)) return JC_DAMAGED;
-        if (is_other_frame(marker)) return JC_UNSUPPORTED;
+        if (!is_baseline(marker)) return JC_UNSUPPORTED;
         /* The length counts its own two bytes, and the segment must lie within the data. */
         if (length < 2 || (size_t)(end - next) < 2 + length) return JC_DAMAGED;
         const uint8_t *body = next + 4;
@@ -155,6 +147,6 @@ int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *table
         if (marker == SOS) break;
         next += 2 + length;
     }
-    int status = check_frame(jpeg, adobe_transform);
-    return status == JC_OK ? find_end(jpeg, end) : status;
+    jpeg->end = end;
+    return check_frame(jpeg, adobe_transform);
 }

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from megabatch.data.checking.check import KEPT_ENDING, CheckReport, Problem
-from megabatch.data.checking.check_file import jpeg_end
 from megabatch.data.jpeg.decode import decode
+from megabatch.data.jpeg.ends import image_end
 from megabatch.data.jpeg.formats import ENDINGS, preferred_ending, sniff
 from megabatch.errors import DataError
 
@@ -51,7 +51,7 @@ def _encoded(image: Image.Image, *, is_jpeg: bool) -> bytes:
 
 REPAIRS: dict[str, Callable[[bytes], bytes]] = {
     "missing end": lambda data: data + b"\xff\xd9",
-    "trailing bytes": lambda data: data[: jpeg_end(data)],
+    "trailing bytes": lambda data: data[: image_end(data)],
     "stray bytes": _to_rgb,
     "CMYK": _to_rgb,
     "16 bit": _to_rgb,
