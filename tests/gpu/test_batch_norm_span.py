@@ -86,5 +86,5 @@ def test_ghost_spans_are_separate_batches(dtype: torch.dtype, limit: float, memo
     output.backward(slope)
     for actual, value in zip((output.detach(), inputs.grad, ghost.weight.grad, ghost.bias.grad), expected, strict=True):
         torch.testing.assert_close(actual.double(), value, rtol=limit, atol=limit * value.abs().max().item())
-    assert ghost.span_sum[-1].item() == 3
+    assert ghost.span_sum[-1].item() == pytest.approx(2.4)  # the last span has 2 of 5 samples
     assert output.is_contiguous(memory_format=memory_format)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from norm_cases import step_sums
 from torch import Tensor, nn
 
 from megabatch.kernels import tuning
@@ -63,7 +64,7 @@ def step(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[
     with torch.autocast("cuda", dtype=dtype, enabled=dtype.itemsize == 2):
         logits = model(images(torch.float64 if dtype == torch.float64 else torch.float32))
     (256 * cross_entropy_sum(logits, torch.arange(COUNT, device="cuda"), label_smoothing=0.1) / COUNT).backward()
-    sums = {name: b.double() for name, b in model.named_buffers() if "span" in name}
+    sums = {name: values.double() for name, values in step_sums(model).items()}
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}, sums
 
 

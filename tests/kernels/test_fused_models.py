@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from norm_cases import step_sums
 from torch import Tensor, nn
 
 from megabatch.kernels import tuning
@@ -71,7 +72,7 @@ def step(model: nn.Module, pixels: int, dtype: torch.dtype) -> tuple[dict[str, T
     with torch.autocast("cpu", dtype=dtype, enabled=dtype.itemsize == 2):
         logits = model(images.to(wide))
     (64 * cross_entropy_sum(logits, torch.arange(COUNT)) / COUNT).backward()
-    sums = {name: b.double() for name, b in model.named_buffers() if "span" in name}
+    sums = {name: values.double() for name, values in step_sums(model).items()}
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}, sums
 
 

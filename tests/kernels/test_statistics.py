@@ -72,6 +72,21 @@ def test_running_averages_move_towards_the_mean_over_spans_by_momentum(
     assert sink.num_forwards == 6
 
 
+@pytest.mark.parametrize("spans", [1, 3])
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_short_last_span_counts_by_its_weight(spans: int, triton: bool) -> None:
+    weights = torch.tensor([1.0] * (spans - 1) + [0.25])[:, None]
+    mean, var = torch.randn(2, spans, 8).abs()
+    sums = SpanSums(*torch.zeros(2, 17).unbind(), last_weight=0.25)
+    averages = RunningAverages(torch.zeros(8), torch.zeros(8), torch.tensor(0), 1.0, last_weight=0.25)
+    for sink in (sums, averages):
+        keep_statistics(sink, mean, var, triton=triton)
+    rows = torch.cat([mean, var, torch.ones(spans, 1)], dim=1) * weights
+    torch.testing.assert_close(sums.first, rows[0])
+    torch.testing.assert_close(sums.total, rows.sum(0))
+    torch.testing.assert_close(torch.cat([averages.mean, averages.var]), (rows.sum(0) / weights.sum())[:-1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("spans", [1, 2])
 def test_all_methods_accumulate_bitwise_equal_statistics(spans: int, method: str) -> None:
@@ -83,10 +98,11 @@ def test_all_methods_accumulate_bitwise_equal_statistics(spans: int, method: str
     assert torch.equal(at_once.total, after.total)
 
 
-def test_a_channel_of_variance_0_in_the_first_span_does_not_count_as_empty() -> None:
+@pytest.mark.parametrize("first_by_triton", [True, False])
+def test_a_channel_of_variance_0_in_the_first_span_does_not_count_as_empty(first_by_triton: bool) -> None:
     sink = SpanSums(*torch.zeros(2, 17).unbind())
-    for mean in (0.0, 5.0):
-        keep_statistics(sink, torch.full((1, 8), mean), torch.full((1, 8), mean), triton=True)
+    for mean, triton in ((0.0, first_by_triton), (5.0, True)):
+        keep_statistics(sink, torch.full((1, 8), mean), torch.full((1, 8), mean), triton=triton)
     assert torch.equal(sink.first, torch.cat([torch.zeros(16), torch.ones(1)]))
     assert torch.equal(sink.total, torch.cat([torch.full((16,), 5.0), torch.full((1,), 2.0)]))
 

@@ -157,6 +157,13 @@ def test_another_models_state_is_refused() -> None:
         average.load_state_dict(WeightAverage(nn.Linear(2, 2, bias=False), half_life_epochs=1.0).state_dict())
 
 
+def test_a_state_that_holds_the_sums_of_span_layers_loads() -> None:
+    average = WeightAverage(nn.Linear(2, 2), half_life_epochs=1.0)
+    state = average.state_dict()
+    state["tensors"] |= {"bn1.span_sum": torch.zeros(7), "bn1.first_span": torch.zeros(7)}
+    average.load_state_dict(state)
+
+
 def test_a_half_life_or_step_of_no_length_is_refused() -> None:
     with pytest.raises(UserError, match="half_life_epochs=0 was given"):
         WeightAverage(nn.Linear(2, 2), half_life_epochs=0)

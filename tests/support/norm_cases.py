@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabatch.kernels.norm.batch_norm import fused_bn_act
+from megabatch.nn.batch_norm.evaluation_statistics import span_layers
 
 
 class Case(NamedTuple):
@@ -24,6 +25,14 @@ class Run(NamedTuple):
     mean: Tensor
     var: Tensor
     gradients: tuple[Tensor, ...]
+
+
+def step_sums(model: nn.Module) -> dict[str, Tensor]:
+    """Statistics that the span layers of `model` collected since the last `finish_step`, by layer and kind."""
+    kinds = ("span_sum", "first_span")
+    return {
+        f"{number}.{kind}": getattr(layer, kind) for number, layer in enumerate(span_layers(model)) for kind in kinds
+    }
 
 
 def inputs(case: Case, dtype: torch.dtype, *, offset: float = 0.5, seed: int = 0) -> dict[str, Any]:

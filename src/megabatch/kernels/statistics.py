@@ -15,7 +15,8 @@ from megabatch.kernels.dispatch import load, on_device
 class SpanSums(NamedTuple):
     """Statistics summed over the forwards of a step. Both vectors are (2C + 1): C means, C variances, a span count.
 
-    `total` is the sum over all spans. `first` holds the first span seen since it was zeroed, with count 1.
+    `total` is the sum over all spans. `first` holds the first span seen since it was zeroed. In both, the last span of
+    the forward, and its count of 1, are multiplied by `last_weight`: its size relative to a whole span.
 
     The kernels test for each channel separately whether `first` is empty, because a program that read the shared count
     could see it after another program had changed it. A channel is empty if all bits of its variance are 0; a variance
@@ -24,18 +25,21 @@ class SpanSums(NamedTuple):
 
     first: Tensor
     total: Tensor
+    last_weight: float = 1.0
 
 
 class RunningAverages(NamedTuple):
     """running = (1 - momentum) running + momentum (mean over spans), for mean and var (C,).
 
-    num_forwards, a 0-d integer tensor, is incremented once per forward.
+    The last span has the weight `last_weight` in the mean, the others 1. num_forwards, a 0-d integer tensor, is
+    incremented once per forward.
     """
 
     mean: Tensor
     var: Tensor
     num_forwards: Tensor
     momentum: float
+    last_weight: float = 1.0
 
 
 StatisticsSink = SpanSums | RunningAverages
@@ -57,9 +61,9 @@ def keep_statistics(sink: StatisticsSink, mean: Tensor, var: Tensor, *, triton: 
 
 
 def has_kernel(sink: StatisticsSink) -> bool:
-    """True if the kernels can write to `sink`: contiguous float32 vectors."""
+    """True if the kernels can write to `sink`: contiguous float32 vectors, and only whole spans."""
     vectors = sink[:2]
-    return all(values.is_contiguous() and values.dtype == torch.float32 for values in vectors)
+    return sink.last_weight == 1 and all(values.is_contiguous() and values.dtype == torch.float32 for values in vectors)
 
 
 def kernel_arguments(sink: StatisticsSink) -> dict[str, Any]:
@@ -88,12 +92,19 @@ def no_arguments(unused: Tensor) -> dict[str, Any]:
 
 def _keep_reference(sink: StatisticsSink, mean: Tensor, var: Tensor) -> None:
     if isinstance(sink, SpanSums):
-        # One row of `total` and `first` per span: mean, variance, and 1 for the count.
-        rows = torch.cat([mean, var, torch.ones_like(mean[:, :1])], dim=1)
+        # One row of `total` and `first` per span: mean, variance (-0 for 0, as the kernels store it), and 1.
+        rows = torch.cat([mean, torch.where(var == 0, -0.0, var), torch.ones_like(mean[:, :1])], dim=1)
+        rows[-1] *= sink.last_weight
         # Unlike in a kernel, one operation writes all channels, so the count alone tells if `first` is empty.
         torch.where(sink.first[-1:] == 0, rows[0], sink.first, out=sink.first)
         sink.total.add_(rows.sum(0))
         return
-    sink.mean.lerp_(mean.mean(0), sink.momentum)
-    sink.var.lerp_(var.mean(0), sink.momentum)
+    sink.mean.lerp_(_mean_over_spans(mean, sink.last_weight), sink.momentum)
+    sink.var.lerp_(_mean_over_spans(var, sink.last_weight), sink.momentum)
     sink.num_forwards.add_(1)
+
+
+def _mean_over_spans(values: Tensor, last_weight: float) -> Tensor:
+    if last_weight == 1:
+        return values.mean(0)
+    return (values[:-1].sum(0) + last_weight * values[-1]) / (len(values) - 1 + last_weight)

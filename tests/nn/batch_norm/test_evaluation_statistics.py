@@ -1,12 +1,14 @@
 """Evaluation statistics: each kind against its definition, for several numbers of workers."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_threads
+from ranks import run_processes, run_threads
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from megabatch.errors import UserError
 from megabatch.nn.batch_norm.evaluation_statistics import (
@@ -46,7 +48,8 @@ def expected(kind: EvalStats, num_steps: int, count: int = 24) -> Tensor:
     running = torch.stack([torch.zeros(CHANNELS), torch.ones(CHANNELS)]).double()
     for step in range(num_steps):
         spans = statistics(step_images(step, count))
-        new = spans[0] if kind == "running" else spans.mean(0)
+        sizes = torch.tensor([len(s) for s in step_images(step, count).split(SPAN)], dtype=torch.float64)
+        new = spans[0] if kind == "running" else torch.einsum("s,skc->kc", sizes / count, spans)
         momentum = 1.0 if kind == "last_batch" else MOMENTUM
         running = (1 - momentum) * running + momentum * new
     return running
@@ -88,9 +91,39 @@ def test_running_statistics_depend_on_spans_and_not_on_workers_or_micro_batches(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_short_last_span_counts_as_a_span(kind: EvalStats) -> None:
-    for running in run_threads(2, train, kind, 2, 8, 1, 18):
-        torch.testing.assert_close(running, expected(kind, 2, 18), **EXACT)
+@pytest.mark.parametrize("count", [18, 3])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_short_last_span_counts_by_its_number_of_samples(kind: EvalStats, count: int, group_size: int) -> None:
+    for running in run_threads(2, train, kind, 2, 8, group_size, count):
+        torch.testing.assert_close(running, expected(kind, 2, count), **EXACT)
+
+
+def ddp_averages(kind: EvalStats) -> tuple[Tensor, Tensor]:
+    """Averages of two steps of two micro-batches under DistributedDataParallel's defaults, and the exact ones."""
+    model = DistributedDataParallel(nn.Sequential(layer_with(), nn.Conv2d(CHANNELS, 2, 1).double()))
+    collect_statistics(model)
+    for step in range(2):
+        images = step_images(step).tensor_split(dist.get_world_size())[dist.get_rank()]
+        for part in images.split(8):
+            model(part).sum().backward()
+        finish_step(model, eval_stats=kind)
+    layer = model.module[0]
+    return torch.stack([layer.running_mean, layer.running_var]), expected(kind, 2)
+
+
+@pytest.mark.parametrize("kind", ["running", "running_all_reduced"])
+def test_ddp_with_its_defaults_leaves_the_statistics_of_a_step_alone(kind: EvalStats) -> None:
+    for running, exact in run_processes(2, ddp_averages, kind):
+        torch.testing.assert_close(running, exact, **EXACT)
+
+
+@pytest.mark.parametrize("convert_layer", [nn.Module.float, nn.Module.double, lambda layer: layer.to("meta")])
+def test_the_statistics_of_a_step_follow_the_layer(convert_layer: Callable[[nn.Module], nn.Module]) -> None:
+    layer = layer_with()
+    convert_layer(layer)
+    for values in (layer.span_sum, layer.first_span):
+        assert (values.dtype, values.device) == (layer.running_var.dtype, layer.running_var.device)
+    assert {name for name, _ in layer.named_buffers()} == {name for name, _ in nn.BatchNorm2d(3).named_buffers()}
 
 
 def test_finish_step_gives_the_same_without_torch_distributed() -> None:

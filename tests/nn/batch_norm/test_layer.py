@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norm_cases import step_sums
 from ranks import run_threads
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megabatch.errors import UserError
-from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
+from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics, finish_step
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d, convert
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -80,14 +81,14 @@ def test_each_span_and_the_short_remainder_are_normalised_as_separate_batches(
     assert_same_results(run([layer], [batch]), run([reference] * len(parts), parts))
 
 
-def test_ghost_spans_update_running_averages_once_with_the_mean_of_their_statistics() -> None:
+def test_ghost_spans_update_running_averages_once_with_the_mean_of_their_statistics_by_size() -> None:
     layer = spanned(plain(), span=4)
     before = layer.running_mean.clone(), layer.running_var.clone()
     batch = images(10)
     layer(batch)
-    spans = batch.split(4)
-    mean = torch.stack([s.mean((0, 2, 3)) for s in spans]).mean(0)
-    variance = torch.stack([s.var((0, 2, 3), correction=1) for s in spans]).mean(0)
+    spans, shares = batch.split(4), torch.tensor([[4.0], [4.0], [2.0]], dtype=torch.float64) / 10
+    mean = (torch.stack([s.mean((0, 2, 3)) for s in spans]) * shares).sum(0)
+    variance = (torch.stack([s.var((0, 2, 3), correction=1) for s in spans]) * shares).sum(0)
     torch.testing.assert_close(layer.running_mean, 0.9 * before[0] + 0.1 * mean, **EXACT)
     torch.testing.assert_close(layer.running_var, 0.9 * before[1] + 0.1 * variance, **EXACT)
     assert layer.num_batches_tracked == 1
@@ -139,6 +140,24 @@ def test_one_value_per_channel_becomes_the_bias_with_no_gradient_to_the_input() 
     assert torch.equal(layer.bias.grad, torch.ones(3).double())
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_span_of_one_value_per_channel_does_not_count_in_averages(group_size: int, accumulate: bool) -> None:
+    def averages() -> tuple[Tensor, Tensor]:
+        group = torch.distributed.new_group([0, 1]) if group_size == 2 else None
+        layer = SpanBatchNorm2d(4, span=32, stats_momentum=1.0, process_group=group, group_size=group_size).double()
+        collect_statistics(layer, accumulate)
+        x = images(33, 4, 1).flatten(1) * 3 + 5
+        for part in x.split(32) if group_size == 2 else [x]:
+            layer(part.tensor_split(group_size)[torch.distributed.get_rank()])
+        if accumulate:
+            finish_step(layer, eval_stats="running_all_reduced")
+        return layer.running_var, x[:32].var(0)
+
+    for running, exact in run_threads(group_size, averages):
+        torch.testing.assert_close(running, exact, **EXACT)
+
+
 def test_no_sample_gives_no_output_no_statistics_and_zero_gradients() -> None:
     layer = spanned(plain(), span=4)
     before = copy.deepcopy(layer.state_dict())
@@ -171,8 +190,7 @@ def test_bfloat16_inputs_keep_their_dtype_and_float32_statistics(count: int) -> 
     output.sum().backward()
     assert output.dtype == x.grad.dtype == torch.bfloat16
     assert layer.running_mean.dtype == layer.weight.grad.dtype == torch.float32
-    spans = exact.double().split(8)
-    mean = torch.stack([s.mean((0, 2, 3)) for s in spans]).mean(0)
+    mean = exact.double().mean((0, 2, 3))
     torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
 
 
@@ -197,8 +215,9 @@ def test_a_compiled_layer_gives_the_same_without_a_graph_break(accumulate: bool)
         assert_same_results(run_compiled(compiled, layer, images(10)), run([eager], [images(10)]))
         layer.zero_grad()
         eager.zero_grad()
-    for name, value in eager.named_buffers():
-        torch.testing.assert_close(dict(layer.named_buffers())[name], value, **EXACT)
+    statistics = dict(layer.named_buffers()) | step_sums(layer)
+    for name, value in (dict(eager.named_buffers()) | step_sums(eager)).items():
+        torch.testing.assert_close(statistics[name], value, **EXACT)
 
 
 def run_compiled(compiled: nn.Module, layer: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

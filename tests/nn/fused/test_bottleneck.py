@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from norm_cases import step_sums
 from torch import Tensor, nn
 
 from megabatch.kernels.norm import join as join_passes
@@ -63,8 +64,9 @@ def assert_same(one: nn.ModuleList, other: nn.ModuleList) -> None:
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4)
-    for (name, buffer), expected_buffer in zip(one.named_buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(buffer, expected_buffer, rtol=1e-4, atol=1e-5, msg=name)
+    statistics, expected_statistics = (dict(blocks.named_buffers()) | step_sums(blocks) for blocks in (one, other))
+    for name, values in statistics.items():
+        torch.testing.assert_close(values, expected_statistics[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_join_normalises_the_output_of_the_shortcuts_convolution(joins: list[bool]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from norm_cases import step_sums
 from slow import slow_except
 from torch import Tensor, nn
 
@@ -60,9 +61,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     sink_of = fused_norm_act.sink_of
 
-    def counted(norm: nn.BatchNorm2d) -> Any:
+    def counted(norm: nn.BatchNorm2d, x: Tensor) -> Any:
         seen.append(norm.num_features)
-        return sink_of(norm)
+        return sink_of(norm, x)
 
     for module in (fused_norm_act, fused_bottleneck, fused_stem):
         monkeypatch.setattr(module, "sink_of", counted)
@@ -101,8 +102,8 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """All buffers, including those that are not in the state dict."""
-    return dict(model.named_buffers())
+    """All buffers, and the sums of the step."""
+    return dict(model.named_buffers()) | step_sums(model)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], limit: float = 1e-5) -> None:

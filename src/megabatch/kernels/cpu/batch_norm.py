@@ -123,7 +123,7 @@ def _call(
     functions, (count, channels, height, width) = _functions(), x.shape
     assert functions is not None, "supports() must be true"
     dx, dweight, dbias = gradients
-    first, total = sums or (None, None)
+    first, total = sums[:2] if sums else (None, None)
     vectors = (weight, bias, *statistics.unbind(), dweight, dbias, first, total)
     # The fields of `Norm`, in its order; a NULL pointer stands for a tensor that is not given.
     arguments = _ARGUMENTS.pack(

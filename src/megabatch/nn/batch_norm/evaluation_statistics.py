@@ -22,8 +22,8 @@ def collect_statistics(model: nn.Module, enabled: bool = True) -> None:
     """Makes the span layers of `model` accumulate their spans' statistics, for `finish_step` to use.
 
     Afterwards a training forward only adds the statistics of its spans (mean and unbiased variance, C values each) to
-    sums that start at 0, and leaves the running averages alone. Call it once before training, and `finish_step` after
-    every step:
+    sums that start at 0, and leaves the running averages alone. DistributedDataParallel needs no option for this. Call
+    it once before training, and `finish_step` after every step:
 
         collect_statistics(model)
         for images, labels in loader:
@@ -55,8 +55,8 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
     `collect_statistics`, which also has an example). The statistic is chosen by `eval_stats`:
 
     - "running": the first span of rank 0 (Yamazaki et al. 2019, arXiv:1903.12650, did not synchronise the averages).
-    - "running_all_reduced": the mean over all spans of the step. By linearity this equals the average over workers
-      of each worker's own running average.
+    - "running_all_reduced": the mean over all spans of the step; a short span counts by its share of a whole one. By
+      linearity this equals the average over workers of each worker's own running average.
     - "last_batch": the same mean with stats_momentum 1, so that evaluation uses only the last step (Akiba et al. 2017,
       arXiv:1711.04325).
     - "precise": as "running_all_reduced", until `finish_precise` replaces the averages.

@@ -6,7 +6,8 @@ A span may be smaller than the micro-batch (ghost batch norm, Hoffer et al. 2017
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,14 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     and backward together. A layer then sends one all-gather of 2C + 1 values forward and one all-reduce of 2C values
     backward. Gradients of weight and bias are those of the local samples; sum them over ranks as all other gradients.
 
+    In averages a short span counts by its share of `span` samples. A span of one value per channel has no unbiased
+    variance: it does not count, and its output is the bias. (nn.BatchNorm1d raises an error; here that could stop one
+    rank while the others wait for it.)
+
     By default forward updates running averages as nn.BatchNorm2d does, from the mean over the forward's spans. With
     `accumulate_statistics` (set by `collect_statistics`) forward only adds to sums, and `finish_step` updates the
-    averages once a step, so that they do not depend on the number of workers or micro-batches.
+    averages once a step, so that they do not depend on the number of workers or micro-batches. The sums are no buffers,
+    as DistributedDataParallel broadcasts buffers; they follow the layer to other devices and dtypes.
 
         layer = SpanBatchNorm2d(64, span=32)
         layer(torch.randn(128, 64, 56, 56))  # four spans, each with its own mean and variance
@@ -56,8 +62,6 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    span_sum: Tensor
-    first_span: Tensor
 
     def __init__(
         self,
@@ -79,8 +83,8 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         self.group_size = group_size
         self.accumulate_statistics = False
         self.pooled_moments: Tensor | None = None  # exists only while evaluation statistics are recomputed
-        for name in ("span_sum", "first_span"):  # of the step: means, unbiased variances, number of spans
-            self.register_buffer(name, self.running_mean.new_zeros(2 * num_features + 1), persistent=False)
+        # Of the step: means, unbiased variances, and number of spans.
+        self.span_sum, self.first_span = (self.running_mean.new_zeros(2 * num_features + 1) for _ in range(2))
 
     def forward(self, input: Tensor) -> Tensor:
         recompute = self.pooled_moments is not None
@@ -94,15 +98,28 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         if recompute:
             self._add_pooled(normalised)
         elif normalised.statistics:
-            self._add_statistics(torch.stack(normalised.statistics))
+            self._add_statistics(torch.stack(normalised.statistics), self._last_weight(input, normalised))
         return normalised.output
 
-    def _add_statistics(self, spans: Tensor) -> None:
+    def last_span_weight(self, input: Tensor) -> float:
+        """Weight of the last span of a forward in averages: 1 for a whole one, 0 for one value per channel."""
+        samples = len(input) % self.span or min(len(input), self.span)
+        return samples / self.span if samples * input.shape[2:].numel() > 1 else 0.0
+
+    def _last_weight(self, input: Tensor, normalised: Normalised) -> float | Tensor:
+        if self.group_size == 1:
+            return self.last_span_weight(input)
+        count = torch.as_tensor(normalised.counts)
+        return torch.where(count > 1, count / (self.span * input.shape[2:].numel()), 0.0)
+
+    def _add_statistics(self, spans: Tensor, last_weight: float | Tensor) -> None:
         """Adds statistics of spans to the sums of the step or to the running averages.
 
         `spans` (spans, 2C + 1): means, unbiased variances, and 1 or 0. All state is in tensors, so that a CUDA graph
         can replay it.
         """
+        if isinstance(last_weight, Tensor) or last_weight != 1:
+            spans[-1].mul_(last_weight)
         total = spans[0] if len(spans) == 1 else spans.sum(0)
         if not self.accumulate_statistics:
             self.move_averages(total, self.next_momentum())
@@ -113,6 +130,11 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size > 1 else ""
         return f"{self.num_features}, span={self.span}{group}, eps={self.eps}, stats_momentum={self.momentum}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.span_sum, self.first_span = fn(self.span_sum), fn(self.first_span)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpanBatchNorm2d":
         memo[id(self.process_group)] = self.process_group  # a process group cannot be copied; the copy shares it
@@ -161,10 +183,10 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     def move_averages(self, totals: Tensor, momentum: float) -> None:
         """running = (1 - momentum) * running + momentum * mean over spans; unchanged without spans.
 
-        `totals` (2C + 1): sums over spans of means and of variances, and the number of spans.
+        `totals` (2C + 1): sums over spans of means and of variances, and the number of spans; a short span counts less.
         """
         count = totals[-1]
-        statistics = (totals[:-1] / count.clamp(min=1)).view(2, -1)
+        statistics = (totals[:-1] / torch.where(count > 0, count, 1)).view(2, -1)
         for running, new in zip((self.running_mean, self.running_var), statistics, strict=True):
             running.lerp_(torch.where(count > 0, new, running), momentum)
         self.num_batches_tracked.add_(1)

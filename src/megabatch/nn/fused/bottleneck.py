@@ -120,7 +120,7 @@ def _run(block: FusedBottleneck, state: Tensor | PendingOutput) -> PendingOutput
         block.conv3.weight,
         span=span_of(norm, second.y),
         eps=norm.eps,
-        sink=sink_of(norm),
+        sink=sink_of(norm, second.y),
         deferred_from=(handover := Handover()),
         backend=block.backend,
     )
@@ -147,7 +147,7 @@ def _run_first(block: FusedBottleneck, state: Tensor | PendingOutput) -> tuple[T
         span=span_of(norm, branch.y),
         eps=norm.eps,
         residual_norm=shortcut_norm,
-        sink=sink_of(norm),
+        sink=sink_of(norm, branch.y),
         defer_to=branch.handover,
         deferred_from=(handover := Handover()),
         backend=block.backend,
@@ -171,7 +171,7 @@ def _pending_shortcut(block: FusedBottleneck, x: Tensor, last: nn.BatchNorm2d, y
 def _measured(norm: nn.Module, y: Tensor, backend: Backend) -> MeasuredOutput:
     """Measures the output of a convolution that does not do so itself: one more read of y."""
     norm = _batch_norm(norm)
-    moments = measure(y.detach(), span=span_of(norm, y), eps=norm.eps, sink=sink_of(norm), backend=backend)
+    moments = measure(y.detach(), span=span_of(norm, y), eps=norm.eps, sink=sink_of(norm, y), backend=backend)
     return MeasuredOutput(y, moments, norm)
 
 

@@ -37,7 +37,7 @@ def norm_act(
         eps=norm.eps,
         residual=residual,
         relu=relu,
-        sink=sink_of(norm),
+        sink=sink_of(norm, x),
         backend=backend,
     )
     return y
@@ -68,16 +68,19 @@ def span_of(norm: nn.BatchNorm2d, x: Tensor) -> int:
     return min(norm.span, len(x)) if isinstance(norm, SpanBatchNorm2d) else len(x)
 
 
-def sink_of(norm: nn.BatchNorm2d) -> StatisticsSink:
-    """Buffers of the norm that a training forward updates with its statistics."""
+def sink_of(norm: nn.BatchNorm2d, x: Tensor) -> StatisticsSink:
+    """Tensors of the norm that a training forward of images like x updates with its statistics."""
+    last_weight = norm.last_span_weight(x) if isinstance(norm, SpanBatchNorm2d) else 1.0
     if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
-        return SpanSums(norm.first_span, norm.span_sum)
+        return SpanSums(norm.first_span, norm.span_sum, last_weight)
     # _is_fusable has checked these, in a form that a type checker does not see.
     assert norm.momentum is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
-    return RunningAverages(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    if span_of(norm, x) == len(x):
+        last_weight = 1.0  # the mean over a single span is that span
+    return RunningAverages(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, last_weight)
 
 
 def _has_kernel(x: Tensor, backend: Backend) -> bool:

@@ -48,7 +48,7 @@ def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, backend: Back
         norm.bias,
         span=span_of(norm, x),
         eps=norm.eps,
-        sink=sink_of(norm),
+        sink=sink_of(norm, x),
         backend=backend,
     )
     return y
