@@ -1,11 +1,13 @@
 """On a GPU: the same numbers as on a CPU, no wait for the device, and steps replayed from a CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import has_triton
@@ -209,3 +211,53 @@ def test_a_captured_fused_step_follows_its_rate_and_leaves_out_what_overflowed(k
             plain.step()
     for one, other in zip(captured.parameters(), outside.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@EVERY
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_state_follows_a_model_to_another_device(kind: str, fused: bool | None) -> None:
+    model, stays = small_model("cpu", torch.float32), small_model("cpu", torch.float32)
+    optimizer = MAKERS[kind](param_groups(model, weight_decay=0.01), lr=0.1, fused=fused)
+    other = MAKERS[kind](param_groups(stays, weight_decay=0.01), lr=0.1, fused=fused)
+    for seed, device in enumerate(("cpu", "cuda", "cpu")):
+        optimizer.zero_grad()
+        fill_gradients(model.to(device), seed)
+        fill_gradients(stays, seed)
+        optimizer.step()
+        other.step()
+        for mine, exact in zip(model.parameters(), stays.parameters(), strict=True):
+            torch.testing.assert_close(mine.cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda:0"))
+    yield
+    dist.destroy_process_group()
+
+
+@EVERY
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_model_takes_the_steps_of_a_whole_one(kind: str) -> None:
+    whole, sharded = small_model("cuda"), small_model("cuda").to(memory_format=torch.contiguous_format)
+    fully_shard(sharded)
+    pairs = [(net, MAKERS[kind](param_groups(net, weight_decay=0.01), lr=0.1)) for net in (whole, sharded)]
+    images = torch.randn(4, 3, 8, 8, device="cuda", dtype=torch.float64)
+    for _ in range(3):
+        for net, optimizer in pairs:
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+    for exact, mine in zip(whole.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(mine.full_tensor(), exact, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore")  # torch 2.13 says that FullyShardedDataParallel is deprecated
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_layers_that_fsdp1_flattened_are_refused(use_orig_params: bool) -> None:
+    model = FullyShardedDataParallel(small_model("cuda", torch.float32), use_orig_params=use_orig_params)
+    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
+        LARS(model.parameters(), lr=0.1)
+    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
+        param_groups(model, weight_decay=0.1)

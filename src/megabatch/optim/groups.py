@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megabatch.optim.engine.shards import refuse_flattened
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Normalisation layers. `_NormBase` is the base of all batch norms (also SyncBatchNorm and ours) and instance norms."""
 
@@ -31,7 +33,11 @@ def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: 
 
     Returns:
         Groups with the keys params, param_names, name, weight_decay and adapt. An empty group is left out.
+
+    Raises:
+        UserError: parameters that FullyShardedDataParallel has flattened; `fully_shard` keeps their shapes.
     """
+    refuse_flattened(list(model.parameters()))
     excluded = {id(parameter) for parameter in _norms_and_biases(model)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [(name, p) for name, p in named if p.ndim > 1 and id(p) not in excluded]

@@ -10,7 +10,8 @@ from megabatch.optim.engine.base import Group, MultiTensorOptimizer
 from megabatch.optim.engine.checks import check_backend, check_number
 from megabatch.optim.engine.fused import Kernel
 from megabatch.optim.engine.multi_tensor import Number, TensorLists, add_number_, add_scaled_, scaled
-from megabatch.optim.engine.trust import norms, one_where_a_norm_is_zero
+from megabatch.optim.engine.shards import refuse_flattened
+from megabatch.optim.engine.trust import one_where_a_norm_is_zero, whole_norms
 from megabatch.optim.kernels.lamb import LambGroup, lamb_step
 
 
@@ -43,7 +44,7 @@ class LAMB(MultiTensorOptimizer):
         capturable: as in `LARS`; the step count is then a tensor too.
 
     Raises:
-        UserError: a value out of range, a sparse or complex gradient, or fused=True where the kernels cannot run.
+        UserError: as in `LARS`.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
@@ -87,6 +88,7 @@ class LAMB(MultiTensorOptimizer):
         check_number(group, "eps", low=0.0, example=1e-6)
         check_number(group, "weight_decay", low=0.0, example=0.01)
         check_backend(group)
+        refuse_flattened(group["params"])
         if group["capturable"] and not isinstance(group["step"], Tensor):
             # float64, since 1 - 0.999^t loses five of fp32's seven digits
             group["step"] = torch.full_like(group["lr"], float(group["step"]), dtype=torch.float64)
@@ -97,7 +99,8 @@ class LAMB(MultiTensorOptimizer):
         updates = _updates(group, *lists)
         negative = -group["lr"]
         if group["adapt"]:
-            negative = list((-_rates(group, norms(tensors.weights), norms(updates))).unbind())
+            found = whole_norms(tensors.weights, updates, groups=tensors.shard_groups)
+            negative = list((-_rates(group, *found)).unbind())
         add_scaled_(tensors.weights, updates, negative)
 
     def finish(self, group: Group) -> None:

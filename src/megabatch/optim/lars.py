@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megabatch.optim.engine.base import Group
 from megabatch.optim.engine.checks import check_choice, check_number
-from megabatch.optim.engine.multi_tensor import Number, plus_scaled
-from megabatch.optim.engine.trust import norms, one_where_a_norm_is_zero
+from megabatch.optim.engine.multi_tensor import Number, TensorLists, plus_scaled
+from megabatch.optim.engine.shards import refuse_flattened
+from megabatch.optim.engine.trust import one_where_a_norm_is_zero, whole_norms
 from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
 
 
@@ -34,7 +35,11 @@ class LARS(MomentumOptimizer):
     Kumar et al. (arXiv:1909.09756) call `outside` scaled and `inside` unscaled momentum. g is the mean gradient over
     the global batch. A tensor whose weight norm or denominator norm is 0 gets ratio 1. Norms, state and update are
     fp32 (float64 for float64 parameters) regardless of the parameters' dtype. fp16 and bf16 parameters are rounded
-    after the update; LARS keeps no fp32 master copy of them. A step copies no value back to the host.
+    after the update; LARS keeps no fp32 master copy of them. A step copies no value back to the host. A norm above
+    1.8e19 overflows float32: an infinite gradient norm makes that step's rate 0.
+
+    Parameters may be sharded (DTensor, as FSDP2's `fully_shard` makes them): each rank updates its part, and norms of
+    whole tensors take one all-reduce of a number per tensor. This holds for all optimizers here.
 
     timm's `Lars` and pytorch_optimizer's `LARS` keep the ratio inside the buffer and the global rate outside
     (v = m v + ratio u, w -= lr v), which equals `inside_corrected`; they offer neither of the other two forms.
@@ -75,8 +80,8 @@ class LARS(MomentumOptimizer):
             weights into them (fused: in the same pass), so that a 16-bit forward needs no casts.
 
     Raises:
-        UserError: a value out of range, an unknown form or denominator, a sparse or complex gradient, or fused=True
-            where the kernels cannot run.
+        UserError: a value out of range, an unknown form or denominator, a sparse or complex gradient, parameters that
+            FullyShardedDataParallel (FSDP1) has flattened, or fused=True where the kernels cannot run.
     """
 
     def __init__(
@@ -121,18 +126,18 @@ class LARS(MomentumOptimizer):
         check_number(group, "trust_coefficient", low=0.0, example=0.001)
         check_number(group, "eps", low=0.0, example=0.0)
         check_choice(group, "denominator", ("sum", "update", "gradient"))
+        refuse_flattened(group["params"])
 
-    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number:
+    def rates(self, group: Group, tensors: TensorLists) -> Number:
         """lr * ratio, one for each tensor, as a vector; lr itself if the group does not adapt."""
         lr: Number = group["lr"]
         if not group["adapt"]:
             return lr
-        measured = gradients
+        measured = tensors.gradients
         if group["denominator"] == "update":
-            measured = plus_scaled(gradients, weights, group["weight_decay"])
+            measured = plus_scaled(measured, tensors.weights, group["weight_decay"])
         ratios = trust_ratios(
-            norms(weights),
-            norms(measured),
+            *whole_norms(tensors.weights, measured, groups=tensors.shard_groups),
             trust_coefficient=group["trust_coefficient"],
             weight_decay=group["weight_decay"] if group["denominator"] == "sum" else 0.0,
             eps=group["eps"],

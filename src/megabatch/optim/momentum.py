@@ -49,16 +49,16 @@ class MomentumOptimizer(MultiTensorOptimizer):
         if isinstance(group["lr"], Tensor) and not isinstance(group["previous_lr"], Tensor):
             group["previous_lr"] = torch.full_like(group["lr"], group["previous_lr"], requires_grad=False)
 
-    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number | Tensor:
+    def rates(self, group: Group, tensors: TensorLists) -> Number | Tensor:
         """Step sizes s: one for all tensors (a float or a 0-d tensor), or a vector with one for each tensor."""
-        del weights, gradients
+        del tensors
         rate: Number = group["lr"]
         return rate
 
     def update(self, group: Group, tensors: TensorLists) -> None:
         """Updates weights and momentum, in multi-tensor operations or in torch's fused kernel for a CPU."""
         factors = _Factors(
-            rates=self.rates(group, tensors.weights, tensors.gradients),
+            rates=self.rates(group, tensors),
             momentum=_corrected_momentum(group),
             weight_decay=group["weight_decay"],
             inside=group["momentum_form"] != "outside",

@@ -12,6 +12,7 @@ from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.layout import same_layout
 from megabatch.optim.engine.fused import Kernel, KernelMemory, uses_kernel
 from megabatch.optim.engine.multi_tensor import TensorLists, flattened, parts_of_one_dtype, wide_dtype
+from megabatch.optim.engine.shards import local, local_gradient, placement, shard_groups
 from megabatch.optim.kernels.tables import StepGroup
 
 Group = dict[str, Any]
@@ -21,8 +22,9 @@ class MultiTensorOptimizer(Optimizer):
     """Optimizer whose step updates all tensors together, with fp32 state regardless of the parameters' dtype.
 
     The keys `fused` and `foreach` of a group select one of three backends: the Triton kernel, multi-tensor operations
-    on `TensorLists`, or the kernel's plain PyTorch reference, which loops over tensors. A subclass names its state
-    tensors and its kernel, checks a group in `check` and updates lists of tensors in `update`.
+    on `TensorLists`, or the kernel's plain PyTorch reference, which loops over tensors. Sharded parameters (DTensor)
+    are always updated in multi-tensor operations, on each rank's part. A subclass names its state tensors and its
+    kernel, checks a group in `check` and updates lists of tensors in `update`.
 
     Attributes:
         copies: maps parameters to 16-bit tensors, into which every step writes the new weights; not in the state dict.
@@ -139,7 +141,8 @@ class MultiTensorOptimizer(Optimizer):
         if self._uses_kernel(group, parameters):
             backend: tuple[Backend, torch.device] | None = ("triton", parameters[0].device)
         else:
-            backend = ("reference", torch.device("cpu")) if group["foreach"] is False else None
+            one_by_one = group["foreach"] is False and not any(map(placement, parameters))
+            backend = ("reference", torch.device("cpu")) if one_by_one else None
         if backend is None or not group["capturable"]:
             _refuse_loss_scale(self)
         return backend
@@ -186,10 +189,11 @@ class MultiTensorOptimizer(Optimizer):
 
     def _step_in_lists(self, group: Group, parameters: list[Tensor]) -> None:
         for members, dtype in parts_of_one_dtype(parameters):
-            weights = members if members[0].dtype == dtype else [p.to(dtype) for p in members]
+            parts = [local(p) for p in members]
+            weights = parts if parts[0].dtype == dtype else [p.to(dtype) for p in parts]
             self.update(group, self._lists(members, weights))
-            if weights is not members:
-                torch._foreach_copy_(members, weights)  # rounds fp32 to the parameters' dtype
+            if weights is not parts:
+                torch._foreach_copy_(parts, weights)  # rounds fp32 to the parameters' dtype
             self._write_copies(members)  # now, while the weights are in a CPU's cache
         self.finish(group)
 
@@ -197,23 +201,28 @@ class MultiTensorOptimizer(Optimizer):
         """Rounds new weights into their 16-bit copies; the Triton kernel does this in the same pass as the update."""
         copied = [p for p in parameters if p in self.copies] if self.copies else []
         if copied:
-            torch._foreach_copy_([self.copies[p] for p in copied], copied)
+            torch._foreach_copy_([local(self.copies[p]) for p in copied], [local(p) for p in copied])
 
     def _lists(self, parameters: list[Tensor], weights: list[Tensor]) -> TensorLists:
+        groups = shard_groups(parameters[0])
         states = [self._state_of(p) for p in parameters]
-        columns = [weights, [_gradient(p).to(weights[0].dtype) for p in parameters]]
-        columns += [[state[name] for state in states] for name in self.state_names]
+        columns = [weights, [local_gradient(p).to(weights[0].dtype) for p in parameters]]
+        columns += [[local(state[name]) for state in states] for name in self.state_names]
         if weights[0].device.type == "cpu":
             columns = flattened(columns)
-        return TensorLists(columns[0], columns[1], dict(zip(self.state_names, columns[2:], strict=True)))
+        named = dict(zip(self.state_names, columns[2:], strict=True))
+        return TensorLists(columns[0], columns[1], named, groups)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State of a parameter; tensors that do not exist yet are made, as zeros."""
+        """State of a parameter; made as zeros if missing, moved if the parameter changed its device or dtype."""
         state: dict[str, Tensor] = self.state[parameter]
+        dtype = wide_dtype(parameter.dtype)
         for name in self.state_names:
-            if state.get(name) is None:
-                dtype = wide_dtype(parameter.dtype)
+            value = state.get(name)
+            if value is None:
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            elif value.dtype != dtype or value.device != parameter.device:
+                state[name] = value.to(parameter.device, dtype)
         return state
 
     def _state_laid_out_as(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import Backend, has_triton, interprets
 from megabatch.kernels.layout import is_dense
+from megabatch.optim.engine.shards import is_sharded
 from megabatch.optim.kernels.tables import StepGroup, StepTables
 
 Group = dict[str, Any]
@@ -50,6 +51,8 @@ def _reason_against(parameters: list[Tensor], rates: Mapping[str, Any]) -> str |
     if device.type != "cuda" and not interprets():
         return f"the parameters are on {device}, where Triton runs only under TRITON_INTERPRET=1"
     for parameter in parameters:
+        if is_sharded(parameter):
+            return "a parameter is sharded (DTensor)"
         if parameter.device != device:
             return f"a group has parameters on {device} and on {parameter.device}"
         if parameter.dtype not in _TYPES or (parameter.grad is not None and parameter.grad.dtype not in _TYPES):

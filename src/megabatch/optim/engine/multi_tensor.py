@@ -6,9 +6,13 @@ all tensors from memory again, so there the lists are cut into parts that stay i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megabatch.optim.engine.shards import placement
 
 Number = float | Tensor
 """A rate or factor: a float, or a 0-d tensor whose value may change between replays of a CUDA graph."""
@@ -22,12 +26,14 @@ was chosen by timing ResNet-50's tensors on two EPYC cores; four times more or l
 class TensorLists:
     """Weights, gradients and state of one parameter group on one device, index by index, all in `wide_dtype`.
 
-    On a CPU they are flat views where weight, gradient and state have the same memory layout, as they usually do.
+    On a CPU they are flat views where weight, gradient and state have the same memory layout, as they usually do. Of
+    sharded parameters they are this rank's parts, and the other parts are on the ranks of `shard_groups`.
     """
 
     weights: list[Tensor]
     gradients: list[Tensor]
     states: dict[str, list[Tensor]]
+    shard_groups: tuple[dist.ProcessGroup, ...] = ()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,12 +42,15 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def parts_of_one_dtype(parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], torch.dtype]]:
-    """Lists of parameters of one device and dtype, each with its wide dtype; on a CPU lists that fit in cache."""
-    lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    """Lists of parameters of one device, dtype and placement, each with its wide dtype.
+
+    On a CPU lists fit in cache, except those of sharded parameters: all ranks must have the same lists.
+    """
+    lists: dict[tuple[torch.device, torch.dtype, Any], list[Tensor]] = {}
     for parameter in parameters:
-        lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    for (device, dtype), members in lists.items():
-        for part in _parts(members) if device.type == "cpu" else [members]:
+        lists.setdefault((parameter.device, parameter.dtype, placement(parameter)), []).append(parameter)
+    for (device, dtype, sharding), members in lists.items():
+        for part in _parts(members) if device.type == "cpu" and sharding is None else [members]:
             yield part, wide_dtype(dtype)
 
 

@@ -1,6 +1,7 @@
 """Norms of all tensors as one vector, for layer-wise trust ratios."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megabatch.optim.engine.multi_tensor import is_flat
@@ -21,6 +22,20 @@ def norms(tensors: list[Tensor]) -> Tensor:
     if not any(map(_is_cut_into_rows, tensors)):
         return torch.stack(torch._foreach_norm(tensors))
     return torch.stack([_norm_by_rows(t) if _is_cut_into_rows(t) else torch.linalg.vector_norm(t) for t in tensors])
+
+
+def whole_norms(*lists: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> tuple[Tensor, ...]:
+    """Euclidean norms of each list's whole tensors, one vector per list; the lists hold the local parts.
+
+    Sends one all-reduce per group; none without groups.
+    """
+    found = torch.stack([norms(tensors) for tensors in lists])
+    if groups:
+        squares = found.double().square()  # float32 overflows at a norm of 1.8e19
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        found = squares.sqrt().to(found.dtype)
+    return found.unbind()
 
 
 def one_where_a_norm_is_zero(ratios: Tensor, weight_norms: Tensor, other_norms: Tensor) -> Tensor:
