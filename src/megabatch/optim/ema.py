@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megabatch.errors import UserError
 from megabatch.optim.engine.multi_tensor import wide_dtype
+from megabatch.optim.engine.shards import local
 
 
 class WeightAverage:
@@ -22,7 +23,8 @@ class WeightAverage:
     Adam's does: the initial weights do not count, and the start of a short run does not dominate its average.
 
     Parameters and floating-point buffers (such as batch norm's running averages, which belong to the weights they were
-    measured with) are averaged in fp32, or float64 for float64; other buffers (counters) are copied.
+    measured with) are averaged in fp32, or float64 for float64; other buffers (counters) are copied. Of parameters that
+    `fully_shard` has sharded, each rank averages its part.
 
         average = WeightAverage(model, half_life_epochs=0.5)
         for images, labels in loader:
@@ -62,8 +64,8 @@ class WeightAverage:
         newest = 1 - 0.5 ** (step_epochs / self._half_life)
         self._weight += newest * (1 - self._weight)
         floats, others = _tensors(self._model)
-        averages = list(self._averages.values())
-        current = [floats[name].to(average) for name, average in self._averages.items()]
+        averages = [local(average) for average in self._averages.values()]
+        current = [local(floats[name]).to(average) for name, average in zip(self._averages, averages, strict=True)]
         torch._foreach_lerp_(averages, current, newest / self._weight)
         for name, tensor in others.items():
             self._copies[name].copy_(tensor)

@@ -10,6 +10,7 @@ from ranks import run_processes
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
+from megabatch.optim.ema import WeightAverage
 from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
@@ -98,6 +99,35 @@ def resumed_and_uninterrupted() -> tuple[list[Tensor], list[Tensor]]:
 def test_the_state_of_sharded_parameters_loads() -> None:
     for resumed, uninterrupted in run_processes(2, resumed_and_uninterrupted):
         assert all(map(torch.equal, resumed, uninterrupted))
+
+
+def averages_and_copies() -> tuple[float, float]:
+    """Differences from the weights' average of a whole model, and of 16-bit copies from the weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    images, averaged = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)), []
+    whole = model()
+    sharded: Any = copy.deepcopy(whole)
+    fully_shard(sharded)
+    for net in (whole, sharded):
+        average = WeightAverage(net, half_life_epochs=1.0)
+        for _ in range(2):
+            train(net, SGD, images)
+            average.update(0.5)
+        with average.swapped():
+            averaged.append([p.detach().clone() for p in net.parameters()])
+    copies = {p: p.detach().bfloat16() for p in sharded.parameters()}
+    optimizer = LARS(sharded.parameters(), lr=0.1, copies=copies)
+    optimizer.step()
+    differences = [(one.full_tensor() - other).abs().max().item() for other, one in zip(*averaged, strict=True)]
+    rounded = [(copies[p] - p.detach().bfloat16()).full_tensor().abs().max().item() for p in copies]
+    return max(differences), max(rounded)
+
+
+def test_averages_and_16_bit_copies_of_sharded_weights_follow_them() -> None:
+    for difference, rounded in run_processes(2, averages_and_copies):
+        assert difference < 1e-6
+        assert rounded == 0
 
 
 def refusals() -> list[str]:
