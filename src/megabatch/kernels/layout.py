@@ -8,7 +8,7 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
     """True if both tensors have the same shape and place equal indices at equal offsets in memory."""
     if one.shape != other.shape:
         return False
-    if one.stride() == other.stride():
+    if one.stride() == other.stride() or not one.numel():
         return True
     # Strides of dimensions of size 1 are arbitrary: they are never multiplied by an index other than 0.
     return all(a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True) if size > 1)
@@ -16,6 +16,8 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """True if the elements fill one contiguous block of memory, with the dimensions in any order."""
+    if not tensor.numel():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

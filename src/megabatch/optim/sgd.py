@@ -12,13 +12,14 @@ from megabatch.optim.momentum import MomentumForm, MomentumOptimizer
 class SGD(MomentumOptimizer):
     """Momentum SGD; `momentum_form` chooses where the learning rate multiplies (see `megabatch.optim.momentum`).
 
-        outside            v = m v + g + beta w                        w -= lr v     torch.optim.SGD, to the bit
+        outside            v = m v + g + beta w                        w -= lr v     torch.optim.SGD
         inside             v = m v + lr (g + beta w)                   w -= v        Caffe
         inside_corrected   v = m lr_t/lr_(t-1) v + lr (g + beta w)     w -= v        Goyal et al. 2017, 1706.02677, 3
 
     g is the mean gradient over the global batch and beta the weight decay. In exact arithmetic `inside_corrected`
     equals `outside`, with and without `nesterov`. `inside` keeps the history at the old rate, which can make a warm-up
-    unstable. State is fp32 (float64 for float64 parameters) regardless of the parameters' dtype.
+    unstable. State is fp32 (float64 for float64 parameters) regardless of the parameters' dtype. With `foreach=True`,
+    `outside` gives the bits of torch's SGD with foreach=True; on a CPU with `foreach=None`, those of its fused=True.
 
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         loss(model).backward()

@@ -20,7 +20,7 @@ from megabatch.comm.exchange.grid import Grid, make_grid
 from megabatch.comm.exchange.hooks import torus_hook
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.exchange.wrap import wrap
-from megabatch.errors import PeerError
+from megabatch.errors import PeerError, SettingsError
 
 
 def small_net():
@@ -181,3 +181,12 @@ def test_a_state_cannot_be_pickled_by_accident():
 def test_a_world_of_one_returns_the_gradient_as_it_is():
     buffer = torch.arange(5.0)
     assert ExchangeState(Grid([[0]], rank=0)).exchange(buffer, "torus").wait() is buffer
+
+
+@pytest.mark.parametrize("buffer", [torch.ones(8)[::2], torch.ones(4, 2)])
+def test_a_buffer_that_is_not_flat_is_refused(buffer):
+    def refusal():
+        with pytest.raises(SettingsError, match=r"buffer\.view\(-1\) of a contiguous tensor works"):
+            ExchangeState(make_grid(shape=(1, 2))).exchange(buffer, "torus")
+
+    run_threads(2, refusal)

@@ -292,3 +292,12 @@ def test_the_step_divides_16_bit_gradients_by_their_loss_scale(kind: str, backen
     step([left_out], backend=backend)
     lists = [left_out.weights, *left_out.states()]
     assert all(torch.equal(one[0], other) for one, other in zip(lists, tensors, strict=False))
+
+
+@ONE_OF_EACH
+def test_a_tensor_without_elements_may_have_any_strides(case: str) -> None:
+    empty, parameter = nn.Parameter(torch.empty_strided((2, 0), (5, 3))), nn.Parameter(torch.ones(3))
+    optimizer = make(case, [{"params": [empty, parameter]}], fused=True)
+    empty.grad, parameter.grad = torch.empty(2, 0), torch.ones(3)
+    optimizer.step()
+    assert bool((parameter < 1).all())

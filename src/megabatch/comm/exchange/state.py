@@ -98,8 +98,13 @@ class ExchangeState:
 
         `index` identifies the buffer from step to step. `parameters` are those whose gradients it holds: error feedback
         starts afresh if they change. All ranks must call it in the same order. An error of a collective is set on the
-        future. Raises SettingsError if `algorithm` is unknown.
+        future. Raises SettingsError if `algorithm` is unknown or `buffer` is not flat.
         """
+        if buffer.ndim != 1 or not buffer.is_contiguous():
+            raise SettingsError(
+                f"a buffer of shape {tuple(buffer.shape)} and strides {buffer.stride()} was given, needed: a "
+                "contiguous vector, which is reduced in place; buffer.view(-1) of a contiguous tensor works"
+            )
         device = buffer.device
         future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else [])
         if self.grid.num_ranks == 1:
