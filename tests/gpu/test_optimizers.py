@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from megabatch.errors import UserError
 from megabatch.kernels.dispatch import has_triton
@@ -250,14 +250,3 @@ def test_a_sharded_model_takes_the_steps_of_a_whole_one(kind: str) -> None:
             optimizer.step()
     for exact, mine in zip(whole.parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(mine.full_tensor(), exact, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.filterwarnings("ignore")  # torch 2.13 says that FullyShardedDataParallel is deprecated
-@pytest.mark.parametrize("use_orig_params", [False, True])
-def test_layers_that_fsdp1_flattened_are_refused(use_orig_params: bool) -> None:
-    model = FullyShardedDataParallel(small_model("cuda", torch.float32), use_orig_params=use_orig_params)
-    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
-        LARS(model.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
-        param_groups(model, weight_decay=0.1)

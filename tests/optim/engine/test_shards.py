@@ -27,6 +27,8 @@ MAKERS: dict[str, Any] = {
     "rmsprop": RMSpropWarmup,
 }
 
+DECAY = {"weight_decay": 0.01}
+
 
 def model() -> nn.Module:
     """Layers that divide unevenly: the second rank has fewer rows, or none."""
@@ -35,7 +37,7 @@ def model() -> nn.Module:
 
 
 def train(net: nn.Module, make: Any, images: Tensor) -> torch.optim.Optimizer:
-    optimizer = make(param_groups(net, weight_decay=0.01), lr=0.1)
+    optimizer = make(param_groups(net, **DECAY), lr=0.1)
     for lr in (0.1, 0.4, 0.2):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -89,7 +91,7 @@ def resumed_and_uninterrupted() -> tuple[list[Tensor], list[Tensor]]:
         optimizer = train(net, LARS, images)
         if interrupted:
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = LARS(param_groups(net, weight_decay=0.01), lr=0.1)
+            optimizer = LARS(param_groups(net, **DECAY), lr=0.1)
             optimizer.load_state_dict(saved)
         optimizer.step()
         results.append([p.full_tensor().detach() for p in net.parameters()])
@@ -152,11 +154,28 @@ def test_the_kernel_and_partial_sums_are_refused() -> None:
         assert "fully_shard(model) works" in partial
 
 
-@pytest.mark.parametrize("make", [LARS, LAMB])
-def test_parameters_that_fsdp1_flattened_are_refused(make: Any) -> None:
-    net = nn.Linear(2, 2)
-    net.weight._fsdp_flattened = True  # as torch marks them; FullyShardedDataParallel itself needs a GPU
-    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
-        make(net.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=r"fully_shard\(model\) works"):
-        param_groups(net, weight_decay=0.1)
+def refusals_of_flattened(use_orig_params: bool) -> list[str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    net, messages = (
+        FullyShardedDataParallel(model(), device_id=torch.device("cpu"), use_orig_params=use_orig_params),
+        [],
+    )
+    makers = (
+        lambda: LARS(net.parameters(), 0.1),
+        lambda: LAMB(net.parameters(), 0.1),
+        lambda: param_groups(net, **DECAY),
+    )
+    for make in makers:
+        try:
+            make()
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_parameters_that_fsdp1_flattened_are_refused(use_orig_params: bool) -> None:
+    for messages in run_processes(2, refusals_of_flattened, use_orig_params):
+        assert len(messages) == 3
+        assert all("fully_shard(model) works" in message for message in messages)
