@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from megabatch.optim.groups import param_groups as param_groups
     from megabatch.optim.lamb import LAMB as LAMB
     from megabatch.optim.lars import LARS as LARS
+    from megabatch.optim.muon import Muon as Muon
     from megabatch.optim.noise_scale import GradientNoiseScale as GradientNoiseScale
     from megabatch.optim.rmsprop_warmup import RMSpropWarmup as RMSpropWarmup
     from megabatch.optim.schedule import learning_rate as learning_rate
     from megabatch.optim.sgd import SGD as SGD
+    from megabatch.optim.shampoo import Shampoo as Shampoo
     from megabatch.recipe import Recipe as Recipe
     from megabatch.train.cuda_graph import CapturedStep as CapturedStep
 
@@ -62,11 +64,13 @@ _NAMES = {
     "optim.ema": ["WeightAverage"],
     "optim.lamb": ["LAMB"],
     "optim.lars": ["LARS"],
+    "optim.muon": ["Muon"],
     "optim.noise_scale": ["GradientNoiseScale"],
     "optim.groups": ["param_groups"],
     "optim.rmsprop_warmup": ["RMSpropWarmup"],
     "optim.schedule": ["learning_rate"],
     "optim.sgd": ["SGD"],
+    "optim.shampoo": ["Shampoo"],
     "recipe": ["Recipe"],
     "train.cuda_graph": ["CapturedStep"],
 }

@@ -15,6 +15,7 @@ from megabatch.optim.ema import WeightAverage
 from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
+from megabatch.optim.muon import Muon
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 
@@ -32,6 +33,7 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd corrected": lambda groups, **values: SGD(groups, momentum_form="inside_corrected", **values),
     "lamb": LAMB,
     "rmsprop": RMSpropWarmup,
+    "muon": lambda groups, **values: Muon(groups, normalize_weights=True, **values),
 }
 EVERY = pytest.mark.parametrize("kind", MAKERS)
 

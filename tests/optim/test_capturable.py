@@ -11,10 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
+from megabatch.optim.muon import Muon
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
 
 Maker = Callable[..., torch.optim.Optimizer]
+
+
+def _muon(param_groups: list[dict[str, Any]], *, foreach: bool | None = None, **values: Any) -> Muon:
+    """Muon, which has one backend for all values of `foreach`."""
+    del foreach
+    return Muon(param_groups, **values)
+
+
 MAKERS: dict[str, Maker] = {
     "lars outside": LARS,
     "lars inside": lambda groups, **values: LARS(groups, momentum_form="inside", denominator="update", **values),
@@ -26,6 +35,8 @@ MAKERS: dict[str, Maker] = {
     "lamb": LAMB,
     "lamb clip": lambda groups, **values: LAMB(groups, trust_clip=True, **values),
     "rmsprop": RMSpropWarmup,
+    "muon": _muon,
+    "muon rms": lambda groups, **values: _muon(groups, normalize_weights=True, scale="rms", **values),
 }
 EVERY = pytest.mark.parametrize("kind", MAKERS)
 BACKENDS = pytest.mark.parametrize("foreach", [None, True, False])
@@ -144,6 +155,7 @@ def test_a_state_dict_moves_a_run_between_numbers_and_tensors(kind: str) -> None
         unbroken.step()
     tensors = in_tensors(kind, groups())
     numbers = MAKERS[kind](groups(), lr=0.5, foreach=True)
+    backend = numbers.param_groups[0]["foreach"]  # True, if the optimizer has it
     for other, saved in ((tensors, unbroken), (numbers, tensors)):
         for p, q in zip(parameters(other), parameters(unbroken), strict=True):
             p.data.copy_(q.data)
@@ -151,7 +163,7 @@ def test_a_state_dict_moves_a_run_between_numbers_and_tensors(kind: str) -> None
     assert isinstance(tensors.param_groups[0]["lr"], Tensor)
     assert tensors.param_groups[0]["capturable"]
     assert not any(isinstance(value, Tensor) for group in numbers.param_groups for value in group.values())
-    assert numbers.param_groups[0]["foreach"]
+    assert numbers.param_groups[0]["foreach"] == backend
     for optimizer in (unbroken, tensors, numbers):
         for seed in (2, 3):
             set_rates(optimizer, STEPS[seed])

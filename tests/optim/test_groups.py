@@ -9,8 +9,10 @@ from megabatch.nn.models import create_model
 from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
+from megabatch.optim.muon import Muon
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
+from megabatch.optim.shampoo import Shampoo
 
 
 def model() -> nn.Module:
@@ -118,6 +120,22 @@ def test_an_empty_group_is_left_out() -> None:
     assert [g["name"] for g in param_groups(nn.Linear(2, 2, bias=False), weight_decay=0.1)] == ["weights"]
 
 
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [
+        (nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), ["0.weight", "3.weight"]),
+        (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["0.weight", "1.weight"]),
+        (nn.Linear(2, 2), ["weight"]),
+    ],
+)
+def test_the_first_and_the_last_weight_may_decay_without_adapting(model: nn.Module, ends: list[str]) -> None:
+    groups = {g["name"]: g for g in param_groups(model, weight_decay=0.1, separate_ends=True)}
+    assert groups["ends"]["param_names"] == ends
+    assert (groups["ends"]["weight_decay"], groups["ends"]["adapt"]) == (0.1, False)
+    hidden = groups["weights"]["param_names"] if "weights" in groups else []
+    assert sorted([*hidden, *ends]) == sorted(name for name, p in model.named_parameters() if p.ndim > 1)
+
+
 @pytest.mark.parametrize("name", ["resnet50", "alexnet", "resnet8"])
 def test_the_models_of_the_recipes_are_split_by_number_of_dimensions(name: str) -> None:
     """Their norms and biases all have one dimension, and no other parameter has."""
@@ -130,7 +148,7 @@ def test_the_models_of_the_recipes_are_split_by_number_of_dimensions(name: str) 
     }
 
 
-@pytest.mark.parametrize("kind", [LARS, LAMB, SGD, RMSpropWarmup, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [LARS, LAMB, SGD, RMSpropWarmup, Muon, Shampoo, torch.optim.SGD])
 def test_every_optimizer_takes_the_groups(kind: type[torch.optim.Optimizer]) -> None:
     optimizer = kind(param_groups(model(), weight_decay=1e-4), lr=0.1)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-4, 0.0]

@@ -11,7 +11,9 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Normalisation layers. `_NormBase` is the base of all batch norms (also SyncBatchNorm and ours) and instance norms."""
 
 
-def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False, separate_ends: bool = False
+) -> list[dict[str, Any]]:
     """Two parameter groups for an optimizer: `weights`, which decay and adapt, and `norm_and_bias`, which do neither.
 
     A parameter belongs to `norm_and_bias` if it is one of these, and to `weights` otherwise:
@@ -30,6 +32,8 @@ def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: 
     Args:
         weight_decay: coefficient of the group `weights`.
         decay_norm_and_bias: apply `weight_decay` to `norm_and_bias` too; these parameters still do not adapt.
+        separate_ends: move the first and the last of the weights, in the order of `model.named_parameters()`, to a
+            group `ends`, which decays and does not adapt, as `Muon` needs it.
 
     Returns:
         Groups with the keys params, param_names, name, weight_decay and adapt. An empty group is left out.
@@ -42,8 +46,11 @@ def param_groups(model: nn.Module, *, weight_decay: float, decay_norm_and_bias: 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     weights = [(name, p) for name, p in named if p.ndim > 1 and id(p) not in excluded]
     others = [(name, p) for name, p in named if p.ndim <= 1 or id(p) in excluded]
+    ends = [*weights[:1], *weights[1:][-1:]] if separate_ends else []
+    hidden = weights[1:-1] if separate_ends else weights
     groups = [
-        _group("weights", weights, weight_decay=weight_decay, adapt=True),
+        _group("weights", hidden, weight_decay=weight_decay, adapt=True),
+        _group("ends", ends, weight_decay=weight_decay, adapt=False),
         _group("norm_and_bias", others, weight_decay=weight_decay if decay_norm_and_bias else 0.0, adapt=False),
     ]
     return [group for group in groups if group["params"]]

@@ -46,12 +46,18 @@ def parts_of_one_dtype(parameters: list[Tensor]) -> Iterator[tuple[list[Tensor],
 
     On a CPU lists fit in cache, except those of sharded parameters: all ranks must have the same lists.
     """
+    for members in lists_of_one_dtype(parameters):
+        in_cache = members[0].device.type == "cpu" and placement(members[0]) is None
+        for part in _parts(members) if in_cache else [members]:
+            yield part, wide_dtype(members[0].dtype)
+
+
+def lists_of_one_dtype(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters, one list for each device, dtype and placement."""
     lists: dict[tuple[torch.device, torch.dtype, Any], list[Tensor]] = {}
     for parameter in parameters:
         lists.setdefault((parameter.device, parameter.dtype, placement(parameter)), []).append(parameter)
-    for (device, dtype, sharding), members in lists.items():
-        for part in _parts(members) if device.type == "cpu" and sharding is None else [members]:
-            yield part, wide_dtype(dtype)
+    return list(lists.values())
 
 
 def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
