@@ -22,7 +22,7 @@ from megabatch.train.checkpoint import write_checkpoint
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ARGUMENTS = {"load_checkpoint.py": ["run", "my_photos"], "train_loader.py": ["my_photos"]}
-ON_FOUR_RANKS = {"torus_ddp.py"}
+ON_FOUR_RANKS = {"shampoo.py", "torus_ddp.py"}
 SHOWN = re.compile(r"\(\S*examples/(?P<file>\w+\.py)\)(?:(?!```).)*?```python\n(?P<code>.*?)^```$", re.M | re.S)
 
 
