@@ -21,9 +21,11 @@ Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexn
 Stem = Literal["auto", "small", "large"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
-Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup"]
+Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup", "muon", "shampoo"]
 MomentumForm = Literal["outside", "inside", "inside_corrected"]
 TrustDenominator = Literal["sum", "update", "gradient"]
+MuonScale = Literal["spectral", "rms", "none"]
+Graft = Literal["sgd", "lars"]
 Warmup = Literal["none", "linear", "constant"]
 Decay = Literal["constant", "poly", "cosine", "step", "piecewise", "slow_start"]
 Scaling = Literal["none", "linear", "sqrt"]
@@ -125,10 +127,15 @@ class Recipe:
     trust_denominator: TrustDenominator = "sum"  # |g| + wd |w|, |g + wd w|, or |g|
     trust_eps: float = 0.0
     trust_clip: bool = False  # min(trust ratio / lr, 1), as in LARC
-    beta2: float = 0.999  # LAMB
+    beta2: float = 0.999  # LAMB, Shampoo
     rmsprop_lr: float = 3e-4
     rmsprop_center_epoch: float = 10.0
     rmsprop_period_epochs: float = 5.0
+    muon_scale: MuonScale = "spectral"  # factor of a matrix's rate: sqrt(max(1, out/in)), 0.2 sqrt(max(out, in)), 1
+    normalize_weights: bool = False  # Muon: each filter bank has norm sqrt(out) before its step
+    graft: Graft = "sgd"  # Shampoo: whose step takes the preconditioned gradient
+    root_every_steps: int = 10  # Shampoo
+    sgd_lr_factor: float = 1.0  # Muon, Shampoo: rate of tensors that step by SGD, relative to that of the matrices
     ema_half_life_epochs: float = 0.0  # > 0: evaluate an average of the weights with this half-life
 
     # Schedule
@@ -197,13 +204,21 @@ def validate(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: names the first invalid field and a value that works.
     """
-    for field in ("global_batch_size", "bn_span", "num_train_images", "num_classes", "image_channels", "width"):
+    for field in (
+        "global_batch_size",
+        "bn_span",
+        "num_train_images",
+        "num_classes",
+        "image_channels",
+        "width",
+        "root_every_steps",
+    ):
         _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
     for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
         _require(getattr(recipe, field) > 0, recipe, field, "above 0", 1)
     for field in ("weight_decay", "peak_lr", "warmup_epochs", "warmup_start_lr", "end_lr", "ema_half_life_epochs"):
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
-    for field in ("mixup_alpha", "cutmix_alpha", "trust_eps", "cutout_size", "crop_padding"):
+    for field in ("mixup_alpha", "cutmix_alpha", "trust_eps", "cutout_size", "crop_padding", "sgd_lr_factor"):
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
     for field in ("momentum", "label_smoothing", "color_jitter", "beta2"):
         _require(0 <= getattr(recipe, field) < 1, recipe, field, "in [0, 1)", 0.1)

@@ -26,6 +26,19 @@ def assert_same_weights(one, other, *, rtol=0.0, atol=0.0):
         torch.testing.assert_close(other["weights"][name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
+MUON = {"optimizer": "muon", "peak_lr": 0.05, "nesterov": True, "normalize_weights": True}
+SHAMPOO = {"optimizer": "shampoo", "peak_lr": 0.1, "root_every_steps": 3}
+DIVIDED = pytest.mark.parametrize(
+    "changes", slow_except([{}, MUON, SHAMPOO], {}, SHAMPOO), ids=["lars", "muon", "shampoo"]
+)
+"""LARS, and the optimizers whose work is divided among workers."""
+
+
+def rounding(recipe):
+    """Relative difference of losses that differ in the order of sums; Shampoo's roots amplify it up to 1,000 times."""
+    return 1e-3 if recipe.optimizer == "shampoo" else 1e-5
+
+
 def rank_runs(folder, recipe, options):
     return run_tiny(folder, recipe, **options)
 
@@ -46,15 +59,16 @@ def test_a_run_learns_and_leaves_its_record(tmp_path):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world_size", slow_except([2, 3], 3))
-def test_workers_train_what_one_worker_trains(tmp_path, world_size):
-    recipe = tiny_recipe()
+@DIVIDED
+def test_workers_train_what_one_worker_trains(tmp_path, world_size, changes):
+    recipe = tiny_recipe(**changes)
     alone = run_tiny(tmp_path / "alone", recipe)
     together = run_processes(world_size, rank_runs, tmp_path / "together", recipe, {})
     for rank in together:
-        assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert rank["losses"] == pytest.approx(alone["losses"], rel=rounding(recipe))
         assert_same_weights(together[0], rank)
         assert rank["correct"] == together[0]["correct"]
-    assert_same_weights(alone, together[0], rtol=1e-4, atol=1e-5)
+    assert_same_weights(alone, together[0], rtol=10 * rounding(recipe), atol=rounding(recipe))
 
 
 @pytest.mark.multiprocess
@@ -79,8 +93,9 @@ def stop_and_resume_cases(folder, recipe, stops):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world_size", slow_except([1, 2, 3], 2))
-def test_a_resumed_run_ends_bitwise_as_one_that_was_never_stopped(tmp_path, world_size):
-    recipe = tiny_recipe()
+@DIVIDED
+def test_a_resumed_run_ends_bitwise_as_one_that_was_never_stopped(tmp_path, world_size, changes):
+    recipe = tiny_recipe(**changes)
     stops = random.Random(world_size).sample(range(1, 10), 7)
     whole = run_processes(world_size, rank_runs, tmp_path / "whole", recipe, {})
     resumed = run_processes(world_size, stop_and_resume_cases, tmp_path, recipe, stops)
@@ -98,13 +113,14 @@ def resume_only(folder, recipe):
 @pytest.mark.parametrize(
     ("before", "after"), [(3, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (2, 1)))]
 )
-def test_a_run_goes_on_with_another_number_of_workers(tmp_path, before, after):
-    recipe = tiny_recipe()
+@DIVIDED
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, before, after, changes):
+    recipe = tiny_recipe(**changes)
     whole = run_tiny(tmp_path / "whole", recipe)
     run_processes(before, rank_runs, tmp_path / "cut", recipe, {"stop_at": 4})
     resumed = run_processes(after, resume_only, tmp_path / "cut", recipe)
-    assert resumed[0]["losses"] == pytest.approx(whole["losses"][4:], rel=1e-5)
-    assert_same_weights(whole, resumed[0], rtol=1e-4, atol=1e-5)
+    assert resumed[0]["losses"] == pytest.approx(whole["losses"][4:], rel=rounding(recipe))
+    assert_same_weights(whole, resumed[0], rtol=10 * rounding(recipe), atol=rounding(recipe))
 
 
 @pytest.mark.parametrize("stop", [3, 7])
@@ -172,6 +188,9 @@ def evaluate_saved(folder, recipe):
         {"optimizer": "lamb", "peak_lr": 0.01},
         pytest.param({"optimizer": "sgd", "peak_lr": 0.1, "nesterov": True}, marks=pytest.mark.slow),
         {"optimizer": "rmsprop_warmup", "peak_lr": 0.1, "warmup": "none", "rmsprop_center_epoch": 0.5},
+        MUON,
+        SHAMPOO,
+        pytest.param({"optimizer": "shampoo", "graft": "lars"}, marks=pytest.mark.slow),
         {"ema_half_life_epochs": 0.2},
         {"eval_stats": "precise", "precise_batches": 2},
         pytest.param({"eval_stats": "last_batch"}, marks=pytest.mark.slow),
@@ -193,11 +212,12 @@ def test_every_choice_of_a_recipe_trains_stops_and_resumes(tmp_path, changes):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_growth_by_noise_scale_does_not_depend_on_the_workers(tmp_path):
-    recipe = tiny_recipe(max_global_batch_size=96, total_epochs=3.0)
+@DIVIDED
+def test_growth_by_noise_scale_does_not_depend_on_the_workers(tmp_path, changes):
+    recipe = tiny_recipe(max_global_batch_size=96, total_epochs=3.0, **changes)
     alone = run_tiny(tmp_path / "alone", recipe)
     together = run_processes(2, rank_runs, tmp_path / "together", recipe, {})
-    assert together[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert together[0]["losses"] == pytest.approx(alone["losses"], rel=rounding(recipe))
 
 
 def test_another_recipes_checkpoint_is_refused_with_the_differing_fields(tmp_path):

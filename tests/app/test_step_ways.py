@@ -87,6 +87,7 @@ def run_captured(folder, recipe, runtime):
         ({"optimizer": "lars"}, FP32),
         pytest.param({"optimizer": "sgd", "peak_lr": 0.1, "mixup_alpha": 0.2}, FP32, marks=pytest.mark.slow),
         pytest.param({"optimizer": "lamb", "peak_lr": 0.01}, FP32, marks=pytest.mark.slow),
+        ({"optimizer": "muon", "peak_lr": 0.05, "nesterov": True, "normalize_weights": True}, FP32),
         pytest.param(
             {"momentum_form": "inside_corrected", "weight_decay_follows_lr": True}, FP32, marks=pytest.mark.slow
         ),
@@ -95,7 +96,7 @@ def run_captured(folder, recipe, runtime):
         ({}, Runtime(precision="fp16", micro_batch_size=24)),
         ({}, Runtime(precision="bf16", micro_batch_size=24)),
     ],
-    ids=["lars", "sgd, mixed labels", "lamb", "corrected momentum", "resolutions", "batches", "fp16", "bf16"],
+    ids=["lars", "sgd, mixed labels", "lamb", "muon", "corrected momentum", "resolutions", "batches", "fp16", "bf16"],
 )
 def test_replayed_steps_train_what_steps_as_written_train(tmp_path, monkeypatch, changes, runtime):
     recipe = tiny_recipe(total_epochs=3.0, **changes)
@@ -134,6 +135,8 @@ def test_a_rate_in_a_tensor_is_overwritten_and_not_replaced():
         ({}, Runtime(capture="off"), CUDA, False),
         ({}, Runtime(), dataclasses.replace(CUDA, world_size=2), False),
         ({"max_global_batch_size": 96}, Runtime(), CUDA, False),
+        ({"optimizer": "muon"}, Runtime(), CUDA, True),
+        ({"optimizer": "shampoo"}, Runtime(), CUDA, False),
     ],
 )
 def test_auto_captures_on_one_gpu_where_nothing_looks_into_the_step(recipe, runtime, world, chosen):

@@ -38,7 +38,9 @@ from megabatch.train.loop import train
 
 pytest.importorskip("triton")
 ON_GPU = World(device=CUDA)
-EVERY_OPTIMIZER = pytest.mark.parametrize("optimizer", slow_except(["lars", "sgd", "lamb", "rmsprop_warmup"], "lars"))
+EVERY_OPTIMIZER = pytest.mark.parametrize(
+    "optimizer", slow_except(["lars", "sgd", "lamb", "rmsprop_warmup", "muon"], "lars")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +118,7 @@ def run_on(world, folder, recipe, runtime, **options):
 
 
 def recipe_of(optimizer, **changes):
-    rate = {"lars": 1.0, "sgd": 0.05, "lamb": 0.01, "rmsprop_warmup": 0.05}[optimizer]
+    rate = {"lars": 1.0, "sgd": 0.05, "lamb": 0.01, "rmsprop_warmup": 0.05, "muon": 0.05}[optimizer]
     return tiny_recipe(optimizer=optimizer, peak_lr=rate, warmup="none", **changes)
 
 
@@ -143,6 +145,7 @@ def test_a_gpu_trains_what_a_cpu_trains(tmp_path, without_triton, optimizer, cap
         pytest.param("sgd", "bf16", "on", marks=pytest.mark.slow),
         pytest.param("lamb", "bf16", "off", marks=pytest.mark.slow),
         pytest.param("rmsprop_warmup", "bf16", "on", marks=pytest.mark.slow),
+        pytest.param("muon", "bf16", "on", marks=pytest.mark.slow),
     ],
 )
 def test_no_step_waits_but_for_the_loss_of_the_step_before(tmp_path, optimizer, precision, capture):

@@ -34,6 +34,8 @@ EVERY_OPTIMIZER = [
     {"optimizer": "sgd", "peak_lr": 0.1},
     {"optimizer": "lamb", "peak_lr": 0.01},
     {"optimizer": "rmsprop_warmup", "peak_lr": 0.1, "warmup": "none"},
+    {"optimizer": "muon", "peak_lr": 0.05},
+    {"optimizer": "shampoo", "peak_lr": 0.1},
 ]
 
 

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megabatch.app.span_tiles import span_tiles
@@ -18,8 +20,10 @@ from megabatch.nn.resnet import Norm
 from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
+from megabatch.optim.muon import Muon
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
+from megabatch.optim.shampoo import Shampoo
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 from megabatch.train.precision import widen_logits
@@ -83,14 +87,26 @@ def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_s
 
 
 def build_optimizer(
-    recipe: Recipe, module: nn.Module, *, capturable: bool = False, copies: Mapping[Tensor, Tensor] | None = None
+    recipe: Recipe,
+    module: nn.Module,
+    *,
+    capturable: bool = False,
+    copies: Mapping[Tensor, Tensor] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    iteration_dtype: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the module's parameters; batch norm and biases are not adapted or decayed.
 
     With `capturable` its rates are tensors on the parameters' device, which a captured graph reads at every replay.
-    `copies` are 16-bit tensors by parameter, to which it writes the weights as it moves them.
+    `copies` are 16-bit tensors by parameter, to which it writes the weights as it moves them. Muon and Shampoo divide
+    their work among `process_group`; `iteration_dtype` is Muon's.
     """
-    groups = param_groups(module, weight_decay=recipe.weight_decay, decay_norm_and_bias=recipe.decay_norm_and_bias)
+    groups = param_groups(
+        module,
+        weight_decay=recipe.weight_decay,
+        decay_norm_and_bias=recipe.decay_norm_and_bias,
+        separate_ends=recipe.optimizer == "muon",
+    )
     device = next(module.parameters()).device
 
     def rate(value: float) -> float | Tensor:
@@ -98,35 +114,50 @@ def build_optimizer(
 
     for group in groups:
         group["weight_decay"] = rate(group["weight_decay"])
-    lr, momentum = rate(peak_lr(recipe)), rate(recipe.momentum)
+    common: dict[str, Any] = {"lr": rate(peak_lr(recipe)), "momentum": rate(recipe.momentum), "copies": copies}
     match recipe.optimizer:
+        case "muon":
+            sharing: dict[str, Any] = {"process_group": process_group, "iteration_dtype": iteration_dtype}
+            return Muon(groups, capturable=capturable, **common, **sharing, **_muon_options(recipe))
+        case "shampoo":
+            return Shampoo(groups, process_group=process_group, **common, **_shampoo_options(recipe))
         case "lars":
-            return LARS(
-                groups,
-                lr,
-                momentum=momentum,
-                capturable=capturable,
-                copies=copies,
-                trust_coefficient=recipe.trust_coefficient,
-                eps=recipe.trust_eps,
-                momentum_form=recipe.momentum_form,
-                denominator=recipe.trust_denominator,
-                trust_clip=recipe.trust_clip,
-                nesterov=recipe.nesterov,
-            )
+            return LARS(groups, capturable=capturable, **common, **_lars_options(recipe))
         case "lamb":
-            return LAMB(groups, lr, momentum=momentum, capturable=capturable, copies=copies, beta2=recipe.beta2)
+            return LAMB(groups, capturable=capturable, **common, beta2=recipe.beta2)
         case "sgd":
-            return SGD(
-                groups,
-                lr,
-                momentum=momentum,
-                capturable=capturable,
-                copies=copies,
-                nesterov=recipe.nesterov,
-                momentum_form=recipe.momentum_form,
-            )
+            return SGD(groups, capturable=capturable, **common, **_momentum_options(recipe))
         case "rmsprop_warmup":
-            return RMSpropWarmup(
-                groups, lr, momentum=momentum, capturable=capturable, copies=copies, rmsprop_lr=recipe.rmsprop_lr
-            )
+            return RMSpropWarmup(groups, capturable=capturable, **common, rmsprop_lr=recipe.rmsprop_lr)
+
+
+def _momentum_options(recipe: Recipe) -> dict[str, Any]:
+    return {"nesterov": recipe.nesterov, "momentum_form": recipe.momentum_form}
+
+
+def _lars_options(recipe: Recipe) -> dict[str, Any]:
+    return _momentum_options(recipe) | {
+        "trust_coefficient": recipe.trust_coefficient,
+        "eps": recipe.trust_eps,
+        "denominator": recipe.trust_denominator,
+        "trust_clip": recipe.trust_clip,
+    }
+
+
+def _muon_options(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "nesterov": recipe.nesterov,
+        "scale": recipe.muon_scale,
+        "normalize_weights": recipe.normalize_weights,
+        "sgd_lr_factor": recipe.sgd_lr_factor,
+    }
+
+
+def _shampoo_options(recipe: Recipe) -> dict[str, Any]:
+    return _momentum_options(recipe) | {
+        "beta2": recipe.beta2,
+        "graft": recipe.graft,
+        "root_every": recipe.root_every_steps,
+        "trust_coefficient": recipe.trust_coefficient,
+        "sgd_lr_factor": recipe.sgd_lr_factor,
+    }

@@ -103,6 +103,8 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
         obstacle = "there is no GPU"
     elif world.world_size > 1:
         obstacle = "several workers exchange gradients through Python hooks"
+    elif recipe.optimizer == "shampoo":
+        obstacle = "Shampoo computes roots every few steps"
     elif recipe.max_global_batch_size:
         obstacle = "growth by noise scale reads each micro-batch's gradient"
     if runtime.capture == "on" and obstacle:

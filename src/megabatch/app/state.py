@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from megabatch.app.classes import match_training_data
@@ -39,7 +41,14 @@ def build_state(
         )
     average = WeightAverage(module, recipe.ema_half_life_epochs) if recipe.ema_half_life_epochs else None
     copies = _copies(runtime, precision, module)
-    optimizer = build_optimizer(recipe, module, capturable=capturable, copies=copies.tensors)
+    optimizer = build_optimizer(
+        recipe,
+        module,
+        capturable=capturable,
+        copies=copies.tensors,
+        process_group=dist.group.WORLD if world.world_size > 1 else None,
+        iteration_dtype=torch.bfloat16 if precision.name != "fp32" and world.device.type == "cuda" else None,
+    )
     return TrainState(module, optimizer, precision, average, policy, copies=copies)
 
 

@@ -116,12 +116,13 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
 
 
 def _save(run: Run, evaluation: Evaluation | None) -> None:
-    """Writes a checkpoint in the background, on rank 0."""
+    """Writes a checkpoint in the background, on rank 0. All workers take part: an optimizer may gather its state."""
+    state, top1 = run.state, evaluation.top1 if evaluation else None
+    content = state.state_dict()
     if run.checkpoints is None:
         return
-    state, top1 = run.state, evaluation.top1 if evaluation else None
     epoch = state.samples_seen / run.recipe.num_train_images
-    run.checkpoints.write(state.state_dict(), step=state.step, epoch=epoch, top1=top1)
+    run.checkpoints.write(content, step=state.step, epoch=epoch, top1=top1)
     name = checkpoint_path(run.checkpoints.folder, state.step).name
     run.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/{name}"})
 
