@@ -204,15 +204,7 @@ def validate(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: names the first invalid field and a value that works.
     """
-    for field in (
-        "global_batch_size",
-        "bn_span",
-        "num_train_images",
-        "num_classes",
-        "image_channels",
-        "width",
-        "root_every_steps",
-    ):
+    for field in ("global_batch_size", "bn_span", "num_train_images", "num_classes", "image_channels", "width"):
         _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
     for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
         _require(getattr(recipe, field) > 0, recipe, field, "above 0", 1)
@@ -229,7 +221,8 @@ def validate(recipe: Recipe) -> Recipe:
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
     aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
     _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
-    _require(recipe.trust_coefficient > 0, recipe, "trust_coefficient", "above 0", 0.001)
+    for field, example in (("trust_coefficient", 0.001), ("root_every_steps", 10)):
+        _require(getattr(recipe, field) > 0, recipe, field, "above 0", example)
     for field in ("pixel_mean", "pixel_std"):
         _require(
             len(getattr(recipe, field)) == recipe.image_channels,

@@ -165,6 +165,12 @@ def test_a_vector_among_the_matrices_is_refused_with_the_remedy():
         Muon([nn.Parameter(torch.ones(3))], lr=0.1)
 
 
+@pytest.mark.parametrize("backend", [{"fused": True}, {"foreach": False}])
+def test_a_group_for_the_kernels_of_lars_is_refused(backend):
+    with pytest.raises(UserError, match="fused=False with foreach=None works"):
+        Muon([{"params": [nn.Parameter(torch.ones(3, 2))], **backend}], lr=0.1)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("values", [{}, {"iteration_dtype": torch.bfloat16, "normalize_weights": True}])
 def test_weights_are_bitwise_equal_on_any_number_of_workers(values):

@@ -84,6 +84,11 @@ class MatrixOptimizer(MomentumOptimizer):
         """Raises UserError for invalid values and for a vector among the matrices."""
         super().check(group)
         check_number(group, "sgd_lr_factor", low=0.0, example=1.0)
+        if group["fused"] or group["foreach"] is False:
+            raise UserError(
+                f"fused={group['fused']}, foreach={group['foreach']} were given to {type(self).__name__}, which has "
+                "multi-tensor operations only; fused=False with foreach=None works"
+            )
         for parameter in group["params"] if group["adapt"] else ():
             if parameter.ndim < 2:
                 raise UserError(
