@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_processes
 
-from megabatch.optim.engine.sharing import make_plan
+from megabatch.optim.engine import sharing
+from megabatch.optim.engine.sharing import Unit, make_plan
 from megabatch.optim.muon import NewtonSchulzFlops
 
 SHAPES = ((16, 3, 3, 3), (300, 20), (20, 300), (20, 300), (64, 64, 1, 1), (7, 1), (1, 9))
@@ -51,3 +54,25 @@ def test_blocks_without_a_gradient_are_left_out_and_the_others_keep_their_owner(
     left = plan.without({1, 4})
     found = {m: rank for rank, share in enumerate(left.shares) for unit in share for m in unit.members}
     assert found == {m: rank for m, rank in owners.items() if plan.blocks[m].tensor not in {1, 4}}
+
+
+def results_of_all(part_elements: int) -> dict[int, torch.Tensor]:
+    """What each worker holds after a step of 21 matrices in which a part ends after `part_elements`."""
+    sharing.PART_ELEMENTS = part_elements
+    plan = make_plan(tuple((n, n + 1) for n in range(1, 22)), NewtonSchulzFlops(5), dist.get_world_size())
+
+    def compute(unit: Unit) -> torch.Tensor:
+        return torch.stack([torch.full(unit.shape, float(m)) for m in unit.members]).to(torch.bfloat16)
+
+    device = torch.device("cpu")
+    return sharing.compute_shares(plan, compute, dist.group.WORLD, dtype=torch.bfloat16, device=device)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("part_elements", [1, 200, 2**20])
+def test_every_worker_receives_every_result_in_parts_of_any_size(part_elements):
+    for found in run_processes(3, results_of_all, part_elements):
+        assert sorted(found) == list(range(21))
+        for position, matrix in found.items():
+            assert matrix.shape == (position + 1, position + 2)
+            assert (matrix == position).all()

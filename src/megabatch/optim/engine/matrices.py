@@ -1,6 +1,5 @@
 """Base class of the optimizers that transform matrices, with the matrices divided among workers."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from megabatch.errors import UserError
 from megabatch.optim.engine.base import Group
 from megabatch.optim.engine.checks import check_number
 from megabatch.optim.engine.multi_tensor import Number, TensorLists, lists_of_one_dtype, wide_dtype
-from megabatch.optim.engine.sharing import Block, Plan, Unit, compute_shares, make_plan, segments
+from megabatch.optim.engine.sharing import Block, Plan, Unit, compute_shares, make_plan
 from megabatch.optim.momentum import MomentumOptimizer
 
 
@@ -26,7 +25,7 @@ class MatrixCost:
     total_flops: float
     """Of all workers."""
     bytes_received: int
-    """By each worker."""
+    """By the worker that receives most; each result is broadcast to all workers by its owner."""
 
 
 class MatrixOptimizer(MomentumOptimizer):
@@ -105,17 +104,14 @@ class MatrixOptimizer(MomentumOptimizer):
 
     def cost(self, num_workers: int = 1) -> MatrixCost:
         """Counts flops and bytes of a step on `num_workers` workers, from shapes alone."""
-        counted = [
-            (self._plan(group, members, num_workers), self.result_dtype(group, members[0].dtype).itemsize)
-            for group, members in self._matrices()
-        ]
-        shares = [[sum(unit.flops for unit in share) for share in plan.shares] for plan, _ in counted]
-        sent = [math.prod(segments(plan)) * size for plan, size in counted]
-        return MatrixCost(
-            flops=sum(map(max, shares)),
-            total_flops=sum(map(sum, shares)),
-            bytes_received=(num_workers - 1) * sum(sent),
-        )
+        flops, received = [0.0] * num_workers, [0] * num_workers
+        for group, members in self._matrices():
+            plan = self._plan(group, members, num_workers)
+            size = self.result_dtype(group, members[0].dtype).itemsize
+            for rank, share in enumerate(plan.shares):
+                flops[rank] += sum(unit.flops for unit in share)
+                received[rank] += size * sum(unit.num_elements for s in plan.shares if s is not share for unit in s)
+        return MatrixCost(flops=max(flops), total_flops=sum(flops), bytes_received=max(received))
 
     def _matrices(self) -> list[tuple[Group, list[Tensor]]]:
         """Parameters of one dtype and device, with their group; all workers list them in the same order."""

@@ -1,4 +1,4 @@
-"""Work on matrices, divided among workers: units of equal shape, shares of similar cost, results gathered in segments.
+"""Work on matrices, divided among workers: units of equal shape, shares of similar cost, results broadcast.
 
 Units depend on the shapes alone, so a matrix is computed in the same batched product on any number of workers, with the
 same bits on equal devices with equal numbers of threads. Only the owner of a unit differs.
@@ -6,19 +6,21 @@ same bits on equal devices with equal numbers of threads. Only the owner of a un
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabatch.comm.exchange.primitives import Work, start_all_gather
-
 Shape = tuple[int, int]
 
 MOST_UNITS = 64
 """A unit holds one matrix, or several that take at most 1/64 of all flops together, so that shares can be balanced."""
+
+
+PART_ELEMENTS = 2**20
+"""Smaller results wait for the next ones, since a broadcast of less than some MB takes as long as one of that size."""
 
 
 @dataclass(frozen=True)
@@ -124,34 +126,14 @@ def make_units(shapes: Sequence[Shape], flops: Callable[[Shape], float]) -> list
 
 
 def divide(units: Sequence[Unit], num_workers: int) -> list[list[Unit]]:
-    """Shares of similar flops and of similar sizes.
-
-    The unit with the largest part of all flops or of all elements comes first, and each goes to the worker whose larger
-    part is then smallest (Graham 1969, for two resources). A gather is as long as the largest share.
-    """
-    flops, elements = (sum(values) for values in zip(*((u.flops, u.num_elements) for u in units), strict=True))
+    """Shares of similar cost: the most expensive unit first, each to the worker that has least to do (Graham 1969)."""
     shares: list[list[Unit]] = [[] for _ in range(num_workers)]
-    loads = [(0.0, 0.0)] * num_workers
-
-    def load(unit: Unit, worker: int | None = None) -> tuple[float, float]:
-        before = (0.0, 0.0) if worker is None else loads[worker]
-        return before[0] + unit.flops / flops, before[1] + unit.num_elements / elements
-
-    for unit in sorted(units, key=lambda unit: -max(load(unit))):
-        owner = min(range(num_workers), key=lambda worker: max(load(unit, worker)))
+    costs = [0.0] * num_workers
+    for unit in sorted(units, key=lambda unit: -unit.flops):
+        owner = costs.index(min(costs))
         shares[owner].append(unit)
-        loads[owner] = load(unit, owner)
+        costs[owner] += unit.flops
     return shares
-
-
-def segments(plan: Plan) -> tuple[int, int]:
-    """Number and length, in elements, of the segments in which shares are gathered; all shares are padded to the last.
-
-    Up to 4, so that a segment is sent while the next one is computed; fewer for shares below 2^18 elements per segment.
-    """
-    longest = max(sum(unit.num_elements for unit in share) for share in plan.shares)
-    number = max(1, min(4, longest // 2**18))
-    return number, -(-longest // number)
 
 
 def compute_shares(
@@ -164,38 +146,35 @@ def compute_shares(
 ) -> dict[int, Tensor]:
     """Results of all blocks, by position: this worker computes its own units and receives the others.
 
-    `compute` returns (members, rows, columns), in `dtype` on `device`. All workers of `group` must call this; None:
-    there is one worker.
+    `compute` returns (members, rows, columns), in `dtype` on `device`. A part of a share is broadcast while the next
+    one is computed; nothing is sent twice or padded. All workers of `group` must call this; None: there is one worker.
     """
     if group is None:
         return {m: r for unit in plan.shares[0] for m, r in zip(unit.members, compute(unit), strict=True)}
-    number, length = segments(plan)
-    received = torch.zeros(number, len(plan.shares), length, dtype=dtype, device=device)
-    works = list(_compute_and_send(plan.shares[dist.get_rank(group)], compute, received, group))
-    for work in works:
-        work.wait()
+    rank = dist.get_rank(group)
+    started = []
+    for parts in itertools.zip_longest(*map(_parts, plan.shares), fillvalue=()):
+        own = [compute(unit).flatten() for unit in parts[rank]]
+        for owner, units in enumerate(parts):
+            if units:
+                sizes = [unit.num_elements for unit in units]
+                buffer = torch.cat(own) if owner == rank else torch.empty(sum(sizes), dtype=dtype, device=device)
+                # as bytes, since a backend may lack a 16-bit type
+                work = dist.broadcast(buffer.view(torch.uint8), group=group, group_src=owner, async_op=True)
+                started.append((units, torch.split(buffer, sizes), work))
     results: dict[int, Tensor] = {}
-    for share, values in zip(plan.shares, received.transpose(0, 1).flatten(1), strict=True):
-        parts = values[: sum(unit.num_elements for unit in share)].split([unit.num_elements for unit in share])
-        for unit, part in zip(share, parts, strict=True):
-            results.update(zip(unit.members, part.view(-1, *unit.shape), strict=True))
+    for units, values, work in started:
+        work.wait()
+        for unit, value in zip(units, values, strict=True):
+            results.update(zip(unit.members, value.view(-1, *unit.shape), strict=True))
     return results
 
 
-def _compute_and_send(
-    units: Sequence[Unit], compute: Callable[[Unit], Tensor], received: Tensor, group: dist.ProcessGroup
-) -> Iterator[Work]:
-    """Starts the gather of each segment of `received` (segments, workers, length) once this worker has filled it."""
-    own = torch.zeros_like(received[:, 0])
-    filled = started = 0
-    for unit in [*units, None]:
-        if unit is not None:
-            own.view(-1)[filled : filled + unit.num_elements] = compute(unit).flatten()
-            filled += unit.num_elements
-        complete = len(own) if unit is None else filled // own.shape[1]
-        for segment in range(started, complete):
-            shard = received[segment, dist.get_rank(group)].copy_(own[segment])
-            whole = received[segment].view(-1)
-            # as bytes, since a backend may lack a 16-bit type
-            yield start_all_gather(whole.view(torch.uint8), shard.view(torch.uint8), group, tag=segment)
-        started = complete
+def _parts(share: Sequence[Unit]) -> list[list[Unit]]:
+    """Consecutive units that are broadcast together: at least `PART_ELEMENTS` elements, but for the last part."""
+    parts: list[list[Unit]] = [[]]
+    for unit in share:
+        if sum(other.num_elements for other in parts[-1]) >= PART_ELEMENTS:
+            parts.append([])
+        parts[-1].append(unit)
+    return parts
