@@ -148,14 +148,14 @@ class Shampoo(MatrixOptimizer):
         directions = list(torch._foreach_mul(results, list(factors.unbind())))
         self.update(group, TensorLists(tensors.weights, directions, tensors.states))
 
-    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number | Tensor:
+    def rates(self, group: Group, tensors: TensorLists) -> Number | Tensor:
         """lr, times the trust ratios of LARS with graft="lars"."""
-        rate = super().rates(group, weights, gradients)
+        rate = super().rates(group, tensors)
         if not group["adapt"] or group["graft"] == "sgd":
             return rate
         ratios = trust_ratios(
-            norms(weights),
-            norms(gradients),
+            norms(tensors.weights),
+            norms(tensors.gradients),
             trust_coefficient=group["trust_coefficient"],
             weight_decay=group["weight_decay"],
         )

@@ -14,8 +14,10 @@ from megabatch.optim.ema import WeightAverage
 from megabatch.optim.groups import param_groups
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS
+from megabatch.optim.muon import Muon
 from megabatch.optim.rmsprop_warmup import RMSpropWarmup
 from megabatch.optim.sgd import SGD
+from megabatch.optim.shampoo import Shampoo
 
 MAKERS: dict[str, Any] = {
     "lars": LARS,
@@ -144,14 +146,22 @@ def refusals() -> list[str]:
             LARS([parameter], lr=0.1, **options).step()
         except UserError as error:
             messages.append(str(error))
+    for make in (Muon, Shampoo):
+        parameter = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False))
+        try:
+            make([parameter], lr=0.1)
+        except UserError as error:
+            messages.append(str(error))
     dist.barrier()
     return messages
 
 
-def test_the_kernel_and_partial_sums_are_refused() -> None:
-    for fused, partial in run_processes(2, refusals):
+def test_kernels_partial_sums_and_sharded_matrices_are_refused() -> None:
+    for fused, partial, *matrices in run_processes(2, refusals):
         assert "fused=None works" in fused
         assert "fully_shard(model) works" in partial
+        assert len(matrices) == 2
+        assert all("shape (4, 2) was given in a group with adapt=True" in message for message in matrices)
 
 
 def refusals_of_flattened(use_orig_params: bool) -> list[str]:

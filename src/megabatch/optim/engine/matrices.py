@@ -12,6 +12,7 @@ from megabatch.errors import UserError
 from megabatch.optim.engine.base import Group
 from megabatch.optim.engine.checks import check_number
 from megabatch.optim.engine.multi_tensor import Number, TensorLists, lists_of_one_dtype, wide_dtype
+from megabatch.optim.engine.shards import placement, refuse_flattened
 from megabatch.optim.engine.sharing import Block, Plan, Unit, compute_shares, make_plan
 from megabatch.optim.momentum import MomentumOptimizer
 
@@ -80,8 +81,9 @@ class MatrixOptimizer(MomentumOptimizer):
         return wide_dtype(dtype)
 
     def check(self, group: Group) -> None:
-        """Raises UserError for invalid values and for a vector among the matrices."""
+        """Raises UserError for invalid values and for a vector or a sharded tensor among the matrices."""
         super().check(group)
+        refuse_flattened(group["params"])
         check_number(group, "sgd_lr_factor", low=0.0, example=1.0)
         if group["fused"] or group["foreach"] is False:
             raise UserError(
@@ -95,10 +97,16 @@ class MatrixOptimizer(MomentumOptimizer):
                     "or more dimensions; param_groups(model, weight_decay=1e-4) puts vectors in a group with "
                     "adapt=False"
                 )
+            if placement(parameter) is not None:
+                raise UserError(
+                    f"a sharded parameter of shape {tuple(parameter.shape)} was given in a group with adapt=True, "
+                    "needed: whole matrices on every worker; adapt=False works, and so does process_group=... with a "
+                    "replicated model, which divides the work on the matrices among the workers"
+                )
 
-    def rates(self, group: Group, weights: list[Tensor], gradients: list[Tensor]) -> Number | Tensor:
+    def rates(self, group: Group, tensors: TensorLists) -> Number | Tensor:
         """The rate of a group that steps by SGD."""
-        del weights, gradients
+        del tensors
         rate: Number = group["lr"] if group["adapt"] else group["lr"] * group["sgd_lr_factor"]
         return rate
 
