@@ -63,6 +63,10 @@ def test_override_parses_each_type(recipe):
         ("pixel_std", "58", "in (0, 1]"),
         ("stem", "large", "needed: auto, as resnet8 has one stem; stem=auto works"),
         ("min_crop_aspect", "0", "above 0 and at most max_crop_aspect"),
+        ("root_every_steps", "0", "needed: above 0; root_every_steps=10 works"),
+        ("sgd_lr_factor", "-1", "0 or more"),
+        ("muon_scale", "adam", "needed one of spectral"),
+        ("decay", "step", "given when decay=step; lr_factors=0:1,30:0.1 works"),
     ],
 )
 def test_an_invalid_override_says_what_was_needed(recipe, key, text, expected):

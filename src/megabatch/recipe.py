@@ -237,20 +237,11 @@ def validate(recipe: Recipe) -> Recipe:
     for field in ("resolution", "batch_sizes", "lr_factors", "published_curve"):
         _check_by_epoch(recipe, field)
     _require(bool(recipe.resolution), recipe, "resolution", "not empty", "0:224")
-    _require(
-        recipe.decay not in {"step", "piecewise"} or bool(recipe.lr_factors),
-        recipe,
-        "lr_factors",
-        f"given when decay={recipe.decay}",
-        "0:1,30:0.1",
-    )
-    _require(
-        recipe.warmup_epochs < recipe.total_epochs,
-        recipe,
-        "warmup_epochs",
-        f"shorter than total_epochs={recipe.total_epochs:g}",
-        f"{recipe.total_epochs / 5:g}",
-    )
+    has_factors = recipe.decay not in {"step", "piecewise"} or bool(recipe.lr_factors)
+    _require(has_factors, recipe, "lr_factors", f"given when decay={recipe.decay}", "0:1,30:0.1")
+    total = recipe.total_epochs
+    shorter = f"shorter than total_epochs={total:g}"
+    _require(recipe.warmup_epochs < total, recipe, "warmup_epochs", shorter, f"{total / 5:g}")
     _check_batches(recipe)
     return recipe
 
