@@ -50,3 +50,14 @@ def test_a_package_offers_its_public_names_too(package):
     assert all(getattr(module, name) is getattr(megabatch, name) for name in homes)
     with pytest.raises(AttributeError, match=f"'megabatch.{package}' has no attribute 'Recipe'"):
         module.Recipe  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("former", "module"),
+    [("cache_folder", "files"), ("data.parquet", "data.sources.parquet"), ("data.decode", "data.jpeg.decode")],
+)
+def test_modules_that_were_renamed_can_be_imported_by_their_former_names(former, module):
+    old, new = (importlib.import_module(f"megabatch.{name}") for name in (former, module))
+    shared = [name for name in old.__all__ if hasattr(new, name)]
+    assert shared
+    assert all(getattr(old, name) is getattr(new, name) for name in shared)
