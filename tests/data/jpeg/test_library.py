@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from limits import HANG_S
 from photographs import JPEG_LAYOUTS, encode, photograph
 
 from megabatch import native
 from megabatch.data.jpeg import library
-from megabatch.data.jpeg.decode import decode_crop
+from megabatch.data.jpeg.decode import decode, decode_crop
 from megabatch.errors import SettingsError
 
 
@@ -79,6 +80,14 @@ def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
     decoded, rejected = map(int, done.stdout.split())
     assert decoded > 200
     assert rejected > 200
+
+
+def test_a_sliver_of_a_pixel_at_the_edge_is_a_box_and_one_beyond_it_is_not(compiled):
+    data = encode(photograph(16, 16), quality=95)
+    out = np.empty((4, 4, 3), dtype=np.uint8)
+    assert library.crop(data, (3.0, 15.9, 1e-9, 0.1), channels=3, max_pixels=10**6, out=out)
+    assert np.abs(out - decode(data)[3, 15].astype(int)).max() <= 2
+    assert not library.crop(data, (16.0, 0.0, 1e-7, 4.0), channels=3, max_pixels=10**6, out=out)
 
 
 def test_the_error_for_a_missing_compiler_says_that_it_is_optional(monkeypatch, tmp_path):

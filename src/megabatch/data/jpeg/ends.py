@@ -121,14 +121,9 @@ def _looks_complete(start: bytes, end: bytes, size: int) -> bool:
 
 
 def _fault(data: bytes) -> str | None:
+    is_cut_off = image_end(data) is None
     try:
-        image_size(data)
+        (decode if is_cut_off else image_size)(data)
     except DataError as error:
-        return str(error)
-    if image_end(data) is not None:
-        return None
-    try:
-        decode(data)
-    except DataError as error:
-        return _NO_END.get(sniff(data) or "", str(error))
+        return _NO_END.get(sniff(data) or "", str(error)) if is_cut_off else str(error)
     return None

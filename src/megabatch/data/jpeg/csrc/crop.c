@@ -169,10 +169,11 @@ static int is_inside(const JcBox *box, const Jpeg *jpeg) {
            box->top + box->height <= jpeg->height + slack && box->left + box->width <= jpeg->width + slack;
 }
 
-/* The box of whole pixels around a box. */
+/* The box of whole pixels around a box, at least one. */
 static JcBox outward(const JcBox *box) {
     double top = floor(box->top), left = floor(box->left), slack = 1e-6;
-    return (JcBox){top, left, ceil(box->top + box->height - slack) - top, ceil(box->left + box->width - slack) - left};
+    double bottom = ceil(box->top + box->height - slack), right = ceil(box->left + box->width - slack);
+    return (JcBox){top, left, fmax(bottom - top, 1), fmax(right - left, 1)};
 }
 
 /* Decodes the box of the JPEG and resizes it to rows x columns x channels. */

@@ -53,7 +53,7 @@ static int read_frame(Jpeg *jpeg, const uint8_t *body, size_t size) {
     jpeg->width = body[3] << 8 | body[4];
     if (body[0] != 8 || (count != 1 && count != 3)) return JC_UNSUPPORTED;
     if (jpeg->height == 0 || jpeg->width == 0) return JC_UNSUPPORTED; /* height 0: a DNL marker gives it later */
-    if (size < 6 + 3 * (size_t)count) return JC_DAMAGED;
+    if (size != 6 + 3 * (size_t)count) return JC_DAMAGED;
     jpeg->num_components = count;
     for (int i = 0; i < count; i++) {
         JcComponent *component = &jpeg->component[i];
@@ -83,12 +83,19 @@ static int check_frame(const Jpeg *jpeg, int adobe_transform) {
     return adobe_transform == 0 || ids_say_rgb ? JC_UNSUPPORTED : JC_OK;
 }
 
+/* DRI: MCUs between restart markers, or 0 for none. */
+static int read_interval(Jpeg *jpeg, const uint8_t *body, size_t size) {
+    if (size != 2) return JC_DAMAGED;
+    jpeg->restart_interval = body[0] << 8 | body[1];
+    return JC_OK;
+}
+
 /* SOS: which Huffman tables each component uses. The entropy-coded data follow it. */
 static int read_scan(Jpeg *jpeg, const uint8_t *body, size_t size, unsigned defined) {
     int count = jpeg->num_components;
     if (count == 0 || size < 1) return JC_DAMAGED;
     if (body[0] != count) return JC_UNSUPPORTED; /* one scan per component, not interleaved */
-    if (size < 4 + 2 * (size_t)count) return JC_DAMAGED;
+    if (size != 4 + 2 * (size_t)count) return JC_DAMAGED;
     /* First and last coefficient and bit positions: fixed in baseline files. */
     const uint8_t *spectrum = body + 1 + 2 * count;
     if (spectrum[0] != 0 || spectrum[1] != 63 || spectrum[2] != 0) return JC_UNSUPPORTED;
@@ -140,7 +147,7 @@ int jc_read_header(Jpeg *jpeg, const uint8_t *data, size_t size, JcTables *table
         if (marker == DQT) status = read_quant(jpeg, body, body_size);
         if (marker == DHT) status = read_huffman(jpeg, body, body_size, &defined);
         if (marker == SOF0 || marker == SOF1) status = read_frame(jpeg, body, body_size);
-        if (marker == DRI && body_size >= 2) jpeg->restart_interval = body[0] << 8 | body[1];
+        if (marker == DRI) status = read_interval(jpeg, body, body_size);
         if (marker == APP14 && body_size >= 12 && memcmp(body, "Adobe", 5) == 0) adobe_transform = body[11];
         if (marker == SOS) status = read_scan(jpeg, body, body_size, defined);
         if (status != JC_OK) return status;
