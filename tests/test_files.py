@@ -1,13 +1,21 @@
 """Atomic writes, locks and the cache folder."""
 
 import hashlib
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
 from megabatch.comm.autotune.choose import tuning_file
-from megabatch.files import cache_folder, locked, replacing, sha256_of, write_text
+from megabatch.files import cache_folder, create_unused, locked, printable, replacing, sha256_of, write_text
 from megabatch.kernels.tuning import table, use_table
 
 
@@ -71,3 +79,52 @@ def test_a_lock_excludes_another_thread(tmp_path):
         assert not entered
     thread.join()
     assert entered
+
+
+def test_a_user_without_a_home_folder_has_a_cache_folder(monkeypatch):
+    def unknown(uid):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
+
+
+def test_folders_created_at_the_same_time_differ(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(create_unused, [tmp_path / "runs" / "a.b"] * 16))
+    assert sorted(made) == sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert {path.name for path in made} == {"a.b", *(f"a.b-{number}" for number in range(2, 17))}
+
+
+def test_a_lock_that_is_held_is_an_error_without_waiting(tmp_path):
+    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+        pass
+    with locked(tmp_path / "lock", wait=False):
+        pass
+
+
+def test_names_are_printable_and_keep_every_letter():
+    assert printable("日本é a") == "日本é a"
+    assert printable("a\nb\x1b[0m\udce9") == "a\\nb\\x1b[0m\\udce9"
+
+
+def test_a_failed_write_names_the_file_and_not_its_temporary_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_text(tmp_path / "missing" / "file.json", "text")
+    assert raised.value.filename == str(tmp_path / "missing" / "file.json")
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes():
+    code = """
+import resource
+from megabatch.data.sources.shards import OpenFiles
+from megabatch.files import max_open_files, raise_open_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 256))
+assert max_open_files() == 64
+assert OpenFiles(128)._limit == 8
+raise_open_file_limit()
+assert max_open_files() == 256
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)

@@ -4,6 +4,11 @@ The names below are the public Python API; `docs/reference.md` shows each. They 
 `import megabatch` needs neither torch nor time. Everything else in the package is internal and may change.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "-m megabatch" in " ".join(sys.orig_argv) and not sys.flags.safe_path:
+    sys.path.pop(0)  # `python -m megabatch` puts the current folder there, whose files would shadow modules
+
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

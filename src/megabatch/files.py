@@ -1,32 +1,67 @@
-"""File handling shared by all packages: the cache folder, atomic writes, checksums, locks between processes."""
+"""File handling shared by all packages: the cache folder, new folders, atomic writes, checksums, locks, names."""
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: `locked` then excludes no other process
+    import resource
+except ImportError:  # Windows has neither: `locked` then excludes no other process
     fcntl = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]
 
 CAN_LOCK = fcntl is not None
+_MOST_OPEN_FILES = 65536  # more are never needed, and some programs iterate over all descriptors
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/megabatch, by default ~/.cache/megabatch: data sets, shards and tuning tables."""
+    """$XDG_CACHE_HOME/megabatch, by default ~/.cache/megabatch: data sets, shards and tuning tables.
+
+    A user without a home folder (HOME is not set and the user id has no entry in the password database, as in some
+    containers) gets megabatch-UID in the folder for temporary files.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "megabatch"
+    if os.path.isabs(base):
+        return Path(base) / "megabatch"
+    try:
+        return Path.home() / ".cache" / "megabatch"
+    except (RuntimeError, KeyError):
+        return Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
+
+
+def create_unused(path: Path) -> Path:
+    """Creates the folder `path`, or the first free one of `path`-2, `path`-3, ..., and returns its path.
+
+    Of several processes that call it with one path at the same time, each gets a folder of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    for folder in map(path.with_name, names):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("the numbers are infinite")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, line breaks and undecodable bytes of file names as backslash escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends, so that no reader sees half a file.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. `durable` flushes the file to disk
-    before the rename, so that it survives a power failure.
+    If the block raises, the temporary file is removed and `path` stays as it was; an OSError names `path`. `durable`
+    flushes the file to disk before the rename, so that it survives a power failure.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
@@ -35,15 +70,18 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in {None, str(part)}:
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
 
 
-def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Writes a text file atomically, in UTF-8; lone surrogates of undecodable file names keep their bytes."""
+def write_text(path: Path, text: str, *, durable: bool = False, errors: str = "surrogateescape") -> None:
+    """Writes a text file atomically, in UTF-8; by default undecodable file names in it keep their bytes."""
     with replacing(path, durable=durable) as part:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape")
+        part.write_text(text, encoding="utf-8", errors=errors)
 
 
 def sha256_of(path: Path) -> str:
@@ -53,12 +91,43 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`, created if missing, between processes and threads.
 
-    The operating system releases the lock of a process that dies.
+    The operating system releases the lock of a process that dies. On a file system without locks no other process is
+    excluded.
+
+    Raises:
+        BlockingIOError: another process or thread holds the lock, and `wait` is False.
     """
     with path.open("ab") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def _lock(file: IO[bytes], operation: int) -> None:
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise
+
+
+def max_open_files() -> int:
+    """Number of files that this process may have open at once (`ulimit -n`)."""
+    if resource is None:
+        return 512
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def raise_open_file_limit() -> None:
+    """Allows this process as many open files as the system lets it choose."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -73,6 +73,6 @@ def _objects(compiler: str, sources: Iterable[Path], folder: Path, flags: Iterab
 
 def _run(command: list[str]) -> None:
     """Runs the compiler; SettingsError with the end of its output if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=300)
     if done.returncode != 0:
         raise SettingsError(f"{command[0]} could not build {Path(command[-1]).stem}: {done.stderr.strip()[-2000:]}")

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -51,6 +53,26 @@ def test_numpy_torch_and_paths_are_written_as_plain_values(tmp_path: Path) -> No
         log.write("x", a=np.int64(3), b=torch.tensor(0.5), c=Path("a/b"), d=(1, 2), e=np.array([1.0, math.nan]))
     (event,) = read_events(tmp_path / "events.jsonl")
     assert {key: event[key] for key in "abcde"} == {"a": 3, "b": 0.5, "c": "a/b", "d": [1, 2], "e": [1.0, None]}
+
+
+def test_undecodable_bytes_of_a_file_name_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xe9t\xe9\n\x1b.jpg")
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log.write("warning", text=name)
+    (tmp_path / "events.jsonl").read_text(encoding="utf-8")
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert event["text"] == name
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_event_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with (
+        patch("megabatch.observe.events._drop_incomplete_line"),  # which would read the endless device
+        EventLog(tmp_path / "events.jsonl") as log,
+        pytest.raises(OSError, match=r"No space left on device: .*events\.jsonl"),
+    ):
+        log.write("step", step=1)
 
 
 def test_a_resumed_run_appends_and_loses_only_the_incomplete_line(tmp_path: Path) -> None:

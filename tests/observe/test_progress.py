@@ -109,3 +109,10 @@ def test_a_new_number_of_total_steps_is_shown() -> None:
 )
 def test_durations_have_readable_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_a_terminal_would_interpret_is_escaped() -> None:
+    stream = io.StringIO()
+    with Progress(10, 1.0, stream=stream) as progress:
+        progress.note("warning: a\nb\x1b[2J\udce9.jpg was replaced")
+    assert stream.getvalue() == "warning: a\\nb\\x1b[2J\\udce9.jpg was replaced\n"

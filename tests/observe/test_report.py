@@ -1,6 +1,7 @@
 """The report page: complete, self-contained, robust to unfinished runs, and safe with hostile names."""
 
 import dataclasses
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_hostile_names_and_warnings_are_escaped(tmp_path: Path, hostile: str) ->
     assert page.wrong == []
     assert any(hostile in text for tag, text in page.text if tag == "h1")
     assert any(hostile in text for tag, text in page.text if tag == "text")
+
+
+def test_names_in_any_bytes_leave_a_page_in_utf8(tmp_path: Path) -> None:
+    events = [{"event": "warning", "text": "\udce9t\ud800\x1b\n.jpg was replaced"}]
+    run = make_run(tmp_path / os.fsdecode(b"run-\xe9"), events, start={"data": "folder \udce9"})
+    page = write_report([run, make_run(tmp_path / "other", [])], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\\udce9t\\ud800\\x1b\\n.jpg was replaced" in page
+    assert "run-\\udce9" in page
 
 
 @pytest.mark.parametrize(

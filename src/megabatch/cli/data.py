@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch.cli.options import CACHE_HELP
-from megabatch.files import write_text
+from megabatch.files import printable, write_text
 
 if TYPE_CHECKING:
     from megabatch.data.checking.check import CheckReport, Problem
@@ -67,7 +67,7 @@ def pack(
             on_progress=on_progress,
         )
     for name, reason in report.skipped:
-        typer.echo(f"skipped {_printable(name)}: {reason}")
+        typer.echo(f"skipped {printable(name)}: {reason}")
     counts = ", ".join(f"{count:,} {part}" for part, count in report.num_samples.items())
     kept = f", {report.num_kept_shards} of them kept from an earlier run" if report.num_kept_shards else ""
     typer.echo(f"{counts} images of {len(report.class_names)} classes in {report.num_shards} shards{kept}")
@@ -112,7 +112,7 @@ def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, in
             continue
         changed = change(report, into=into)
         for problem, path in changed.done:
-            typer.echo(f"{verb} {_printable(problem.name)} ({problem.kind}): now {_printable(str(path))}")
+            typer.echo(f"{verb} {printable(problem.name)} ({problem.kind}): now {printable(str(path))}")
         report = replace(report, problems=changed.remaining)
     return report.problems
 
@@ -120,7 +120,7 @@ def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, in
 def _list(report: "CheckReport") -> None:
     for problem in report.problems[:_MAX_LISTED]:
         mark = "bad" if problem.is_bad else "odd"
-        typer.echo(f"{mark}  {problem.kind:18} {_printable(problem.name)}: {_printable(problem.detail)}")
+        typer.echo(f"{mark}  {problem.kind:18} {printable(problem.name)}: {printable(problem.detail)}")
     if len(report.problems) > _MAX_LISTED:
         typer.echo(f"... and {len(report.problems) - _MAX_LISTED:,} more; --json FILE writes all of them")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.count().items()))
@@ -134,10 +134,6 @@ def _as_json(report: "CheckReport") -> str:
         for problem in report.problems
     ]
     return json.dumps({"images": report.num_images, "problems": problems}, indent=1) + "\n"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,12 @@ from megabatch.cli.bench_input import bench_input
 from megabatch.cli.bench_step import bench_step
 from megabatch.cli.data import data_app
 from megabatch.cli.evaluate import evaluate
+from megabatch.cli.failure import as_megabatch_error, report
+from megabatch.cli.output import open_output
 from megabatch.cli.recipes import recipes
-from megabatch.cli.report import report
+from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
-from megabatch.errors import MegabatchError, UserError
+from megabatch.files import raise_open_file_limit
 
 app = typer.Typer(
     name="megabatch",
@@ -27,7 +29,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(recipes)
-app.command()(report)
+app.command("report")(write_report)
 app.add_typer(data_app, name="data")
 
 bench_app = typer.Typer(help="Measure parts of training here.", no_args_is_help=True, rich_markup_mode=None)
@@ -52,18 +54,21 @@ def _options(
 
 def main() -> None:
     """Runs the command line; ends the process with its exit code."""
+    open_output()
+    raise_open_file_limit()
     _limit_spinning()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat what an error says in one line
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # a file in the current folder shadows no module of child processes
     sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
     try:
         app()
-    except UserError as error:
-        _say(error)
-        sys.exit(2)
-    except MegabatchError as error:
-        _say(error)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(1)
+    except Exception as error:
+        expected = as_megabatch_error(error)
+        if expected is None:
+            raise
+        sys.exit(report(expected))
 
 
 def _expand_home(argument: str) -> str:
@@ -83,10 +88,3 @@ def _limit_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
-def _say(error: MegabatchError) -> None:
-    """One line on stderr; a worker other than the first says which it is."""
-    rank = os.environ.get("RANK", "0")
-    who = "megabatch" if rank == "0" else f"megabatch (worker {rank})"
-    sys.stderr.write(f"{who}: {' '.join(str(error).split())}\n")

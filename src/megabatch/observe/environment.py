@@ -1,6 +1,7 @@
 """Describes the environment of a run: versions, hardware and commit, without user names or paths."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -42,7 +43,8 @@ def git_commit(folder: Path) -> str | None:
 def cpu_model() -> str:
     """Returns the processor's name as the operating system reports it."""
     try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        names = re.findall(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
     except OSError:
         names = []
     return names[0].strip() if names else platform.processor() or platform.machine()
@@ -66,9 +68,7 @@ def _version(package: str) -> str | None:
 def _git(folder: Path, *words: str) -> str | None:
     """Returns the output of a git command in `folder`; None if it fails, outside a checkout, or without git."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        )
+        result = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()
+    return os.fsdecode(result.stdout).strip()

@@ -11,6 +11,7 @@ Each line has `event` (its kind), `time_s` (seconds since 1970) and the fields o
     run_end      top1, images_per_s, train_s, num_replaced_samples
 """
 
+import contextlib
 import json
 import math
 import os
@@ -34,16 +35,23 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_incomplete_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        # backslashreplace: the JSON escape of an undecodable byte of a file name, which `json.loads` restores
+        self._path = path
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; NaN and infinities, which JSON cannot represent, become null."""
+        """Append one event; NaN and infinities, which JSON cannot represent, become null. An OSError names the file."""
         line = {"event": event, "time_s": round(time.time(), 3)} | fields
-        self._file.write(json.dumps(_as_json(line), allow_nan=False, ensure_ascii=False) + "\n")
+        try:
+            self._file.write(json.dumps(_as_json(line), allow_nan=False, ensure_ascii=False) + "\n")
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         """Close the file; later writes raise ValueError."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # the end of a line that `write` could not write
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megabatch.files import printable
+
 PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -92,7 +94,7 @@ class Progress:
         self.close()
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def _status(self, step: int, epoch: float, loss: float, images_per_s: float) -> str:
         parts = [

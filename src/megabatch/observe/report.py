@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from megabatch.files import write_text
+from megabatch.files import printable, write_text
 from megabatch.observe.curve import curve_text
 from megabatch.observe.figures import NUM_COLORS, Line, chart, span_kinds, timeline_chart
 from megabatch.observe.progress import duration
@@ -62,10 +62,10 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         evaluation_rows=[row for run in runs for row in _evaluation_rows(run)],
         recipe_rows=_recipe_rows(runs),
         environment_rows=_environment_rows(runs),
-        warnings=[(run.label, text) for run in runs for text in run.warnings],
+        warnings=[(run.label, printable(text)) for run in runs for text in run.warnings],
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
+    write_text(output, page, errors="backslashreplace")
     return output
 
 

@@ -105,12 +105,23 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
     with replacing(path, durable=True) as part:
-        torch.save(dict(state), part)
+        _save(dict(state), part)
         info = CheckpointInfo(path, step, epoch, top1, sha256_of(part), part.stat().st_size, dict(recipe), class_names)
     facts: dict[str, Any] = {"format": FORMAT, "step": step, "epoch": epoch, "top1": top1, "sha256": info.sha256}
     facts |= {"num_bytes": info.num_bytes, "recipe": info.recipe, "class_names": class_names}
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1), durable=True)
     return info
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Writes `state`; raises the system's OSError, such as for a full disk, in place of torch's, which hides it."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -271,7 +271,7 @@ def test_few_files_stay_open_if_the_process_may_open_few(tmp_path, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
     source = ShardSource(tmp_path)
     assert [source.read(i) for i in range(20)] == [source.read(0)] * 20
-    assert len(source._files._files) == 4
+    assert len(source._files._files) == 2
 
 
 # ---- train and val

@@ -23,10 +23,10 @@ from megabatch.data.sources.labels import find_classes, read_class_names
 from megabatch.data.sources.layout import COMPRESSED_ENDINGS, list_folder, part_of
 from megabatch.data.sources.tar_index import ShardIndex, open_index
 from megabatch.errors import DataError
+from megabatch.files import max_open_files
 
 CLASSES_FILE = "classes.txt"
-_MAX_OPEN_FILES = 128
-_SHARE_OF_OPEN_FILES = 4  # at most a quarter of the files that the process may open
+_MAX_OPEN_FILES = 128  # fewer where the system allows a process few
 
 
 class IndexedShards:
@@ -101,7 +101,7 @@ class ShardSource(IndexedShards):
         names = [path.name for path in self._paths]
         indices = [open_index(path) for path in self._paths]
         super().__init__(names, indices, class_names or _names_beside(self._paths[0].parent))
-        self._files = OpenFiles(_most_open_files())
+        self._files = OpenFiles(_MAX_OPEN_FILES)
 
     def _read_at(self, shard: int, offset: int, size: int) -> bytes:
         return self._files.read(self._paths[shard], offset, size)
@@ -134,20 +134,14 @@ def _names_beside(folder: Path) -> list[str] | None:
     return None
 
 
-def _most_open_files() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return _MAX_OPEN_FILES
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_OPEN_FILES if soft < 0 else max(1, min(_MAX_OPEN_FILES, soft // _SHARE_OF_OPEN_FILES))
-
-
 class OpenFiles:
-    """LRU cache of open files. An evicted file is closed when its last reader has finished."""
+    """LRU cache of at most `limit` open files, or an eighth of the files that the system allows this process.
+
+    An evicted file is closed when its last reader has finished.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit = max(1, min(limit, max_open_files() // 8))
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._lock = threading.Lock()
 
