@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,8 +19,13 @@ from command_line import error_line, megabatch, megabatch_process
 from limits import HANG_S
 from PIL import Image
 
+import megabatch.cli.train as train_verb
+from megabatch import recipes
 from megabatch.app.load import load_model
+from megabatch.cli.train import _run_folder
 from megabatch.observe.events import read_events
+from megabatch.observe.run_folder import claimed
+from megabatch.runtime import Runtime
 
 SMALL = ["--set", "model=resnet8", "--set", "resolution=0:16", "--set", "eval_resolution=16", "--set", "bn_span=4"]
 QUICK = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=2", "--precision", "fp32"]
@@ -152,6 +159,33 @@ def test_a_launched_worker_refuses_a_folder_that_holds_a_run_and_resumes_or_star
     assert steps == [1, 2, 3]
 
 
+def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_verb, "datetime", Mock(now=lambda: datetime(2026, 11, 27, 12, 0, 0)))
+    recipe = recipes.get("fashion_mnist")
+    with _run_folder(recipe, Runtime()) as first, _run_folder(recipe, Runtime()) as second:
+        (first / "events.jsonl").write_text("{}\n")
+        assert (first, second) == (Path("runs/fashion_mnist-20261127-120000"), Path(f"{first}-2"))
+    assert first.exists()
+    assert not second.exists(), "nothing was written to it"
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(photos, tmp_path):
+    with claimed(tmp_path / "run", resume=False):
+        done = megabatch("train", "photos", "--data", photos, "--output", tmp_path / "run", "--workers", 1, *QUICK)
+    assert "another process is writing to" in error_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_interface_of_another_machine_is_one_line_for_two_workers(photos, tmp_path):
+    arguments = ["train", "photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *QUICK]
+    done = megabatch_process(*arguments, env=os.environ | {"GLOO_SOCKET_IFNAME": "ib77"})
+    assert error_line(done).startswith("megabatch: GLOO_SOCKET_IFNAME=ib77 is no network interface of ")
+    assert not (tmp_path / "run").exists()
+
+
 def wait_for_step(folder: Path, step: int) -> None:
     deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
@@ -189,13 +223,14 @@ LONG = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=4000", "
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photos, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGHUP)])
+def test_a_signal_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photos, tmp_path, workers, number):
     output = tmp_path / "run"
     arguments = ["photos", "--data", photos, "--workers", workers, "--precision", "fp32", "--output", output, *LONG]
     with started(*arguments) as process:
         wait_for_step(output, 5)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
+        os.killpg(process.pid, number)  # a second one within 2 s changes nothing
         out, err = process.communicate(timeout=HANG_S)
         assert process.returncode == 1, err
         assert "Traceback" not in err
@@ -208,6 +243,36 @@ def test_ctrl_c_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(photo
     assert done.returncode == 0, done.stderr
     steps = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"]
     assert steps[-3:] == [last + 1, last + 2, last + 3]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_under_nohup_outlives_its_terminal_and_reader(photos, tmp_path):
+    arguments = ["photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *LONG]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does; processes started here inherit it
+    try:
+        with started(*arguments) as process:
+            wait_for_step(tmp_path / "run", 2)
+            process.stdout.close()
+            os.killpg(process.pid, signal.SIGHUP)
+            wait_for_step(tmp_path / "run", 50)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=HANG_S) == 1
+            assert process.stderr.read() == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_workers_stop_with_a_checkpoint_when_their_parent_is_killed(photos, tmp_path):
+    arguments = ["photos", "--data", photos, "--workers", 2, "--output", tmp_path / "run", *LONG]
+    with started(*arguments) as process:
+        wait_for_step(tmp_path / "run", 2)
+        process.kill()
+        process.communicate(timeout=HANG_S)  # the workers hold the pipes
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
 
 
 @pytest.mark.slow

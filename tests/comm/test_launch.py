@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from limits import HANG_S
-from ranks import run_processes
+from ranks import run_processes, run_threads
 
-from megabatch.comm.launch import _wait_for_threads, join
+from megabatch.comm.launch import World, _wait_for_threads, join, on_rank0
 from megabatch.cores import usable_cores
+from megabatch.errors import DataError, MegabatchError, PeerError
 
 TASKS = Path("/proc/self/task")
 
@@ -77,3 +78,42 @@ def test_threads_are_as_given_else_as_in_the_environment_else_one_per_core(monke
     monkeypatch.setenv("OMP_NUM_THREADS", environment)
     with join(device="cpu", threads=threads):
         assert torch.get_num_threads() == expected
+
+
+def decide(error):
+    def work():
+        if error is not None:
+            raise error
+        return f"decided on rank {dist.get_rank()}"
+
+    world = World(dist.get_rank(), dist.get_world_size())
+    try:
+        return on_rank0(work, world)
+    except (MegabatchError, OSError) as raised:
+        return type(raised), str(raised)
+
+
+def test_a_decision_of_rank_0_or_its_error_reaches_every_rank():
+    assert run_threads(3, decide, None) == ["decided on rank 0"] * 3
+    assert run_threads(3, decide, DataError("no images")) == [(DataError, "no images")] * 3
+    assert {kind for kind, _ in run_threads(3, decide, PermissionError(13, "denied", "/a"))} == {PermissionError}
+
+
+def lose_rank_1():
+    dist.destroy_process_group()  # the test's group; `join` creates a new one
+    rank = os.environ["RANK"]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
+    try:
+        with join(device="cpu"):
+            dist.barrier()
+            if rank == "1":
+                os._exit(1)
+            dist.all_reduce(torch.ones(1))
+    except PeerError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.multiprocess
+def test_a_lost_connection_is_a_peer_error():
+    assert "the connection to another worker was lost" in run_processes(2, lose_rank_1, may_die=[1])[0]

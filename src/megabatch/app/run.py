@@ -44,6 +44,7 @@ def open_run(
 
     Raises:
         RecipeError, SettingsError: recipe and runtime do not fit together.
+        SettingsError: another process writes to `folder`, or it holds a run and `runtime.resume` is not set.
         CheckpointError: `runtime.resume`, and the folder's run has another recipe.
         DataError: `runtime.resume`, and the data has other classes than the folder's run.
     """
@@ -54,7 +55,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
-        log = open_run_log(recipe, folder, world=world, quiet=quiet, stack=stack)
+        log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=runtime.resume, stack=stack)
         state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
         resumed = None
         if runtime.resume:

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from megabatch.app.data import Data
-from megabatch.comm.launch import World
+from megabatch.comm.launch import World, on_rank0
 from megabatch.files import write_text
 from megabatch.kernels import tuning
 from megabatch.observe.curve import Curve, against_curve, curve_text
 from megabatch.observe.environment import describe
 from megabatch.observe.events import EventLog
 from megabatch.observe.progress import Progress
+from megabatch.observe.run_folder import EVENTS_FILE, claimed
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
@@ -61,13 +62,19 @@ class RunLog:
         return {"against_curve": place, "remark": curve_text(self.published_curve, epoch, top1)}
 
 
-def open_run_log(recipe: Recipe, folder: Path, *, world: World, quiet: bool, stack: contextlib.ExitStack) -> RunLog:
-    """Opens the log on rank 0, a silent one on other ranks; closed with `stack`."""
+def open_run_log(
+    recipe: Recipe, folder: Path, *, world: World, quiet: bool, resume: bool, stack: contextlib.ExitStack
+) -> RunLog:
+    """Opens the log on rank 0, a silent one on other ranks; closed with `stack`.
+
+    Raises:
+        SettingsError: another process is writing to the folder, or it holds a run and `resume` is not set.
+    """
+    on_rank0(lambda: stack.enter_context(claimed(folder, resume=resume)), world)
     progress = Progress(count_steps(recipe), recipe.total_epochs, enabled=world.is_first, quiet=quiet)
     events = None
     if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        events = stack.enter_context(EventLog(folder / "events.jsonl"))
+        events = stack.enter_context(EventLog(folder / EVENTS_FILE))
     return RunLog(folder, stack.enter_context(progress), events, quiet, recipe.published_curve)
 
 

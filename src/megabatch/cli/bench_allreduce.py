@@ -56,7 +56,9 @@ def bench_allreduce(
     timeout_s: Annotated[float, typer.Option(help="Seconds after which a collective times out.", min=1)] = 300.0,
 ) -> None:
     """Times the gradient exchange. Each algorithm, bucket size and wire is timed; the slowest worker counts."""
-    from megabatch.comm import launch
+    from megabatch.comm.launch import join
+    from megabatch.comm.launcher_environment import started_by_launcher
+    from megabatch.comm.local_workers import run_local_workers
 
     plan = _Plan(
         sizes=[_number("--mib", text) for text in sizes.split(",")],
@@ -67,12 +69,11 @@ def bench_allreduce(
         repeats=repeats,
         table=(table or tuning_file()).expanduser() if tune else None,
     )
-    if not launch.started_by_launcher():
-        code = launch.run_local_workers(workers, sys.argv[1:])
-        if code:
+    if not started_by_launcher():
+        if code := run_local_workers(workers, sys.argv[1:]):
             raise typer.Exit(code)
         return
-    with launch.join(device=require_choice("--device", device, ("auto", "cpu", "cuda")), timeout_s=timeout_s) as world:
+    with join(device=require_choice("--device", device, ("auto", "cpu", "cuda")), timeout_s=timeout_s) as world:
         _measure(world, plan)
 
 

@@ -20,14 +20,15 @@ def evaluate(
 
     The data's classes are matched with the checkpoint's by name; the data may lack some. A folder needs only val/.
     """
-    from megabatch.comm import launch
+    from megabatch.comm.launcher_environment import started_by_launcher
+    from megabatch.comm.local_workers import run_local_workers
     from megabatch.train.checkpoint import open_checkpoint
 
-    if not launch.started_by_launcher():
+    if not started_by_launcher():
         open_checkpoint(checkpoint)  # fail here, once, rather than in every worker
         find_device(runtime.device)
         if (runtime.workers or 1) > 1:
-            if code := launch.run_local_workers(runtime.workers or 1, sys.argv[1:]):
+            if code := run_local_workers(runtime.workers or 1, sys.argv[1:]):
                 raise typer.Exit(code)
             return
     _evaluate(checkpoint, runtime)

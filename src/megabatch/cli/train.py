@@ -15,13 +15,14 @@ import typer
 from megabatch import recipes
 from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime_options
 from megabatch.errors import SettingsError
+from megabatch.files import create_unused
+from megabatch.observe.run_folder import holds_run, require_no_run
 from megabatch.recipe import Recipe, from_json, override
 from megabatch.runtime import Runtime
 from megabatch.train.recipe_warnings import warnings_for
 
 if TYPE_CHECKING:
     from megabatch.app.data import Data
-    from megabatch.comm.launch import World
     from megabatch.data.loading.train_loader import TrainLoader
 
 
@@ -42,23 +43,24 @@ def train(
 
 
 def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bool, may_drop_colour: bool) -> None:
-    from megabatch.comm import launch
+    from megabatch.comm.launcher_environment import started_by_launcher
+    from megabatch.comm.local_workers import run_local_workers
 
-    if launch.started_by_launcher():
+    if started_by_launcher():
         _work(recipe, runtime, None, max_steps=max_steps, quiet=quiet, may_drop_colour=may_drop_colour)
         return
-    folder = _run_folder(recipe, runtime)
-    num_workers = _check_before_start(recipe, runtime, folder, may_drop_colour=may_drop_colour)
-    if num_workers == 1:
-        _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet, may_drop_colour=True)  # checked above
-        return
-    arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
-    code = launch.run_local_workers(num_workers, arguments)
-    if code:
-        raise typer.Exit(code)
+    _check_output(runtime)
+    num_workers = _check_before_start(recipe, runtime, may_drop_colour=may_drop_colour)
+    with _run_folder(recipe, runtime) as folder:
+        if num_workers == 1:
+            _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet, may_drop_colour=True)  # checked above
+            return
+        arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
+        if code := run_local_workers(num_workers, arguments):
+            raise typer.Exit(code)
 
 
-def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path, *, may_drop_colour: bool) -> int:
+def _check_before_start(recipe: Recipe, runtime: Runtime, *, may_drop_colour: bool) -> int:
     """Returns the number of local workers; reports invalid input before anything is written."""
     from megabatch.app.data import check_room, fit_to_data, open_data
     from megabatch.app.image_checks import refuse_colour_as_grey
@@ -72,8 +74,8 @@ def _check_before_start(recipe: Recipe, runtime: Runtime, folder: Path, *, may_d
         fitted = fit_to_data(recipe, data)
         num_workers = runtime.workers or default_workers(fitted, runtime)
         check_room(fitted, runtime, data, world=World(world_size=num_workers, local_world_size=num_workers))
-        if runtime.resume:
-            _check_resumed(fitted, data, folder)
+        if runtime.resume and runtime.output:
+            _check_resumed(fitted, data, runtime.output)
     check(fitted, runtime, world_size=num_workers, device=device)
     return num_workers
 
@@ -104,16 +106,17 @@ def _work(
     from megabatch.app.data import check_room, fit_to_data, open_data
     from megabatch.app.image_checks import image_remarks, refuse_colour_as_grey
     from megabatch.app.run import open_run
-    from megabatch.comm.launch import join, sum_over_workers
+    from megabatch.comm.launch import join, on_rank0, sum_over_workers
     from megabatch.train.loop import train as run_loop
 
     with (
         join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads) as world,
         contextlib.closing(open_data(recipe, runtime)) as data,
+        contextlib.ExitStack() as stack,
     ):
         if not may_drop_colour:
             refuse_colour_as_grey(recipe, data)
-        folder = _shared_folder(recipe, runtime, output, world)
+        folder = output or on_rank0(lambda: stack.enter_context(_run_folder(recipe, runtime, launched=True)), world)
         fitted = fit_to_data(recipe, data)
         check_room(fitted, runtime, data, world=world)
         started = time.perf_counter()
@@ -148,26 +151,6 @@ def _work(
             raise typer.Exit(1)
 
 
-def _shared_folder(recipe: Recipe, runtime: Runtime, output: Path | None, world: "World") -> Path:
-    """The run folder, decided on rank 0 before it is written to; an error is raised on every rank.
-
-    `output` is a folder that this process has checked already. Under a launcher `--resume` accepts a folder without a
-    run, so that one command both starts a job and continues it after a requeue.
-    """
-    from megabatch.comm.launch import broadcast_from_rank0
-
-    decided: Path | SettingsError | None = None
-    if world.is_first:
-        try:
-            decided = output or _run_folder(recipe, runtime, may_start=True)
-        except SettingsError as error:
-            decided = error
-    decided = broadcast_from_rank0(decided, world)
-    if not isinstance(decided, Path):
-        raise SettingsError(str(decided))
-    return decided
-
-
 def _finish(
     folder: Path, top1: float | None, images_per_s: float, seconds: float, step: int, *, complete: bool, quiet: bool
 ) -> None:
@@ -186,20 +169,38 @@ def _finish(
     _say(f"top1 {top1:.4f}  {images_per_s:,.0f} images/s  report {report}")
 
 
-def _run_folder(recipe: Recipe, runtime: Runtime, *, may_start: bool = False) -> Path:
+@contextlib.contextmanager
+def _run_folder(recipe: Recipe, runtime: Runtime, *, launched: bool = False) -> Iterator[Path]:
+    """Yields --output, or a new folder named after the recipe and the time, which is removed if it stays empty."""
+    _check_output(runtime, may_start=launched)
+    if runtime.output is not None:
+        yield runtime.output
+        return
+    folder = create_unused(Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # it holds a run
+            folder.rmdir()
+
+
+def _check_output(runtime: Runtime, *, may_start: bool = False) -> None:
+    """Raises SettingsError if the run cannot start, or resume, in --output.
+
+    Under a launcher `--resume` accepts a folder without a run (`may_start`), so that one command both starts a job and
+    continues it after a requeue.
+    """
     output = runtime.output
     if output is None:
         if runtime.resume:
             raise SettingsError("--resume needs the folder of the run; --output runs/NAME names it")
-        return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        return
     if output.exists() and not output.is_dir():
         raise SettingsError(f"--output {output} is a file; a new or empty folder works")
-    holds_run = (output / "events.jsonl").exists()
-    if holds_run and not runtime.resume:
-        raise SettingsError(f"{output} already holds a run; --resume continues it, another --output starts a new one")
-    if runtime.resume and not holds_run and not may_start:
+    if runtime.resume and not may_start and not holds_run(output):
         raise SettingsError(f"{output} holds no run to resume; without --resume a new run starts there")
-    return output
+    if not runtime.resume:
+        require_no_run(output)
 
 
 def _without_option(arguments: list[str], option: str) -> list[str]:
@@ -218,7 +219,12 @@ def _without_option(arguments: list[str], option: str) -> list[str]:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM stop training at the next step; a second SIGINT 2 s later stops at once."""
+    """Within the block SIGINT, SIGTERM and SIGHUP stop training at the next step, as does the end of the parent.
+
+    A second SIGINT 2 s later stops at once. Signals that the process ignores, as `nohup` makes it do, stay ignored.
+    """
+    from megabatch.comm.local_workers import handling, parent_has_died
+
     requested_at: list[float] = []
 
     def request_stop(number: int, _: FrameType | None) -> None:
@@ -226,12 +232,8 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         requested_at.append(time.monotonic())
 
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(requested_at)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(request_stop):
+        yield lambda: bool(requested_at) or parent_has_died()
 
 
 def _say(text: str) -> None:

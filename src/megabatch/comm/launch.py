@@ -1,29 +1,30 @@
-"""Start local workers, and join the process group of a job.
+"""Join the process group of a job, and exchange objects within it.
 
-A worker is one process of `torch.distributed`. `run_local_workers` starts workers through torch's elastic launch API.
-`join` adds the calling process to the group that torchrun (or `run_local_workers`) describes in the environment;
-without such a description the world has one worker. Only this module and the command line read the environment.
+A worker is one process of `torch.distributed`. `join` adds the calling process to the group that torchrun (or
+`run_local_workers`) describes in the environment; without such a description the world has one worker.
 """
 
 import contextlib
+import dataclasses
 import datetime
-import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from megabatch.comm.launcher_environment import check_interface, read_launcher, started_by_launcher
 from megabatch.cores import requested_threads, usable_cores
-from megabatch.errors import SettingsError
+from megabatch.errors import MegabatchError, PeerError, SettingsError
 
 T = TypeVar("T")
+_PEER_IS_GONE = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,44 +44,6 @@ class World:
         return self.rank == 0
 
 
-def started_by_launcher() -> bool:
-    """True if torchrun or `run_local_workers` started this process as a worker."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
-    """Runs `python -m megabatch ARGUMENTS` in `num_workers` local workers and returns an exit code.
-
-    The code is 0 on success, 2 if a worker exited with 2 (invalid input), else 1. When one worker fails, or at Ctrl-C,
-    the others receive SIGTERM or SIGINT and have 30 s to write a last checkpoint before they are killed.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_workers,
-        run_id=f"megabatch-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    with _environment(_worker_environment(num_workers)), _quiet_agent():
-        try:
-            elastic_launch(config, sys.executable)("-m", "megabatch", *arguments)
-        except ChildFailedError as failure:
-            # Workers that end because of another one's failure exit with other codes: 2 is always a cause.
-            codes = [worker.exitcode for worker in failure.failures.values()]
-            return 2 if 2 in codes else 1
-        except SignalException:
-            return 1
-    return 0
-
-
 @contextlib.contextmanager
 def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None = None) -> Iterator[World]:
     """Joins the job's process group and yields this process's `World`.
@@ -94,31 +57,54 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
         threads: CPU threads of this worker; None divides the cores among the local workers.
 
     Raises:
-        SettingsError: `device` is "cuda" and torch finds no GPU, or there are fewer GPUs than local workers.
+        SettingsError: `device` is "cuda" and torch finds no GPU, there are fewer GPUs than local workers, or the
+            launcher's environment variables or the network interface in the environment are wrong.
+        PeerError: not all workers joined in time, or the block lost the connection to one.
     """
     if not started_by_launcher():
         world = World(device=_device(device, 0, 1))
         with _threads(threads, world):
             yield world
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = _device(device, local_rank, local_world_size)
+    launched = read_launcher()
+    chosen = _device(device, launched.local_rank, launched.local_world_size)
     # Before the process group: NCCL would otherwise create its communicators on GPU 0.
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_s),
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
-    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, num_restarts, chosen)
+    _start_process_group(chosen, timeout_s)
+    world = World(**dataclasses.asdict(launched), device=chosen)
     try:
         with _threads(threads, world):
             yield world
+    except RuntimeError as error:
+        if isinstance(error, MegabatchError) or not _PEER_IS_GONE.search(str(error)):
+            raise
+        raise PeerError(f"the connection to another worker was lost: {str(error).splitlines()[0]}") from error
     finally:
         shutdown_process_group()
+
+
+def _start_process_group(device: torch.device, timeout_s: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    check_interface(backend)
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise _joining_failed(error, timeout_s) from error
+
+
+def _joining_failed(error: Exception, timeout_s: float) -> MegabatchError:
+    """The reason for which torch could not start the process group."""
+    address, text = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error)
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return SettingsError(f"MASTER_PORT of {address} is in use by another program; choose another port")
+    if "timeout" in text.lower() or "timed out" in text.lower():
+        return PeerError(f"not all workers joined at {address} within {timeout_s:g} s: {text.splitlines()[0]}")
+    return SettingsError(f"the workers cannot connect at {address}: {text.splitlines()[0]}")
 
 
 def shutdown_process_group() -> None:
@@ -172,6 +158,21 @@ def broadcast_from_rank0(value: T, world: World) -> T:
     return values[0]
 
 
+def on_rank0(work: Callable[[], T], world: World) -> T:
+    """Runs `work` on rank 0 alone and returns its result on every worker, or raises its error on every worker."""
+    result: T | None = None
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            result = work()
+        except (MegabatchError, OSError) as caught:
+            error = caught
+    result, error = broadcast_from_rank0((result, error), world)
+    if error is not None:
+        raise error
+    return cast("T", result)
+
+
 def all_gather_objects(value: T, world: World) -> list[T]:
     """Returns every worker's `value`, in rank order, on every worker. Values are pickled."""
     if world.world_size == 1:
@@ -187,10 +188,9 @@ def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device
         raise SettingsError("device=cuda was given, but torch finds no GPU; --device cpu works")
     if not found:
         return torch.device("cpu")
-    if local_world_size > found:
-        raise SettingsError(
-            f"{local_world_size} local workers need as many GPUs, {found} found; --workers {found} works"
-        )
+    if max(local_world_size, local_rank + 1) > found:
+        needed = max(local_world_size, local_rank + 1)
+        raise SettingsError(f"{needed} local workers need as many GPUs, {found} found; --workers {found} works")
     return torch.device("cuda", local_rank)
 
 
@@ -217,40 +217,3 @@ def _flushes_denormals() -> bool:
     # Half of the smallest normal number is denormal.
     smallest = torch.tensor(sys.float_info.min, dtype=torch.float64)
     return bool(smallest / 2 == 0)
-
-
-def _worker_environment(num_workers: int) -> dict[str, str]:
-    threads = str(max(1, usable_cores() // num_workers))
-    # Without an interface, gloo uses the one that the host name resolves to, which other processes may not reach.
-    loopback = "lo" if sys.platform.startswith("linux") else "lo0"
-    return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
-        # Without this, restarted workers would read the addresses of the previous ones from the agent's store.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-@contextlib.contextmanager
-def _quiet_agent() -> Iterator[None]:
-    """Disables logging in the launcher: a failed worker has already printed its one-line error to stderr."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

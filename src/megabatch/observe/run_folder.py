@@ -1,18 +1,21 @@
-"""Reads a run folder: events as columns, recipe, environment and timeline."""
+"""Run folders: claims one for a run, and reads its events as columns, recipe, environment and timeline."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabatch.errors import UserError
+from megabatch.errors import SettingsError, UserError
+from megabatch.files import locked
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
+EVENTS_FILE = "events.jsonl"
 NOT_ENVIRONMENT = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
 """Fields of `run_start` that do not describe the environment."""
 
@@ -68,6 +71,51 @@ class RunRecord:
         return values[len(values) // 2] if values else None
 
 
+def holds_run(folder: Path) -> bool:
+    """True if a run has written events to `folder`."""
+    events = folder / EVENTS_FILE
+    return events.is_file() and events.stat().st_size > 0
+
+
+def require_no_run(folder: Path) -> None:
+    """Raises SettingsError if `folder` holds a run."""
+    if holds_run(folder):
+        raise SettingsError(f"{folder} already holds a run; --resume continues it, another --output starts a new one")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, *, resume: bool) -> Iterator[Path]:
+    """Creates `folder` and reserves it for one run within the block; yields the path of its event file.
+
+    If nothing is written, the event file, and the folder if it was created here, are removed again.
+
+    Raises:
+        SettingsError: another process is writing to the folder, or it holds a run and `resume` is not set.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    events = folder / EVENTS_FILE
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(events, wait=False))
+        except BlockingIOError:
+            text = f"another process is writing to {folder}; another --output starts a new run"
+            raise SettingsError(text) from None
+        if not resume:
+            require_no_run(folder)
+        stack.callback(_remove_if_unused, folder, is_new=is_new)
+        yield events
+
+
+def _remove_if_unused(folder: Path, *, is_new: bool) -> None:
+    if holds_run(folder):
+        return
+    (folder / EVENTS_FILE).unlink(missing_ok=True)
+    if is_new:
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+
+
 def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Returns the runs in `folders`. Labels are recipe names, with the folder's name where those are not unique.
 
@@ -88,7 +136,7 @@ def _longer_label(run: RunRecord, folder: Path) -> str:
 
 
 def _load(folder: Path) -> RunRecord:
-    path = folder / "events.jsonl"
+    path = folder / EVENTS_FILE
     if not path.is_file():
         raise UserError(f"{folder} contains no run (no events.jsonl); give the folder that `megabatch train` printed")
     events = read_events(path)
