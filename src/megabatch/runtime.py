@@ -85,3 +85,10 @@ class Runtime:
         0, "Updates between checkpoints, besides those at evaluations; 0 for none.", least=0
     )
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", least=1)
+
+    def __post_init__(self) -> None:
+        """Expands `~` in paths."""
+        for name in ("data", "output", "cache"):
+            path = getattr(self, name)
+            if path is not None and str(path).startswith("~"):
+                object.__setattr__(self, name, Path(path).expanduser())

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -98,3 +99,23 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_part(tmp_path):
     said = error_line(run_megabatch("report", run, preexec_fn=little_room))
     assert f"{run}/report.html: file too large; " in said
     assert sorted(path.name for path in run.iterdir()) == ["events.jsonl", "recipe.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_verb_after_it_has_removed_its_temporary_files(number, tmp_path):
+    code = f"""
+import os, time
+import megabatch.cli.main as command
+from megabatch.files import replacing
+from pathlib import Path
+def verb():
+    with replacing(Path({str(tmp_path)!r}) / "file") as part:
+        part.write_text("half")
+        os.kill(os.getpid(), {int(number)})
+        time.sleep({HANG_S})
+command.app = verb
+command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,11 @@ import typer.main
 from command_line import error_line, megabatch
 from typer.testing import CliRunner
 
+from megabatch.app.load import load_model
 from megabatch.cli.main import app
 from megabatch.cli.options import runtime_options
-from megabatch.errors import SettingsError
+from megabatch.errors import CheckpointError, SettingsError, UserError
+from megabatch.observe.report import write_report
 from megabatch.runtime import Runtime
 
 
@@ -83,3 +85,20 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch, tmp_path)
     done = megabatch("train", "photos", "--data=~/no-such-folder")
     assert f"{tmp_path}/no-such-folder" in error_line(done)
     assert "KEY=VALUE" in error_line(megabatch("train", "photos", "--set=~x"))
+
+
+def test_a_tilde_in_quotes_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for arguments in (["report"], ["evaluate"], ["train", "photos", "--data"], ["data", "check"]):
+        assert f"{tmp_path}/no-such-folder" in error_line(megabatch(*arguments, "~/no-such-folder"))
+
+
+def test_a_tilde_is_the_home_folder_in_python(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runtime = Runtime(data="~/photos", output=Path("~/runs"), cache=Path("~/cache"))
+    assert runtime == Runtime(data=tmp_path / "photos", output=tmp_path / "runs", cache=tmp_path / "cache")
+    assert Runtime(data="s3://bucket/~user").data == "s3://bucket/~user"
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/run"):
+        load_model("~/run")
+    with pytest.raises(UserError, match=f"{tmp_path}/run"):
+        write_report([Path("~/run")], Path("~/report.html"))

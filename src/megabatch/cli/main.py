@@ -1,7 +1,9 @@
 """The `megabatch` command: its verbs, and how errors reach a person (one line, and the exit code)."""
 
+import contextlib
 import os
 import sys
+from types import FrameType
 
 import typer
 
@@ -16,6 +18,7 @@ from megabatch.cli.output import open_output
 from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
+from megabatch.comm.local_workers import handling
 from megabatch.files import raise_open_file_limit
 
 app = typer.Typer(
@@ -61,8 +64,10 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # a file in the current folder shadows no module of child processes
     sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
     try:
-        app()
-    except KeyboardInterrupt:
+        # A worker that waits for others in C++ code would not notice: there the signals keep their default action.
+        with contextlib.nullcontext() if "RANK" in os.environ else handling(_interrupt):
+            app()
+    except KeyboardInterrupt:  # the second Ctrl-C of a run
         sys.exit(1)
     except Exception as error:
         expected = as_megabatch_error(error)
@@ -71,8 +76,15 @@ def main() -> None:
         sys.exit(report(expected))
 
 
+def _interrupt(number: int, _: FrameType | None) -> None:
+    """Ends a verb in such a way that it removes its temporary files; training and local workers handle signals too."""
+    sys.exit(128 + number)
+
+
 def _expand_home(argument: str) -> str:
-    """Expands `~` in `--option=~/path`, which a shell leaves as it is."""
+    """Expands `~` in `~/path` and `--option=~/path`, which a shell leaves as it is in quotes and behind a sign."""
+    if argument.startswith("~"):
+        return os.path.expanduser(argument)
     option, equals, value = argument.partition("=")
     is_path = option.startswith("--") and value.startswith("~")
     return f"{option}{equals}{os.path.expanduser(value)}" if is_path else argument

@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import megabatch
 from megabatch.comm.worker_errors import FOLDER_VARIABLE, find_cause, read_errors
 from megabatch.cores import usable_cores
 from megabatch.errors import PeerError
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that end training with a checkpoint."""
@@ -34,27 +38,15 @@ def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_workers,
-        run_id=f"{_RUN_ID}{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="",  # `_stop_at_first_signal` handles them
-    )
     command = ("-P", "-c", _START, str(Path(megabatch.__file__).parent.parent), *arguments)
     code, killed = 0, ""
     with tempfile.TemporaryDirectory(prefix="megabatch-", ignore_cleanup_errors=True) as folder:
         environment = _worker_environment(num_workers) | {FOLDER_VARIABLE: folder}
         with _environment(environment), _quiet_agent(), _stop_at_first_signal():
             try:
-                elastic_launch(config, sys.executable)(*command)
+                elastic_launch(_launch_config(num_workers), sys.executable)(*command)
             except ChildFailedError as failure:
                 # Workers that end because of another one's failure exit with other codes: 2 is always a cause.
                 code = 2 if any(worker.exitcode == 2 for worker in failure.failures.values()) else 1
@@ -67,6 +59,23 @@ def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
     if code and error is not None:
         raise error
     return code
+
+
+def _launch_config(num_workers: int) -> "LaunchConfig":
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        run_id=f"{_RUN_ID}{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="",  # `_stop_at_first_signal` handles them
+    )
 
 
 def _killed(exit_codes: Mapping[int, int]) -> str:

@@ -51,7 +51,8 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: a folder contains no run, or its event file is corrupt.
     """
-    runs = load_runs(run_folders)
+    runs = load_runs([folder.expanduser() for folder in run_folders])
+    output = output.expanduser()
     template = _environment().get_template("report.html")
     page = template.render(
         title=" · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
