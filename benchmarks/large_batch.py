@@ -1,136 +1,255 @@
-"""What large batches do to accuracy, and what each method gives back: real Fashion-MNIST, equal epochs, several seeds.
+"""Accuracy at large batches with one tuning budget for every optimizer, on real Fashion-MNIST.
 
-    python benchmarks/large_batch.py --output DIR [--seeds 3] [--epochs 10] [--only NAME ...]
+    python benchmarks/large_batch.py --output DIR [--method NAME ...] [--batch N ...] [--epochs E ...]
+                                     [--trials 8] [--seeds 5] [--parallel 2]
 
-Each run is `megabatch train fashion_mnist` with settings; a finished run is kept and not repeated, so the benchmark may
-be stopped and started again. Prints one row per method: mean and standard deviation of the final top-1 over the seeds.
+For each method, batch size and number of epochs: `--trials` random draws of the same number of hyper-parameters, each
+trained on 50,000 training images and judged on the other 10,000 (never on the test set); then the best draw is trained
+on all 60,000 images with `--seeds` seeds and judged on the test set. Every run is one line of DIR/runs.jsonl; a run
+that is there is not repeated, so the benchmark may be stopped and started again. `--parallel` processes run at a time,
+with one thread each on a CPU. Prints the table and writes DIR/summary.json and DIR/accuracy.png.
 """
 
 import argparse
 import json
+import math
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-COMMON = {"augmentation": "none", "label_smoothing": "0", "zero_gamma": "false", "bn_span": "64"}
-SGD = {"optimizer": "sgd", "momentum": "0.9", "weight_decay": "5e-4", "decay": "poly", "poly_power": "1"}
-METHODS: dict[str, dict[str, str]] = {
-    "SGD, batch 256": SGD | {"global_batch_size": "256", "peak_lr": "0.1", "warmup_epochs": "0.5"},
-    "SGD, linear scaling, batch 8,192": SGD
-    | {"global_batch_size": "8192", "peak_lr": "0.1", "lr_scaling": "linear", "warmup_epochs": "2"},
-    "LARS with warm-up, batch 8,192": {
-        "optimizer": "lars",
-        "global_batch_size": "8192",
-        "peak_lr": "3",
-        "trust_coefficient": "0.005",
-        "weight_decay": "5e-4",
-        "warmup_epochs": "2",
-        "poly_power": "2",
-    },
-    "RMSprop warm-up, batch 8,192": {
-        "optimizer": "rmsprop_warmup",
-        "global_batch_size": "8192",
-        "peak_lr": "1.6",
-        "weight_decay": "1e-4",
-        "warmup": "none",
-        "decay": "poly",
-        "poly_power": "1",
-        "rmsprop_lr": "3e-3",
-        "rmsprop_center_epoch": "1.5",
-        "rmsprop_period_epochs": "1",
-    },
-    "LARS, batch-size control 2,048 to 16,384": {
-        "optimizer": "lars",
-        "global_batch_size": "2048",
-        "batch_sizes": "0:2048,3:4096,5:8192,7:16384",
-        "peak_lr": "1.6",
-        "trust_coefficient": "0.02",
-        "weight_decay": "5e-4",
-        "warmup_epochs": "1",
-        "poly_power": "2",
-    },
+Settings = dict[str, str]
+Range = tuple[float, float]  # of a logarithmic draw
+
+COMMON: Settings = {"augmentation": "none", "zero_gamma": "false", "bn_span": "128", "eval_every_epochs": "1000"}
+LINEAR: Settings = {"decay": "poly", "poly_power": "1"}
+MUON: Settings = {"optimizer": "muon", "nesterov": "true", "normalize_weights": "true", "sgd_lr_factor": "2"}
+METHODS: dict[str, tuple[Settings, dict[str, Range]]] = {
+    "SGD, linear scaling": (
+        LINEAR | {"optimizer": "sgd", "lr_scaling": "linear"},
+        {"peak_lr": (0.01, 0.4), "weight_decay": (1e-5, 2e-3)},
+    ),
+    "LARS": (
+        {"optimizer": "lars", "trust_coefficient": "0.02"},
+        {"peak_lr": (0.3, 6.0), "weight_decay": (1e-5, 2e-3)},
+    ),
+    "LAMB": (LINEAR | {"optimizer": "lamb"}, {"peak_lr": (3e-3, 0.1), "weight_decay": (1e-4, 0.1)}),
+    "RMSprop warm-up": (
+        LINEAR | {"optimizer": "rmsprop_warmup", "warmup": "none", "lr_scaling": "linear"},
+        {"peak_lr": (0.01, 0.4), "rmsprop_lr": (3e-4, 1e-2)},
+    ),
+    "LARS, batch-size control": (
+        {"optimizer": "lars", "trust_coefficient": "0.02", "batch_size_rule": "fixed"},
+        {"peak_lr": (0.3, 6.0), "weight_decay": (1e-5, 2e-3)},
+    ),
+    "Muon": (LINEAR | MUON, {"peak_lr": (0.05, 0.8), "weight_decay": (1e-5, 2e-3)}),
+    "Shampoo": (
+        LINEAR | {"optimizer": "shampoo", "graft": "lars", "trust_coefficient": "0.02"},
+        {"peak_lr": (0.3, 6.0), "weight_decay": (1e-5, 2e-3)},
+    ),
 }
+SHARED: dict[str, Range] = {"warmup_share": (0.05, 0.3), "label_smoothing": (0.01, 0.2)}
+"""Drawn for every method besides its own two, so that each tunes four numbers."""
+
+HELD_OUT = 10_000
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+def draw(method: str, batch: int, epochs: float, trial: int) -> Settings:
+    """Settings of one trial: a function of its arguments alone."""
+    fixed, ranges = METHODS[method]
+    generator = random.Random(f"{method} {batch} {epochs} {trial}")
+    drawn = {
+        name: math.exp(generator.uniform(math.log(low), math.log(high)))
+        for name, (low, high) in (ranges | SHARED).items()
+    }
+    warmup = drawn.pop("warmup_share") * epochs
+    settings = COMMON | fixed | {name: f"{value:.4g}" for name, value in drawn.items()}
+    settings |= {"global_batch_size": str(batch), "total_epochs": f"{epochs:g}"}
+    if settings.get("warmup") != "none":
+        settings["warmup_epochs"] = f"{warmup:.4g}"
+    if method == "LARS, batch-size control":  # half the batch in the first third, twice the batch at the end
+        sizes = {0.0: batch // 2, epochs / 3: batch, 2 * epochs / 3: 2 * batch}
+        settings["batch_sizes"] = ",".join(f"{at:.4g}:{size}" for at, size in sizes.items())
+    return settings
 
 
-def run(folder: Path, settings: dict[str, str]) -> float:
-    """Top-1 of one run; read from its folder if it has ended before."""
-    events = folder / "events.jsonl"
-    if not (events.exists() and '"run_end"' in events.read_text()):
-        command = [sys.executable, "-m", "megabatch", "train", "fashion_mnist", "--workers", "2", "--quiet"]
-        command += ["--output", str(folder)] + (["--resume"] if events.exists() else [])
-        for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    ends = [json.loads(line) for line in events.read_text().splitlines() if '"run_end"' in line]
-    return float(ends[-1]["top1"])
-
-
-def with_recomputed_statistics(folder: Path) -> float:
-    """Top-1 of a run's last weights, batch-norm statistics taken anew over 16,384 training images (eval_stats=precise).
-
-    A run of 73 steps ends before running averages have caught up with its weights.
-    """
+def train(settings: Mapping[str, str], *, held_out: bool) -> dict[str, Any]:
+    """Trains once in this process; returns top-1, updates and seconds."""
     import torch
 
-    from megabatch import nn as models
-    from megabatch.app.data import build_eval_loader, build_train_loader, eval_block_size, open_data
-    from megabatch.app.run import load_for_evaluation
-    from megabatch.comm.launch import World
-    from megabatch.recipe import from_json
+    from megabatch import recipes
+    from megabatch.app.data import Data, fit_to_data, open_data
+    from megabatch.app.run import open_run
+    from megabatch.comm.launch import join
+    from megabatch.recipe import override
     from megabatch.runtime import Runtime
-    from megabatch.train.checkpoint import list_checkpoints, load_state
-    from megabatch.train.evaluate import evaluate
-    from megabatch.train.precision import Precision
+    from megabatch.train.loop import train as run_loop
 
-    info = list_checkpoints(folder / "checkpoints")[-1]
-    recipe, runtime, world = from_json(info.recipe), Runtime(), World()
+    recipe, runtime = override(recipes.get("fashion_mnist"), settings), Runtime()
     data = open_data(recipe, runtime)
-    module = load_for_evaluation(recipe, runtime, load_state(info), world=world)
-    loader = build_train_loader(recipe, runtime, data.train, world=world)
-    models.begin_precise(module)
-    with torch.no_grad():
-        for batch in loader.batches((range(first, first + 512), 28) for first in range(0, 16_384, 512)):
-            module(batch.images)
-    models.finish_precise(module)
-    loader.close()
-    precision = Precision("fp32", world.device)
-    eval_loader = build_eval_loader(recipe, runtime, data.evaluation, world=world)
-    return evaluate(module, eval_loader, world=world, precision=precision, block_size=eval_block_size(recipe)).top1
+    if held_out:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        parts = [_subset(data.train, order[HELD_OUT:]), _subset(data.train, order[:HELD_OUT])]
+        data = Data(*parts, f"{data.origin}, {HELD_OUT:,} training images held out")
+    with (
+        join(device="auto", threads=1) as world,
+        tempfile.TemporaryDirectory() as folder,
+        open_run(
+            fit_to_data(recipe, data),
+            runtime,
+            data,
+            world=world,
+            folder=Path(folder) / "run",
+            stop_requested=lambda: False,
+            quiet=True,
+        ) as run,
+    ):
+        started = time.perf_counter()
+        result = run_loop(run)
+        seconds = time.perf_counter() - started
+        updates = run.state.step
+    return {"top1": result.top1 if result else None, "updates": updates, "seconds": seconds}
+
+
+def _subset(source: Any, indices: Any) -> Any:
+    from megabatch.data.sources.arrays import ArraySource
+
+    return ArraySource(source.images[indices], source.labels[indices], source.class_names)
+
+
+class Runs:
+    """Finished runs by their settings, kept in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.done = {self.key(row["settings"], row["held_out"]): row for row in map(json.loads, lines)}
+
+    @staticmethod
+    def key(settings: Mapping[str, str], held_out: bool) -> str:
+        return json.dumps([sorted(settings.items()), held_out])
+
+    def get(self, settings: Mapping[str, str], *, held_out: bool) -> dict[str, Any]:
+        """A run's row; trains it in a process of its own if it is missing. A run that diverges has top-1 0."""
+        key = self.key(settings, held_out)
+        if key not in self.done:
+            request = json.dumps({"settings": settings, "held_out": held_out})
+            command = [sys.executable, __file__, "--run", request]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            row: dict[str, Any] = {"settings": dict(settings), "held_out": held_out}
+            row |= json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else _failed(done.stderr)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.done[key] = row
+            print(f"top-1 {row['top1']:.4f} {_brief(settings)}", file=sys.stderr, flush=True)
+        return self.done[key]
+
+
+def _failed(stderr: str) -> dict[str, Any]:
+    """A run that ended with an error: only divergence counts as a result."""
+    last = stderr.strip().splitlines()[-1] if stderr.strip() else "no output"
+    if "DivergedError" not in stderr:
+        raise RuntimeError(f"a run failed: {last}")
+    return {"top1": 0.0, "updates": 0, "seconds": 0.0, "error": last}
+
+
+def _brief(settings: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items() if name not in COMMON)
+
+
+def study(
+    runs: Runs, method: str, batch: int, epochs: float, *, trials: int, seeds: int, parallel: int
+) -> dict[str, Any]:
+    """Tunes one method, then trains its best draw with every seed; returns a row of the table."""
+
+    def all_of(requests: Iterable[tuple[Settings, bool]]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(parallel) as pool:
+            return list(pool.map(lambda request: runs.get(request[0], held_out=request[1]), requests))
+
+    tried = all_of((draw(method, batch, epochs, trial), True) for trial in range(trials))
+    best = max(tried, key=lambda row: row["top1"])["settings"]
+    final = all_of((best | {"seed": str(seed)}, False) for seed in range(seeds))
+    top1 = [row["top1"] for row in final]
+    return {
+        "method": method,
+        "batch": batch,
+        "epochs": epochs,
+        "updates": max(row["updates"] for row in final),
+        "trials": trials,
+        "top1": top1,
+        "mean": statistics.mean(top1),
+        "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+        "settings": best,
+        "held_out": sorted((row["top1"] for row in tried), reverse=True),
+    }
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown: one line per method, batch and number of epochs."""
+    lines = ["| method | batch | epochs | updates | top-1, mean ± deviation | lowest | highest | seeds | trials |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        accuracy = f"{row['mean']:.4f} ± {row['deviation']:.4f} | {min(row['top1']):.4f} | {max(row['top1']):.4f}"
+        sizes = f"{row['batch']:,} | {row['epochs']:g} | {row['updates']:,}"
+        lines.append(f"| {row['method']} | {sizes} | {accuracy} | {len(row['top1'])} | {row['trials']} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against batch size, one line per method, one panel per number of epochs."""
+    from matplotlib.figure import Figure
+
+    epochs = sorted({row["epochs"] for row in rows})
+    figure = Figure(figsize=(6.0 * len(epochs), 4.0), layout="constrained")
+    for number, count in enumerate(epochs, start=1):
+        axes = figure.add_subplot(1, len(epochs), number, title=f"Fashion-MNIST, {count:g} epochs")
+        for method in dict.fromkeys(row["method"] for row in rows):
+            points = sorted(
+                (r["batch"], r["mean"], r["deviation"]) for r in rows if (r["method"], r["epochs"]) == (method, count)
+            )
+            if points:
+                batches, means, deviations = zip(*points, strict=True)
+                axes.errorbar(batches, means, deviations, label=method, marker="o", capsize=3)
+        axes.set(xscale="log", xlabel="global batch size, images", ylabel="top-1 on the test set")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    """Runs every method with every seed and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--only", nargs="*", default=list(METHODS))
+    """Runs what is missing, prints the table, writes summary and plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--method", nargs="*", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--batch", nargs="*", type=int, default=[256, 1024, 4096, 8192, 16384])
+    parser.add_argument("--epochs", nargs="*", type=float, default=[10.0, 32.0])
+    parser.add_argument("--trials", type=int, default=8, help="random draws of each method")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
-    rows = []
-    for name in options.only:
-        top1, recomputed = [], []
-        for seed in range(options.seeds):
-            ordered = {"total_epochs": f"{options.epochs:g}"} | COMMON | METHODS[name] | {"seed": str(seed)}
-            folder = options.output / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
-            top1.append(run(folder, ordered))
-            recomputed.append(with_recomputed_statistics(folder))
-            print(f"{name}, seed {seed}: top1 {top1[-1]:.4f}, recomputed {recomputed[-1]:.4f}", flush=True)
-        rows.append({"method": name, "running_averages": top1, "recomputed": recomputed})
-    print("\n| method | top-1 with running averages | with recomputed statistics | seeds |\n|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['method']} | {spread(row['running_averages'])} | {spread(row['recomputed'])} | {options.seeds} |"
-        )
-    settings = {name: COMMON | METHODS[name] for name in options.only}
-    summary = {"epochs": options.epochs, "rows": rows, "settings": settings}
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if options.run:
+        request = json.loads(options.run)
+        print(json.dumps(train(request["settings"], held_out=request["held_out"])))
+        return
+    if options.output is None:
+        parser.error("--output is needed: the folder for runs.jsonl, summary.json and accuracy.png")
+    options.output.mkdir(parents=True, exist_ok=True)
+    runs, rows = Runs(options.output / "runs.jsonl"), []
+    budget = {"trials": options.trials, "seeds": options.seeds, "parallel": options.parallel}
+    for epochs in options.epochs:
+        for batch in options.batch:
+            for method in options.method:
+                rows.append(study(runs, method, batch, epochs, **budget))
+                print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(rows))
+    (options.output / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, options.output / "accuracy.png")
 
 
 if __name__ == "__main__":
