@@ -15,6 +15,7 @@ import pytest
 from limits import HANG_S
 
 from megabatch.comm.autotune.choose import tuning_file
+from megabatch.errors import SettingsError
 from megabatch.files import cache_folder, create_unused, locked, printable, replacing, sha256_of, write_text
 from megabatch.kernels.tuning import table, use_table
 
@@ -81,7 +82,7 @@ def test_a_lock_excludes_another_thread(tmp_path):
     assert entered
 
 
-def test_a_user_without_a_home_folder_has_a_cache_folder(monkeypatch):
+def test_a_user_without_a_home_folder_has_a_cache_folder_of_their_own(tmp_path, monkeypatch):
     def unknown(uid):
         raise KeyError("getpwuid(): uid not found")
 
@@ -89,6 +90,14 @@ def test_a_user_without_a_home_folder_has_a_cache_folder(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert cache_folder() == Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"megabatch-{os.getuid()}").symlink_to(tmp_path)
+    assert cache_folder().parent == tmp_path
+    real = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: real + 1)
+    (tmp_path / f"megabatch-{real + 1}").mkdir()
+    with pytest.raises(SettingsError, match="belongs to another user; XDG_CACHE_HOME="):
+        cache_folder()
 
 
 def test_folders_created_at_the_same_time_differ(tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from megabatch.errors import SettingsError
+
 try:
     import fcntl
     import resource
@@ -27,6 +29,9 @@ def cache_folder() -> Path:
 
     A user without a home folder (HOME is not set and the user id has no entry in the password database, as in some
     containers) gets megabatch-UID in the folder for temporary files.
+
+    Raises:
+        SettingsError: megabatch-UID belongs to another user, who could have put anything there.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):
@@ -34,7 +39,10 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "megabatch"
     except (RuntimeError, KeyError):
-        return Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
+        folder = Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
+        if os.path.lexists(folder) and folder.lstat().st_uid != os.getuid():
+            raise SettingsError(f"{folder} belongs to another user; XDG_CACHE_HOME=/path/of/yours works") from None
+        return folder
 
 
 def create_unused(path: Path) -> Path:

@@ -72,7 +72,11 @@ def test_divergence_is_a_result_and_any_other_failure_stops_the_benchmark(large_
         def __init__(self, stderr):
             self.stderr = stderr
 
-    monkeypatch.setattr(large_batch.subprocess, "run", lambda *_, **__: Failed("megabatch.errors.DivergedError: the loss is nan at step 3"))
+    monkeypatch.setattr(
+        large_batch.subprocess,
+        "run",
+        lambda *_, **__: Failed("megabatch.errors.DivergedError: the loss is nan at step 3"),
+    )
     runs = large_batch.Runs(tmp_path / "runs.jsonl")
     assert runs.get({"seed": "0"}, held_out=True)["top1"] == 0.0
     monkeypatch.setattr(large_batch.subprocess, "run", lambda *_, **__: Failed("ImportError: gone"))
