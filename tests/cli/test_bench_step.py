@@ -24,8 +24,9 @@ def test_every_variant_is_measured_and_the_options_of_the_fastest_are_printed(tm
     assert "torch" in str(written["environment"])
     names = [variant["variant"] for variant in written["variants"]]
     micro_batches = ["bf16 in micro-batches of 8", "bf16 in micro-batches of 4"]
-    assert names == ["fp32", "bf16", "bf16 with torch kernels", *micro_batches]
-    assert [variant["micro_batch_size"] for variant in written["variants"]][3:] == [8, 4]
+    unfused = ["fp32 with torch kernels", "bf16 with torch kernels", "fp32 in NCHW"]
+    assert names == ["fp32", "bf16", *unfused, *micro_batches]
+    assert [variant["micro_batch_size"] for variant in written["variants"]][-2:] == [8, 4]
     for variant in written["variants"]:
         assert len(variant["seconds"]) >= 3
         assert variant["variant"] in done.stdout
@@ -44,7 +45,8 @@ def test_invalid_input_prints_one_line_and_exits_with_code_2(arguments, monkeypa
 
 def test_the_printed_options_select_the_runtime_settings():
     recipe = recipes.get("fashion_mnist")
-    for variant in variants_to_measure(recipe, 512, device="cuda", compiled=True):
+    variants = [v for device in ("cuda", "cpu") for v in variants_to_measure(recipe, 512, device=device, compiled=True)]
+    for variant in variants:
         runtime = Runtime()
         words = dict(
             pair.split(" ", 1) if " " in pair else (pair, True)
@@ -53,6 +55,7 @@ def test_the_printed_options_select_the_runtime_settings():
         for key in ("precision", "capture", "fusion"):
             assert str(getattr(variant.runtime, key)) == words.get(key, getattr(runtime, key))
         assert variant.runtime.compile is bool(words.get("compile", False))
+        assert variant.runtime.channels_last is not bool(words.get("no-channels-last", False))
         assert str(variant.runtime.micro_batch_size or "") == words.get("micro-batch-size", "")
 
 

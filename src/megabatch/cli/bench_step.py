@@ -81,13 +81,17 @@ def bench_step(
 def variants_to_measure(recipe: Recipe, images: int, *, device: str, compiled: bool) -> list[Variant]:
     """Returns each precision with default options; in 16 bit also without graph capture, unfused and in micro-batches.
 
+    On a CPU also float32 unfused and in the other memory layout: processors without 16-bit arithmetic train in float32.
     With `compiled`, each precision is measured with torch.compile too.
     """
     precisions = ["fp32", "bf16", "fp16"] if device == "cuda" else ["fp32", "bf16"]
     variants = [_variant(f"{name}", precision=name) for name in precisions]
     if device == "cuda":
         variants += [_variant(f"{name} without graph", precision=name, capture="off") for name in precisions[1:]]
-    variants += [_variant(f"{name} with torch kernels", precision=name, fusion="plain") for name in precisions[1:]]
+    unfused = precisions[1:] if device == "cuda" else precisions
+    variants += [_variant(f"{name} with torch kernels", precision=name, fusion="plain") for name in unfused]
+    if device == "cpu":
+        variants.append(_variant("fp32 in NCHW", precision="fp32", channels_last=False))
     size = images // 2
     while size >= recipe.bn_span and size >= images // 8:
         if size % recipe.bn_span == 0:
@@ -143,7 +147,7 @@ def as_json(measured: Sequence[Measured], recipe: Recipe, images: int) -> dict[s
 
 
 def _variant(name: str, **changes: Any) -> Variant:
-    flags = {"compile": "--compile"}
+    flags = {"compile": "--compile", "channels_last": "--no-channels-last"}
     options = [flags.get(key) or f"--{key.replace('_', '-')} {value}" for key, value in changes.items()]
     return Variant(name, Runtime(**changes), " ".join(options))
 
