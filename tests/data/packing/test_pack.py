@@ -1,8 +1,10 @@
 """Packing: same bytes for any number of workers, no sample lost, no image enlarged, interrupted runs resumed."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -295,3 +297,13 @@ def test_a_class_name_with_a_line_break_is_rejected(tmp_path):
     (tmp_path / "in" / "cat\ndog" / "1.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match="cannot be stored as a line"):
         pack(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_full_disk_is_one_error_that_names_the_shard_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megabatch.data.packing.shard._HashingWriter.write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out/(train|val)-\d+\.tar'"):
+        pack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

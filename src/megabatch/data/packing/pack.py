@@ -6,10 +6,11 @@ are stored. Any number of threads therefore writes the same files, and an interr
 exists, was made from the same samples with the same options and matches its checksum is kept.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +83,25 @@ def pack(
     class_names = parts[0].source.class_names
     _check_class_names(class_names)
     shards = [shard for part in parts for shard in _plan_shards(part, dst, shard_bytes, options)]
-    dst.mkdir(parents=True, exist_ok=True)
-    _check_for_other_shards(dst, shards)
-    progress = _Progress(sum(len(shard.samples) for shard in shards), on_progress)
-    done = _make_all(shards, options, progress, workers or usable_cores())
-    write_text(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
-    write_text(dst / MANIFEST_FILE, _manifest(shards, done, options, class_names))
+    with _folder_for_shards(dst):
+        _check_for_other_shards(dst, shards)
+        progress = _Progress(sum(len(shard.samples) for shard in shards), on_progress)
+        done = _make_all(shards, options, progress, workers or usable_cores())
+        write_text(dst / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
+        write_text(dst / MANIFEST_FILE, _manifest(shards, done, options, class_names))
     return _report(dst, shards, done, class_names)
+
+
+@contextlib.contextmanager
+def _folder_for_shards(dst: Path) -> Iterator[None]:
+    """Creates the folder; removes it again if the block fails before there is a file in it."""
+    dst.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds files
+            dst.rmdir()
+        raise
 
 
 def _check_arguments(src: Path, dst: Path, shard_bytes: int, max_side: int | None, quality: int | None) -> None:

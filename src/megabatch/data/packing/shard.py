@@ -18,7 +18,7 @@ from megabatch.data.jpeg.formats import preferred_ending, sniff
 from megabatch.data.packing.input import Part
 from megabatch.data.sources.tar_index import build_index, index_path, open_index, write_index
 from megabatch.errors import DataError
-from megabatch.files import sha256_of
+from megabatch.files import replacing, sha256_of
 
 DEFAULT_QUALITY = 90
 
@@ -65,15 +65,10 @@ def make_shard(shard: Shard, options: Options, on_samples: Callable[[int], None]
         on_samples(len(shard.samples))
         return kept
     index_path(shard.path).unlink(missing_ok=True)  # first, so that an old index never describes a new tar
-    unfinished = shard.path.with_name(shard.path.name + ".part")
-    try:
+    with replacing(shard.path) as unfinished:
         with unfinished.open("wb") as file:
             sums = _write_tar(shard, options, file, on_samples)
-        extra = {"plan": shard.plan, **sums}
-        index = build_index(unfinished, extra=extra)
-        unfinished.replace(shard.path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        index = build_index(unfinished, extra={"plan": shard.plan, **sums})
     write_index(index, index_path(shard.path))
     return FinishedShard(index.header, shard.path.stat().st_size, len(index), False)
 

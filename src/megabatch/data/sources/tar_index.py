@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from megabatch.data.sources.layout import is_hidden
 from megabatch.errors import DataError
+from megabatch.files import replacing
 
 FORMAT = "megabatch tar index 1"
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
@@ -107,15 +107,8 @@ def write_index(index: ShardIndex, path: Path) -> None:
     """Writes an index atomically; OSError if the folder is read-only."""
     line = json.dumps(index.header, ensure_ascii=True, sort_keys=True).encode()
     line += b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(line + index.records.tobytes() + index.names.tobytes())
-            file.flush()
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with replacing(path) as part:
+        part.write_bytes(line + index.records.tobytes() + index.names.tobytes())
 
 
 def list_members(tar: Path) -> list[Member]:
