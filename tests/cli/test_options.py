@@ -102,3 +102,17 @@ def test_a_tilde_is_the_home_folder_in_python(monkeypatch, tmp_path):
         load_model("~/run")
     with pytest.raises(UserError, match=f"{tmp_path}/run"):
         write_report([Path("~/run")], Path("~/report.html"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "photos", "--data", ""], "after --data is empty"),
+        (["train", "photos", "--data="], "--data is empty"),
+        (["train", "photos", "--output", "", "--quiet"], "after --output is empty"),
+        (["data", "check", ""], "after check is empty"),
+        (["evaluate", ""], "after evaluate is empty"),
+    ],
+)
+def test_an_empty_path_is_refused_as_it_would_be_the_current_folder(arguments, said):
+    assert said in error_line(megabatch(*arguments))

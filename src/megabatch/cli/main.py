@@ -1,6 +1,7 @@
 """The `megabatch` command: its verbs, and how errors reach a person (one line, and the exit code)."""
 
 import contextlib
+import itertools
 import os
 import sys
 from types import FrameType
@@ -19,6 +20,7 @@ from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
 from megabatch.comm.local_workers import handling
+from megabatch.errors import SettingsError
 from megabatch.files import raise_open_file_limit
 
 app = typer.Typer(
@@ -66,6 +68,7 @@ def main() -> None:
     try:
         # A worker that waits for others in C++ code would not notice: there the signals keep their default action.
         with contextlib.nullcontext() if "RANK" in os.environ else handling(_interrupt):
+            _refuse_empty(sys.argv[1:])
             app()
     except KeyboardInterrupt:  # the second Ctrl-C of a run
         sys.exit(1)
@@ -79,6 +82,17 @@ def main() -> None:
 def _interrupt(number: int, _: FrameType | None) -> None:
     """Ends a verb in such a way that it removes its temporary files; training and local workers handle signals too."""
     sys.exit(128 + number)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuses empty arguments, such as --data "$UNSET": an empty path is the current folder."""
+    for before, argument in itertools.pairwise(["megabatch", *arguments]):
+        option, equals, value = argument.partition("=")
+        if not argument or (option.startswith("--") and equals and not value):
+            raise SettingsError(
+                f"the argument {option if equals else 'after ' + before} is empty, maybe as a shell variable is not "
+                "set; a value is needed, and . is the current folder"
+            )
 
 
 def _expand_home(argument: str) -> str:

@@ -59,7 +59,8 @@ def find_layout(path: Path | str, *, kind: str | None = None) -> Layout:
     if path.is_file():
         return Layout(path, "parquet" if path.suffix == ".parquet" else "tars", {"train": [path]})
     if not path.is_dir():
-        raise DataError(f"there is no {path}; {_NEEDED}")
+        what = f"{path} is neither a folder nor a plain file" if path.exists() else f"there is no {path}"
+        raise DataError(f"{what}; {_NEEDED}")
     split = _split_folders(path) if kind in {None, "folders"} else None
     if split is not None and len(split) > 1 and (kind or any(_has_image(folder) for (folder,) in split.values())):
         return Layout(path, "folders", split, [] if kind else _archives_beside(path))
