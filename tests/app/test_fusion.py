@@ -55,7 +55,7 @@ def _force(set_fusion, model, fusion):
     ("values", "has_norms", "has_convolutions", "words"),
     [
         ({}, True, True, "fused batch norm and convolutions"),
-        ({"precision": "fp32"}, True, True, "fused batch norm"),
+        ({"precision": "fp32"}, True, True, "fused batch norm and convolutions"),
         ({}, True, False, "fused batch norm"),
         ({}, False, False, "torch kernels (compiling ours needs a C compiler, on Linux)"),
         ({"fusion": "plain"}, True, True, "torch kernels"),
@@ -64,7 +64,7 @@ def _force(set_fusion, model, fusion):
 )
 def test_a_run_names_its_kernel_implementation(monkeypatch, values, has_norms, has_convolutions, words):
     monkeypatch.setattr(runtime.cpu_batch_norm, "is_available", lambda: has_norms)
-    monkeypatch.setattr(runtime.cpu_conv, "is_available", lambda: has_convolutions)
+    monkeypatch.setattr(runtime.cpu_conv, "is_available", lambda _: has_convolutions)
     precision = Precision(values.get("precision", "bf16"), torch.device("cpu"))
     assert runtime.describe_kernels(Runtime(**values), precision, torch.device("cpu")) == words
 

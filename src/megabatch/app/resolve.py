@@ -142,5 +142,5 @@ def describe_kernels(runtime: Runtime, precision: Precision, device: torch.devic
         return "fused kernels" if has_triton() else "torch kernels (Triton is not installed)"
     if not cpu_batch_norm.is_available():
         return "torch kernels (compiling ours needs a C compiler, on Linux)"
-    convolutions = precision.name == "bf16" and cpu_conv.is_available()
+    convolutions = cpu_conv.is_available(precision.dtype)
     return "fused batch norm and convolutions" if convolutions else "fused batch norm"

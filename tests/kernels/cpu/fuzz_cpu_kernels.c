@@ -15,12 +15,25 @@ typedef struct { /* as megabatch/kernels/cpu/batch_norm.py packs it */
 
 typedef struct { /* as megabatch/kernels/cpu/conv.py packs it */
     int64_t count, height, width, inputs, outputs, down, across, out_height, out_width, stride, padding, threads;
-    uint16_t *images, *weight, *gradient, *result;
+    void *images, *weight, *gradient, *result;
 } Conv;
 
 int megabatch_norm_forward(const Norm *), megabatch_norm_backward(const Norm *);
-int megabatch_conv_runs_here(void), megabatch_conv_forward(const Conv *);
-int megabatch_conv_data_gradient(const Conv *), megabatch_conv_weight_gradient(const Conv *);
+
+typedef struct {
+    int (*runs_here)(void), (*forward)(const Conv *), (*data_gradient)(const Conv *), (*weight_gradient)(const Conv *);
+    int64_t is_bf16, lanes;
+} Kernels;
+
+#define DECLARE(name)                                                                           \
+    int megabatch_conv_##name##_runs_here(void), megabatch_conv_##name##_forward(const Conv *); \
+    int megabatch_conv_##name##_data_gradient(const Conv *), megabatch_conv_##name##_weight_gradient(const Conv *);
+#define KERNELS(name, is_bf16, lanes)                                                                   \
+    {megabatch_conv_##name##_runs_here, megabatch_conv_##name##_forward,                                \
+     megabatch_conv_##name##_data_gradient, megabatch_conv_##name##_weight_gradient, is_bf16, lanes}
+
+DECLARE(bf16) DECLARE(avx512) DECLARE(avx2)
+static const Kernels all_kernels[] = {KERNELS(bf16, 1, 16), KERNELS(avx512, 0, 16), KERNELS(avx2, 0, 8)};
 
 static uint64_t state = 88172645463325252u;
 
@@ -90,35 +103,38 @@ static void fuzz_norm(void) {
     if (norm.dz) must_be_written("dz", norm.dz, size, is_bf16);
 }
 
-static void fuzz_conv(void) {
-    Conv conv = {8 + below(30), 1 + below(12), 1 + below(12), 16 * (1 + below(6)), 16 * (1 + below(6))};
+static void fuzz_conv(const Kernels *kernels) {
+    int64_t lanes = kernels->lanes, is_bf16 = kernels->is_bf16;
+    Conv conv = {8 + below(30), 1 + below(12), 1 + below(12), lanes * (1 + below(6)), lanes * (1 + below(6))};
     conv.down = 1 + below(4), conv.across = 1 + below(4), conv.stride = 1 + below(3), conv.padding = below(4);
     if (below(8) == 0) conv.height = 30 + below(20), conv.width = 30 + below(20), conv.count = 8;
-    if (below(3) == 0) conv.inputs = 1 + below(15); /* few channels: conv_few.c */
+    if (below(3) == 0) conv.inputs = 1 + below(lanes - 1); /* few channels: conv_few.h */
     conv.threads = 1 + below(3);
     int64_t down = conv.height + 2 * conv.padding - conv.down, across = conv.width + 2 * conv.padding - conv.across;
     if (down < 0 || across < 0) return;
     conv.out_height = down / conv.stride + 1, conv.out_width = across / conv.stride + 1;
     int64_t in_size = conv.count * conv.height * conv.width * conv.inputs;
     int64_t out_size = conv.count * conv.out_height * conv.out_width * conv.outputs;
-    int64_t weight_size = conv.outputs * conv.down * conv.across * conv.inputs;
-    conv.images = drawn(in_size, 1), conv.weight = drawn(weight_size, 1), conv.result = blank(out_size, 1);
-    if (megabatch_conv_forward(&conv)) exit(3);
-    must_be_written("convolution", conv.result, out_size, 1);
-    conv.gradient = drawn(out_size, 1), conv.result = blank(in_size, 1);
-    if (conv.inputs % 16 == 0 && megabatch_conv_data_gradient(&conv)) exit(3);
-    if (conv.inputs % 16 == 0) must_be_written("data gradient", conv.result, in_size, 1);
-    conv.result = blank(weight_size, 1);
-    if (megabatch_conv_weight_gradient(&conv)) exit(3);
-    must_be_written("weight gradient", conv.result, weight_size, 1);
+    int64_t weight_size = conv.outputs * conv.down * conv.across * conv.inputs, is_few = conv.inputs % lanes != 0;
+    conv.images = drawn(in_size, is_bf16), conv.weight = drawn(weight_size, is_bf16);
+    conv.result = blank(out_size, is_bf16);
+    if (kernels->forward(&conv)) exit(3);
+    must_be_written("convolution", conv.result, out_size, is_bf16);
+    conv.gradient = drawn(out_size, is_bf16), conv.result = blank(in_size, is_bf16);
+    if (!is_few && kernels->data_gradient(&conv)) exit(3);
+    if (!is_few) must_be_written("data gradient", conv.result, in_size, is_bf16);
+    conv.result = blank(weight_size, is_bf16);
+    if (kernels->weight_gradient(&conv)) exit(3);
+    must_be_written("weight gradient", conv.result, weight_size, is_bf16);
 }
 
 int main(int argc, char **argv) {
     int num_convs = 0;
     for (int round = atoi(argv[argc - 1]); round > 0; round--) {
+        const Kernels *kernels = &all_kernels[round % 3];
         fuzz_norm();
         free_all();
-        if (megabatch_conv_runs_here()) fuzz_conv(), num_convs++;
+        if (kernels->runs_here()) fuzz_conv(kernels), num_convs++;
         free_all();
     }
     printf("%d\n", num_convs);

@@ -47,6 +47,6 @@ def test_kernels_stay_within_their_buffers_and_write_every_value(tmp_path):
     command = ["gcc", *checks, *map(str, sources), "-o", str(program), "-lm"]
     if subprocess.run(command, capture_output=True, check=False, timeout=HANG_S).returncode != 0:
         pytest.skip("the compiler has no sanitizers or no OpenMP")
-    done = subprocess.run([str(program), "250"], capture_output=True, text=True, timeout=HANG_S, check=False)
+    done = subprocess.run([str(program), "300"], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) in {0, 250}
+    assert int(done.stdout) in {0, 100, 200, 300}  # of three kinds of convolutions, those that run here

@@ -14,6 +14,7 @@ from megabatch.nn.resnet import resnet18
 from megabatch.nn.small import resnet8
 
 needs_kernels = pytest.mark.skipif(not cpu_conv.is_available(), reason="no compiled kernels or no AVX-512 BF16")
+needs_float32 = pytest.mark.skipif(not cpu_conv.is_available(torch.float32), reason="no compiled kernels or no AVX2")
 
 
 def images(*shape: int) -> Tensor:
@@ -72,14 +73,44 @@ def test_unsupported_convolutions_run_in_torch(layer):
         assert torch.equal(y, layer(x))
 
 
-@needs_kernels
-def test_float32_and_layers_with_hooks_run_in_torch():
-    layer, x, seen = nn.Conv2d(16, 16, 3, padding=1, bias=False), images(8, 16, 8, 8), []
-    assert not is_ours(convolve(layer, x, "auto"))
+@needs_float32
+def test_layers_with_hooks_run_in_torch():
+    layer, x, seen = nn.Conv2d(16, 32, 1, stride=2, bias=False), images(8, 16, 8, 8), []
+    assert is_ours(convolve(layer, x, "auto"))
     layer.register_forward_hook(lambda *_: seen.append(1))
-    with autocast():
-        assert not is_ours(convolve(layer, x, "auto"))
+    assert not is_ours(convolve(layer, x, "auto"))
     assert seen == [1]
+
+
+@needs_float32
+def test_only_the_type_of_autocast_is_computed():
+    layer, x = nn.Conv2d(16, 32, 1, stride=2, bias=False), images(8, 16, 8, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            y = convolve(layer, x, "auto")
+        assert y.dtype == dtype
+        assert is_ours(y) == cpu_conv.is_available(dtype)
+    with pytest.raises(RuntimeError, match="type"):
+        convolve(layer, x.bfloat16(), "auto")
+
+
+@needs_float32
+@pytest.mark.parametrize("make", [lambda: resnet8(in_channels=3), lambda: resnet18(small_stem=True)])
+def test_float32_gradients_of_a_network_are_as_close_to_float64_as_torchs(make):
+    """Relative error against float64, all gradients as one vector; with fusion some convolutions are compiled."""
+
+    def gradients(fusion: str, dtype: torch.dtype) -> Tensor:
+        torch.manual_seed(3)
+        model = make().to(dtype=dtype, memory_format=torch.channels_last)
+        set_fusion(model, fusion)
+        logits = model(images(16, 3, 16, 16).to(dtype))
+        nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    exact = gradients("plain", torch.float64)
+    ours, plain = ((gradients(fusion, torch.float32) - exact).norm() / exact.norm() for fusion in ("auto", "plain"))
+    assert ours != plain
+    assert ours < 1.5 * plain + 1e-6
 
 
 @needs_kernels

@@ -11,11 +11,13 @@ from megabatch.nn.fused.norm_act import is_hooked
 
 
 def convolve(layer: nn.Module, x: Tensor, backend: Backend) -> Tensor:
-    """layer(x) of a convolution, in autocast's dtype; by the CPU kernel for bfloat16 with "auto", else by torch."""
+    """layer(x) of a convolution, in autocast's dtype; with "auto" by the CPU kernels where they support it."""
     if backend == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling() and _is_plain(layer):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        images, weight = x, layer.weight
         # Under autocast x and the weight are cast here, as torch's own convolution does.
-        if dtype == torch.bfloat16 and cpu_conv.supports(images := x.to(dtype), weight := layer.weight.to(dtype)):
+        if torch.is_autocast_enabled("cpu") and cpu_conv.is_available(dtype := torch.get_autocast_dtype("cpu")):
+            images, weight = x.to(dtype), layer.weight.to(dtype)
+        if cpu_conv.supports(images, weight):
             return cpu_conv.conv2d(images, weight, stride=layer.stride[0], padding=int(layer.padding[0]))
     y: Tensor = layer(x)
     return y

@@ -2,52 +2,52 @@
  *
  *     tile[row, lane] += sum over pixels of rows[pixel, row] lanes[pixel, lane]
  *
- * A panel is as many rows of a tile as 24 registers hold sums for; the other 8 registers hold operands. */
-#include "conv.h"
+ * A panel is as many rows of a tile as PANEL registers hold sums for; the others hold operands. */
 
-#ifdef HAS_DOT_PRODUCTS
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+/* `length` pixels that are adjacent in two packed matrices, whose products are summed over them: `lanes` has the
+ * channels that fill registers, `rows` the channels of which one at a time is broadcast to all lanes. */
+typedef struct {
+    const Value *lanes, *rows;
+    int64_t length;
+} Run;
 
 /* One panel. `vectors` and `rows` must be compile-time constants, so that the loops unroll and `sums` stays in
  * registers; CASE provides them. `row_first` is the offset of the panel's first row within a pixel. */
 INLINE void add_runs(int vectors, int rows, const Run *runs, int64_t num_runs, int64_t lanes_step, int64_t row_first,
                      int64_t rows_step, float *tile) {
-    __m512 sums[24];
+    Sums sums[PANEL];
 #pragma GCC unroll 24
     for (int at = 0; at < rows * vectors; at++) {
-        sums[at] = _mm512_setzero_ps();
+        sums[at] = (Sums){0};
         /* The tile is needed only at the end: by then it has arrived in the cache. */
         _mm_prefetch((const char *)(tile + at * VECTOR), _MM_HINT_T0);
     }
     for (const Run *run = runs; run < runs + num_runs; run++) {
-        const uint16_t *lanes = run->lanes, *values = run->rows + row_first;
+        const Value *lanes = run->lanes, *values = run->rows + row_first;
         for (int64_t left = run->length; left > 0; left--, lanes += lanes_step, values += rows_step) {
-            __m512i pairs[4];
+            Words words[4];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) pairs[v] = _mm512_loadu_si512(lanes + 2 * VECTOR * v);
+            for (int v = 0; v < vectors; v++) words[v] = loaded(lanes + PER_WORD * VECTOR * v);
 #pragma GCC unroll 24
             for (int row = 0; row < rows; row++) {
-                /* One row's pair, the same pixel of two images, broadcast to all lanes. */
-                __m512i pair = _mm512_set1_epi32(*(const Pair *)(values + 2 * row));
+                Words word = repeated(values + PER_WORD * row);
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++)
-                    sums[row * vectors + v] = add_products(sums[row * vectors + v], pairs[v], pair);
+                    sums[row * vectors + v] = add_products(sums[row * vectors + v], words[v], word);
             }
         }
     }
 #pragma GCC unroll 24
     for (int at = 0; at < rows * vectors; at++) {
         float *to = tile + at * VECTOR;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sums[at]));
+        *(SumsAnywhere *)to = loaded_sums(to) + sums[at];
     }
 }
 
 #define CASE(vectors, rows)                                                                   \
     case 100 * vectors + rows:                                                                \
-        add_runs(vectors, rows, runs, num_runs, lanes_step, row_first, rows_step, tile);      \
+        if (vectors * rows <= PANEL && vectors <= PANEL_VECTORS)                              \
+            add_runs(vectors, rows, runs, num_runs, lanes_step, row_first, rows_step, tile);  \
         break;
 
 TARGET static void add_panel(int64_t vectors, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
@@ -61,29 +61,20 @@ TARGET static void add_panel(int64_t vectors, int64_t rows, const Run *runs, int
     }
 }
 
-/* See conv.h. `lanes_step` and `rows_step` are the values from one pixel to the next; panels are of nearly equal
- * size. */
-void conv_add_panels(int64_t lanes, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
+/* tile[row, lane] += sum over the pixels of all runs of rows[pixel, row] lanes[pixel, lane]. `lanes_step` and
+ * `rows_step` are the values from one pixel to the next; panels are of nearly equal size. */
+static void add_panels(int64_t lanes, int64_t rows, const Run *runs, int64_t num_runs, int64_t lanes_step,
                      int64_t rows_step, float *tile) {
-    int64_t vectors = lanes / VECTOR, panels = ceil_div(rows, vectors == 1 ? 16 : 24 / vectors);
+    int64_t vectors = lanes / VECTOR, panels = ceil_div(rows, min_of(16, PANEL / vectors));
     for (int64_t panel = 0; num_runs && panel < panels; panel++) {
         int64_t first = rows * panel / panels, count = rows * (panel + 1) / panels - first;
-        add_panel(vectors, count, runs, num_runs, lanes_step, 2 * first, rows_step, tile + first * lanes);
+        add_panel(vectors, count, runs, num_runs, lanes_step, PER_WORD * first, rows_step, tile + first * lanes);
     }
 }
 
-/* 16 values of the result: parts are added in ascending order and rounded once. */
-TARGET void conv_add_parts(const float *sums, int64_t parts, int64_t size, uint16_t *result) {
-    __m512 sum = _mm512_loadu_ps(sums);
-    for (int64_t part = 1; part < parts; part++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part * size));
-    _mm256_storeu_si256((void *)result, (__m256i)_mm512_cvtneps_pbh(sum));
+/* result[0:VECTOR] = the sum of `parts` vectors that are `size` values apart, in ascending order, rounded once. */
+TARGET static void add_parts(const float *sums, int64_t parts, int64_t size, Value *result) {
+    Sums sum = loaded_sums(sums);
+    for (int64_t part = 1; part < parts; part++) sum += loaded_sums(sums + part * size);
+    store_sums(result, sum);
 }
-
-int64_t conv_thread(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-#endif

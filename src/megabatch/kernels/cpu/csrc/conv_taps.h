@@ -4,13 +4,8 @@
  *     dx[n, p, c] = sum over k, tap of weight[k, tap, c] dy[n, (p + padding - tap) / stride, k]
  *
  * Taps that fall on padding are left out of the sum: at 4 x 4 pixels that saves a third of the arithmetic. A tile is
- * the same pixel of several images, which therefore all use the same taps, times 16 or 32 channels; its sums stay in
- * registers from the first tap to the last. */
-#include "conv.h"
-
-#include <stdlib.h>
-
-#ifdef HAS_DOT_PRODUCTS
+ * the same pixel of several images, which therefore all use the same taps, times one or two registers of channels; its
+ * sums stay in registers from the first tap to the last. */
 
 /* More tasks than threads, so that a thread that finishes early takes over work. */
 enum { TASKS_PER_THREAD = 16 };
@@ -20,8 +15,8 @@ enum { TASKS_PER_THREAD = 16 };
 typedef struct {
     int64_t is_gradient, depth, lanes, vectors, blocks;
     int64_t from_height, from_width, to_height, to_width;
-    const uint16_t *from;
-    uint16_t *to;
+    const Value *from;
+    Value *to;
 } Product;
 
 static Product product_of(const Conv *conv, int is_gradient) {
@@ -40,24 +35,21 @@ static Product product_of(const Conv *conv, int is_gradient) {
     return product;
 }
 
-/* Packs the weights of one block of lanes as (taps, pairs of depth, lanes, 2). */
-TARGET static void pack_block(const Conv *conv, const Product *product, int64_t block, uint16_t *packed) {
+/* Packs the weights of one block of lanes as (taps, words of depth, lanes, PER_WORD). */
+TARGET static void pack_block(const Conv *conv, const Product *product, int64_t block, Value *packed) {
     int64_t taps = conv->taps_down * conv->taps_across, row = taps * conv->inputs, lanes = VECTOR * product->vectors;
-    const __m512i rows = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)row));
     for (int64_t tap = 0; tap < taps; tap++)
-        for (int64_t at = 0; at < product->depth; at += 2, packed += 2 * lanes) {
-            const uint16_t *from = conv->weight + tap * conv->inputs;
-            /* Data gradient: lanes are inputs, adjacent in memory; the pair is two outputs, one `row` apart. */
+        for (int64_t at = 0; at < product->depth; at += PER_WORD, packed += PER_WORD * lanes) {
+            const Value *from = conv->weight + tap * conv->inputs;
+            /* Data gradient: lanes are inputs, adjacent in memory; a word of two is outputs one `row` apart. */
             if (product->is_gradient) {
                 from += at * row + block * lanes;
                 interleave(from, from + row, lanes, packed);
                 continue;
             }
-            /* Output: the pair is two adjacent inputs, gathered from 16 outputs that are one `row` apart each. */
-            for (int64_t lane = 0; lane < lanes; lane += VECTOR)
-                _mm512_storeu_si512(packed + 2 * lane,
-                                    _mm512_i32gather_epi32(rows, from + (block * lanes + lane) * row + at, 2));
+            /* Output: words are adjacent inputs, of outputs that are one `row` apart each. */
+            for (int64_t lane = 0; lane < lanes; lane++)
+                *(Word *)(packed + PER_WORD * lane) = *(const Word *)(from + (block * lanes + lane) * row + at);
         }
 }
 
@@ -74,13 +66,13 @@ static int64_t source_index(const Conv *conv, const Product *product, int64_t at
 
 /* Lists the taps that contribute to one pixel of `to`; returns how many there are. */
 static int64_t find_terms(const Conv *conv, const Product *product, int64_t row, int64_t column,
-                          const uint16_t *weights, Term *terms) {
+                          const Value *weights, Term *terms) {
     int64_t found = 0, tap_size = product->depth * VECTOR * product->vectors;
     for (int64_t down = 0; down < conv->taps_down; down++) {
         int64_t y = source_index(conv, product, row, down, product->from_height);
         for (int64_t across = 0; y >= 0 && across < conv->taps_across; across++) {
             int64_t x = source_index(conv, product, column, across, product->from_width);
-            const uint16_t *of_tap = weights + (down * conv->taps_across + across) * tap_size;
+            const Value *of_tap = weights + (down * conv->taps_across + across) * tap_size;
             if (x >= 0) terms[found++] = (Term){of_tap, (y * product->from_width + x) * product->depth};
         }
     }
@@ -88,7 +80,7 @@ static int64_t find_terms(const Conv *conv, const Product *product, int64_t row,
 }
 
 /* Computes one row of pixels of `to`, all channels, for the images from `first` up to `end`. */
-static void fill_row(const Conv *conv, const Product *product, const uint16_t *packed, int64_t row, int64_t first,
+static void fill_row(const Conv *conv, const Product *product, const Value *packed, int64_t row, int64_t first,
                      int64_t end) {
     int64_t taps = conv->taps_down * conv->taps_across, lanes = VECTOR * product->vectors;
     int64_t from_image = product->from_height * product->from_width * product->depth;
@@ -97,10 +89,10 @@ static void fill_row(const Conv *conv, const Product *product, const uint16_t *p
     /* Blocks outermost: one block's packed weights stay in the cache for the whole row. */
     for (int64_t block = 0; block < product->blocks; block++)
         for (int64_t column = 0; column < product->to_width; column++) {
-            const uint16_t *weights = packed + block * taps * product->depth * lanes;
+            const Value *weights = packed + block * taps * product->depth * lanes;
             int64_t num_terms = find_terms(conv, product, row, column, weights, terms);
             int64_t pixel = (row * product->to_width + column) * product->lanes + block * lanes;
-            conv_add_tile(product->vectors, end - first, terms, num_terms, product->from + first * from_image,
+            add_tile(product->vectors, end - first, terms, num_terms, product->from + first * from_image,
                           from_image, product->depth, product->to + first * to_image + pixel, to_image);
         }
 }
@@ -110,9 +102,10 @@ static int run(const Conv *conv, int is_gradient) {
     Product product = product_of(conv, is_gradient);
     int64_t taps = conv->taps_down * conv->taps_across, block_size = taps * product.depth * VECTOR * product.vectors;
     /* A task is a group of images, as many as fit into registers, times a range of rows. */
-    int64_t tiles = ceil_div(conv->count, most_images(product.vectors));
+    int64_t from_image = product.from_height * product.from_width * product.depth;
+    int64_t tiles = ceil_div(conv->count, most_images(product.vectors, from_image));
     int64_t cuts = min_of(product.to_height, ceil_div(TASKS_PER_THREAD * conv->threads, tiles));
-    uint16_t *packed = aligned_alloc(64, product.blocks * block_size * sizeof *packed);
+    Value *packed = allocate(product.blocks * block_size / PER_WORD);
     if (!packed) return 1;
 #pragma omp parallel num_threads((int)conv->threads)
     {
@@ -129,21 +122,3 @@ static int run(const Conv *conv, int is_gradient) {
     free(packed);
     return 0;
 }
-
-/* 1 if this processor supports the instructions used here, else 0. */
-PUBLIC int megabatch_conv_runs_here(void) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
-}
-
-/* result = y. Returns 0, or 1 if memory cannot be allocated. */
-PUBLIC int megabatch_conv_forward(const Conv *conv) {
-    return conv->inputs % VECTOR ? conv_few_forward(conv) : run(conv, 0);
-}
-
-/* result = dx. Returns 0, or 1 if memory cannot be allocated. */
-PUBLIC int megabatch_conv_data_gradient(const Conv *conv) { return run(conv, 1); }
-
-#else
-PUBLIC int megabatch_conv_runs_here(void) { return 0; }
-#endif
