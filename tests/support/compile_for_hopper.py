@@ -150,12 +150,17 @@ def statistics() -> None:
     """One span, accumulated by the same launch, and several; both kinds of sinks."""
     from megabatch.kernels.norm.passes import measure
     from megabatch.kernels.statistics import RunningAverages, SpanSums
+    from megabatch.kernels.step_averages import LayerStatistics, StepAverages
 
     sums = SpanSums(*torch.zeros(2, 513).unbind())
     averages = RunningAverages(*torch.zeros(2, 256).unbind(), torch.tensor(0), 0.1)
     for sink in (sums, averages):
         for span in (2, 1):
             measure(images(256), span=span, eps=1e-5, sink=sink, backend="triton")
+    layers = [LayerStatistics(sums.first, sums.total, averages.mean, averages.var, averages.num_forwards)]
+    kernels = StepAverages()
+    for first in (True, False):
+        kernels.move(layers, kernels.take(layers, first=first), 0.1)
 
 
 def loss() -> None:

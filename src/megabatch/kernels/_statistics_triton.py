@@ -215,3 +215,62 @@ def keep_kernel(
         mask,
         columns,
     )
+
+
+# Columns of the table of `step_averages.StepAverages`, one row of seven int64 values per layer.
+_FIRST = tl.constexpr(0)
+_TOTAL = tl.constexpr(1)
+_MEAN = tl.constexpr(2)
+_VAR = tl.constexpr(3)
+_COUNTER = tl.constexpr(4)
+_CHANNELS = tl.constexpr(5)
+_START = tl.constexpr(6)
+_ROW = tl.constexpr(7)
+
+
+@triton.jit
+def _vector(table, column: tl.constexpr):
+    """Pointer to a float32 vector of this program's layer."""
+    return tl.load(table + tl.program_id(0) * _ROW + column).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def take_sums_kernel(table, taken, first: tl.constexpr, block: tl.constexpr):
+    """Copies the sums of each layer, `first` or else `total`, to its place in `taken`, and zeroes both.
+
+    Grid: (layers, blocks of the 2C + 1 values of the widest layer).
+    """
+    row = table + tl.program_id(0) * _ROW
+    value = tl.program_id(1) * block + tl.arange(0, block)
+    mask = value < 2 * tl.load(row + _CHANNELS) + 1
+    firsts, totals = _vector(table, _FIRST), _vector(table, _TOTAL)
+    source = firsts if first else totals
+    tl.store(taken + tl.load(row + _START) + value, tl.load(source + value, mask=mask), mask=mask)
+    zeros = tl.zeros((block,), dtype=tl.float32)
+    tl.store(firsts + value, zeros, mask=mask)
+    tl.store(totals + value, zeros, mask=mask)
+
+
+@triton.jit
+def _lerp(running, total, count, momentum, column, mask):
+    """As torch.lerp, which gives exactly the new value where momentum is 1; without spans nothing changes."""
+    old = tl.load(running + column, mask=mask, other=0.0)
+    new = tl.load(total + column, mask=mask, other=0.0) / tl.where(count > 0, count, 1.0)
+    new = tl.where(count > 0, new, old)
+    moved = tl.where(momentum < 0.5, old + momentum * (new - old), new - (new - old) * (1 - momentum))
+    tl.store(running + column, moved, mask=mask)
+
+
+@triton.jit
+def move_averages_kernel(table, taken, momentum, block: tl.constexpr):
+    """Moves the running averages of each layer towards the mean over its spans. Grid as in `take_sums_kernel`."""
+    row = table + tl.program_id(0) * _ROW
+    channels = tl.load(row + _CHANNELS)
+    sums = taken + tl.load(row + _START)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    count = tl.load(sums + 2 * channels)
+    _lerp(_vector(table, _MEAN), sums, count, momentum, column, column < channels)
+    _lerp(_vector(table, _VAR), sums + channels, count, momentum, column, column < channels)
+    if tl.program_id(1) == 0:
+        counter = tl.load(row + _COUNTER).to(tl.pointer_type(tl.int64))
+        tl.store(counter, tl.load(counter) + 1)

@@ -1,5 +1,6 @@
 """Evaluation statistics of batch norm, computed from those of the training spans; independent of the world size."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Literal
 
@@ -8,9 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
+from megabatch.kernels.dispatch import Backend
+from megabatch.kernels.step_averages import LayerStatistics, StepAverages, supports
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 
 EvalStats = Literal["running", "running_all_reduced", "last_batch", "precise"]
+
+_KERNELS: weakref.WeakKeyDictionary[nn.Module, StepAverages] = weakref.WeakKeyDictionary()
+"""Device memory of the kernels, by the first layer of a model."""
 
 
 def span_layers(model: nn.Module) -> Iterator[SpanBatchNorm2d]:
@@ -46,7 +52,9 @@ def discard_step(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None) -> None:
+def finish_step(
+    model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None, backend: Backend = "auto"
+) -> None:
     """Updates running averages from the statistics of the step's spans. Call it once a step, on all ranks of `group`.
 
         running = (1 - stats_momentum) * running + stats_momentum * statistic
@@ -62,6 +70,7 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
     - "precise": as "running_all_reduced", until `finish_precise` replaces the averages.
 
     Sends one all-reduce of 2C + 1 values per layer, with all layers in one message; none without torch.distributed.
+    On a GPU with Triton all layers are updated in two launches, if their stats_momentum is the same.
 
     Raises:
         UserError: an unknown `eval_stats`.
@@ -70,11 +79,16 @@ def finish_step(model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessG
     layers = [layer for layer in span_layers(model) if layer.accumulate_statistics]
     if not layers:
         return
+    momentum = _common_momentum(layers, eval_stats)
+    tensors = [_tensors(layer) for layer in layers]
+    if momentum is not None and supports(tensors, backend):
+        kernels = _KERNELS.setdefault(layers[0], StepAverages())
+        totals = kernels.take(tensors, first=eval_stats == "running")
+        _sum_over_ranks(totals, eval_stats, group)
+        kernels.move(tensors, totals, momentum)
+        return
     totals = torch.cat([layer.first_span if eval_stats == "running" else layer.span_sum for layer in layers])
-    if dist.is_available() and dist.is_initialized():
-        if eval_stats == "running" and dist.get_rank(group) != 0:
-            totals.zero_()
-        dist.all_reduce(totals, group=group)
+    _sum_over_ranks(totals, eval_stats, group)
     for layer, total in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
         layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.next_momentum())
     discard_step(model)
@@ -117,6 +131,26 @@ def finish_precise(model: nn.Module, *, group: dist.ProcessGroup | None = None) 
         dist.all_reduce(totals, group=group)
     for layer, moments in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
         _set_pooled(layer, moments)
+
+
+def _common_momentum(layers: list[SpanBatchNorm2d], eval_stats: EvalStats) -> float | None:
+    """Weight of the new statistics, or None if it differs between layers or must be read from them."""
+    if eval_stats == "last_batch":
+        return 1.0
+    return layers[0].momentum if len({layer.momentum for layer in layers}) == 1 else None
+
+
+def _tensors(layer: SpanBatchNorm2d) -> LayerStatistics:
+    return LayerStatistics(
+        layer.first_span, layer.span_sum, layer.running_mean, layer.running_var, layer.num_batches_tracked
+    )
+
+
+def _sum_over_ranks(totals: Tensor, eval_stats: EvalStats, group: dist.ProcessGroup | None) -> None:
+    if dist.is_available() and dist.is_initialized():
+        if eval_stats == "running" and dist.get_rank(group) != 0:
+            totals.zero_()
+        dist.all_reduce(totals, group=group)
 
 
 def _check_kind(eval_stats: str) -> None:
