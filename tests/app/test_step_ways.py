@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from megabatch.app.model import build_model, build_optimizer
 from megabatch.app.resolve import check, choose_capture
 from megabatch.app.run import open_run
+from megabatch.app.state import build_state
 from megabatch.comm.launch import World
 from megabatch.errors import DivergedError, SettingsError
 from megabatch.observe.events import read_events
@@ -21,7 +22,7 @@ from megabatch.runtime import Runtime
 from megabatch.train import step as update
 from megabatch.train.cuda_graph import CapturedStep, Readback
 from megabatch.train.loop import train
-from megabatch.train.precision import Precision
+from megabatch.train.precision import LossScale, Precision
 from megabatch.train.schedule import apply_settings, settings_at
 from megabatch.train.step import captured_work
 
@@ -57,7 +58,8 @@ def tensors_of(run):
     optimizer += [value for group in run.state.optimizer.param_groups for value in group.values()]
     model = [*run.state.module.parameters(), *run.state.module.buffers()]
     copies = run.state.copies.tensors.values()
-    return [t.detach() for t in (*model, *optimizer, *copies) if isinstance(t, torch.Tensor)]
+    scale = vars(run.state.precision.loss_scale).values() if run.state.precision.loss_scale else ()
+    return [t.detach() for t in (*model, *optimizer, *copies, *scale) if isinstance(t, torch.Tensor)]
 
 
 def run_captured(folder, recipe, runtime):
@@ -220,6 +222,39 @@ def test_skipped_steps_keep_the_schedule_and_too_many_in_a_row_stop_the_run(tmp_
     for number, event in enumerate(steps):
         assert event["lr"] == settings_at(recipe, number, 48 * number).lr
         assert event["skipped_steps"] == number + 1
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_captured_step_in_fp16_skips_an_overflow_without_the_host(tmp_path, monkeypatch):
+    """The first scale is too large by 2^14 for some gradients, so the first steps are skipped."""
+    recipe = tiny_recipe(num_train_images=480, total_epochs=1.0, ema_half_life_epochs=0.3)
+    runtime = Runtime(precision="fp16", micro_batch_size=24)
+    monkeypatch.setattr(
+        "megabatch.app.run.choose_precision", lambda _, device: Precision("fp16", device, init_scale=2.0**24)
+    )
+    plain = run_tiny(tmp_path / "plain", recipe, runtime=runtime)
+    monkeypatch.setattr("megabatch.app.run.build_state", functools.partial(build_state_fused, build_state))
+    monkeypatch.setattr(LossScale, "overflowed", lambda _: pytest.fail("the host waits for the device"))
+    captured = run_captured(tmp_path / "captured", recipe, runtime)
+    steps = [[e for e in read_events(tmp_path / name / "events.jsonl") if e["event"] == "step"] for name in PLACES]
+    assert captured["replays"] == 7
+    assert 0 < steps[0][-1]["skipped_steps"] < 10
+    for one, other in zip(*steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert (one["loss_scale"], one["skipped_steps"]) == (other["loss_scale"], other["skipped_steps"])
+    for name, tensor in plain["weights"].items():
+        torch.testing.assert_close(captured["weights"][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+PLACES = ("plain", "captured")
+
+
+def build_state_fused(build, *args, capturable, **options):
+    """A state whose optimizer uses its kernels, interpreted."""
+    state = build(*args, capturable=True, **options)
+    for group in state.optimizer.param_groups:
+        group["fused"] = True
+    return state
 
 
 def has_compiler():

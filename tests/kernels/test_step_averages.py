@@ -53,6 +53,22 @@ def test_two_launches_for_all_layers_give_what_one_layer_after_another_gives(kin
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_overflow_discards_the_statistics_of_its_step_alone(backend: Any) -> None:
+    model, plain = model_of(), model_of()
+    for step, overflow in enumerate((0.0, 1.0, 0.0)):
+        forward(model, step)
+        if overflow:
+            for layer in model:
+                layer.span_sum.fill_(torch.nan)  # type: ignore[union-attr,operator]
+        else:
+            forward(plain, step)
+            finish_step(plain, eval_stats="running_all_reduced", backend=backend)
+        finish_step(model, eval_stats="running_all_reduced", backend=backend, overflow=torch.tensor(overflow))
+    assert all(map(torch.equal, state(model), state(plain)))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_averages_whose_tensors_were_replaced_are_found_anew() -> None:
     model = model_of()
     forward(model, 0)

@@ -160,7 +160,7 @@ def statistics() -> None:
     layers = [LayerStatistics(sums.first, sums.total, averages.mean, averages.var, averages.num_forwards)]
     kernels = StepAverages()
     for first in (True, False):
-        kernels.move(layers, kernels.take(layers, first=first), 0.1)
+        kernels.move(layers, kernels.take(layers, first=first), 0.1, torch.zeros(()) if first else None)
 
 
 def loss() -> None:

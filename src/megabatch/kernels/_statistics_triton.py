@@ -262,15 +262,23 @@ def _lerp(running, total, count, momentum, column, mask):
 
 
 @triton.jit
-def move_averages_kernel(table, taken, momentum, block: tl.constexpr):
-    """Moves the running averages of each layer towards the mean over its spans. Grid as in `take_sums_kernel`."""
+def move_averages_kernel(table, taken, momentum, overflow, skips: tl.constexpr, block: tl.constexpr):
+    """Moves the running averages of each layer towards the mean over its spans. Grid as in `take_sums_kernel`.
+
+    With `skips`, nothing changes if the number at `overflow` is not 0.
+    """
     row = table + tl.program_id(0) * _ROW
     channels = tl.load(row + _CHANNELS)
     sums = taken + tl.load(row + _START)
     column = tl.program_id(1) * block + tl.arange(0, block)
+    moved = channels
+    if skips:
+        moved = tl.where(tl.load(overflow) == 0, channels, 0)
+    mask = column < moved
     count = tl.load(sums + 2 * channels)
-    _lerp(_vector(table, _MEAN), sums, count, momentum, column, column < channels)
-    _lerp(_vector(table, _VAR), sums + channels, count, momentum, column, column < channels)
-    if tl.program_id(1) == 0:
-        counter = tl.load(row + _COUNTER).to(tl.pointer_type(tl.int64))
-        tl.store(counter, tl.load(counter) + 1)
+    _lerp(_vector(table, _MEAN), sums, count, momentum, column, mask)
+    _lerp(_vector(table, _VAR), sums + channels, count, momentum, column, mask)
+    # Only the program with channel 0 updates the counter.
+    counter = tl.load(row + _COUNTER).to(tl.pointer_type(tl.int64)) + column
+    first = mask & (column == 0)
+    tl.store(counter, tl.load(counter, mask=first, other=0) + 1, mask=first)

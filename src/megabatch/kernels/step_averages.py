@@ -65,14 +65,18 @@ class StepAverages:
         return taken
 
     @torch.no_grad()
-    def move(self, layers: Sequence[LayerStatistics], taken: Tensor, momentum: float) -> None:
+    def move(
+        self, layers: Sequence[LayerStatistics], taken: Tensor, momentum: float, overflow: Tensor | None = None
+    ) -> None:
         """running = (1 - momentum) running + momentum (mean over spans), for all layers; `taken` is as from `take`.
 
-        Averages of a layer without spans are unchanged. The counter of each layer is incremented.
+        Averages of a layer without spans are unchanged. The counter of each layer is incremented. If `overflow`, a 0-d
+        float32 tensor, is not 0, nothing changes.
         """
+        skips = overflow is not None
         with on_device(taken):
             load("kernels._statistics_triton").move_averages_kernel[_grid(layers)](
-                self._send(layers), taken, momentum, block=BLOCK, num_warps=4
+                self._send(layers), taken, momentum, overflow if skips else taken, skips=skips, block=BLOCK, num_warps=4
             )
 
     def _send(self, layers: Sequence[LayerStatistics]) -> Tensor:

@@ -19,7 +19,7 @@ from megabatch.train.checkpoint import checkpoint_path
 from megabatch.train.evaluate import evaluate_run
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
-from megabatch.train.step import PendingStep, require_finite, start_step
+from megabatch.train.step import PendingStep, count_skipped, require_finite, start_step
 
 
 def train(run: Run) -> Evaluation | None:
@@ -66,6 +66,7 @@ class _InFlightSteps:
 
     def _finish(self, step: PendingStep) -> bool:
         require_finite(self._run, step)
+        count_skipped(self._run, step)
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled_at)
         self._settled_at = now
@@ -110,8 +111,8 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
         "resolution": settings.resolution,
         "images_per_s": settings.count / seconds,
     }
-    if run.state.precision.loss_scale:
-        event |= {"loss_scale": run.state.precision.loss_scale.value, "skipped_steps": run.state.skipped_steps}
+    if step.scale:
+        event |= {"loss_scale": step.scale.read()[1], "skipped_steps": run.state.skipped_steps}
     return event | (run.exchange_report() if run.exchange_report else {})
 
 

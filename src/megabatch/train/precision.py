@@ -2,7 +2,8 @@
 
 Weights, the optimizer's gradients, batch-norm statistics, logits and loss are fp32 in all of them. fp16 needs a loss
 scale: backward multiplies gradients by it, and they are divided by it, in fp32, before the optimizer (and any trust
-ratio) reads them. A step whose gradients overflow is skipped on all workers, because the exchanged gradients are equal.
+ratio) reads them. A step whose gradients overflow is skipped on all workers, because the exchanged gradients are equal;
+the other formats have the range of fp32, and there an overflow means that the run diverged, which the loss shows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,46 +21,47 @@ STEPS_TO_GROW = 2000
 class LossScale:
     """Loss scale for fp16, a power of two: fixed, or halved at an overflow and doubled after 2,000 steps without one.
 
-    `factor` is a 0-d tensor with a fixed address, so that a captured graph reads the current value. `unscale`
-    synchronises with the device once a step, to decide whether the step is skipped.
+    All of it is in 0-d tensors with fixed addresses, so that a captured graph checks for an overflow and adapts the
+    scale without the host.
+
+    Attributes:
+        factor: the scale, float32.
+        overflow: 1 if the last gradients overflowed, else 0, float32.
     """
 
     def __init__(self, device: torch.device, value: float, *, dynamic: bool) -> None:
         self.dynamic = dynamic
-        self.value = value
         self.factor = torch.tensor(value, device=device)
-        self.good_steps = 0
+        self.overflow = torch.zeros((), device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self._largest = max(value, LARGEST_SCALE)
 
-    def unscale(self, gradients: list[Tensor]) -> bool:
-        """Divides `gradients` in place and adapts a dynamic scale; returns True if all gradients were finite."""
-        found_inf = torch.zeros((), device=self.factor.device)
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self.factor.reciprocal())
-        finite = not bool(found_inf)
+    @property
+    def value(self) -> float:
+        """The present scale; waits for the device."""
+        return float(self.factor)
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Divides `gradients` in place, sets `overflow` and adapts a dynamic scale, all on the device."""
+        self.overflow.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.overflow, self.factor.reciprocal())
         if self.dynamic:
-            self._adapt(finite)
-        return finite
+            torch._amp_update_scale_(self.factor, self._good_steps, self.overflow, 2.0, 0.5, STEPS_TO_GROW)
+            self.factor.clamp_(max=self._largest)
 
-    def _adapt(self, finite: bool) -> None:
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self._set(self.value / 2)
-        elif self.good_steps == STEPS_TO_GROW:
-            self._set(min(2 * self.value, LARGEST_SCALE))
-            self.good_steps = 0
-
-    def _set(self, value: float) -> None:
-        self.value = value
-        self.factor.fill_(value)
+    def overflowed(self) -> bool:
+        """True if the last gradients overflowed; waits for the device."""
+        return bool(self.overflow)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return {"scale": self.value, "good_steps": self.good_steps}
+        return {"scale": self.value, "good_steps": int(self._good_steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; a fixed scale is unchanged."""
         if self.dynamic:
-            self._set(float(state["scale"]))
-            self.good_steps = int(state.get("good_steps", 0))
+            self.factor.fill_(float(state["scale"]))
+            self._good_steps.fill_(int(state.get("good_steps", 0)))
 
 
 class Precision:
@@ -98,13 +100,6 @@ class Precision:
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the loss scale (1 unless fp16)."""
         return loss if self.loss_scale is None else loss * self.loss_scale.factor
-
-    def unscale(self, gradients: list[Tensor]) -> bool:
-        """Divides exchanged gradients by the loss scale, in place; returns False if the step must be skipped.
-
-        Only fp16 skips: in the other formats an overflow means that the run diverged, which the loss shows.
-        """
-        return self.loss_scale is None or self.loss_scale.unscale(gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale."""

@@ -1,9 +1,10 @@
 """One optimizer step of a run: set the rates, compute gradients, update; executed directly or replayed from a graph."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class PendingStep:
     started: float  # time.perf_counter
     scalars: Readback  # loss sum over the global batch, number of workers with a stop request
     images: Tensor  # this worker's last micro-batch, to locate a non-finite value
+    scale: Readback | None = None  # fp16: 1 if gradients overflowed, so that the step changed nothing; loss scale after
 
     def loss(self) -> float:
         """The global mean loss."""
@@ -54,15 +56,14 @@ def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Pe
     pending = PendingStep(settings, started, Readback(_sum_over_workers(run, loss_sum)), latest.batch.images)
     if not pending.scalars.is_asynchronous:
         require_finite(run, pending)
-    if (captured and state.precision.loss_scale is None) or _update(run):
-        state.skipped_in_a_row = 0
-        if state.average:
-            state.average.update(settings.count / run.recipe.num_train_images)
-    else:
-        _skip(run, settings)
+    if not (captured and _never_waits(run)):
+        _update(run)
+    if state.average:
+        state.average.update(settings.count / run.recipe.num_train_images)
     state.step += 1
     state.samples_seen = settings.next_sample
-    return pending
+    scale = state.precision.loss_scale
+    return replace(pending, scale=Readback(torch.stack([scale.overflow, scale.factor]))) if scale else pending
 
 
 def require_finite(run: Run, step: PendingStep) -> None:
@@ -81,16 +82,34 @@ def require_finite(run: Run, step: PendingStep) -> None:
     )
 
 
-def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int) -> tuple[Tensor, list[Tensor]]:
-    """The part of a step that a CUDA graph holds: gradients and, without a loss scale, the update.
+def count_skipped(run: Run, step: PendingStep) -> None:
+    """Counts steps that an overflow skipped. Their samples count as seen: the schedule depends on samples only.
 
-    A loss scale needs its overflow check on the host before the update. `tensors` are those of the micro-batches one
-    after another, all with the same parts. Returns loss sum and gradients.
+    Raises:
+        DivergedError: MOST_SKIPPED steps in a row.
+    """
+    if step.scale is None:
+        return
+    state, (overflow, scale) = run.state, step.scale.read()
+    state.skipped_steps += int(overflow)
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflow else 0
+    if state.skipped_in_a_row >= MOST_SKIPPED:
+        raise DivergedError(
+            f"{MOST_SKIPPED} steps in a row overflowed fp16, the last at step {step.settings.step} with loss scale "
+            f"{scale:g}; precision=bf16 works without a scale, and a fixed loss scale may "
+            "be too large; earlier checkpoints are kept"
+        )
+
+
+def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int) -> tuple[Tensor, list[Tensor]]:
+    """The part of a step that a CUDA graph holds: gradients and, where it never waits for the device, the update.
+
+    `tensors` are those of the micro-batches one after another, all with the same parts. Returns loss sum and gradients.
     """
     size = len(tensors) // num_micro_batches
     batches = [_joined(tensors[first : first + size]) for first in range(0, len(tensors), size)]
     loss_sum = _accumulate(run, count, iter(batches), num_micro_batches)
-    if run.state.precision.loss_scale is None:
+    if _never_waits(run):
         _update(run)
     return loss_sum, [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
 
@@ -116,7 +135,7 @@ def _captures(run: Run, settings: StepSettings) -> bool:
 
 
 def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
-    """As `_gradients`; includes the update unless there is a loss scale."""
+    """As `_gradients`; includes the update if it never waits."""
     assert run.captured is not None
     inputs = [next(batches) for _ in run.micro_batches(settings)]
     tensors = [tensor for batch in inputs for tensor in _parts(batch)]
@@ -151,28 +170,35 @@ def _objective(run: Run, count: int) -> Objective:
     return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies)
 
 
-def _update(run: Run) -> bool:
-    """Updates weights and batch-norm statistics; returns False, with nothing changed, if a gradient overflowed."""
-    if not run.state.precision.unscale([p.grad for p in _parameters(run) if p.grad is not None]):
-        return False
-    run.state.optimizer.step()
-    run.state.copies.written_by(run.state.optimizer)
-    finish_step(run.state.module, eval_stats=run.recipe.eval_stats)
-    return True
+def _update(run: Run) -> None:
+    """Updates weights and batch-norm statistics; changes neither, and drops the step's, if a gradient overflowed."""
+    state, scale, overflow = run.state, run.state.precision.loss_scale, None
+    if scale is not None:
+        scale.unscale([p.grad for p in _parameters(run) if p.grad is not None])
+        if _never_waits(run):
+            overflow = scale.overflow
+        elif scale.overflowed():
+            discard_step(state.module)
+            return
+    with _skipping(state.optimizer, overflow):
+        state.optimizer.step()
+    state.copies.written_by(state.optimizer)
+    finish_step(state.module, eval_stats=run.recipe.eval_stats, overflow=overflow)
 
 
-def _skip(run: Run, settings: StepSettings) -> None:
-    """Records a skipped step. Its samples count as seen: the schedule depends on samples only."""
-    state = run.state
-    state.skipped_steps += 1
-    state.skipped_in_a_row += 1
-    discard_step(state.module)
-    if state.skipped_in_a_row >= MOST_SKIPPED and state.precision.loss_scale:
-        raise DivergedError(
-            f"{MOST_SKIPPED} steps in a row overflowed fp16, the last at step {settings.step} with loss scale "
-            f"{state.precision.loss_scale.value:g}; precision=bf16 works without a scale, and a fixed loss scale may "
-            "be too large; earlier checkpoints are kept"
-        )
+def _never_waits(run: Run) -> bool:
+    """True if an update reads nothing back: without a loss scale, and where the optimizer's kernel reads its flag."""
+    return run.state.precision.loss_scale is None or getattr(run.state.optimizer, "_step_supports_amp_scaling", False)
+
+
+@contextlib.contextmanager
+def _skipping(optimizer: torch.optim.Optimizer, overflow: Tensor | None) -> Iterator[None]:
+    """Within the block a step of `optimizer` changes nothing if `overflow` is not 0; in torch.amp's protocol."""
+    optimizer.found_inf = overflow  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _sum_over_workers(run: Run, loss_sum: Tensor) -> Tensor:

@@ -53,7 +53,12 @@ def discard_step(model: nn.Module) -> None:
 
 @torch.no_grad()
 def finish_step(
-    model: nn.Module, *, eval_stats: EvalStats, group: dist.ProcessGroup | None = None, backend: Backend = "auto"
+    model: nn.Module,
+    *,
+    eval_stats: EvalStats,
+    group: dist.ProcessGroup | None = None,
+    overflow: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> None:
     """Updates running averages from the statistics of the step's spans. Call it once a step, on all ranks of `group`.
 
@@ -70,7 +75,8 @@ def finish_step(
     - "precise": as "running_all_reduced", until `finish_precise` replaces the averages.
 
     Sends one all-reduce of 2C + 1 values per layer, with all layers in one message; none without torch.distributed.
-    On a GPU with Triton all layers are updated in two launches, if their stats_momentum is the same.
+    On a GPU with Triton all layers are updated in two launches, if their stats_momentum is the same. If `overflow`, a
+    0-d float32 tensor, is not 0, the step's statistics are discarded, as by `discard_step`, without the host.
 
     Raises:
         UserError: an unknown `eval_stats`.
@@ -85,12 +91,12 @@ def finish_step(
         kernels = _KERNELS.setdefault(layers[0], StepAverages())
         totals = kernels.take(tensors, first=eval_stats == "running")
         _sum_over_ranks(totals, eval_stats, group)
-        kernels.move(tensors, totals, momentum)
+        kernels.move(tensors, totals, momentum, overflow)
         return
     totals = torch.cat([layer.first_span if eval_stats == "running" else layer.span_sum for layer in layers])
     _sum_over_ranks(totals, eval_stats, group)
     for layer, total in zip(layers, torch.split(totals, [_num_totals(layer) for layer in layers]), strict=True):
-        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.next_momentum())
+        layer.move_averages(total, 1.0 if eval_stats == "last_batch" else layer.next_momentum(), overflow)
     discard_step(model)
 
 

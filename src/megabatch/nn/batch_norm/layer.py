@@ -180,16 +180,19 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
             squares = variance * (count - 1).clamp(min=0) + count * mean.square()
             self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))
 
-    def move_averages(self, totals: Tensor, momentum: float) -> None:
+    def move_averages(self, totals: Tensor, momentum: float, overflow: Tensor | None = None) -> None:
         """running = (1 - momentum) * running + momentum * mean over spans; unchanged without spans.
 
         `totals` (2C + 1): sums over spans of means and of variances, and the number of spans; a short span counts less.
+        If `overflow` is not 0, nothing changes.
         """
+        if overflow is not None:
+            totals = torch.where(overflow == 0, totals, 0.0)
         count = totals[-1]
         statistics = (totals[:-1] / torch.where(count > 0, count, 1)).view(2, -1)
         for running, new in zip((self.running_mean, self.running_var), statistics, strict=True):
             running.lerp_(torch.where(count > 0, new, running), momentum)
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1 if overflow is None else overflow == 0)
 
     def _counts_for_group(self) -> bool:
         """True on the one rank of a group that adds the shared span to its sums."""
