@@ -2,16 +2,17 @@
 """Triton kernels of 1x1 convolutions as matrix products. `conv1x1` imports this module when a kernel first runs.
 
 Layout: images (N, C, H, W) in channels_last format are row-major matrices of N H W rows (pixels) and C columns
-(channels). The rows are cut into spans of `span_rows` rows, of which the last may be shorter, and each span into row
-tiles of `block_rows` rows; a row tile never has rows of two spans. Statistics (mean, rstd) are (spans, C); scale and
-bias are (C,). `inputs` and `outputs` count the input and output channels C and K of the convolution.
+(channels). The rows are cut into spans of `span_rows` rows, of which the last may be shorter, each span into parts of
+`rows_per_part` rows, and those into tiles of `block_rows` rows; a tile never has rows of two spans. Statistics (mean,
+rstd) are (spans, C); scale and bias are (C,). `inputs` and `outputs` count the input and output channels C and K of the
+convolution.
 
 The convolution's input h = relu((x - mean) rstd scale + bias) is never in memory: a kernel computes it from each tile
 of x that it reads. Matrices that are read in tiles come as tensor descriptors, for the copy engine (TMA) of a Hopper
 GPU; stores, and tensors that are read once, use pointers and masks, because a row tile may end inside a block.
 
-forward_kernel and data_gradient_kernel are persistent: about two programs per multiprocessor loop over all tiles.
-Products are accumulated in float32.
+A program of forward_kernel or data_gradient_kernel walks down one part of one span and adds up its sums over all tiles:
+with about two programs per multiprocessor, few partial sums are left to add. Products are accumulated in float32.
 """
 
 import triton
@@ -48,18 +49,34 @@ def _normalise_relu(x, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, co
 
 
 @triton.jit
-def _store_moments(partials, row_tile, values, column, count, columns, block_rows: tl.constexpr):
-    """Stores each column's mean and sum of squared differences from it, over one row tile.
+def _locate_part(num_rows, span_rows, rows_per_part, num_parts, blocks_across):
+    """Returns this program's part, counted over all spans, its span, first row and number of rows.
 
-    `partials` is (row tiles, 2, columns). `passes.combine_moments` combines the tiles of a span; differences from the
-    tile's own mean keep float32 sums accurate.
+    The number is 0 where the last span is too short for this part.
+    """
+    # Neighbouring programs share their rows, so that those running at the same time find them in the L2 cache.
+    part = tl.program_id(0) // blocks_across
+    span = part // num_parts
+    start = span.to(tl.int64) * span_rows  # int64: times the channels it may exceed 2^31
+    offset = (part % num_parts) * rows_per_part
+    size = tl.minimum(num_rows - start, span_rows).to(tl.int32)
+    return part, span, start + offset, tl.maximum(tl.minimum(size - offset, rows_per_part), 0)
+
+
+@triton.jit
+def _add_moments(mean, squares, values, before, count, block_rows: tl.constexpr):
+    """Adds a tile of `count` rows to each column's mean and sum of squared differences from it over `before` rows.
+
+    With the tile's mean t and sum of squares S:  d = t - m;  m += d c / (b + c);  M2 += S + d^2 b c / (b + c)    (Chan,
+    Golub and LeVeque 1979). Differences from the tile's own mean keep float32 sums accurate.
     """
     in_span = (tl.arange(0, block_rows) < count)[:, None]
-    mean = tl.sum(tl.where(in_span, values, 0.0), axis=0) / tl.maximum(count, 1).to(tl.float32)
-    difference = tl.where(in_span, values - mean[None, :], 0.0)
-    target = partials + row_tile * 2 * columns + column
-    tl.store(target, mean, mask=column < columns)
-    tl.store(target + columns, tl.sum(difference * difference, axis=0), mask=column < columns)
+    tile_mean = tl.sum(tl.where(in_span, values, 0.0), axis=0) / count.to(tl.float32)
+    difference = tl.where(in_span, values - tile_mean[None, :], 0.0)
+    share = count.to(tl.float32) / (before + count).to(tl.float32)
+    between = tile_mean - mean
+    squares += tl.sum(difference * difference, axis=0) + between * between * (share * before)
+    return mean + between * share, squares
 
 
 @triton.jit
@@ -74,8 +91,8 @@ def forward_kernel(
     partials,
     num_rows,
     span_rows,
-    tiles_per_span,
-    num_row_tiles,
+    rows_per_part,
+    num_parts,
     normalise: tl.constexpr,
     inputs,
     outputs,
@@ -84,33 +101,40 @@ def forward_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Forward: y = h weight^T, and the moments of each row tile of y after rounding.
+    """Forward: y = h weight^T, and the moments of each part of y after rounding.
 
-    Each iteration of a program computes one tile (block_rows, block_outputs) of y, summing over all input channels in
-    steps of block_inputs. x (rows, inputs) and weight (outputs, inputs) are descriptors; y is (rows, outputs). Without
-    `normalise` h is x.
+    A program computes block_outputs columns of y in one part, tile by tile (block_rows, block_outputs), each summed
+    over all input channels in steps of block_inputs. x (rows, inputs) and weight (outputs, inputs) are descriptors; y
+    is (rows, outputs); partials (spans, parts, 2, outputs). Without `normalise` h is x.
     """
-    num_output_tiles = (outputs + block_outputs - 1) // block_outputs
-    # Consecutive tiles share their rows of x, so that programs running at the same time find them in the L2 cache.
-    for tile in range(tl.program_id(0), num_row_tiles * num_output_tiles, tl.num_programs(0)):
-        row_tile = tile // num_output_tiles
-        first_output = (tile % num_output_tiles) * block_outputs
-        span, first_row, count = _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+    blocks_across = (outputs + block_outputs - 1) // block_outputs
+    first_output = (tl.program_id(0) % blocks_across) * block_outputs
+    part, span, part_row, part_size = _locate_part(num_rows, span_rows, rows_per_part, num_parts, blocks_across)
+    column = first_output + tl.arange(0, block_outputs)
+    row = tl.arange(0, block_rows)
+    mean = tl.zeros((block_outputs,), dtype=tl.float32)
+    squares = tl.zeros((block_outputs,), dtype=tl.float32)
+    for done in range(0, part_size, block_rows):
+        first_row = part_row + done
+        count = tl.minimum(part_size - done, block_rows)
         total = tl.zeros((block_rows, block_outputs), dtype=tl.float32)
         for first_input in range(0, inputs, block_inputs):
             h = x.load([first_row.to(tl.int32), first_input])
             if normalise:
-                column = first_input + tl.arange(0, block_inputs)
-                h = _normalise_relu(h, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, column, count, inputs, block_rows)
+                channel = first_input + tl.arange(0, block_inputs)
+                h = _normalise_relu(
+                    h, mean_ptr, rstd_ptr, scale_ptr, bias_ptr, span, channel, count, inputs, block_rows
+                )
             total = tl.dot(h, weight.load([first_output, first_input]).T, total, input_precision=precision)
-        column = first_output + tl.arange(0, block_outputs)
-        row = tl.arange(0, block_rows)
         rounded = total.to(y_ptr.dtype.element_ty)
         target = y_ptr + first_row * outputs + row[:, None] * outputs + column[None, :]
         # The mask keeps rows of the next span, which the block also covers, from being overwritten.
         tl.store(target, rounded, mask=(row < count)[:, None] & (column < outputs)[None, :])
         # Moments of the rounded values: these are what the next batch norm reads.
-        _store_moments(partials, row_tile, rounded.to(tl.float32), column, count, outputs, block_rows)
+        mean, squares = _add_moments(mean, squares, rounded.to(tl.float32), done, count, block_rows)
+    target = partials + part * 2 * outputs + column
+    tl.store(target, mean, mask=column < outputs)
+    tl.store(target + outputs, squares, mask=column < outputs)
 
 
 @triton.jit
@@ -156,14 +180,12 @@ def _apply_deferred(
 
 
 @triton.jit
-def _store_sums(target, gradient, values, mean_ptr, rstd_ptr, span, column, columns):
-    """Stores a tile's column sums of gradient and of gradient (values - mean) rstd to two rows at `target`."""
+def _store_sums(target, sums, products, rstd_ptr, span, column, columns):
+    """Stores column sums of gradient, and of gradient (values - mean) times rstd, to two rows at `target`."""
     valid = column < columns
-    mean = tl.load(mean_ptr + span * columns + column, mask=valid, other=0.0)
+    tl.store(target + column, sums, mask=valid)
     rstd = tl.load(rstd_ptr + span * columns + column, mask=valid, other=0.0)
-    product = gradient * (values.to(tl.float32) - mean[None, :])
-    tl.store(target + column, tl.sum(gradient, axis=0), mask=valid)
-    tl.store(target + columns + column, tl.sum(product, axis=0) * rstd, mask=valid)
+    tl.store(target + columns + column, products * rstd, mask=valid)
 
 
 @triton.jit
@@ -190,8 +212,8 @@ def data_gradient_kernel(
     partials,
     num_rows,
     span_rows,
-    tiles_per_span,
-    num_row_tiles,
+    rows_per_part,
+    num_parts,
     behind_residual: tl.constexpr,
     has_addend: tl.constexpr,
     two_norms: tl.constexpr,
@@ -204,11 +226,12 @@ def data_gradient_kernel(
     block_inputs: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Data gradient: dz = mask (dy weight + addend), and each row tile's sums of dz and dz (x - mean) rstd.
+    """Data gradient: dz = mask (dy weight + addend), and each part's sums of dz and dz (x - mean) rstd.
 
-    Each iteration of a program computes one tile (block_rows, block_inputs) of dz, summing over all output channels in
-    steps of block_outputs. dy (rows, outputs) and weight (outputs, inputs) are descriptors; x, addend, residual and dz
-    are (rows, inputs); the sums, of dz after rounding, go to `partials` (row tiles, 2 or 4, inputs).
+    A program computes block_inputs columns of dz in one part, tile by tile (block_rows, block_inputs), each summed over
+    all output channels in steps of block_outputs. dy (rows, outputs) and weight (outputs, inputs) are descriptors; x,
+    addend, residual and dz are (rows, inputs); the sums, of dz after rounding, go to `partials` (spans, parts, 2 or 4,
+    inputs).
 
     - `behind_residual`: the mask is in the bits `relu_mask` (rows, inputs / 8); else it is h > 0, from x.
     - `two_norms`: partials has four rows; the last two are the same sums with the residual and its statistics
@@ -216,11 +239,20 @@ def data_gradient_kernel(
     - `deferred`: dy is the gradient of what a batch norm made of y (rows, outputs), a descriptor as well;
       `_apply_deferred` completes it.
     """
-    num_input_tiles = (inputs + block_inputs - 1) // block_inputs
-    for tile in range(tl.program_id(0), num_row_tiles * num_input_tiles, tl.num_programs(0)):
-        row_tile = tile // num_input_tiles
-        first_input = (tile % num_input_tiles) * block_inputs
-        span, first_row, count = _locate_rows(row_tile, tiles_per_span, num_rows, span_rows, block_rows)
+    blocks_across = (inputs + block_inputs - 1) // block_inputs
+    first_input = (tl.program_id(0) % blocks_across) * block_inputs
+    part, span, part_row, part_size = _locate_part(num_rows, span_rows, rows_per_part, num_parts, blocks_across)
+    column = first_input + tl.arange(0, block_inputs)
+    row = tl.arange(0, block_rows)
+    mean = tl.load(mean_ptr + span * inputs + column, mask=column < inputs, other=0.0)
+    sums = tl.zeros((block_inputs,), dtype=tl.float32)
+    products = tl.zeros((block_inputs,), dtype=tl.float32)
+    if two_norms:
+        other_mean = tl.load(other_mean_ptr + span * inputs + column, mask=column < inputs, other=0.0)
+        other_products = tl.zeros((block_inputs,), dtype=tl.float32)
+    for done in range(0, part_size, block_rows):
+        first_row = part_row + done
+        count = tl.minimum(part_size - done, block_rows)
         total = tl.zeros((block_rows, block_inputs), dtype=tl.float32)
         for first_output in range(0, outputs, block_outputs):
             gradient = dy.load([first_row.to(tl.int32), first_output])
@@ -245,8 +277,6 @@ def data_gradient_kernel(
                     block_rows,
                 )
             total = tl.dot(gradient, weight.load([first_output, first_input]), total, input_precision=precision)
-        column = first_input + tl.arange(0, block_inputs)
-        row = tl.arange(0, block_rows)
         offset = first_row * inputs + row[:, None] * inputs + column[None, :]
         valid = (row < count)[:, None] & (column < inputs)[None, :]
         if has_addend:
@@ -264,12 +294,16 @@ def data_gradient_kernel(
         tl.store(dz_ptr + offset, rounded, mask=valid)
         # Sums of the rounded values: these are what the pass that computes dx reads.
         gradient = tl.where(valid, rounded.to(tl.float32), 0.0)
-        num_pairs: tl.constexpr = 2 if two_norms else 1
-        target = partials + row_tile * num_pairs * 2 * inputs
-        _store_sums(target, gradient, x, mean_ptr, rstd_ptr, span, column, inputs)
+        sums += tl.sum(gradient, axis=0)
+        products += tl.sum(gradient * (x.to(tl.float32) - mean[None, :]), axis=0)
         if two_norms:
-            residual = tl.load(residual_ptr + offset, mask=valid, other=0.0)
-            _store_sums(target + 2 * inputs, gradient, residual, other_mean_ptr, other_rstd_ptr, span, column, inputs)
+            residual = tl.load(residual_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            other_products += tl.sum(gradient * (residual - other_mean[None, :]), axis=0)
+    num_pairs: tl.constexpr = 2 if two_norms else 1
+    target = partials + part * num_pairs * 2 * inputs
+    _store_sums(target, sums, products, rstd_ptr, span, column, inputs)
+    if two_norms:
+        _store_sums(target + 2 * inputs, sums, other_products, other_rstd_ptr, span, column, inputs)
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from megabatch.kernels.bottleneck.tiles import (
     channel_arguments,
     deferred_arguments,
     descriptor,
-    num_programs,
     options,
+    part_cut,
     row_cut,
 )
 from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
@@ -84,15 +84,14 @@ def conv1x1_forward(
         return _forward_reference(x, matrix, normalisation, span, eps, sink)
     # A tile as wide as y normalises each value of x once; several tiles side by side would do so again in each.
     tiling = tiling or by_width(FORWARD_TILINGS, len(matrix), which="outputs")
-    cut = row_cut(x, span, tiling)
+    blocks_across = -(-len(matrix) // tiling.outputs)
+    cut = part_cut(x, span, tiling, blocks_across)
     rows = rows_of(x)
     y = rows.new_empty(cut.num_rows, len(matrix))
-    # One mean and sum of squared differences per row tile and channel; combine_moments reduces them to spans.
-    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, 2, len(matrix), dtype=torch.float32)
+    # One mean and sum of squared differences per part and channel; combine_moments reduces them to spans.
+    partials = rows.new_empty(-(-len(x) // span), cut.parts, 2, len(matrix), dtype=torch.float32)
     with on_device(x):
-        load("kernels.bottleneck._conv1x1_triton").forward_kernel[
-            (num_programs(x, cut.num_row_tiles * -(-len(matrix) // tiling.outputs)),)
-        ](
+        load("kernels.bottleneck._conv1x1_triton").forward_kernel[(len(partials) * cut.parts * blocks_across,)](
             descriptor(rows, tiling.rows, tiling.inputs),
             descriptor(matrix, tiling.outputs, tiling.inputs),
             y,
@@ -102,7 +101,7 @@ def conv1x1_forward(
             normalise=normalisation is not None,
             **options(rows, matrix, tiling),
         )
-        return images_of(y, x), passes.combine_moments(partials, cut.num_rows, cut.span_rows, tiling.rows, eps, sink)
+        return images_of(y, x), passes.combine_moments(partials, *cut[:3], eps, sink)
 
 
 def conv1x1_data_gradient(
@@ -142,16 +141,16 @@ def conv1x1_data_gradient(
             dy, matrix, x, normalisation, span, relu_mask, addend, residual=residual, residual_norm=residual_norm
         )
     tiling = tiling or by_width(DATA_GRADIENT_TILINGS, matrix.shape[1], which="inputs")
-    cut = row_cut(x, span, tiling)
     rows, gradient = rows_of(x), rows_of(dy)
     dz = torch.empty_like(rows)
     channels = rows.shape[1]
+    blocks_across = -(-channels // tiling.inputs)
+    cut = part_cut(x, span, tiling, blocks_across)
     # Each program stores its own sums and add_parts adds them in a fixed order: atomics would change bits per run.
     num_sums = 2 if residual_norm is None else 4
-    partials = rows.new_empty(cut.spans(), cut.tiles_per_span, num_sums, channels, dtype=torch.float32)
+    partials = rows.new_empty(-(-len(x) // span), cut.parts, num_sums, channels, dtype=torch.float32)
     with on_device(x):
-        programs = num_programs(x, cut.num_row_tiles * -(-channels // tiling.inputs))
-        load("kernels.bottleneck._conv1x1_triton").data_gradient_kernel[(programs,)](
+        load("kernels.bottleneck._conv1x1_triton").data_gradient_kernel[(len(partials) * cut.parts * blocks_across,)](
             descriptor(gradient, tiling.rows, tiling.outputs),
             descriptor(matrix, tiling.outputs, tiling.inputs),
             rows,  # where an argument is not used, x stands in its place

@@ -1,5 +1,6 @@
 """Tiling of the matrix products of 1x1 convolutions, and the arguments that their kernels need for it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -64,10 +65,45 @@ def by_width(tilings: tuple[Tiling, ...], channels: int, *, which: str) -> Tilin
     return tilings[widths.index(min(covering) if covering else max(widths))]
 
 
-def num_programs(x: Tensor, num_tiles: int) -> int:
-    """Two per multiprocessor, and at most one per tile; on a CPU (Triton's interpreter) two, so that programs loop."""
-    resident = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(num_tiles, resident)
+class PartCut(NamedTuple):
+    """Spans, and parts of them, in the order of the kernels' arguments; one program walks down one part.
+
+    `parts` is their number in a whole span. A part of rows_per_part rows is a whole number of tiles.
+    """
+
+    num_rows: int
+    span_rows: int
+    rows_per_part: int
+    parts: int
+
+
+def part_cut(x: Tensor, span: int, tiling: Tiling, blocks_across: int) -> PartCut:
+    """Cuts spans of these images into parts, with `blocks_across` programs side by side on the rows of each part.
+
+    Each program adds up sums over all its tiles, so that few partial sums are left to add: 264 a channel on an H200,
+    where one per tile would be 25,088 at batch 1,024 and 56 px.
+    """
+    cut = row_cut(x, span, tiling)
+    tiles = _tiles_per_part(cut.tiles_per_span, cut.spans() * blocks_across, _resident_programs(x))
+    return PartCut(cut.num_rows, cut.span_rows, tiles * tiling.rows, -(-cut.tiles_per_span // tiles))
+
+
+@functools.cache
+def _tiles_per_part(tiles: int, side_by_side: int, resident: int) -> int:
+    """Tiles of a part with which the longest of `resident` queues is shortest; of equals, the most.
+
+    There are `tiles` in a span, and `side_by_side` programs per part of it.
+    """
+
+    def longest_queue(parts: int) -> tuple[int, int]:
+        return -(-parts * side_by_side // resident) * -(-tiles // parts), parts
+
+    return -(-tiles // min(range(1, min(tiles, resident) + 1), key=longest_queue))
+
+
+def _resident_programs(x: Tensor) -> int:
+    """Two per multiprocessor; on a CPU (Triton's interpreter) two, so that programs loop."""
+    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def options(rows: Tensor, matrix: Tensor, tiling: Tiling) -> dict[str, Any]:
