@@ -1,6 +1,7 @@
 """The trainer's way on a GPU, walked on a stand-in: nothing mixes devices, waits in a step, or breaks a capture."""
 
 import contextlib
+import copy
 import dataclasses
 import random
 import threading
@@ -28,7 +29,7 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.folder import FolderSource
 from megabatch.kernels import tuning
 from megabatch.nn.batch_norm.evaluation_statistics import finish_step
-from megabatch.nn.resnet import Bottleneck, ResNet
+from megabatch.nn.resnet import BlurConv2d, Bottleneck, ResNet
 from megabatch.observe.events import read_events
 from megabatch.recipe import validate
 from megabatch.runtime import Runtime
@@ -222,6 +223,24 @@ def test_fused_bottlenecks_launch_what_a_gpu_takes(monkeypatch, precision, captu
             assert step.run.captured is None or step.run.captured.num_graphs == 1
         assert bool(launched) is (capture == "off")
         assert {what for _, what in gpu.waited} <= {"an event", "a value"}
+
+
+def test_a_step_with_blurred_convolutions_is_captured_and_never_waits(without_triton):
+    torch.manual_seed(0)
+    cpu = BlurConv2d(4, 6, 3, 2, padding=1, bias=False)
+    images = torch.randn(2, 4, 8, 8)
+    expected = torch.autograd.grad(cpu(images).square().sum(), cpu.weight)[0]
+    with StandInGpu() as gpu:
+        conv, on_gpu = copy.deepcopy(cpu).to(CUDA), images.to(CUDA)
+        step = CapturedStep(lambda x: torch.autograd.grad(conv(x).square().sum(), conv.weight)[0], warmup=1)
+        step(on_gpu)
+        gpu.waited.clear()
+        step(on_gpu)
+        assert {what for _, what in gpu.waited} <= {"the device"}  # once, as the capture begins
+        gpu.waited.clear()
+        found = step(on_gpu)
+        assert (gpu.waited, step.num_graphs) == ([], 1)
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 def small_bottlenecks(*_, num_classes, norm, **__):
