@@ -28,6 +28,15 @@ def test_no_file_of_tests_lies_in_a_folder_that_our_options_pass_over(pytestconf
 
 
 @pytest.mark.slow
+def test_gpu_tests_are_collected_where_simplejpeg_is_missing():
+    """As on a machine that has a GPU, PyTorch and Triton, and no more."""
+    code = "import sys, pytest; sys.modules['simplejpeg'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
 def test_every_file_of_tests_is_collected():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

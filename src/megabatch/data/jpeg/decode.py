@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -182,6 +181,8 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str, str] | None:
     """Height, width, colour space and subsampling of a JPEG; None if libjpeg-turbo does not support the file."""
     if data[:3] != _JPEG_START:
         return None
+    import simplejpeg  # late, for machines that decode nothing, such as those of GPU tests
+
     try:
         height, width, colour, subsampling = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):  # KeyError: a colour space or subsampling that simplejpeg does not list
@@ -209,6 +210,8 @@ def _decode_with_turbo(data: bytes, channels: int, height: int, width: int, *, d
 def _turbo(data: bytes, colour: str, height: int, width: int, denominator: int) -> Pixels | None:
     """Pixels from libjpeg-turbo, or None if it has objections that do not concern pixels; Pillow has none."""
     rows, columns = -(-height // denominator), -(-width // denominator)
+    import simplejpeg
+
     options: dict[str, Any] = {"min_height": rows, "min_width": columns, "min_factor": denominator}
     try:
         return np.asarray(simplejpeg.decode_jpeg(data, colour, **options), dtype=np.uint8)
