@@ -1,5 +1,6 @@
 """Sections of `gpu.py` about single kernels: each against torch's operations, with bytes and share of a copy's rate."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,12 +41,12 @@ def ceilings(session: Session) -> None:
     size = 2**20 if session.quick else 2**30
     source = torch.randn(size // 4, device=session.device)
     target = torch.empty_like(source)
-    timing = session.time({"copy": lambda: target.copy_(source)})["copy"]
+    timing = session.time("ceilings", "", {"copy": lambda: target.copy_(source)})["copy"]
     session.ceilings["copy_bytes_per_s"] = 2 * 4 * source.numel() / timing.median_s
     session.add("ceilings", "copy", timing, bytes_per_s=session.ceilings["copy_bytes_per_s"])
     side = 256 if session.quick else 8192
     a, b = torch.randn(2, side, side, device=session.device, dtype=torch.float32).bfloat16()
-    timing = session.time({"product": lambda: a @ b})["product"]
+    timing = session.time("ceilings", "", {"product": lambda: a @ b})["product"]
     session.ceilings["flop_per_s"] = 2 * side**3 / timing.median_s
     session.add("ceilings", f"bf16 matrix product {side}", timing, flop_per_s=session.ceilings["flop_per_s"])
 
@@ -65,10 +66,16 @@ def optimizers(session: Session) -> None:
         "torch SGD foreach": lambda g: torch.optim.SGD(g, lr=1e-4, momentum=0.9, foreach=True),
         "torch SGD fused": lambda g: torch.optim.SGD(g, lr=1e-4, momentum=0.9, fused=True),
     }
-    works: dict[str, Work] = {name: make(_groups(session, shapes)).step for name, make in makers.items()}
+    works: dict[str, Work] = {}
+
+    def prepare(name: str) -> None:
+        works[name] = makers[name](_groups(session, shapes)).step
+
+    for name in makers:
+        guarded(session, "optimizers", name, functools.partial(prepare, name))
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     per_element = {"LARS": 28, "LARS with 16-bit copies": 30, "LARS foreach": 28, "LAMB": 40, "LAMB foreach": 40}
-    for name, timing in session.time(works).items():
+    for name, timing in session.time("optimizers", "", works).items():
         facts = session.bandwidth(per_element.get(name, 20) * elements, timing)
         session.add("optimizers", name, timing, tensors=len(shapes), **facts)
 
@@ -126,7 +133,7 @@ def _norm(session: Session, channels: int, pixels: int, residual: bool, case: st
         works[f"{name}, forward"] = forward
         works[f"{name}, both ways"] = lambda forward=forward: torch.autograd.grad(forward(), leaves, dy)
     passes = {"forward": 4 if residual else 3, "both ways": 11 if residual else 8}
-    for name, timing in session.time(works).items():
+    for name, timing in session.time("batch_norm", case, works).items():
         moved = passes[name.split(", ")[1]] * x.numel() * x.element_size()
         session.add("batch_norm", f"{case}, {name}", timing, **session.bandwidth(moved, timing))
 
@@ -151,7 +158,7 @@ def _stem_convolution(session: Session) -> None:
         return torch.autograd.grad(functional.conv2d(images, filters, stride=2, padding=3), weight, dy)[0]
 
     works: dict[str, Work] = {f"{width} channels": lambda width=width: both_ways(width) for width in (3, 4, 8)}
-    for name, timing in session.time(works).items():
+    for name, timing in session.time("stem", "convolution both ways", works).items():
         session.add("stem", f"convolution both ways, {name}", timing)
 
 
@@ -174,7 +181,7 @@ def _stem_pooling(session: Session) -> None:
         works[f"{name}, forward"] = forward
         works[f"{name}, both ways"] = lambda forward=forward: torch.autograd.grad(forward(), (x, weight, bias), dy)
     passes = {"forward": 2.375, "both ways": 6.125}  # full-size images, and quarter-size ones with their places
-    for name, timing in session.time(works).items():
+    for name, timing in session.time("stem", "batch norm, ReLU, pooling", works).items():
         moved = passes[name.split(", ")[1]] * x.numel() * x.element_size()
         session.add("stem", f"batch norm, ReLU, pooling, {name}", timing, **session.bandwidth(moved, timing))
 
@@ -194,7 +201,7 @@ def loss(session: Session) -> None:
         "fused": lambda: cross_entropy_with_gradient(logits.detach(), labels, label_smoothing=0.1),
         "torch": torchs,
     }
-    for name, timing in session.time(works, replays=20).items():
+    for name, timing in session.time("loss", f"{count} x 1000", works, replays=20).items():
         moved = 2 * logits.numel() * logits.element_size()
         session.add("loss", f"{count} x 1000, {name}", timing, **session.bandwidth(moved, timing))
 
@@ -241,19 +248,9 @@ def _conv(session: Session, inputs: int, outputs: int, pixels: int, case: str) -
     for kind, (tilings, moved) in kinds.items():
         works = {"torch, convolution alone": plain[kind]}
         for tiling in tilings[:1] if session.quick else tilings:
-            _keep_if_it_runs(session, works, f"{case}, {kind}", tiling, work(kind, tiling))
-        for name, timing in session.time(works).items():
+            works["fused " + " ".join(map(str, tiling))] = work(kind, tiling)  # may need more shared memory than exists
+        for name, timing in session.time("conv1x1", f"{case}, {kind}", works).items():
             session.add("conv1x1", f"{case}, {kind}, {name}", timing, **session.bandwidth(moved, timing))
-
-
-def _keep_if_it_runs(session: Session, works: dict[str, Work], case: str, tiling: conv.Tiling, work: Work) -> None:
-    """A tiling may need more shared memory than there is; the others are timed all the same."""
-    name = "fused " + " ".join(map(str, tiling))
-    try:
-        work()
-        works[name] = work
-    except Exception as error:  # noqa: BLE001  # Triton's errors have no common base
-        session.add("conv1x1", f"{case}, {name}", error=f"{type(error).__name__}: {error}"[:300])
 
 
 def input_images(session: Session) -> None:

@@ -1,7 +1,9 @@
 """What the sections of `gpu.py` share: device, time limit, timing by graph replay, and the list of results."""
 
+import functools
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +14,11 @@ import torch
 from torch import Tensor
 
 from harness import Timing, Work, compare
+from megabatch.train.cuda_graph import CudaRecorder
 
 MILLI = 1e-3
+QUEUED = 3
+"""Timed replays of a graph behind one that is not."""
 
 
 class LostError(Exception):
@@ -71,10 +76,24 @@ class Session:
         self.output.mkdir(parents=True, exist_ok=True)
         put(self.output / "gpu.json", json.dumps(self.results, indent=1) + "\n")
 
-    def time(self, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
-        """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing."""
-        ready = {name: graph_of(work, replays) if self.is_cuda else work for name, work in works.items()}
-        timings = compare(ready, warmup=2 if self.quick else 3, repeats=3 if self.quick else 20)
+    def time(self, section: str, case: str, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
+        """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing.
+
+        A work that fails becomes a result, and the others are timed.
+        """
+        ready: dict[str, Work] = {}
+
+        def prepare(name: str) -> None:
+            if self.is_cuda:
+                ready[name] = graph_of(works[name], replays)
+            else:
+                works[name]()
+                ready[name] = works[name]
+
+        for name in works:
+            guarded(self, section, f"{case}, {name}" if case else name, functools.partial(prepare, name))
+        repeats = 3 if self.quick else 20
+        timings = compare(ready, warmup=2 if self.quick else 3, repeats=repeats, queued=QUEUED if self.is_cuda else 0)
         scale = replays if self.is_cuda else 1
         return {name: Timing(tuple(s / scale for s in timing.seconds)) for name, timing in timings.items()}
 
@@ -95,23 +114,17 @@ class Session:
 
 def graph_of(work: Work, replays: int = 1) -> Work:
     """A replay of `replays` runs of `work` in one CUDA graph; three runs outside come first."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(replays):
-            work()
-    return graph.replay
+    recorder = CudaRecorder()
+    for _ in range(3):
+        recorder.run(work)
+    return recorder.record(lambda: [work() for _ in range(replays)])[1]
 
 
 def free() -> None:
     """Gives memory of what came before back."""
     gc.collect()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -43,16 +43,19 @@ class Timing:
         return first, third
 
 
-def measure(work: Work, warmup: int = 3, repeats: int = 20) -> Timing:
+def measure(work: Work, warmup: int = 3, repeats: int = 20, *, queued: int = 0) -> Timing:
     """Times `work` alone. To compare two works use `compare`: a shared machine is never twice the same."""
-    return compare({"work": work}, warmup=warmup, repeats=repeats)["work"]
+    return compare({"work": work}, warmup=warmup, repeats=repeats, queued=queued)["work"]
 
 
-def compare(works: Mapping[str, Work], *, warmup: int = 3, repeats: int = 20, seed: int = 0) -> dict[str, Timing]:
+def compare(
+    works: Mapping[str, Work], *, warmup: int = 3, repeats: int = 20, seed: int = 0, queued: int = 0
+) -> dict[str, Timing]:
     """Times all works in one run, interleaved: in every round each runs once, in an order drawn anew.
 
     So that a slow moment of the machine meets all of them, and none always runs in the same other's leftover cache.
-    On a GPU a repeat lasts from an idle device to an idle device again.
+    On a GPU a repeat lasts from an idle device to an idle device again. With `queued` it is the mean of that many runs
+    behind another one that is not timed: the launch of a CUDA graph on an idle device takes 8 to 15 us.
     """
     for _ in range(warmup):
         for work in works.values():
@@ -63,7 +66,7 @@ def compare(works: Mapping[str, Work], *, warmup: int = 3, repeats: int = 20, se
         order = list(works)
         generator.shuffle(order)
         for name in order:
-            seconds[name].append(_seconds_of(works[name]))
+            seconds[name].append(_seconds_of(works[name], queued))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -128,18 +131,21 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _seconds_of(work: Work) -> float:
+def _seconds_of(work: Work, queued: int) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
     torch.cuda.synchronize()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if queued:
+        work()
     begin.record()
-    work()
+    for _ in range(max(1, queued)):
+        work()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / max(1, queued) / 1e3
 
 
 def _version(package: str) -> str | None:
