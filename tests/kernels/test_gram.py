@@ -181,9 +181,9 @@ def share(counts: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
     given = draw(sum(counts), 8, 16, 3, dtype=dtype)
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     local = given._replace(x=given.x[mine], residual=given.residual[mine], dz=given.dz[mine])
-    result = gram_conv1x1_norm(*local[:4], span=1, group=Group(None))
+    result = gram_conv1x1_norm(*local[:4], span=0, group=Group(None))
     statistics = {"mean": result.mean, "var": result.var, "counts": result.counts}
-    return run(gram(1, group=Group(None)), local) | statistics
+    return run(gram(0, group=Group(None)), local) | statistics
 
 
 def assert_is_gathered(ranks: list[dict[str, Tensor]], counts: list[int]) -> None:

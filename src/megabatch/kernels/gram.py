@@ -94,8 +94,8 @@ def gram_conv1x1_norm(
     _check(x, weight, norm_weight, norm_bias, residual, span, group)
     span = max(1, len(x)) if group else span
     triton = use_triton(x, backend)
-    outputs = _GramNorm.apply(x, weight, norm_weight, norm_bias, residual, span, eps, relu, group, triton)  # type: ignore[no-untyped-call]
-    return GramOutput(*outputs)
+    parameters = (weight, norm_weight, norm_bias)
+    return GramOutput(*_GramNorm.apply(x, *parameters, residual, span, eps, relu, group, triton))  # type: ignore[no-untyped-call]
 
 
 class InputMoments(NamedTuple):
@@ -320,5 +320,5 @@ def _check(
             f"the residual is {residual.dtype} {tuple(residual.shape)}, needed: {x.dtype} "
             f"{(len(x), outputs, *x.shape[2:])}"
         )
-    if span < 1 or (group is None and not len(x)):
+    if group is None and (span < 1 or not len(x)):
         raise UserError(f"span={span} was given for {len(x)} samples, needed: 1 or more of both; span=32 works")

@@ -97,9 +97,14 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         normalised = self._normalise(input)
         if recompute:
             self._add_pooled(normalised)
-        elif normalised.statistics:
-            self._add_statistics(torch.stack(normalised.statistics), self._last_weight(input, normalised))
+        else:
+            self.keep_spans(input, normalised)
         return normalised.output
+
+    def keep_spans(self, input: Tensor, normalised: Normalised) -> None:
+        """Adds the statistics of a training forward of `input` to the running averages or the sums of the step."""
+        if normalised.statistics:
+            self._add_statistics(torch.stack(normalised.statistics), self._last_weight(input, normalised))
 
     def last_span_weight(self, input: Tensor) -> float:
         """Weight of the last span of a forward in averages: 1 for a whole one, 0 for one value per channel."""

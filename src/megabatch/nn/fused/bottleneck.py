@@ -8,7 +8,6 @@ function (`join_conv1x1`), whose backward adds, masks and sums the gradient in o
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from megabatch.kernels.bottleneck.handover import Handover
@@ -16,7 +15,8 @@ from megabatch.kernels.bottleneck.residual import join_conv1x1, norm_conv1x1
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.norm.batch_norm import norm_act_of
 from megabatch.kernels.norm.passes import Moments, Normalisation, measure
-from megabatch.nn.fused.convolution import convolve
+from megabatch.nn.fused.convolution import compute_type, convolve
+from megabatch.nn.fused.gram import conv_norm_act
 from megabatch.nn.fused.norm_act import can_fuse, is_hooked, norm_act, sink_of, span_of
 from megabatch.nn.resnet import Bottleneck
 
@@ -25,15 +25,15 @@ class FusedBottleneck(Bottleneck):
     """`Bottleneck` whose 1x1 convolutions include the batch norms around them, where the kernels support the block."""
 
     backend: Backend
+    gram: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         if _can_run(self, x):
             return _run(self, x).join()
         y = norm_act(self.bn1, convolve(self.conv1, x, self.backend), backend=self.backend)
         y = norm_act(self.bn2, convolve(self.conv2, y, self.backend), backend=self.backend)
-        y = convolve(self.conv3, y, self.backend)
-        identity = run_shortcut(self.downsample, x, self.backend)
-        return norm_act(self.bn3, y, residual=identity, backend=self.backend)
+        identity = run_shortcut(self.downsample, x, self.backend, gram=self.gram)
+        return conv_norm_act(self.conv3, self.bn3, y, residual=identity, backend=self.backend, gram=self.gram)
 
 
 class MeasuredOutput(NamedTuple):
@@ -93,17 +93,17 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     return _joined(state)
 
 
-def run_shortcut(downsample: nn.Sequential | None, x: Tensor, backend: Backend) -> Tensor:
+def run_shortcut(downsample: nn.Sequential | None, x: Tensor, backend: Backend, *, gram: bool = False) -> Tensor:
     """Term that a block adds to its branch: x, or the shortcut's convolutions and norm of x."""
     if downsample is None:
         return x
     if is_hooked(downsample):
         y: Tensor = downsample(x)
         return y
-    *convolutions, norm = downsample
-    for layer in convolutions:
+    *layers, last, norm = downsample
+    for layer in layers:
         x = convolve(layer, x, backend)
-    return norm_act(norm, x, relu=False, backend=backend)
+    return conv_norm_act(last, norm, x, relu=False, backend=backend, gram=gram)
 
 
 def _run(block: FusedBottleneck, state: Tensor | PendingOutput) -> PendingOutput:
@@ -189,12 +189,13 @@ def _can_run(block: FusedBottleneck, state: Tensor | PendingOutput) -> bool:
     x = state.branch.y if isinstance(state, PendingOutput) else state
     norms = (block.bn1, block.bn2, block.bn3)
     return (
-        len(x) > 1  # so that there are two values per channel whatever the resolution
+        not block.gram
+        and len(x) > 1  # so that there are two values per channel whatever the resolution
         and all(can_fuse(norm, x, block.backend) for norm in norms)
         and len({span_of(norm, x) for norm in norms if isinstance(norm, nn.BatchNorm2d)} | _span_of_state(state)) == 1
         and _is_pointwise(block.conv1)
         and _is_pointwise(block.conv3)
-        and x.dtype == _compute_type(block.conv3.weight)
+        and x.dtype == compute_type(block.conv3.weight)
     )
 
 
@@ -210,10 +211,3 @@ def _is_pointwise(conv: nn.Module) -> bool:
         and conv.bias is None
         and not is_hooked(conv)
     )
-
-
-def _compute_type(weight: Tensor) -> torch.dtype:
-    """Dtype in which a convolution with this weight computes: autocast's, or the weight's own."""
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype

@@ -23,6 +23,13 @@ def convolve(layer: nn.Module, x: Tensor, backend: Backend) -> Tensor:
     return y
 
 
+def compute_type(weight: Tensor) -> torch.dtype:
+    """Dtype in which a convolution with this weight computes: autocast's, or the weight's own."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """True for nn.Conv2d without bias, groups, dilation or hooks, of equal stride and padding in both directions."""
     return (

@@ -12,7 +12,7 @@ from megabatch.kernels.norm.batch_norm import fused_bn_act
 from megabatch.kernels.statistics import RunningAverages, SpanSums, StatisticsSink
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 
-_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -23,7 +23,7 @@ def norm_act(
 
     Running statistics are updated as by norm(x). Shapes: x and residual (N, C, H, W).
     """
-    if not (_has_kernel(x, backend) and _is_fusable(norm, x) and _matches(x, residual)):
+    if not (_has_kernel(x, backend) and is_fusable(norm, x) and _matches(x, residual)):
         # In place, as in the plain forwards: the norm's output is needed by no backward.
         y: Tensor = norm(x)
         if residual is not None:
@@ -45,12 +45,12 @@ def norm_act(
 
 def can_fuse(norm: nn.Module, x: Tensor, backend: Backend) -> TypeGuard[nn.BatchNorm2d]:
     """True if the GPU kernels, or their reference, compute norm(x) under this backend."""
-    return supports(x, backend) and _is_fusable(norm, x)
+    return supports(x, backend) and is_fusable(norm, x)
 
 
 def supports(x: Tensor, backend: Backend) -> bool:
     """True if the GPU kernels, or their reference, accept images like x under this backend."""
-    if x.ndim != 4 or x.dtype not in _TYPES or torch.compiler.is_compiling():
+    if x.ndim != 4 or x.dtype not in TYPES or torch.compiler.is_compiling():
         return False
     if backend != "auto":
         return True
@@ -73,7 +73,7 @@ def sink_of(norm: nn.BatchNorm2d, x: Tensor) -> StatisticsSink:
     last_weight = norm.last_span_weight(x) if isinstance(norm, SpanBatchNorm2d) else 1.0
     if isinstance(norm, SpanBatchNorm2d) and norm.accumulate_statistics:
         return SpanSums(norm.first_span, norm.span_sum, last_weight)
-    # _is_fusable has checked these, in a form that a type checker does not see.
+    # is_fusable has checked these, in a form that a type checker does not see.
     assert norm.momentum is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -90,27 +90,28 @@ def _has_kernel(x: Tensor, backend: Backend) -> bool:
     return supports(x, backend) or (backend == "auto" and cpu_batch_norm.supports(x))
 
 
-def _is_fusable(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm2d]:
-    """True if norm(x) normalises by statistics of x that the kernels can compute and store."""
+def is_fusable(norm: nn.Module, x: Tensor, *, shared: bool = False) -> TypeGuard[nn.BatchNorm2d]:
+    """True if norm(x) normalises by statistics of x that can be computed and stored by other code.
+
+    With `shared` also if its spans are shared by several ranks; then also for ranks without samples.
+    """
     return (
-        _is_local_batch_norm(norm)
+        _is_batch_norm(norm)
+        and (shared or getattr(norm, "group_size", 1) == 1)
         and norm.training
         and norm.affine
         and not is_hooked(norm)
         and norm.running_mean is not None
         and norm.running_mean.dtype == torch.float32
-        and x.numel() > x.shape[1]  # with one value per channel the norm raises an error or has a special case
+        and (
+            shared or x.numel() > x.shape[1]
+        )  # with one value per channel the norm raises an error or has a special case
     )
 
 
-def _is_local_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    """True for batch norm over samples of this process only, with exponential running averages.
-
-    A subclass may do more in its forward, so it is not fused.
-    """
-    if type(norm) not in {nn.BatchNorm2d, SpanBatchNorm2d}:
-        return False
-    return norm.momentum is not None and getattr(norm, "group_size", 1) == 1
+def _is_batch_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """True for batch norm with exponential running averages. A subclass may do more in its forward."""
+    return type(norm) in {nn.BatchNorm2d, SpanBatchNorm2d} and norm.momentum is not None
 
 
 def _matches(x: Tensor, residual: Tensor | None) -> bool:

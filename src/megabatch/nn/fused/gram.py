@@ -1,0 +1,82 @@
+"""A 1x1 convolution with the batch norm, residual sum and ReLU behind it, by `megabatch.kernels.gram`."""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from megabatch.kernels.dispatch import Backend, use_triton
+from megabatch.kernels.gram import GramOutput, Group, gram_conv1x1_norm
+from megabatch.kernels.statistics import keep_statistics
+from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.batch_norm.own_spans import Normalised
+from megabatch.nn.fused.convolution import compute_type, convolve
+from megabatch.nn.fused.norm_act import TYPES, is_fusable, is_hooked, norm_act, sink_of, span_of
+
+
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    backend: Backend,
+    gram: bool,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(norm(conv(x)) + residual); with `gram` by statistics of x where the layers allow it.
+
+    Running statistics are updated as by norm(conv(x)), also those of spans that several ranks share.
+    """
+    if not (gram and _supports(conv, norm, x, residual)):
+        return norm_act(norm, convolve(conv, x, backend), backend=backend, residual=residual, relu=relu)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    down, across = conv.stride
+    images = x.to(compute_type(conv.weight))[:, :, ::down, ::across]
+    output = gram_conv1x1_norm(
+        images,
+        conv.weight,
+        norm.weight,
+        norm.bias,
+        span=span_of(norm, images),
+        eps=norm.eps,
+        residual=residual,
+        relu=relu,
+        group=Group(norm.process_group) if _is_shared(norm) else None,
+        backend=backend,
+    )
+    _keep(norm, images, output, backend)
+    return output.z
+
+
+def _keep(norm: nn.BatchNorm2d, images: Tensor, output: GramOutput, backend: Backend) -> None:
+    """Updates running statistics or the sums of a step."""
+    if not _is_shared(norm):
+        keep_statistics(sink_of(norm, images), output.mean, output.var, triton=use_triton(images, backend))
+        return
+    statistics = torch.cat([output.mean, output.var, output.counts[:, None].clamp(max=1)], dim=1)
+    norm.keep_spans(images, Normalised(output.z, list(statistics), output.counts))
+
+
+def _supports(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
+    """True if the equations hold for these layers. Equal on ranks that share a span, whatever samples they have."""
+    if x.ndim != 4 or torch.compiler.is_compiling() or not _is_pointwise(conv):
+        return False
+    dtype = compute_type(conv.weight)
+    shared = _is_shared(norm) and x.shape[0] <= norm.span
+    return dtype in TYPES and is_fusable(norm, x, shared=shared) and (residual is None or residual.dtype == dtype)
+
+
+def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """True for a 1x1 nn.Conv2d of any stride without padding, groups, bias or hooks."""
+    return (
+        type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
+        and conv.bias is None
+        and not is_hooked(conv)
+    )
+
+
+def _is_shared(norm: nn.Module) -> TypeGuard[SpanBatchNorm2d]:
+    return isinstance(norm, SpanBatchNorm2d) and norm.group_size > 1
