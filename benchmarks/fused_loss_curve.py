@@ -1,10 +1,12 @@
 """Whether a fused model learns as the plain one: 200 steps of both on real images, from the same seeds.
 
     python benchmarks/fused_loss_curve.py --output DIR [--seeds 5] [--steps 200] [--fusion reference] [--device cpu]
+        [--data cifar10]
 
-Five bottleneck blocks behind ResNet's stem on CIFAR-10 at 32 px, batch 128 in spans of 64, momentum SGD, bf16 autocast.
-A seed decides weights and samples. `--fusion auto --device cuda` takes the kernels. Prints mean losses of the last 50
-steps, their differences on equal seeds, and their spread over seeds; writes all losses as JSON.
+Five bottleneck blocks behind ResNet's stem on images of 28 or 32 px (CIFAR-10 by default), batch 128 in spans of 64,
+momentum SGD, bf16 autocast. A seed decides weights and samples. `--fusion auto --device cuda` takes the kernels. Prints
+mean losses of the last 50 steps, their differences on equal seeds, and their spread over seeds; writes all losses as
+JSON.
 """
 
 import argparse
@@ -29,13 +31,13 @@ BATCH, SPAN, PEAK_LR, WARMUP_STEPS = 128, 64, 0.05, 20
 LAST = 50
 
 
-def net(seed: int, fusion: Any, device: torch.device) -> nn.Module:
+def net(seed: int, fusion: Any, device: torch.device, *, in_channels: int) -> nn.Module:
     """A ResNet with its stem and five bottlenecks of 32 to 128 channels; the same weights for the same seed."""
     torch.manual_seed(seed)
     norm = partial(SpanBatchNorm2d, span=SPAN)
     make = partial(Bottleneck, norm=norm)
     model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=10, norm=norm)
-    model.conv1, model.bn1 = convolution(3, 32, 7, 2), norm(32)
+    model.conv1, model.bn1 = convolution(in_channels, 32, 7, 2), norm(32)
     model.layer1 = stage(make, 32, 32, 2, stride=1, expansion=4)
     model.layer2 = stage(make, 128, 64, 2, stride=2, expansion=4)
     model.layer3 = stage(make, 256, 128, 1, stride=2, expansion=4)
@@ -47,7 +49,7 @@ def net(seed: int, fusion: Any, device: torch.device) -> nn.Module:
 
 def train(images: Tensor, labels: Tensor, seed: int, fusion: Any, steps: int) -> list[float]:
     """The mean loss of each step's batch."""
-    model = net(seed, fusion, images.device)
+    model = net(seed, fusion, images.device, in_channels=images.shape[1])
     optimizer = SGD(model.parameters(), PEAK_LR, momentum=0.9, weight_decay=5e-4)
     order = torch.Generator().manual_seed(seed)
     losses = []
@@ -91,11 +93,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--fusion", choices=("reference", "auto", "triton"), default="reference")
+    parser.add_argument("--fusion", choices=("reference", "auto", "gram", "triton"), default="reference")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", choices=("cifar10", "fashion_mnist"), default="cifar10")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small, and the record is of losses, not of speed
-    train_set, _ = load("cifar10")
+    train_set, _ = load(options.data)
     images, labels = (t.to(options.device) for t in (train_set.images, train_set.labels))
     runs: dict[str, list[list[float]]] = {"plain": [], "fused": []}
     for seed in range(options.seeds):
