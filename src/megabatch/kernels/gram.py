@@ -42,7 +42,9 @@ from megabatch.kernels.bottleneck import conv1x1
 from megabatch.kernels.bottleneck.products import FilterLayout
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.layout import images_of, rows_of
-from megabatch.kernels.norm.passes import wide
+from megabatch.kernels.norm import join as join_passes
+from megabatch.kernels.norm import passes
+from megabatch.kernels.norm.passes import Normalisation, wide
 
 
 class GramOutput(NamedTuple):
@@ -149,10 +151,10 @@ class _GramNorm(torch.autograd.Function):
             rstd = torch.where(var < torch.inf, torch.rsqrt(var + eps), torch.nan)
             folded = ((gamma * rstd)[..., None] * matrix).to(x.dtype)
             bias = beta - _apply(wide(folded), found.mean)
-            z = images_of(_product(blocks, folded, bias, residual, relu), x)
+            z, relu_mask = _output(blocks, folded, bias, residual, relu, triton)
             count = found.num_rows
             outputs = z, found.mean @ matrix.T, var * count / (count - 1).clamp(min=1), count[:, 0]
-        ctx.save_for_backward(x, weight, gamma, rstd, folded, *found, z if relu else None)
+        ctx.save_for_backward(x, weight, gamma, rstd, folded, *found, relu_mask)
         ctx.span, ctx.has_residual, ctx.group, ctx.triton = span, residual is not None, group, triton
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -161,13 +163,12 @@ class _GramNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, rstd, folded, mean, covariance, count, z = ctx.saved_tensors
+        x, weight, gamma, rstd, folded, mean, covariance, count, relu_mask = ctx.saved_tensors
         if dz is None:
             return (None,) * 10
         with torch.autocast(x.device.type, enabled=False):
-            g = dz if z is None else torch.ops.aten.threshold_backward(dz, z, 0)
+            g, dbeta = _masked(dz, relu_mask, rstd, ctx.span)
             blocks, g_blocks, matrix = Blocks.of(x, ctx.span), Blocks.of(g, ctx.span), weight.flatten(1)
-            dbeta = g_blocks.sums()
             centred = g_blocks.transposed_product(blocks, triton=ctx.triton) - _outer(dbeta, mean)
             dgamma = rstd * (matrix * centred).sum(2)
             slope = gamma * rstd
@@ -254,20 +255,44 @@ def input_moments(blocks: Blocks, *, triton: bool) -> InputMoments:
     return InputMoments(mean, covariance, count)
 
 
-def _product(blocks: Blocks, folded: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """z as rows: relu(h V^T + b + r)."""
+def _output(
+    blocks: Blocks, folded: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, triton: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns z = relu(h V^T + b + r) as images, and what `_masked` reads: None, z, or bits from the Triton pass."""
     z = blocks.like(folded.shape[1])
-    others = (z,) if residual is None else (z, rows_of(residual))
-    for spans, (h, out, *given) in blocks.batches(*others):
-        if given:
-            torch.baddbmm(given[0], h, folded[spans].mT, out=out)
-        else:
+    # The bias is added in float32: rounded to 16 bit it would shift whole channels where h is far from 0.
+    if triton and z.numel():
+        for spans, (h, out) in blocks.batches(z):
             torch.bmm(h, folded[spans].mT, out=out)
-        # The bias in float32: rounded to 16 bit it would shift whole channels where h is far from 0.
-        out.add_(bias[spans, None])
-        if relu:
-            out.relu_()
-    return z
+        norm = _shift(-bias)
+        options: Any = {"span": blocks.span, "relu": relu, "triton": True}
+        if residual is not None:
+            return join_passes.join(images_of(z, blocks.images), norm, residual, **options)
+        output = passes.normalise(images_of(z, blocks.images), norm, **options)
+    else:
+        for spans, (h, out, *given) in blocks.batches(z, *([] if residual is None else [rows_of(residual)])):
+            if given:
+                torch.baddbmm(given[0], h, folded[spans].mT, out=out)
+            else:
+                torch.bmm(h, folded[spans].mT, out=out)
+            out.add_(bias[spans, None])
+        output = images_of(z.relu_() if relu else z, blocks.images)
+    return output, output if relu else None
+
+
+def _shift(mean: Tensor) -> Normalisation:
+    """The batch norm that only subtracts `mean` (spans, K)."""
+    return Normalisation(mean, torch.ones_like(mean), torch.ones_like(mean[0]), torch.zeros_like(mean[0]))
+
+
+def _masked(dz: Tensor, relu_mask: Tensor | None, like: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Returns g and db; `like` has the shape of db, (spans, K)."""
+    if relu_mask is not None and relu_mask.dtype == torch.uint8:
+        # One pass. It also reads the images of a second sum, which is not needed here: dz again, found in the cache.
+        g, sums = join_passes.join_gradient(dz, dz, _shift(torch.zeros_like(like)), relu_mask, span=span, triton=True)
+        return g, sums[:, 0]
+    g = dz if relu_mask is None else torch.ops.aten.threshold_backward(dz, relu_mask, 0)
+    return g, Blocks.of(g, span).sums()
 
 
 def _input_gradient(
