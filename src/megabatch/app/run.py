@@ -8,11 +8,11 @@ from pathlib import Path
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
 from megabatch.app.micro_batch import fit_micro_batch
+from megabatch.app.precision import measured_precision
 from megabatch.app.resolve import (
     check,
     choose_capture,
     choose_memory,
-    choose_precision,
     cudnn_measures,
     describe_kernels,
 )
@@ -49,19 +49,19 @@ def open_run(
         DataError: `runtime.resume`, and the data has other classes than the folder's run.
     """
     wished = check(recipe, runtime, world_size=world.world_size, device=world.device)
-    precision = choose_precision(runtime, world.device)
     capture = choose_capture(recipe, runtime, world)
     memory = choose_memory(runtime, world)
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
         log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=runtime.resume, stack=stack)
+        announce_measuring(log, stack)
+        precision = measured_precision(recipe, runtime, world=world, micro_batch_size=wished)
         state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
         resumed = None
         if runtime.resume:
             resumed, data = resume(state, recipe, data, folder, world=world, log=log)
         check_same_weights(state.module, world)
-        announce_measuring(log, stack)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:

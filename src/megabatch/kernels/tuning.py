@@ -90,7 +90,7 @@ class Table:
             timer = self._timer_for(like)
             if timer is None:
                 return PLAIN
-            self._announce()
+            self.announce()
             try:
                 with on_device(like):
                     seconds = {name: _seconds(timer, work) for name, work in candidates.items()}
@@ -105,7 +105,8 @@ class Table:
             for path in self.folder.glob("*.json") if self.folder else ():
                 path.unlink(missing_ok=True)
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Calls `on_first`, unless it has been called."""
         callback, self.on_first = self.on_first, None
         if callback is not None:
             callback()
