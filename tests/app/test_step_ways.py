@@ -246,6 +246,15 @@ def test_a_captured_step_in_fp16_skips_an_overflow_without_the_host(tmp_path, mo
         torch.testing.assert_close(captured["weights"][name], tensor, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(("global_batch_size", "remark"), [(64, "hide and 32 do not"), (512, "")])
+def test_several_gpus_are_told_when_their_share_is_too_small_to_hide_launches(global_batch_size, remark):
+    recipe = tiny_recipe(global_batch_size=global_batch_size, num_train_images=512)
+    reason = choose_capture(recipe, Runtime(), dataclasses.replace(CUDA, world_size=2)).reason
+    assert "Python hooks" in reason
+    assert remark in reason
+    assert ("hide" in reason) is bool(remark)
+
+
 PLACES = ("plain", "captured")
 
 

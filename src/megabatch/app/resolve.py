@@ -102,7 +102,7 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
     if world.device.type != "cuda":
         obstacle = "there is no GPU"
     elif world.world_size > 1:
-        obstacle = "several workers exchange gradients through Python hooks"
+        obstacle = "several workers exchange gradients through Python hooks" + _cost_of_launches(recipe, world)
     elif recipe.optimizer == "shampoo":
         obstacle = "Shampoo computes roots every few steps"
     elif recipe.max_global_batch_size:
@@ -112,6 +112,19 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
     if runtime.capture == "off" or obstacle:
         return Capture(False, f"steps not captured ({obstacle or 'capture=off'})")
     return Capture(True, "steps captured in a CUDA graph")
+
+
+LAUNCHES_S = 0.03
+"""Estimated host time of launching ResNet-50's forward and backward without a graph; not measured on a GPU yet."""
+_IMAGES_PER_S = 7500
+
+
+def _cost_of_launches(recipe: Recipe, world: World) -> str:
+    """A remark where a worker's share of a step is so small that its GPU would wait for launches, else nothing."""
+    share, hidden = recipe.smallest_batch // world.world_size, int(LAUNCHES_S * _IMAGES_PER_S)
+    if share >= hidden:
+        return ""
+    return f"; launching them takes about {1e3 * LAUNCHES_S:g} ms, which {hidden} images a GPU hide and {share} do not"
 
 
 def choose_memory(runtime: Runtime, world: World) -> str:
