@@ -88,6 +88,14 @@ def test_gradients_and_statistics_are_no_further_from_float64_than_plain_autocas
     assert all(torch.equal(again[0][name], gradient) for name, gradient in fused[0].items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gram_form_is_no_further_from_float64_than_plain_autocast(dtype: torch.dtype) -> None:
+    exact = step(build(resnet50).double(), torch.float64)
+    plain, gram = step(build(resnet50), dtype), step(build(resnet50, fusion="gram"), dtype)
+    for found, torchs, right in zip(gram, plain, exact, strict=True):
+        assert error(found, right) < SLACK * error(torchs, right)
+
+
 @pytest.mark.parametrize("way", ["measured"], indirect=True)
 def test_choices_are_measured_once_and_kept_in_a_file(way: str, tmp_path: Path, monkeypatch: Any) -> None:
     model = build(resnet50, fusion="auto")
@@ -117,8 +125,9 @@ def test_the_pooled_stem_has_the_gradients_of_torchs_operations(dtype: torch.dty
         assert difference < 0.02  # where rounding makes another value the maximum, its gradient goes elsewhere
 
 
-def test_a_captured_step_computes_what_a_step_outside_does() -> None:
-    model = build(resnet50, fusion="auto")
+@pytest.mark.parametrize("fusion", ["auto", "gram"])
+def test_a_captured_step_computes_what_a_step_outside_does(fusion: str) -> None:
+    model = build(resnet50, fusion=fusion)
     eager = copy.deepcopy(model)
     labels = torch.arange(COUNT, device="cuda")
     batch = images()

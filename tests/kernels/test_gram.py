@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import error
 from ranks import run_processes, run_threads
+from stand_in_gpu import StandInGpu
 from torch import Tensor
 from torch.nn import functional
 
 from megabatch.errors import UserError
 from megabatch.kernels.gram import Blocks, Group, gram_conv1x1_norm, input_moments
+from megabatch.kernels.statistics import RunningAverages, keep_statistics
 
 EPS = 1e-5
 NAMES = ("z", "dx", "dweight", "dgamma", "dbeta", "dresidual")
@@ -178,6 +180,27 @@ def test_the_kernels_give_the_same(interpreter: None, residual: bool, relu: bool
     blocks = Blocks.of(given.x, 2)
     for one, other in zip(input_moments(blocks, triton=True), input_moments(blocks, triton=False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_with_its_statistics_can_be_captured_on_a_gpu() -> None:
+    pytest.importorskip("triton")
+    launched: list[str] = []
+    with StandInGpu(launch=lambda kernel, *_: launched.append(kernel)):
+        given = Inputs(*(t.to("cuda:0") for t in draw(6, 16, 32, 4, dtype=torch.float16)))
+        mean, var, steps = (torch.zeros(size, device="cuda:0") for size in (32, 32, ()))
+
+        def step() -> None:
+            leaves = [t.detach().requires_grad_() for t in given[:4]]
+            output = gram_conv1x1_norm(*leaves, span=4, residual=given.residual)
+            keep_statistics(RunningAverages(mean, var, steps, 0.1, 0.5), output.mean, output.var, triton=True)
+            torch.autograd.grad(output.z, leaves, given.dz)
+
+        step()
+        launched.clear()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step()
+    product = ["weight_gradient_kernel"] * 2  # one per span
+    assert launched == [*product, "join_kernel", "join_gradient_kernel", *product]
 
 
 def share(counts: list[int], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -25,8 +25,9 @@ their mean (two more passes over h). 16-bit images are not: the cancellation in 
 is no larger than the rounding of such h itself, 2^-18 / 12 (m / std)^2 in bfloat16 and 2^-22 / 12 in float16. b and dh
 use the rounded V and M, so that their rounding acts on h - m and not on h.
 
-Extra arithmetic: w / K of the convolution's in forward (C) and twice that in backward (h M, and W C); the output y is
-neither written, read nor kept. See docs/decisions/0012-gram-batch-norm.md for counts.
+Extra arithmetic: w / K of the convolution's each for C and for h M, and 2 K w^2 multiply-adds per span in float32 for
+W C and M, which is little only if a span has many more rows than w. y is neither written, read nor kept. Counts are in
+docs/decisions/0012-gram-batch-norm.md.
 """
 
 from collections.abc import Iterator
@@ -146,7 +147,8 @@ class _GramNorm(torch.autograd.Function):
             if group is not None:
                 found = found.shared(group)
             matrix = weight.flatten(1)
-            var = (matrix @ found.covariance * matrix).sum(2).clamp(min=0)
+            filtered = matrix @ found.covariance
+            var = (filtered * matrix).sum(2).clamp(min=0)
             # NaN, not 0, on overflow, as in the other batch norms.
             rstd = torch.where(var < torch.inf, torch.rsqrt(var + eps), torch.nan)
             folded = ((gamma * rstd)[..., None] * matrix).to(x.dtype)
@@ -154,7 +156,7 @@ class _GramNorm(torch.autograd.Function):
             z, relu_mask = _output(blocks, folded, bias, residual, relu, triton)
             count = found.num_rows
             outputs = z, found.mean @ matrix.T, var * count / (count - 1).clamp(min=1), count[:, 0]
-        ctx.save_for_backward(x, weight, gamma, rstd, folded, *found, relu_mask)
+        ctx.save_for_backward(x, weight, gamma, rstd, folded, found.mean, filtered, count, relu_mask)
         ctx.span, ctx.has_residual, ctx.group, ctx.triton = span, residual is not None, group, triton
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -163,7 +165,7 @@ class _GramNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, rstd, folded, mean, covariance, count, relu_mask = ctx.saved_tensors
+        x, weight, gamma, rstd, folded, mean, filtered, count, relu_mask = ctx.saved_tensors
         if dz is None:
             return (None,) * 10
         with torch.autocast(x.device.type, enabled=False):
@@ -172,7 +174,7 @@ class _GramNorm(torch.autograd.Function):
             centred = g_blocks.transposed_product(blocks, triton=ctx.triton) - _outer(dbeta, mean)
             dgamma = rstd * (matrix * centred).sum(2)
             slope = gamma * rstd
-            dweight = slope[..., None] * (centred - (rstd * dgamma)[..., None] * (matrix @ covariance))
+            dweight = slope[..., None] * (centred - (rstd * dgamma)[..., None] * filtered)
             dx = None
             if ctx.needs_input_grad[0]:
                 mean_g, mean_product = _over_ranks(torch.stack([dbeta, dgamma]), ctx.group) / count.clamp(min=1)

@@ -29,6 +29,11 @@ CHANNELS = [256, 256, 512, 512]
 """Of the norms of each block's shortcut and branch."""
 
 
+@pytest.fixture(autouse=True)
+def any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "ROWS_PER_CHANNEL", 0)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Output channels of each convolution in the Gram form."""
@@ -119,6 +124,17 @@ def test_layers_that_the_equations_do_not_cover_run_as_convolution_and_norm(call
     step(model)
     model.eval()(torch.randn(2, 3, 32, 32))
     assert not calls
+
+
+def test_spans_of_few_rows_run_as_convolution_and_norm(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows per channel are 6 x 64 / 64 in the first stage, 6 x 16 / 256 in the shortcut of the second."""
+    model = net(nn.BatchNorm2d)
+    set_fusion(model, "gram")
+    for limit, expected in ((6, [256, 256]), (7, []), (0.3, [256, 256, 512, 512])):
+        monkeypatch.setattr(gram, "ROWS_PER_CHANNEL", limit)
+        calls.clear()
+        step(model)
+        assert calls == expected
 
 
 def test_plain_after_gram_leaves_no_trace() -> None:

@@ -16,7 +16,7 @@ from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.norm.batch_norm import norm_act_of
 from megabatch.kernels.norm.passes import Moments, Normalisation, measure
 from megabatch.nn.fused.convolution import compute_type, convolve
-from megabatch.nn.fused.gram import conv_norm_act
+from megabatch.nn.fused.gram import conv_norm_act, is_pointwise
 from megabatch.nn.fused.norm_act import can_fuse, is_hooked, norm_act, sink_of, span_of
 from megabatch.nn.resnet import Bottleneck
 
@@ -193,8 +193,8 @@ def _can_run(block: FusedBottleneck, state: Tensor | PendingOutput) -> bool:
         and len(x) > 1  # so that there are two values per channel whatever the resolution
         and all(can_fuse(norm, x, block.backend) for norm in norms)
         and len({span_of(norm, x) for norm in norms if isinstance(norm, nn.BatchNorm2d)} | _span_of_state(state)) == 1
-        and _is_pointwise(block.conv1)
-        and _is_pointwise(block.conv3)
+        and _is_product(block.conv1)
+        and _is_product(block.conv3)
         and x.dtype == compute_type(block.conv3.weight)
     )
 
@@ -203,11 +203,6 @@ def _span_of_state(state: Tensor | PendingOutput) -> set[int]:
     return {span_of(state.branch.norm, state.branch.y)} if isinstance(state, PendingOutput) else set()
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
-    """True for a 1x1 nn.Conv2d of stride 1 without padding, groups, bias or hooks."""
-    return (
-        type(conv) is nn.Conv2d
-        and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        and conv.bias is None
-        and not is_hooked(conv)
-    )
+def _is_product(conv: nn.Module) -> bool:
+    """True for a 1x1 convolution of stride 1, without bias or hooks, which is one matrix product."""
+    return is_pointwise(conv) and conv.stride == (1, 1)

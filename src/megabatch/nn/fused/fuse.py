@@ -36,8 +36,8 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
       residual sum and ReLU as one operation. On a GPU, 1x1 convolutions of bottlenecks include the batch norms around
       them; on a CPU, bfloat16 convolutions have compiled kernels too.
     - "gram": as "auto", except that bottlenecks compute the batch norms behind their last 1x1 convolution and in the
-      shortcut from statistics of the convolution's input (`megabatch.kernels.gram`), also where ranks share spans. No
-      GPU has run this form yet.
+      shortcut from statistics of the convolution's input (`megabatch.kernels.gram`), where spans have enough rows; also
+      where ranks share spans. No GPU has run this form yet; on a CPU it is slower.
     - "triton": the Triton kernels on every device; on a CPU this needs Triton's interpreter. For tests.
     - "reference": the equations of the Triton kernels in torch's operations, on every device. For tests.
 

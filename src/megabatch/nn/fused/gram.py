@@ -13,6 +13,10 @@ from megabatch.nn.batch_norm.own_spans import Normalised
 from megabatch.nn.fused.convolution import compute_type, convolve
 from megabatch.nn.fused.norm_act import TYPES, is_fusable, is_hooked, norm_act, sink_of, span_of
 
+ROWS_PER_CHANNEL = 8
+"""Fewest rows of a span per channel of its convolution's input. With 8, the float32 products that a span takes whatever
+its size are a quarter of the convolution's forward."""
+
 
 def conv_norm_act(
     conv: nn.Module,
@@ -61,14 +65,18 @@ def _keep(norm: nn.BatchNorm2d, images: Tensor, output: GramOutput, backend: Bac
 
 def _supports(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     """True if the equations hold for these layers. Equal on ranks that share a span, whatever samples they have."""
-    if x.ndim != 4 or torch.compiler.is_compiling() or not _is_pointwise(conv):
+    if x.ndim != 4 or torch.compiler.is_compiling() or not is_pointwise(conv):
         return False
     dtype = compute_type(conv.weight)
-    shared = _is_shared(norm) and x.shape[0] <= norm.span
-    return dtype in TYPES and is_fusable(norm, x, shared=shared) and (residual is None or residual.dtype == dtype)
+    return (
+        dtype in TYPES
+        and is_fusable(norm, x, shared=_is_shared(norm) and len(x) <= norm.span)
+        and _has_rows(conv, norm, x)
+        and (residual is None or residual.dtype == dtype)
+    )
 
 
-def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """True for a 1x1 nn.Conv2d of any stride without padding, groups, bias or hooks."""
     return (
         type(conv) is nn.Conv2d
@@ -76,6 +84,13 @@ def _is_pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         and conv.bias is None
         and not is_hooked(conv)
     )
+
+
+def _has_rows(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> bool:
+    """True if a whole span has enough rows; the nominal span of a group, whose ranks must decide alike."""
+    span = norm.span if _is_shared(norm) else span_of(norm, x) if isinstance(norm, nn.BatchNorm2d) else 0
+    pixels = x[:1, :1, :: conv.stride[0], :: conv.stride[1]].shape[2:].numel()
+    return span * pixels >= ROWS_PER_CHANNEL * conv.in_channels
 
 
 def _is_shared(norm: nn.Module) -> TypeGuard[SpanBatchNorm2d]:
