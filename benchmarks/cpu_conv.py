@@ -1,12 +1,17 @@
-"""Convolutions of whole nets on a CPU in bfloat16: the compiled kernels beside oneDNN's, part by part.
+"""Convolutions of whole nets on a CPU: the compiled kernels beside oneDNN's, part by part.
 
-    python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--threads 2] [--repeats 9] [--cpu-seconds]
+    python benchmarks/cpu_conv.py --output benchmarks/out [--net resnet18] [--dtype float32] [--batch 128] [--threads 2]
+        [--repeats 9] [--cpu-seconds]
 
 Shapes are those that the nets' layers meet, as often as they do. Per shape and part (output, data gradient, weight
 gradient), interleaved in one process: torch's operation, which is oneDNN's, and `megabatch.kernels.cpu.conv`'s. "all"
 lines add medians over a net; the data gradient of its images is left out, as nobody learns them. Errors against
 float64 are of 16 images, relative in the norm. Freed memory is kept, as in training. With --cpu-seconds one thread is
 timed by its own processor seconds, which wait for no other process.
+
+In float32 only some parts are computed by the compiled kernels: those marked with an asterisk. "ours" times the kernel
+in every part, "chosen" in the totals has oneDNN's time where that computes. ATEN_CPU_CAPABILITY=avx2 and
+ONEDNN_MAX_CPU_ISA=AVX2 show what a processor without AVX-512 would do.
 """
 
 import argparse
@@ -77,13 +82,13 @@ def layers_of(model: nn.Module, shape: tuple[int, ...]) -> Counter[Layer]:
     return layers
 
 
-def drawn(layer: Layer) -> list[Tensor]:
+def drawn(layer: Layer, dtype: torch.dtype) -> list[Tensor]:
     """x, weight, dy."""
     x = torch.randn(layer.images, layer.inputs, layer.size, layer.size)
     weight = torch.randn(layer.outputs, layer.inputs, layer.taps, layer.taps)
     dy = torch.randn_like(functional.conv2d(x[:1], weight, stride=layer.stride, padding=layer.padding))
     dy = torch.randn(layer.images, *dy.shape[1:])
-    return [t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, weight, dy)]
+    return [t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight, dy)]
 
 
 def theirs(layer: Layer, x: Tensor, weight: Tensor, dy: Tensor) -> list[Callable[[], Tensor]]:
@@ -109,10 +114,10 @@ def ours(layer: Layer, x: Tensor, weight: Tensor, dy: Tensor) -> list[Callable[[
     return [lambda: part(0, dy), lambda: part(1, x), lambda: part(2, weight)]
 
 
-def errors(layer: Layer) -> dict[str, tuple[float, float]]:
+def errors(layer: Layer, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     """Of oneDNN's and of our parts against float64, for 16 images."""
     layer = layer._replace(images=16)
-    given, wide = drawn(layer), layer.inputs > 3
+    given, wide = drawn(layer, dtype), layer.inputs > 3
     exact = [work() for work in theirs(layer, *(t.double() for t in given))]
     found = {}
     for number, part in enumerate(PARTS):
@@ -123,10 +128,11 @@ def errors(layer: Layer) -> dict[str, tuple[float, float]]:
     return found
 
 
-def measure_layer(net: str, layer: Layer, times: int, compare: Compare) -> list[dict[str, Any]]:
+def measure_layer(net: str, layer: Layer, dtype: torch.dtype, times: int, compare: Compare) -> list[dict[str, Any]]:
     """Two records per part: oneDNN's and ours."""
-    given = drawn(layer)
-    error = errors(layer)
+    given = drawn(layer, dtype)
+    error = errors(layer, dtype)
+    chosen = cpu_conv._faster_parts(*given[:2], layer.stride, layer.padding)
     records = []
     for number, part in enumerate(PARTS):
         if layer.inputs <= 3 and number == 1:
@@ -137,6 +143,8 @@ def measure_layer(net: str, layer: Layer, times: int, compare: Compare) -> list[
             "layer": layer.name(),
             "part": part,
             "times": times,
+            "dtype": str(dtype).removeprefix("torch."),
+            "is_chosen": chosen[number],
             "operations": layer.operations(),
             "errors": dict(zip(works, error[part], strict=True)),
         }
@@ -158,9 +166,11 @@ def line_of(records: list[dict[str, Any]]) -> str:
     first = records[0]["parameters"]
     cells = [f"{first['times']} x {first['layer']}"]
     for part in PARTS:
-        seconds = [v["median_s"] for v in records if v["parameters"]["part"] == part]
+        of_part = [v for v in records if v["parameters"]["part"] == part]
+        seconds = [v["median_s"] for v in of_part]
         speeds = [f"{first['operations'] / s / 1e9:.0f}" for s in seconds]
-        cells.append(" / ".join([*speeds, f"{seconds[0] / seconds[1]:.2f}"]) if seconds else "-")
+        mark = "" if not seconds or of_part[0]["parameters"]["is_chosen"] is False else "*"
+        cells.append(" / ".join([*speeds, f"{seconds[0] / seconds[1]:.2f}{mark}"]) if seconds else "-")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -168,10 +178,13 @@ def totals(net: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians added over a net's layers, for each part and for all."""
     found = []
     for label, parts in (*((part, (part,)) for part in PARTS), ("all parts", PARTS)):
-        seconds = dict.fromkeys((BASELINE, "ours"), 0.0)
+        seconds = dict.fromkeys((BASELINE, "ours", "chosen"), 0.0)
         for values in records:
-            if values["parameters"]["part"] in parts:
-                seconds[values["case"].rsplit(" | ")[1]] += values["parameters"]["times"] * values["median_s"]
+            parameters, name = values["parameters"], values["case"].rsplit(" | ")[1]
+            if parameters["part"] in parts:
+                seconds[name] += parameters["times"] * values["median_s"]
+                if (name == "ours") == parameters["is_chosen"]:
+                    seconds["chosen"] += parameters["times"] * values["median_s"]
         found += as_records(f"{net}: {label}", {name: Timing((s,)) for name, s in seconds.items()}, {"net": net})
     return found
 
@@ -183,33 +196,39 @@ def errors_of(records: list[dict[str, Any]], part: str) -> list[float]:
 
 
 def main() -> None:
-    """Measures a net, prints a table and writes `cpu_conv_NET.jsonl`."""
+    """Measures a net, prints a table and writes `cpu_conv_NET_DTYPE.jsonl`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the JSON lines")
     parser.add_argument("--net", choices=NETS, default="resnet18")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--batch", type=int, help="images; 128, or 32 for resnet50")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, instead of elapsed seconds")
     options = parser.parse_args()
-    assert cpu_conv.is_available(), "needs AVX-512 BF16, and the library: python -m megabatch.kernels.cpu.library"
+    dtype = getattr(torch, options.dtype)
+    assert cpu_conv.is_available(dtype), (
+        "needs AVX-512 BF16, or AVX2 for float32, and the library: python -m megabatch.kernels.cpu.library"
+    )
     keep_freed_memory()
     torch.set_num_threads(1 if options.cpu_seconds else options.threads)
     torch.manual_seed(0)
     make, shape = NETS[options.net]
+    shape = (options.batch or shape[0], *shape[1:])
     chosen = batch_norm.compare if options.cpu_seconds else harness.compare
     compare = functools.partial(chosen, repeats=options.repeats)
     records = []
-    setting = f"{options.net}, {shape[0]} images, {torch.get_num_threads()} threads"
+    setting = f"{options.net}, {options.dtype}, {shape[0]} images, {torch.get_num_threads()} threads"
     print(f"{setting}; GFLOP/s of {BASELINE} / ours / times as fast")
     for layer, times in layers_of(make(), shape).items():
-        found = measure_layer(options.net, layer, times, compare)
+        found = measure_layer(options.net, layer, dtype, times, compare)
         print(line_of(found), flush=True)
         records += found
     sums = totals(options.net, records)
     worst = {part: max(errors_of(records, part)) for part in PARTS}
     print("largest error of ours / oneDNN's:", ", ".join(f"{part} {ratio:.3f}" for part, ratio in worst.items()))
     print(table(sums))
-    write_lines(options.output / f"cpu_conv_{options.net.replace(' ', '_')}.jsonl", [*records, *sums])
+    write_lines(options.output / f"cpu_conv_{options.net.replace(' ', '_')}_{options.dtype}.jsonl", [*records, *sums])
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _faster_parts(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple
 
 
 def _is_faster(which: int, lanes: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """True where the float32 kernel of this part measured about 1.2 times as fast as oneDNN's, or faster.
+    """True for shapes whose float32 kernel for this part measured about 1.2 times as fast as oneDNN's, or faster.
 
     Padding is a large share of small images, oneDNN computes zeros in strided data gradients, and its loops are short
     where there are few channels.
