@@ -34,7 +34,7 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
     - "plain": torch's operations, one after the other.
     - "auto": Triton kernels on a GPU, compiled C kernels on a CPU, else torch's operations. Both compute batch norm,
       residual sum and ReLU as one operation. On a GPU, 1x1 convolutions of bottlenecks include the batch norms around
-      them; on a CPU, bfloat16 convolutions have compiled kernels too.
+      them; on a CPU, convolutions have compiled kernels too.
     - "gram": as "auto", except that bottlenecks compute the batch norms behind their last 1x1 convolution and in the
       shortcut from statistics of the convolution's input (`megabatch.kernels.gram`), where spans have enough rows; also
       where ranks share spans. No GPU has run this form yet; on a CPU it is slower.
