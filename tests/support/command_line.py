@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from typing import Any
@@ -24,7 +25,8 @@ def megabatch(*arguments: object) -> Finished:
     """Runs `megabatch ARGUMENTS` through its entry point, in this process; it must not start workers."""
     words = ["megabatch", *map(str, arguments)]
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), patch.object(sys, "argv", words):
+    argv, environment = patch.object(sys, "argv", words), patch.dict(os.environ)  # main sets variables for its children
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv, environment:
         try:
             main()
         except SystemExit as end:
