@@ -9,6 +9,8 @@ import stand_in_device
 import torch
 from stand_in_gpu import CUDA, StandInGpu
 
+# torch warns of parts of its own when its compiler is imported, which emptying the caches does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
