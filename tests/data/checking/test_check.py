@@ -92,7 +92,7 @@ def test_a_file_is_bad_exactly_if_it_cannot_be_decoded(folder):
 @pytest.mark.slow
 def test_this_file_tests_every_kind_of_problem(folder):
     found_kinds = {problem.kind for problem in check(folder).problems}
-    assert KINDS - found_kinds == {"unreadable", "refused archive", "refused data set", "not read", "note"}
+    assert KINDS - found_kinds == {"unreadable", "refused archive", "refused data set", "not read"}
 
 
 @pytest.mark.slow
@@ -176,13 +176,16 @@ def test_what_only_the_whole_data_set_shows_is_reported(tmp_path):
     write_tar(tmp_path / "train-0.tar", [("a.jpg", good), ("a.cls", b"cat"), ("b.jpg", jpeg()), ("b.cls", b"dog")])
     write_tar(tmp_path / "val-0.tar", [("c.jpg", good + b"0"), ("c.cls", b"yak")])
     write_tar(tmp_path / "devkit.tar", [("readme", b"")])
-    assert check(tmp_path).count() >= Counter({"refused data set": 1, "not read": 1})
+    assert check(tmp_path).count() >= Counter({"class not in train": 1, "class in train alone": 2, "not read": 1})
     write_tar(tmp_path / "val-0.tar", [("c.jpg", good + b"0"), ("c.cls", b"cat")])
     report = check(tmp_path)
     assert report.bad == []
-    assert [problem.detail for problem in report.problems if problem.kind == "note"] == [
-        "val has no images of 1 of the 2 classes: 'dog'"
-    ]
+    assert found(report)["train/dog"] == {"class in train alone"}
+    for name in ("train-0.tar", "val-0.tar"):
+        write_tar(tmp_path / name, [(f"{name}.jpg", jpeg()), (f"{name}.cls", b"5000")])
+    (refused,) = check(tmp_path).bad
+    assert refused.kind == "refused data set"
+    assert "as if they were identifiers" in refused.detail
 
 
 def test_a_class_folder_without_permission_is_reported(folder, monkeypatch):

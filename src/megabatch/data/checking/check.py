@@ -84,6 +84,7 @@ def check(
     path, is_folder = layout.path, layout.kind == "folders"
     problems = [Problem(_below(left, path), "not read", f"beside the {layout.kind}") for left in layout.left_out]
     images = (_list_folder if is_folder else _list_archives)(layout, problems)
+    problems += _class_in_one_part(images)
     if not any(problem.is_bad for problem in problems):
         problems += _of_the_whole(path)
     duplicates = _Duplicates()
@@ -142,12 +143,12 @@ class _Duplicates:
 
 
 def _of_the_whole(path: Path) -> list[Problem]:
-    """What training refuses or notes that no single file shows, such as classes that differ between parts."""
+    """What training refuses and no single file shows, such as labels that are identifiers."""
     try:
-        dataset = open_dataset(path)
+        open_dataset(path)
     except DataError as error:
         return [Problem(path.name, "refused data set", str(error))]
-    return [Problem(path.name, "note", note) for note in dataset.notes if "not read" not in note]
+    return []
 
 
 def _list_folder(layout: Layout, problems: list[Problem]) -> list[_Image]:
@@ -156,9 +157,7 @@ def _list_folder(layout: Layout, problems: list[Problem]) -> list[_Image]:
     if folders.get("train") == layout.path:
         return _list_classes(layout.path, layout.path, "", problems)
     problems += _stray_files(layout.path, layout.path, keep=[folder.name for folder in folders.values()])
-    images = [image for part, folder in folders.items() for image in _list_classes(layout.path, folder, part, problems)]
-    problems += _class_in_one_part(images)
-    return images
+    return [image for part, folder in folders.items() for image in _list_classes(layout.path, folder, part, problems)]
 
 
 def _list_archives(layout: Layout, problems: list[Problem]) -> list[_Image]:
@@ -286,7 +285,9 @@ def _class_in_one_part(images: Sequence[_Image]) -> Iterator[Problem]:
     classes: dict[str, set[str]] = {}
     for image in images:
         classes.setdefault(image.part, set()).add(image.class_name)
-    train = classes.pop("train", set())
+    if "train" not in classes:
+        return
+    train = classes.pop("train")
     for part, names in classes.items():
         for name in sorted(names - train):
             yield Problem(f"{part}/{name}", "class not in train", "train has no images of this class")

@@ -51,7 +51,6 @@ ODD_KINDS = frozenset(
         "train in val",  # same bytes in train and in val
         "class in train alone",  # a class that val or test lacks
         "not read",  # an archive or table beside the data set
-        "note",  # what else a run would note about the data set
         "unknown ending",  # not an image's extension; the file is skipped
         "hidden",  # a hidden file; skipped
         "no class",  # an image outside of all class folders; skipped
