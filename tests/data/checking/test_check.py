@@ -182,7 +182,7 @@ def test_what_only_the_whole_data_set_shows_is_reported(tmp_path):
     assert report.bad == []
     assert found(report)["train/dog"] == {"class in train alone"}
     for name in ("train-0.tar", "val-0.tar"):
-        write_tar(tmp_path / name, [(f"{name}.jpg", jpeg()), (f"{name}.cls", b"5000")])
+        write_tar(tmp_path / name, [("x.jpg", jpeg()), ("x.cls", b"5000")])
     (refused,) = check(tmp_path).bad
     assert refused.kind == "refused data set"
     assert "as if they were identifiers" in refused.detail
