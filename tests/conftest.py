@@ -12,6 +12,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What is fastest here decides how sums are rounded; tests that measure say so.
+os.environ.setdefault("MEGABATCH_MEASURE", "0")
+
 # No limit on time, since shared machines pause. In CI examples are the same each time; elsewhere each run draws others.
 settings.register_profile(
     "megabatch", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ

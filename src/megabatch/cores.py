@@ -1,7 +1,10 @@
-"""Processor cores of this machine, and a lock for waits on the whole device."""
+"""Processor of this machine and its cores, and a lock for waits on the whole device."""
 
 import os
+import platform
+import re
 import threading
+from pathlib import Path
 
 DEVICE_WAITS = threading.Lock()
 """Held while a thread waits for the whole GPU, and while a CUDA graph is captured, which such a wait would break."""
@@ -18,3 +21,13 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """Returns the processor's name as the operating system reports it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        names = re.findall(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()

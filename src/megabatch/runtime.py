@@ -42,10 +42,12 @@ class Runtime:
     )
     precision: Precision = _option("auto", "Precision of forward and backward; auto takes the fastest.")
     loss_scale: float | None = _option(None, "Loss scale of fp16: dynamic, or a power of two.", least=1, none="dynamic")
-    channels_last: bool = _option(True, "Memory layout of images and weights: NHWC, or NCHW.")
+    channels_last: bool | None = _option(
+        None, "Memory layout of images and weights: NHWC, or NCHW; default the faster one."
+    )
     compile: bool = _option(False, "Compile the model with torch.compile, which takes minutes at the start.")
     capture: Switch = _option("auto", "Capture whole steps in a CUDA graph.")
-    fusion: Fusion = _option("auto", "auto: fused kernels where available; plain: torch's operations.")
+    fusion: Fusion = _option("auto", "auto: fused kernels where they are faster; plain: torch's operations.")
     cudnn_benchmark: bool = _option(
         True, "On a GPU, benchmark cuDNN's algorithms; without it a resumed run is bitwise equal there."
     )

@@ -57,9 +57,10 @@ def _force(set_fusion, model, fusion):
         ({}, True, True, "fused batch norm and convolutions"),
         ({"precision": "fp32"}, True, True, "fused batch norm and convolutions"),
         ({}, True, False, "fused batch norm"),
-        ({}, False, False, "torch kernels (compiling ours needs a C compiler, on Linux)"),
-        ({"fusion": "plain"}, True, True, "torch kernels"),
-        ({"compile": True}, True, True, "torch.compile kernels"),
+        ({}, False, False, "torch kernels in channels_last (compiling ours needs a C compiler, on Linux)"),
+        ({"fusion": "plain"}, True, True, "torch kernels in channels_last"),
+        ({"channels_last": False}, True, True, "torch kernels in NCHW"),
+        ({"compile": True}, True, True, "torch.compile kernels in channels_last"),
     ],
 )
 def test_a_run_names_its_kernel_implementation(monkeypatch, values, has_norms, has_convolutions, words):

@@ -48,7 +48,7 @@ def test_a_run_says_that_it_measures_before_it_does(monkeypatch, tmp_path):
     monkeypatch.setattr(Progress, "note", lambda _, text: said.append(text))
     monkeypatch.setattr(tuning, "_table", table)
     with contextlib.ExitStack() as stack:
-        announce_measuring(RunLog(tmp_path, Progress(1, 1.0), None), stack)
+        announce_measuring(RunLog(tmp_path, Progress(1, 1.0), None), World(device=CUDA), stack)
         table.choose("product", (1,), torch.zeros(1), {"plain": list, "wide": list})
     assert len(said) == 1
     assert "compiling and timing kernels" in said[0]

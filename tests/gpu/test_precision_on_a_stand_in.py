@@ -11,6 +11,7 @@ from tiny_run import tiny_recipe
 from megabatch.app import precision as module
 from megabatch.app.precision import measured_precision
 from megabatch.app.resolve import choose_micro_batch
+from megabatch.app.trial import GradientTrial
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
 from megabatch.runtime import Runtime
@@ -20,7 +21,8 @@ RECIPE = tiny_recipe()
 
 
 @pytest.fixture(autouse=True)
-def own_choices(tmp_path):
+def own_choices(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGABATCH_MEASURE", "1")
     tuning.use_table(tuning.Table(tmp_path / "kernels"))
     yield
     tuning.use_table(None)
@@ -33,7 +35,7 @@ def choose(runtime, world=ON_GPU):
 
 def timed(seconds, asked):
     """Stands for the timer: `seconds` by precision."""
-    return lambda trial: asked.append(trial.name) or seconds[trial.name]
+    return lambda trial: asked.append(trial.precision.name) or seconds[trial.precision.name]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ def test_both_trials_are_replayed_from_graphs_and_leave_the_generator_alone(monk
 
     def noted(trial):
         seconds = gpu_seconds(trial)
-        if isinstance(trial, module._Trial):
-            found.append((trial.name, trial._step.num_graphs, math.isfinite(seconds)))
+        if isinstance(trial, GradientTrial):
+            found.append((trial.precision.name, trial._step.num_graphs, math.isfinite(seconds)))
         return seconds
 
     monkeypatch.setattr(tuning, "gpu_seconds", noted)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megabatch.app.span_tiles import span_tiles
 from megabatch.comm.launch import World
-from megabatch.errors import SettingsError
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.fused.fuse import set_fusion
@@ -45,21 +44,23 @@ def make_model(recipe: Recipe, norm: Norm = nn.BatchNorm2d) -> nn.Module:
     )
 
 
-def refuse_unsafe_convolutions(recipe: Recipe) -> None:
-    """Raises SettingsError if channels_last training on a CPU could corrupt memory.
+def memory_format(runtime: Runtime) -> torch.memory_format:
+    """Layout of images and weights: channels_last unless the runtime says otherwise."""
+    return torch.contiguous_format if runtime.channels_last is False else torch.channels_last
+
+
+def unsafe_convolution(recipe: Recipe) -> str | None:
+    """Describes a convolution that can corrupt memory in channels_last on a CPU, or returns None.
 
     PyTorch 2.13 with oneDNN, on a processor with AVX2 only, corrupts the heap in the float32 backward of a 1x1
-    convolution with stride 2 and 2 to 5 input channels in channels_last. Fewer than 8 channels are refused.
+    convolution with stride 2 and 2 to 5 input channels in channels_last. Fewer than 8 channels are avoided.
     """
     with torch.device("meta"):
         model = make_model(recipe)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d) and _is_unsafe(layer):
-            raise SettingsError(
-                f"{recipe.model} with width={recipe.width}: PyTorch's backward of {name}, a 1x1 convolution of stride "
-                f"{layer.stride[0]} with {layer.in_channels} channels in channels_last, can corrupt memory on a CPU; "
-                "--no-channels-last or --set width=8 works"
-            )
+            return f"{name}, a 1x1 convolution of stride {layer.stride[0]} with {layer.in_channels} channels"
+    return None
 
 
 def _is_unsafe(layer: nn.Conv2d) -> bool:
@@ -82,8 +83,7 @@ def build_model(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_s
     collect_statistics(model, True)
     set_fusion(model, runtime.fusion)
     widen_logits(model)
-    memory_format = torch.channels_last if runtime.channels_last else torch.contiguous_format
-    return model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+    return model.to(world.device, memory_format=memory_format(runtime))  # type: ignore[call-overload, no-any-return]
 
 
 def build_optimizer(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megabatch.app.model import refuse_unsafe_convolutions
+from megabatch.app.model import unsafe_convolution
 from megabatch.comm.launch import World
 from megabatch.cores import usable_cores
 from megabatch.data.loading.split import check_split
@@ -44,8 +44,11 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
     validate(recipe)
     choose_precision(runtime, device)
     choose_capture(recipe, runtime, World(world_size=world_size, device=device))
-    if device.type == "cpu" and runtime.channels_last:
-        refuse_unsafe_convolutions(recipe)
+    if device.type == "cpu" and runtime.channels_last and (unsafe := unsafe_convolution(recipe)):
+        raise SettingsError(
+            f"{recipe.model} with width={recipe.width}: PyTorch's backward of {unsafe}, can corrupt memory in "
+            "channels_last on a CPU; --no-channels-last, no such option or --set width=8 works"
+        )
     micro_batch_size = choose_micro_batch(recipe, runtime, world_size=world_size, device=device)
     if recipe.max_global_batch_size and micro_batch_size != recipe.bn_span:
         raise SettingsError(
@@ -149,11 +152,14 @@ def cudnn_measures(runtime: Runtime, device: torch.device) -> Iterator[None]:
 
 def describe_kernels(runtime: Runtime, precision: Precision, device: torch.device) -> str:
     """Describes which kernel implementation is used."""
-    if runtime.compile or runtime.fusion == "plain":
-        return "torch.compile kernels" if runtime.compile else "torch kernels"
-    if device.type == "cuda":
+    layout = "NCHW" if runtime.channels_last is False else "channels_last"
+    if runtime.compile:
+        return f"torch.compile kernels in {layout}"
+    if device.type == "cuda" and runtime.fusion != "plain":
         return "fused kernels" if has_triton() else "torch kernels (Triton is not installed)"
-    if not cpu_batch_norm.is_available():
-        return "torch kernels (compiling ours needs a C compiler, on Linux)"
+    if device.type == "cpu" and not cpu_batch_norm.is_available():
+        return f"torch kernels in {layout} (compiling ours needs a C compiler, on Linux)"
+    if runtime.fusion == "plain" or layout == "NCHW":
+        return f"torch kernels in {layout}"
     convolutions = cpu_conv.is_available(precision.dtype)
     return "fused batch norm and convolutions" if convolutions else "fused batch norm"

@@ -5,8 +5,10 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megabatch.app.choices import keep_choices, with_earlier_choices
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
+from megabatch.app.layout import measured_layout
 from megabatch.app.micro_batch import fit_micro_batch
 from megabatch.app.precision import measured_precision
 from megabatch.app.resolve import (
@@ -55,8 +57,11 @@ def open_run(
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
         log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=runtime.resume, stack=stack)
-        announce_measuring(log, stack)
+        announce_measuring(log, world, stack)
+        if runtime.resume:
+            runtime = with_earlier_choices(runtime, folder, world=world)
         precision = measured_precision(recipe, runtime, world=world, micro_batch_size=wished)
+        runtime = measured_layout(recipe, runtime, precision, world=world, warn=log.warn)
         state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
         resumed = None
         if runtime.resume:
@@ -65,6 +70,7 @@ def open_run(
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:
+            keep_choices(runtime, folder, precision=precision.name, world=world)
             kernels = describe_kernels(runtime, precision, world.device)
             choices = [f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange]
             choices += [str(tiles)] if str(tiles) else []

@@ -54,6 +54,10 @@ class RunLog:
         elif event["event"] == "warning":
             self.progress.note(f"warning: {event['text']}")
 
+    def warn(self, text: str) -> None:
+        """Logs a warning."""
+        self.log({"event": "warning", "text": text})
+
     def _against_curve(self, epoch: float, top1: float) -> dict[str, Any]:
         """Comparison with the recipe's published accuracy curve, if there is one."""
         place = against_curve(self.published_curve, epoch, top1)
@@ -78,11 +82,12 @@ def open_run_log(
     return RunLog(folder, stack.enter_context(progress), events, quiet, recipe.published_curve)
 
 
-def announce_measuring(log: RunLog, stack: contextlib.ExitStack) -> None:
-    """Prints one line when kernels are first compiled and timed, which takes minutes; in force until `stack` ends."""
+def announce_measuring(log: RunLog, world: World, stack: contextlib.ExitStack) -> None:
+    """Prints one line when kernels are first timed; in force until `stack` ends. On a GPU they are compiled, too."""
+    compiling, time = ("", "seconds") if world.device.type == "cpu" else ("compiling and ", "a few minutes")
     table = tuning.table()
     table.on_first = lambda: log.note(
-        "compiling and timing kernels for this machine: a few minutes in the first run, cached for later runs"
+        f"{compiling}timing kernels for this machine: {time} in the first run, kept for later runs"
     )
     stack.callback(setattr, table, "on_first", None)
 

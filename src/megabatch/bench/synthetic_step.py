@@ -12,6 +12,7 @@ from megabatch.app.data import Data
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
+from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
@@ -96,7 +97,8 @@ def synthetic_step(
             quiet=True,
         ) as run,
     ):
-        run.loader = SameBatches(fixed, world.device, channels_last=runtime.channels_last)
+        assert isinstance(run.loader, TrainLoader)
+        run.loader = SameBatches(fixed, world.device, channels_last=run.loader.channels_last)
         largest = max(len(positions) for positions in run.micro_batches(run.settings_at(0, 0)))
         yield SyntheticStep(run, largest, lambda: _run_step(run))
 

@@ -5,15 +5,16 @@ e.g. one per tiling of a kernel, and always one named `PLAIN`, which uses torch'
 the order of summation, so two runs are bitwise equal only if they use the same choices.
 
 Files: the default table writes $XDG_CACHE_HOME/megabatch/kernels/DEVICE.json (~/.cache/megabatch/kernels without that
-environment variable, or where its path is not absolute), where DEVICE is `device_name`: the GPU's name, the versions
-of torch and Triton, and `EDITION`. The file is one JSON object that maps "TASK DTYPE SIZE SIZE ..." to the name of the
-chosen candidate. It is replaced atomically under an exclusive lock on DEVICE.lock beside it. If two processes measure
-the same key, both use the choice that was written first. Delete the files, or call `Table.clear`, to measure again.
-No other environment variable is read; compiled kernels are cached by Triton, in TRITON_CACHE_DIR.
+environment variable, or where its path is not absolute), where DEVICE is `device_name`: the GPU's or processor's name,
+the versions of torch and Triton, and `EDITION`. The file is one JSON object that maps "TASK DTYPE SIZE SIZE ..." to the
+name of the chosen candidate. It is replaced atomically under an exclusive lock on DEVICE.lock beside it. If two
+processes measure the same key, both use the choice that was written first. Delete the files, or call `Table.clear`, to
+measure again. Compiled kernels are cached by Triton, in TRITON_CACHE_DIR.
 """
 
 import functools
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -25,6 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megabatch.cores import cpu_model
 from megabatch.files import cache_folder, locked, write_text
 from megabatch.kernels.dispatch import on_device
 
@@ -61,6 +63,16 @@ class Table:
         self._choices: dict[str, dict[str, str]] = {}
         self._lock = threading.RLock()
 
+    def beside(self, timer: Timer) -> "Table":
+        """A table with this one's files and fixed choices, another timer, and a lock of its own.
+
+        For trials of whole models: a table's lock is held while a trial runs, whose backward, on another thread, asks
+        this table for kernels.
+        """
+        table = Table(self.folder, timer=timer, fixed=self.fixed)
+        table.on_first = self.announce
+        return table
+
     def run_fastest(
         self, task: str, sizes: tuple[int, ...], like: Tensor, candidates: Mapping[str, Callable[[], Result]]
     ) -> Result:
@@ -72,8 +84,8 @@ class Table:
     ) -> str:
         """Returns the name of the fastest candidate. One that raises an error is never the fastest.
 
-        Returns `PLAIN`, without recording it, while a CUDA graph is captured, as nothing can be timed then, and if
-        memory runs out, as another candidate may win beside a smaller model.
+        Returns `PLAIN`, without recording it, while a CUDA graph is captured, as nothing can be timed then, if memory
+        runs out, as another candidate may win beside a smaller model, and if all raise an error, which `PLAIN` shows.
         """
         # Fixed choices win over recorded ones.
         if self.fixed.get(task) in candidates:
@@ -95,6 +107,8 @@ class Table:
                 with on_device(like):
                     seconds = {name: _seconds(timer, work) for name, work in candidates.items()}
             except torch.OutOfMemoryError:
+                return PLAIN
+            if min(seconds.values()) == float("inf"):
                 return PLAIN
             return self._record(device, key, min(seconds, key=lambda name: seconds[name]), candidates)
 
@@ -166,8 +180,15 @@ def gpu_seconds(work: Callable[[], object]) -> float:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """Returns a file name, without suffix, made of the device and the versions that determine speed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """Returns a file name, without suffix, made of the device and the versions that determine speed.
+
+    A CPU is its model and the instruction sets that torch and oneDNN may use.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        allowed = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+        name = " ".join((device.type, cpu_model(), *allowed))
     try:
         triton = version("triton")
     except PackageNotFoundError:

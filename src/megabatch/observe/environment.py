@@ -3,13 +3,12 @@
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from megabatch.cores import usable_cores
+from megabatch.cores import cpu_model, usable_cores
 
 PACKAGES = ("megabatch", "torch", "numpy")
 
@@ -38,16 +37,6 @@ def git_commit(folder: Path) -> str | None:
     commit = _git(folder, "rev-parse", "--short=12", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and changed else commit
-
-
-def cpu_model() -> str:
-    """Returns the processor's name as the operating system reports it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-        names = re.findall(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:

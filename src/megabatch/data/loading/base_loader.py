@@ -70,7 +70,7 @@ class BaseLoader:
         self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
         self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
         self._dtype = dtype
-        self._channels_last = channels_last
+        self.channels_last = channels_last
         self._prefetch = int(prefetch_batches)
         # A GPU copies and normalises while the training step runs; on a CPU a batch finished early only costs memory.
         self._finished_ahead = 2 if torch.device(device).type == "cuda" else 1
@@ -138,7 +138,7 @@ class BaseLoader:
         """Crops of images that the GPU decodes, mirrored where `flips`, normalised."""
         assert self._gpu_reader is not None
         images = self._gpu_reader.crop(samples, flips, mean=self._mean, std=self._std, dtype=self._dtype)
-        return images if self._channels_last else images.contiguous()
+        return images if self.channels_last else images.contiguous()
 
     def _crop_raw(self, samples: ReadSamples) -> Tensor:
         """Crops of images that the GPU decodes, float32 in [0, 255]."""
@@ -147,7 +147,7 @@ class BaseLoader:
         return self._gpu_reader.crop(samples, None, mean=mean, std=std, dtype=torch.float32)
 
     def _normalize(self, images: Tensor) -> Tensor:
-        out = self._staging.device_images(images.shape, self._dtype, channels_last=self._channels_last)
+        out = self._staging.device_images(images.shape, self._dtype, channels_last=self.channels_last)
         return augment.normalize(images, self._mean, self._std, out)
 
     def _deliver(self, batch: Batch) -> Batch:
