@@ -382,3 +382,17 @@ def test_evaluate_refuses_what_is_no_checkpoint(tmp_path):
 def test_the_command_is_installed():
     assert shutil.which("megabatch", path=str(Path(sys.executable).parent))
     assert "megabatch" in megabatch_process("--version").stdout
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dry_run_needs_no_data_and_keeps_nothing(tmp_path, workers):
+    sizes = ["model=resnet8", "resolution=16", "eval_resolution=16", "bn_span=4", "global_batch_size=16"]
+    settings = [word for size in sizes for word in ("--set", size)]
+    options = ["--dry-run", 4, "--workers", workers, "--precision", "fp32"]
+    done = megabatch_process("train", "goyal2017_8k", *options, *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images from made photographs, most of 500 x 375 pixels" in done.stdout
+    measured, whole = done.stdout.splitlines()[-2:]
+    assert measured.startswith("dry run: 2 steps of 16 images, median ")
+    assert whole.startswith("a whole run of 90 epochs: ")
+    assert not list(tmp_path.iterdir())

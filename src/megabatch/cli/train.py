@@ -1,14 +1,17 @@
 """`megabatch train RECIPE`: starts local workers, or joins those that torchrun started."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -34,42 +37,72 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Number of updates after which to evaluate, save and stop.", min=1)
     ] = None,
+    dry_run: Annotated[
+        int | None,
+        typer.Option(help="Run this many updates, keep nothing, and say what a whole run would take.", min=1),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only warnings and the last line.")] = False,
 ) -> None:
     """Trains a recipe. The last line shows the top-1 accuracy and the report's path."""
     given = parse_settings(settings or [])
     chosen = override(recipes.get(recipe), given)
-    _train(chosen, runtime, max_steps=steps, quiet=quiet, may_drop_colour="image_channels" in given)
+    request = Request(steps, dry_run, quiet=quiet, may_drop_colour="image_channels" in given)
+    _train(chosen, runtime, request)
 
 
-def _train(recipe: Recipe, runtime: Runtime, *, max_steps: int | None, quiet: bool, may_drop_colour: bool) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What one call of `train` asks for, besides recipe and runtime."""
+
+    steps: int | None
+    dry_run: int | None
+    quiet: bool
+    may_drop_colour: bool
+
+    @property
+    def max_steps(self) -> int | None:
+        """Updates after which to stop."""
+        return self.dry_run or self.steps
+
+    def open_data(self, recipe: Recipe, runtime: Runtime, **options: Any) -> "Data":
+        """Opens the data, which a dry run may do without."""
+        from megabatch.app.data import open_data
+        from megabatch.app.dry_run import open_dry_data
+
+        return (open_dry_data if self.dry_run else open_data)(recipe, runtime, **options)
+
+
+def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
+    from megabatch.app.dry_run import check_dry_run
     from megabatch.comm.launcher_environment import started_by_launcher
     from megabatch.comm.local_workers import run_local_workers
 
+    if request.dry_run:
+        check_dry_run(request.dry_run, runtime)
     if started_by_launcher():
-        _work(recipe, runtime, None, max_steps=max_steps, quiet=quiet, may_drop_colour=may_drop_colour)
+        _work(recipe, runtime, None, request)
         return
     _check_output(runtime)
-    num_workers = _check_before_start(recipe, runtime, may_drop_colour=may_drop_colour)
-    with _run_folder(recipe, runtime) as folder:
+    num_workers = _check_before_start(recipe, runtime, request)
+    with _run_folder(recipe, runtime, request) as folder:
         if num_workers == 1:
-            _work(recipe, runtime, folder, max_steps=max_steps, quiet=quiet, may_drop_colour=True)  # checked above
+            _work(recipe, runtime, folder, dataclasses.replace(request, may_drop_colour=True))  # checked above
             return
         arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
         if code := run_local_workers(num_workers, arguments):
             raise typer.Exit(code)
 
 
-def _check_before_start(recipe: Recipe, runtime: Runtime, *, may_drop_colour: bool) -> int:
+def _check_before_start(recipe: Recipe, runtime: Runtime, request: Request) -> int:
     """Returns the number of local workers; reports invalid input before anything is written."""
-    from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.data import check_room, fit_to_data
     from megabatch.app.image_checks import refuse_colour_as_grey
     from megabatch.app.resolve import check, default_workers
     from megabatch.comm.launch import World
 
     device = find_device(runtime.device)
-    with contextlib.closing(open_data(recipe, runtime, on_progress=_say, probe=True)) as data:
-        if not may_drop_colour:
+    with contextlib.closing(request.open_data(recipe, runtime, on_progress=_say, probe=True)) as data:
+        if not request.may_drop_colour:
             refuse_colour_as_grey(recipe, data)
         fitted = fit_to_data(recipe, data)
         num_workers = runtime.workers or default_workers(fitted, runtime)
@@ -91,32 +124,28 @@ def _check_resumed(recipe: Recipe, data: "Data", folder: Path) -> None:
         refuse_other_recipe(recipe, from_json(newest.recipe))
 
 
-def _work(
-    recipe: Recipe,
-    runtime: Runtime,
-    output: Path | None,
-    *,
-    max_steps: int | None,
-    quiet: bool,
-    may_drop_colour: bool,
-) -> None:
+def _work(recipe: Recipe, runtime: Runtime, output: Path | None, request: Request) -> None:
     """Runs one worker process: join, open the data, build the run, train, report."""
     import torch
 
-    from megabatch.app.data import check_room, fit_to_data, open_data
+    from megabatch.app.data import check_room, fit_to_data
+    from megabatch.app.dry_run import estimate
     from megabatch.app.image_checks import image_remarks, refuse_colour_as_grey
     from megabatch.app.run import open_run
     from megabatch.comm.launch import join, on_rank0, sum_over_workers
+    from megabatch.data.sources.made import MadePhotos
     from megabatch.train.loop import train as run_loop
 
     with (
         join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads) as world,
-        contextlib.closing(open_data(recipe, runtime)) as data,
+        contextlib.closing(request.open_data(recipe, runtime)) as data,
         contextlib.ExitStack() as stack,
     ):
-        if not may_drop_colour:
+        if not request.may_drop_colour:
             refuse_colour_as_grey(recipe, data)
-        folder = output or on_rank0(lambda: stack.enter_context(_run_folder(recipe, runtime, launched=True)), world)
+        folder = output or on_rank0(
+            lambda: stack.enter_context(_run_folder(recipe, runtime, request, launched=True)), world
+        )
         fitted = fit_to_data(recipe, data)
         check_room(fitted, runtime, data, world=world)
         started = time.perf_counter()
@@ -129,8 +158,8 @@ def _work(
                 world=world,
                 folder=folder,
                 stop_requested=stop_requested,
-                max_steps=max_steps,
-                quiet=quiet,
+                max_steps=request.max_steps,
+                quiet=request.quiet,
             ) as run,
         ):
             for warning in [*warnings_for(fitted), *(image_remarks(fitted, data) if world.is_first else ())]:
@@ -146,7 +175,10 @@ def _work(
             run.log(end | {"num_replaced_samples": replaced})
         complete = run.is_complete
         if world.is_first:
-            _finish(folder, top1, images_per_s, seconds, run.state.step, complete=complete, quiet=quiet)
+            if request.dry_run:
+                _say(estimate(fitted, folder, is_made=isinstance(data.train, MadePhotos)))
+            else:
+                _finish(folder, top1, images_per_s, seconds, run.state.step, complete=complete, quiet=request.quiet)
         if evaluation is None and not complete:
             raise typer.Exit(1)
 
@@ -170,11 +202,18 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _run_folder(recipe: Recipe, runtime: Runtime, *, launched: bool = False) -> Iterator[Path]:
-    """Yields --output, or a new folder named after the recipe and the time, which is removed if it stays empty."""
+def _run_folder(recipe: Recipe, runtime: Runtime, request: Request, *, launched: bool = False) -> Iterator[Path]:
+    """Yields --output, or a new folder named after the recipe and the time, which is removed if it stays empty.
+
+    A dry run without --output gets a temporary folder.
+    """
     _check_output(runtime, may_start=launched)
     if runtime.output is not None:
         yield runtime.output
+        return
+    if request.dry_run:
+        with tempfile.TemporaryDirectory(prefix="megabatch-dry-run-") as temporary:
+            yield Path(temporary)
         return
     folder = create_unused(Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
