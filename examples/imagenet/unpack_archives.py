@@ -2,7 +2,7 @@
 
     python unpack_archives.py ILSVRC2012_img_train.tar ILSVRC2012_img_val.tar ILSVRC2012_devkit_t12.tar.gz FOLDER
 
-WNID is a class's WordNet identifier, such as n01440764. Needs scipy for the table of classes. If it is stopped, start it
+WNID is a class's WordNet identifier, such as n01440764. Needs scipy for the table of classes. Once stopped, start it
 again: existing files are overwritten.
 """
 
