@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,6 +157,24 @@ def lose_an_exchange():
 
 def test_a_failed_exchange_fails_pending_and_later_buckets_at_once():
     assert run_threads(2, lose_an_exchange) == ["rank 1 is gone", None]
+
+
+def unpack_without_memory():
+    """One rank's bucket cannot be unpacked; the thread that would have completed its future ends with that."""
+    state = ExchangeState(make_grid(), wire="fp16")
+    if dist.get_rank() == 0:
+        state._scale = Mock(side_effect=[1.0, MemoryError("no room to unpack")])
+    try:
+        state.exchange(torch.ones(4), "torus").wait()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_a_bucket_that_cannot_be_unpacked_fails_and_does_not_hang():
+    first, second = run_threads(2, unpack_without_memory)
+    assert "no room to unpack" in first
+    assert second is None
 
 
 def close_and_count():

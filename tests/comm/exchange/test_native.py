@@ -15,6 +15,7 @@ from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.primitives import is_native
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.exchange.timeline import Timeline
+from megabatch.errors import PeerError
 
 
 class NoStreams:
@@ -59,6 +60,19 @@ def exchanged_on_streams(wire):
     own = threading.current_thread().rank_world
     helpers = [thread.name for thread in threading.enumerate() if getattr(thread, "rank_world", None) is own]
     return result, helpers, timeline.finish_step()
+
+
+def exchange_after_a_failure():
+    state = ExchangeState(make_grid())
+    dist.barrier()
+    state.fail(PeerError("rank 1 is gone"))
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        state.exchange(torch.ones(4), "torus").wait()
+
+
+def test_after_a_failure_nothing_is_enqueued(native, monkeypatch):
+    monkeypatch.setattr(ExchangeState, "_run_on_stream", lambda *_: pytest.fail("enqueues"))
+    run_threads(2, exchange_after_a_failure)
 
 
 @pytest.mark.parametrize("wire", ["fp32", "fp16", "bf16"])

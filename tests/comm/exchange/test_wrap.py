@@ -9,6 +9,7 @@ from ranks import run_processes, run_threads
 from torch import nn
 
 from megabatch.comm.exchange.buckets import bucket_caps_mib, cubic_groups
+from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.timeline import Timeline
 from megabatch.comm.exchange.wrap import _ddp_options, wrap
 from megabatch.errors import SettingsError
@@ -118,3 +119,14 @@ def unknown_algorithm():
 
 def test_an_unknown_algorithm_is_refused():
     run_threads(1, unknown_algorithm)
+
+
+def wrap_with_a_grid():
+    grid = make_grid(shape=(1, 2))
+    with pytest.raises(SettingsError, match=r"shape \(2, 1\) was given with a grid of shape \(1, 2\)"):
+        wrap(nn.Linear(1, 1), grid=grid, shape=(2, 1))
+    return wrap(nn.Linear(1, 1), algorithm="auto", grid=grid).exchange_state.grid is grid
+
+
+def test_a_given_grid_is_the_one_in_use_and_another_shape_beside_it_is_refused():
+    assert run_threads(2, wrap_with_a_grid) == [True, True]

@@ -112,7 +112,11 @@ class ExchangeState:
             return future
         with self._lock:  # before anything is sent, so that `fail` finds the future at any time
             self._in_flight.add(future)
-        self._send(buffer, algorithm, index, parameters, future)
+            failure = self._failure.error
+        if failure is None:
+            self._send(buffer, algorithm, index, parameters, future)
+        else:
+            self.fail(failure)
         return future.then(_value)
 
     def _send(
@@ -223,7 +227,10 @@ class ExchangeState:
             if parcel.parts_left:
                 return
         if parcel.error is None:
-            self._deliver(parcel)
+            try:
+                self._deliver(parcel)
+            except Exception as unpacking:  # noqa: BLE001  # this thread ends with it: no bucket may wait for it
+                self.fail(unpacking)
         elif self._claim(parcel):
             parcel.future.set_exception(parcel.error)  # type: ignore[arg-type]
 

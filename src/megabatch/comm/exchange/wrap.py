@@ -86,6 +86,10 @@ def wrap(
         raise SettingsError(
             f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works"
         )
+    if grid is not None and shape not in {None, grid.shape}:
+        raise SettingsError(
+            f"shape {shape} was given with a grid of shape {grid.shape}, needed: one of the two; grid=grid works"
+        )
     parameters = list(model.parameters())
     why = "as given"
     if algorithm == "auto":
@@ -94,7 +98,7 @@ def wrap(
         algorithm, shape, bucket_mib, why = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib, choice.why
     caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib, first_bucket_mib=first_bucket_mib)
     state = ExchangeState(
-        grid if grid is not None and shape in (None, grid.shape) else make_grid(shape=shape, hosts=hosts),
+        grid or make_grid(shape=shape, hosts=hosts),
         wire=wire,
         error_feedback=error_feedback,
         average=average,
