@@ -69,6 +69,14 @@ def test_if_every_candidate_fails_the_plain_one_raises_its_error() -> None:
         Table(timer=Clock()).run_fastest("a", (1,), LIKE, {"plain": fails, "other": fails})
 
 
+def test_a_failure_of_every_candidate_is_not_kept_as_a_choice(tmp_path: Path) -> None:
+    failing = Table(tmp_path, timer=lambda _: float("inf"))
+    assert failing.choose("product", (1,), LIKE, candidates("plain", "wide")) == "plain"
+    assert not (tmp_path / FILE).exists()
+    failing.timer = Clock(plain=2.0, wide=1.0)
+    assert failing.choose("product", (1,), LIKE, candidates("plain", "wide")) == "wide"
+
+
 def test_fixed_candidates_are_used_without_measuring_where_they_exist() -> None:
     clock = Clock(plain=1.0, wide=2.0)
     table = Table(timer=clock, fixed={"a": "wide"})
