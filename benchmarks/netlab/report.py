@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cost_model import Link, Network, cost
+from megabatch.comm.autotune.cost import Link, Network, cost
 
 ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus")
 ON_THE_WIRE = 8948 / 9018  # payload of a frame of 9000 bytes: IPv4, TCP with timestamps, Ethernet header
