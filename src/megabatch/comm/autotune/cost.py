@@ -99,13 +99,14 @@ def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Netw
 def lower_bound_s(num_bytes: float, shape: tuple[int, int], network: Network) -> float:
     """Returns a time that no all-reduce of `num_bytes` on a grid of `shape` can undercut.
 
-    It is the largest of three bounds. Latency: a value needs ceil(log2 Y) messages between hosts to reach them all, and
-    one inside a host if X > 1. Bandwidth of a host: 2 (Y - 1) / Y M bytes leave and enter it. Bandwidth of a rank: it
+    It is the largest of three bounds. Latency: where a rank sends one message at a time, a value needs ceil(log2 Y) in
+    sequence to reach all hosts, and one inside a host if X > 1; sent directly (`direct`), one each. Bandwidth of a host: 2 (Y - 1) / Y M bytes leave and enter it. Bandwidth of a rank: it
     sends 2 (N - 1) / N M bytes in all, over its own link and its host's (Patarasu and Yuan 2009).
     """
     x, y = shape
     n = x * y
-    hops = min(1, x - 1) * network.row.hop_s() + _log2(y) * network.column.hop_s()
+    steps_out = min(1, y - 1) if network.direct else _log2(y)
+    hops = min(1, x - 1) * network.row.hop_s() + steps_out * network.column.hop_s()
     host = 2 * (y - 1) / y * num_bytes / network.column.bytes_per_s
     both = (network.row.bytes_per_s if x > 1 else 0.0) + (network.column.bytes_per_s if y > 1 else 0.0)
     rank = 2 * (n - 1) / n * num_bytes / both if n > 1 else 0.0
