@@ -100,8 +100,9 @@ def lower_bound_s(num_bytes: float, shape: tuple[int, int], network: Network) ->
     """Returns a time that no all-reduce of `num_bytes` on a grid of `shape` can undercut.
 
     It is the largest of three bounds. Latency: where a rank sends one message at a time, a value needs ceil(log2 Y) in
-    sequence to reach all hosts, and one inside a host if X > 1; sent directly (`direct`), one each. Bandwidth of a host: 2 (Y - 1) / Y M bytes leave and enter it. Bandwidth of a rank: it
-    sends 2 (N - 1) / N M bytes in all, over its own link and its host's (Patarasu and Yuan 2009).
+    sequence to reach all hosts, and one inside a host if X > 1; sent directly (`direct`), one each. Bandwidth of a
+    host: 2 (Y - 1) / Y M bytes leave and enter it. Bandwidth of a rank: it sends 2 (N - 1) / N M bytes in all, over
+    its own link and its host's (Patarasu and Yuan 2009).
     """
     x, y = shape
     n = x * y

@@ -1,0 +1,145 @@
+"""Layers of the models, as the numbers that time and communication depend on. Imports no torch.
+
+A layer is a convolution or linear layer together with the batch norm, activation and addition that follow it. Counts
+are per image: multiply-adds are two operations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megabatch.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Operations, elements and parameters of one layer."""
+
+    name: str
+    num_parameters: int  # batch norm included
+    num_tensors: int  # parameter tensors
+    forward_flops: float  # per image
+    in_elements: int  # per image
+    out_elements: int
+    norm_channels: int = 0  # 0 without batch norm
+    joins: bool = False  # adds a residual
+
+
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet8": (1, 1, 1)}
+SMALL_STEM_PIXELS = 64  # nn.models: images up to this size get the small stem
+
+
+def layers_of(
+    model: str,
+    *,
+    resolution: int = 224,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width: int = 16,
+    small_stem: bool | None = None,
+) -> tuple[Layer, ...]:
+    """Returns the layers of `model` in forward order.
+
+    Raises UserError if the model is unknown.
+    """
+    if model in {"alexnet", "alexnet_bn"}:
+        return tuple(_alexnet(resolution, num_classes, in_channels, norm=model == "alexnet_bn"))
+    if model not in BLOCKS:
+        raise UserError(f"model {model!r} is unknown, needed one of {', '.join([*BLOCKS, 'alexnet', 'alexnet_bn'])}")
+    small = resolution <= SMALL_STEM_PIXELS if small_stem is None else small_stem
+    return tuple(_resnet(model, resolution, num_classes, in_channels, width, small_stem=small))
+
+
+def forward_flops(layers: tuple[Layer, ...]) -> float:
+    """Floating-point operations of a forward pass of one image; backward takes about twice as many."""
+    return sum(layer.forward_flops for layer in layers)
+
+
+def num_parameters(layers: tuple[Layer, ...]) -> int:
+    """Parameters of all layers."""
+    return sum(layer.num_parameters for layer in layers)
+
+
+def scaling_ratio(layers: tuple[Layer, ...]) -> float:
+    """Operations of an image's forward pass per parameter: the larger, the easier to scale (You et al. 2017, table)."""
+    return forward_flops(layers) / num_parameters(layers)
+
+
+def _resnet(model: str, side: int, num_classes: int, channels: int, width: int, *, small_stem: bool) -> Iterator[Layer]:
+    first = width if model == "resnet8" else 64
+    kernel, stride = (3, 2) if model == "resnet8" else (3, 1) if small_stem else (7, 2)
+    stem = _convolution("conv1", channels, first, kernel, stride, side)
+    yield stem
+    side, channels = -(-side // stride), first
+    if model != "resnet8" and not small_stem:
+        side = -(-side // 2)  # max pooling
+    for index, num_blocks in enumerate(BLOCKS[model]):
+        for block in range(num_blocks):
+            stride = 2 if block == 0 and index > 0 else 1
+            made = _block(f"layer{index + 1}.{block}", model, channels, first << index, stride, side)
+            yield from made
+            channels, side = (first << index) * (4 if model == "resnet50" else 1), -(-side // stride)
+    yield _linear("fc", channels, num_classes)
+
+
+def _block(name: str, model: str, channels: int, width: int, stride: int, side: int) -> Iterator[Layer]:
+    out, after = width * (4 if model == "resnet50" else 1), -(-side // stride)
+    if stride > 1 or channels != out:
+        yield _convolution(f"{name}.downsample", channels, out, 1, stride, side)
+    if model == "resnet50":
+        yield _convolution(f"{name}.conv1", channels, width, 1, 1, side)
+        yield _convolution(f"{name}.conv2", width, width, 3, stride, side)
+        yield _convolution(f"{name}.conv3", width, out, 1, 1, after, joins=True)
+    else:
+        yield _convolution(f"{name}.conv1", channels, out, 3, stride, side)
+        yield _convolution(f"{name}.conv2", out, out, 3, 1, after, joins=True)
+
+
+def _convolution(
+    name: str,
+    channels: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    side: int,
+    *,
+    groups: int = 1,
+    norm: bool = True,
+    after: int | None = None,
+    joins: bool = False,
+) -> Layer:
+    after = -(-side // stride) if after is None else after
+    weights = out * channels // groups * kernel * kernel
+    num_parameters = weights + (2 if norm else 1) * out
+    return Layer(
+        name,
+        num_parameters,
+        3 if norm else 2,
+        2.0 * weights * after * after,
+        channels * side * side,
+        out * after * after,
+        norm_channels=out if norm else 0,
+        joins=joins,
+    )
+
+
+def _linear(name: str, channels: int, out: int) -> Layer:
+    return Layer(name, channels * out + out, 2, 2.0 * channels * out, channels, out)
+
+
+def _alexnet(side: int, num_classes: int, channels: int, *, norm: bool) -> Iterator[Layer]:
+    sides = [(side - 11) // 4 + 1]
+    sides += [_pooled(sides[0])]
+    sides += [_pooled(sides[1])]
+    yield _convolution("conv1", channels, 96, 11, 4, side, norm=norm, after=sides[0])
+    yield _convolution("conv2", 96, 256, 5, 1, sides[1], groups=2, norm=norm)
+    yield _convolution("conv3", 256, 384, 3, 1, sides[2], norm=norm)
+    yield _convolution("conv4", 384, 384, 3, 1, sides[2], groups=2, norm=norm)
+    yield _convolution("conv5", 384, 256, 3, 1, sides[2], groups=2, norm=norm)
+    yield _linear("fc6", 256 * 6 * 6, 4096)
+    yield _linear("fc7", 4096, 4096)
+    yield _linear("fc8", 4096, num_classes)
+
+
+def _pooled(side: int) -> int:
+    """Side after pooling with window 3 and stride 2, rounded up."""
+    return -(-(side - 3) // 2) + 1
