@@ -32,7 +32,7 @@ def test_resnet50_has_161_tensors_25557032_parameters_and_26560_batch_norm_chann
 
 
 def test_scaling_ratios_are_those_of_you_et_al_and_so_is_their_quotient():
-    """They count 1.5 GFLOP and 61 M parameters, 7.7 GFLOP and 25 M. Version 1.5 of ResNet-50 has 5 % more operations."""
+    """They count 1.5 GFLOP and 61 M parameters, 7.7 GFLOP and 25 M. Version 1.5 of ResNet-50 has 5 % more."""
     alexnet, resnet = (scaling_ratio(layers_of(name)) for name in ("alexnet", "resnet50"))
     assert scaling_ratio(layers_of("alexnet", resolution=227)) == pytest.approx(24.6, rel=0.05)
     assert resnet == pytest.approx(308, rel=0.06)

@@ -30,6 +30,7 @@ class LinkData:
 
     latency_us: float
     bytes_per_s: float
+    small_latency_us: float | None = None  # of messages of some KB; None: as of large ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Cluster:
     price_per_device_hour: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, so that fits can be cached
 class Hardware:
     """All known parts by name."""
 

@@ -69,8 +69,8 @@ def test_an_unknown_algorithm_is_refused():
         cost("ring", 1, (1, 2), Network(Link(1, 1), Link(1, 1)))
 
 
-ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus", "tree", "halving_doubling")
-COLUMNS = ("ring", "tree", "halving_doubling")
+ALGORITHMS = ("flat", "hierarchical", "torus", "split_torus", "tree", "halving_doubling", "nccl")
+COLUMNS = ("ring", "tree", "halving_doubling", "nccl")
 NETWORKS = st.builds(
     Network,
     row=st.builds(Link, st.floats(0, 1e-3), st.floats(1e8, 1e12), st.floats(0, 1e-4)),
@@ -128,3 +128,12 @@ def test_halving_doubling_on_equal_links_is_the_textbook_formula(k, m, alpha, be
 def test_the_sum_costs_each_received_byte_once(between):
     net = Network(Link(0, math.inf), Link(0, math.inf), between_hosts=between, reduce_bytes_per_s=1e9)
     assert cost("torus", 1e9, (4, 2), net).seconds() == pytest.approx(7 / 8)
+
+
+@given(x=SIDES, y=SIDES, m=st.floats(1, 1e9), net=NETWORKS)
+def test_nccl_is_the_faster_of_ring_and_tree(x, y, m, net):
+    def seconds(algorithm, between):
+        return cost(algorithm, m, (x, y), replace(net, between_hosts=between)).seconds()
+
+    assert seconds("nccl", "ring") == min(seconds("flat", "ring"), seconds("tree", "ring"))
+    assert seconds("torus", "nccl") == min(seconds("torus", "ring"), seconds("torus", "tree"))

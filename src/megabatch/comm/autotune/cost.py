@@ -22,14 +22,15 @@ usual ones (Mikami et al. 2018, arXiv:1811.05233, with NCCL's rings). The shared
 hosts have a link per axis. It gives the torus its factor X over a round-robin ring, which the split torus loses again.
 
 With `between_hosts` the all-reduce of a torus or hierarchical algorithm among hosts is a tree or halving-doubling
-instead of a ring. Each sum of two values costs `1 / reduce_bytes_per_s` a byte that a rank receives.
+instead of a ring. "nccl" is the faster of ring and tree, between hosts or over all ranks (NCCL 2.4 and newer). Each
+sum of two values costs `1 / reduce_bytes_per_s` a byte that a rank receives.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-BetweenHosts = Literal["ring", "tree", "halving_doubling"]
+BetweenHosts = Literal["ring", "tree", "halving_doubling", "nccl"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ def cost(algorithm: str, num_bytes: float, shape: tuple[int, int], network: Netw
     """Returns the cost of an all-reduce of `num_bytes`, counted in the wire type, on a grid of `shape`."""
     if algorithm not in _COSTS:
         raise ValueError(f"all-reduce {algorithm!r} is unknown, needed one of {', '.join(_COSTS)}; for example 'torus'")
+    if network.between_hosts == "nccl":
+        choices = [cost(algorithm, num_bytes, shape, replace(network, between_hosts=name)) for name in _NCCL]
+        return min(choices, key=Cost.seconds)
     return _COSTS[algorithm](num_bytes, *shape, network)
 
 
@@ -198,6 +202,11 @@ def _log2(n: int) -> int:
     return (n - 1).bit_length()
 
 
+def _nccl(m: float, x: int, y: int, net: Network) -> Cost:
+    return min(_flat(m, x, y, net), _tree(m, x, y, net), key=Cost.seconds)
+
+
+_NCCL: tuple[BetweenHosts, ...] = ("ring", "tree")
 _COSTS = {
     "flat": _flat,
     "hierarchical": _hierarchical,
@@ -205,4 +214,5 @@ _COSTS = {
     "split_torus": _split_torus,
     "tree": _tree,
     "halving_doubling": _halving_doubling,
+    "nccl": _nccl,
 }

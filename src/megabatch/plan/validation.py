@@ -1,0 +1,89 @@
+"""Predictions of published multi-node runs. `python -m megabatch.plan.validation` prints the table of docs/plan.md.
+
+All rows go through `predict`, with the hardware of the package and the facts of `published.toml`.
+"""
+
+import dataclasses
+import statistics
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from megabatch.plan.convergence import epochs_to_target
+from megabatch.plan.exchange import Exchange
+from megabatch.plan.hardware import Hardware, load_hardware
+from megabatch.plan.predict import Job, Phase, predict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published value and its prediction, in `unit`: "s" or "images/s"."""
+
+    name: str
+    unit: str
+    published: float
+    predicted: float
+    explanation: str = ""
+
+    @property
+    def error(self) -> float:
+        """Relative error of the predicted time: positive if the prediction is too slow."""
+        ratio = self.predicted / self.published
+        return ratio - 1 if self.unit == "s" else 1 / ratio - 1
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """Returns the rows of `published.toml`."""
+    text = resources.files("megabatch.plan").joinpath("published.toml").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = tomllib.loads(text)["row"]
+    return rows
+
+
+def compare(row: dict[str, Any], hardware: Hardware) -> Comparison:
+    """Returns the comparison of one row."""
+    cluster = hardware.find_cluster(row["cluster"])
+    cluster = dataclasses.replace(cluster, stack=row.get("stack", cluster.stack))
+    predicted = predict(_job(row), row["workers"], cluster, hardware)
+    why = row.get("explanation", "")
+    if "time_s" in row:
+        return Comparison(row["name"], "s", row["time_s"], predicted.total_s, why)
+    return Comparison(row["name"], "images/s", row["images_per_s"], predicted.images_per_s, why)
+
+
+def _job(row: dict[str, Any]) -> Job:
+    options = dict(row["exchange"])
+    if "shape" in options:
+        options["shape"] = tuple(options["shape"])
+    resolution = row.get("resolution", 224)
+    phases = row.get("phases") or [(epochs_to_target(row["batch"]).mean, row["batch"])]
+    return Job(
+        phases=tuple(Phase(epochs, batch, resolution) for epochs, batch in phases),
+        exchange=Exchange(**options),
+        model=row.get("model", "resnet50"),
+        bn_span=row.get("bn_span", 1),
+        num_evaluations=row.get("evaluations", 0),
+        eval_resolution=resolution,
+    )
+
+
+def table(rows: Sequence[Comparison]) -> Iterator[str]:
+    """Yields the lines of the markdown table, and a summary."""
+    yield "| run | published | predicted | error of the time | |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        digits = ",.1f" if row.unit == "s" and row.published < 200 else ",.0f"
+        values = f"{row.published:{digits}} {row.unit} | {row.predicted:{digits}} {row.unit}"
+        yield f"| {row.name} | {values} | {row.error:+.0%} | {row.explanation} |"
+    errors = sorted(abs(row.error) for row in rows)
+    within = sum(error <= 0.1 for error in errors)
+    yield ""
+    yield (
+        f"{len(rows)} rows: median absolute error {statistics.median(errors):.1%}, largest {errors[-1]:.0%}, "
+        f"within 10 %: {within}, within 35 %: {sum(error <= 0.35 for error in errors)}."
+    )
+
+
+if __name__ == "__main__":
+    print("\n".join(table([compare(row, load_hardware()) for row in published_rows()])))  # noqa: T201
