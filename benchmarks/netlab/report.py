@@ -63,6 +63,9 @@ def formula_bytes(line: Line) -> float:
 
 def _network(line: Line) -> Network:
     bytes_per_s = line["rate_mbit"] * 125e3 * ON_THE_WIRE
+    n, x = line["hosts"] * line["ranks_per_host"], line["ranks_per_host"]
+    if _shape(line)[0] == 1 and x > 1:  # one column of all ranks: a host's x ranks share its link
+        bytes_per_s *= (n - 1) / (x * (n - x))
     edges = 1 if line["order"] == "block" else line["ranks_per_host"]
     overhead_s = line["column_overhead_s"]
     column = Link(max(line["column_step_s"] - overhead_s, 0.0), bytes_per_s, overhead_s)
