@@ -16,6 +16,7 @@ from megabatch.cli.data import data_app
 from megabatch.cli.evaluate import evaluate
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.output import open_output
+from megabatch.cli.plan import plan
 from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(recipes)
+app.command()(plan)
 app.command("report")(write_report)
 app.add_typer(data_app, name="data")
 

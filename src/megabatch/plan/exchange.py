@@ -83,7 +83,10 @@ def network_of(
         raise SettingsError("the cluster has no host_link, so it has one host; host_link = 'infiniband_edr' adds more")
     outside = _link(cluster.host_link, hardware, cluster.host_links, small=small)
     hosts_per_row = x // per_host
-    column = replace(outside, bytes_per_s=outside.bytes_per_s * hosts_per_row / _taper(exchange, shape, cluster))
+    columns_bytes_per_s = outside.bytes_per_s * hosts_per_row
+    if exchange.algorithm == "hierarchical":  # only leaders send between hosts, each over the links next to it
+        columns_bytes_per_s = outside.bytes_per_s * max(1, cluster.host_links // per_host) / cluster.host_links
+    column = replace(outside, bytes_per_s=columns_bytes_per_s / _taper(exchange, shape, cluster))
     if hosts_per_row > 1:
         latency = ((per_host - 1) * inside.latency_s + outside.latency_s) / per_host
         inside = Link(latency, min(inside.bytes_per_s, outside.bytes_per_s))

@@ -19,7 +19,7 @@ from megabatch.plan.predict import Job, Phase, predict
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published value and its prediction, in `unit`: "s" or "images/s"."""
+    """A published value and its prediction, in `unit`: "s", "images/s" or "%"."""
 
     name: str
     unit: str
@@ -45,11 +45,23 @@ def compare(row: dict[str, Any], hardware: Hardware) -> Comparison:
     """Returns the comparison of one row."""
     cluster = hardware.find_cluster(row["cluster"])
     cluster = dataclasses.replace(cluster, stack=row.get("stack", cluster.stack))
-    predicted = predict(_job(row), row["workers"], cluster, hardware)
+    job, workers = _job(row), row["workers"]
+    predicted = predict(job, workers, cluster, hardware)
     why = row.get("explanation", "")
     if "time_s" in row:
         return Comparison(row["name"], "s", row["time_s"], predicted.total_s, why)
-    return Comparison(row["name"], "images/s", row["images_per_s"], predicted.images_per_s, why)
+    if "images_per_s" in row:
+        return Comparison(row["name"], "images/s", row["images_per_s"], predicted.images_per_s, why)
+    fewer = row["baseline_workers"]
+    alone = predict(_at_equal_local_batch(job, workers, fewer), fewer, cluster, hardware)
+    efficiency = predicted.images_per_s / workers / (alone.images_per_s / fewer)
+    return Comparison(row["name"], "%", 100 * row["efficiency"], 100 * efficiency, why)
+
+
+def _at_equal_local_batch(job: Job, workers: int, fewer: int) -> Job:
+    """`job` with the images per worker that it has on `workers`, on `fewer` workers in the default grid."""
+    phases = tuple(Phase(it.epochs, it.global_batch_size * fewer // workers, it.resolution) for it in job.phases)
+    return dataclasses.replace(job, phases=phases, exchange=dataclasses.replace(job.exchange, shape=None))
 
 
 def _job(row: dict[str, Any]) -> Job:
