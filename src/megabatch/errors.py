@@ -12,6 +12,9 @@ MegabatchError
 `-- PeerError              another worker failed or timed out
 """
 
+STOPPED = 75
+"""Exit code of a run that a signal ended before its last sample: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
 
 class MegabatchError(Exception):
     """Base class of all exceptions that megabatch raises deliberately."""

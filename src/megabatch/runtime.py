@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megabatch.interval import parse_interval
+
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
@@ -70,6 +72,21 @@ class Runtime:
         least=1,
     )
     timeout_s: float = _option(300.0, "Seconds after which a collective times out.", least=1)
+    peer_timeout_s: float = _option(
+        30.0, "Seconds without a sign of life after which a worker counts as lost; at most --timeout-s.", least=1
+    )
+    max_restarts: int = _option(
+        3, "Restarts of local workers after one was lost, counted anew after each new checkpoint.", least=0
+    )
+    min_workers: int | None = _option(
+        None,
+        "Fewest local workers: from the second restart without a new checkpoint on, each has one fewer; "
+        "default --workers.",
+        least=1,
+    )
+    grace_s: float = _option(
+        30.0, "Seconds that a run has to write a checkpoint after SIGTERM, SIGHUP or Ctrl-C.", least=1
+    )
 
     cache: Path | None = _option(None, "Folder of downloaded data sets and shards; default ~/.cache/megabatch.")
     remote_cache_gib: float = _option(
@@ -83,13 +100,15 @@ class Runtime:
     decode_threads: int | None = _option(None, "Threads per worker that decode images; default one per core.", least=1)
     prefetch_batches: int = _option(4, "Batches that the loader prefetches.", least=1)
 
-    checkpoint_every_steps: int = _option(
-        0, "Updates between checkpoints, besides those at evaluations; 0 for none.", least=0
+    checkpoint_every: str = _option(
+        "10min",
+        "Interval between checkpoints, besides those at evaluations: as 100steps, 2epochs, 90s, 10min, 1h; or never.",
     )
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", least=1)
 
     def __post_init__(self) -> None:
-        """Expands `~` in paths."""
+        """Expands `~` in paths; raises SettingsError for an interval of another form."""
+        parse_interval("--checkpoint-every", self.checkpoint_every)
         for name in ("data", "output", "cache"):
             path = getattr(self, name)
             if path is not None and str(path).startswith("~"):

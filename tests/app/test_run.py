@@ -229,7 +229,7 @@ def test_another_recipes_checkpoint_is_refused_with_the_differing_fields(tmp_pat
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     recipe = tiny_recipe()
     whole = run_tiny(tmp_path / "whole", recipe)
-    runtime = dataclasses.replace(FP32, checkpoint_every_steps=2)
+    runtime = dataclasses.replace(FP32, checkpoint_every="2steps")
     run_tiny(tmp_path / "cut", recipe, runtime=runtime, stop_at=6)
     newest = sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -241,7 +241,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
     recipe = tiny_recipe(optimizer="sgd", peak_lr=1e20, warmup="none", decay="constant")
-    runtime = dataclasses.replace(FP32, checkpoint_every_steps=1)
+    runtime = dataclasses.replace(FP32, checkpoint_every="1steps")
     with pytest.raises(DivergedError, match="peak_lr"):
         run_tiny(tmp_path, recipe, runtime=runtime)
     assert list((tmp_path / "checkpoints").glob("*.pt"))

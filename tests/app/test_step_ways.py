@@ -158,7 +158,7 @@ class LateReadback(Readback):
 
 def test_losses_that_are_read_a_step_late_change_nothing(tmp_path, monkeypatch):
     recipe = tiny_recipe()
-    runtime = dataclasses.replace(FP32, checkpoint_every_steps=3)
+    runtime = dataclasses.replace(FP32, checkpoint_every="3steps")
     prompt = run_tiny(tmp_path / "prompt", recipe, runtime=runtime)
     monkeypatch.setattr(update, "Readback", LateReadback)
     late = run_tiny(tmp_path / "late", recipe, runtime=runtime)
@@ -176,7 +176,7 @@ def test_a_diverged_run_names_step_and_layer_and_every_checkpoint_is_finite(tmp_
     if late:
         monkeypatch.setattr(update, "Readback", LateReadback)
     recipe = tiny_recipe(optimizer="sgd", peak_lr=1e20, warmup="none", decay="constant")
-    runtime = dataclasses.replace(FP32, checkpoint_every_steps=1)
+    runtime = dataclasses.replace(FP32, checkpoint_every="1steps")
     with pytest.raises(DivergedError, match=r"at step \d+ .*(the output|the weight|the bias) of \S+ is not finite"):
         run_tiny(tmp_path, recipe, runtime=runtime)
     saved = sorted((tmp_path / "checkpoints").glob("*.pt"))

@@ -280,7 +280,7 @@ def test_workers_stop_with_a_checkpoint_when_their_parent_is_killed(photos, tmp_
 def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(photos, tmp_path):
     output = tmp_path / "run"
     arguments = ["photos", "--data", photos, "--workers", 2, "--precision", "fp32", "--output", output, *LONG]
-    with started(*arguments, "--checkpoint-every-steps", 2) as process:
+    with started(*arguments, "--checkpoint-every", "2steps") as process:
         wait_for_step(output, 6)
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
         os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)

@@ -178,7 +178,7 @@ def test_a_run_goes_on_on_a_gpu_from_a_cpus_checkpoint_and_the_other_way_round(t
     whole = run_on(World(), tmp_path / "whole", recipe, Runtime(precision="fp32", micro_batch_size=24))
     for first, second in ((World(), ON_GPU), (ON_GPU, World())):
         folder = tmp_path / first.device.type
-        runtime = Runtime(precision="fp32", micro_batch_size=24, checkpoint_every_steps=1)
+        runtime = Runtime(precision="fp32", micro_batch_size=24, checkpoint_every="1steps")
         run_on(first, folder, recipe, runtime, max_steps=5)
         resumed = run_on(second, folder, recipe, dataclasses.replace(runtime, resume=True))
         assert resumed["losses"] == pytest.approx(whole["losses"][5:], rel=1e-4)

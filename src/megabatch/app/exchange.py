@@ -13,6 +13,7 @@ from megabatch.comm.exchange.timeline import Timeline
 from megabatch.comm.exchange.wrap import wrap
 from megabatch.comm.launch import World, all_gather_objects
 from megabatch.comm.peers import PeerMonitor, host_name
+from megabatch.comm.worker_errors import end_process
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
@@ -46,7 +47,7 @@ def build_exchange(
     )
     stack.callback(wrapped.exchange_state.close)
     monitor = stack.enter_context(
-        PeerMonitor.of_job(hosts=hosts, timeout_s=min(30.0, runtime.timeout_s), generation=world.num_restarts)
+        PeerMonitor.of_job(hosts=hosts, timeout_s=min(runtime.peer_timeout_s, runtime.timeout_s), on_stuck=end_process)
     )
     monitor.on_failure(wrapped.exchange_state.fail)
     stack.enter_context(monitor.guard())

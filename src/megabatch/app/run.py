@@ -22,6 +22,7 @@ from megabatch.app.run_log import RunLog, announce_measuring, describe_run, open
 from megabatch.app.span_tiles import span_tiles
 from megabatch.app.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
+from megabatch.interval import parse_interval
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -89,7 +90,7 @@ def open_run(
             log=log.log,
             stop_requested=stop_requested,
             checkpoints=_open_checkpoints(recipe, runtime, data, folder, stack=stack) if world.is_first else None,
-            checkpoint_every_steps=runtime.checkpoint_every_steps,
+            checkpoint_every=parse_interval("--checkpoint-every", runtime.checkpoint_every),
             max_steps=max_steps,
             exchange_report=exchange_report,
         )

@@ -21,6 +21,7 @@ from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
 from megabatch.comm.local_workers import handling
+from megabatch.comm.worker_watch import start_beating
 from megabatch.errors import SettingsError
 from megabatch.files import raise_open_file_limit
 
@@ -61,6 +62,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line; ends the process with its exit code."""
+    start_beating()
     open_output()
     raise_open_file_limit()
     _limit_spinning()

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import typer
 
 from megabatch import recipes
 from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime_options
-from megabatch.errors import SettingsError
+from megabatch.errors import STOPPED, SettingsError
 from megabatch.files import create_unused
 from megabatch.observe.run_folder import holds_run, require_no_run
 from megabatch.recipe import Recipe, from_json, override
@@ -75,7 +77,7 @@ class Request:
 def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
     from megabatch.app.dry_run import check_dry_run
     from megabatch.comm.launcher_environment import started_by_launcher
-    from megabatch.comm.local_workers import run_local_workers
+    from megabatch.comm.local_workers import Recovery, run_local_workers
 
     if request.dry_run:
         check_dry_run(request.dry_run, runtime)
@@ -89,8 +91,22 @@ def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
             _work(recipe, runtime, folder, dataclasses.replace(request, may_drop_colour=True))  # checked above
             return
         arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
-        if code := run_local_workers(num_workers, arguments):
+        recovery = Recovery(
+            max_restarts=runtime.max_restarts,
+            min_workers=runtime.min_workers,
+            progress=lambda: _newest_step(folder),
+            announce=lambda text: typer.echo(f"megabatch: {text}", err=True),
+        )
+        code = run_local_workers(
+            num_workers, arguments, recovery=recovery, silent_s=runtime.peer_timeout_s, grace_s=runtime.grace_s
+        )
+        if code:
             raise typer.Exit(code)
+
+
+def _newest_step(folder: Path) -> int | None:
+    """Step of the newest checkpoint of a run, or None; no torch."""
+    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("checkpoints/step-*.json")), default=None)
 
 
 def _check_before_start(recipe: Recipe, runtime: Runtime, request: Request) -> int:
@@ -138,6 +154,7 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, request: Reques
 
     with (
         join(device=runtime.device, timeout_s=runtime.timeout_s, threads=runtime.threads) as world,
+        _stop_on_signal(runtime.grace_s, is_first=world.is_first) as stop_requested,
         contextlib.closing(request.open_data(recipe, runtime)) as data,
         contextlib.ExitStack() as stack,
     ):
@@ -149,19 +166,16 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, request: Reques
         fitted = fit_to_data(recipe, data)
         check_room(fitted, runtime, data, world=world)
         started = time.perf_counter()
-        with (
-            _stop_on_signal() as stop_requested,
-            open_run(
-                fitted,
-                runtime,
-                data,
-                world=world,
-                folder=folder,
-                stop_requested=stop_requested,
-                max_steps=request.max_steps,
-                quiet=request.quiet,
-            ) as run,
-        ):
+        with open_run(
+            fitted,
+            runtime,
+            data,
+            world=world,
+            folder=folder,
+            stop_requested=stop_requested,
+            max_steps=request.max_steps,
+            quiet=request.quiet,
+        ) as run:
             for warning in [*warnings_for(fitted), *(image_remarks(fitted, data) if world.is_first else ())]:
                 run.log({"event": "warning", "text": warning})
             first_sample = run.state.samples_seen
@@ -180,7 +194,7 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, request: Reques
             else:
                 _finish(folder, top1, images_per_s, seconds, run.state.step, complete=complete, quiet=request.quiet)
         if evaluation is None and not complete:
-            raise typer.Exit(1)
+            raise typer.Exit(STOPPED)
 
 
 def _finish(
@@ -257,22 +271,46 @@ def _without_option(arguments: list[str], option: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def _stop_on_signal(grace_s: float, *, is_first: bool) -> Iterator[Callable[[], bool]]:
     """Within the block SIGINT, SIGTERM and SIGHUP stop training at the next step, as does the end of the parent.
 
-    A second SIGINT 2 s later stops at once. Signals that the process ignores, as `nohup` makes it do, stay ignored.
+    The process ends `grace_s` after the first signal at the latest, and at once at a second one. Signals that the
+    process ignores, as `nohup` makes it do, stay ignored.
     """
-    from megabatch.comm.local_workers import handling, parent_has_died
+    from megabatch.comm.local_workers import REPEAT_S, handling
+    from megabatch.comm.worker_watch import parent_has_died
 
     requested_at: list[float] = []
+    timers: list[threading.Timer] = []
+
+    def end_after(seconds: float) -> None:
+        timers.append(threading.Timer(seconds, os._exit, [STOPPED]))
+        timers[-1].daemon = True
+        timers[-1].start()
 
     def request_stop(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and requested_at and time.monotonic() - requested_at[0] > 2:
-            raise KeyboardInterrupt
         requested_at.append(time.monotonic())
+        if len(requested_at) == 1:
+            end_after(grace_s)
+            if is_first:
+                _write_notice(number, grace_s)
+        elif requested_at[-1] - requested_at[0] > REPEAT_S:
+            end_after(1.0)  # for cleaning up
+            raise SystemExit(STOPPED)
 
-    with handling(request_stop):
-        yield lambda: bool(requested_at) or parent_has_died()
+    try:
+        with handling(request_stop):
+            yield lambda: bool(requested_at) or parent_has_died()
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _write_notice(number: int, grace_s: float) -> None:
+    """Without Python's buffers, which the signal may have interrupted, and even if nobody reads it."""
+    text = f"megabatch: {signal.Signals(number).name}: stops with a checkpoint within {grace_s:g} s (--grace-s)"
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}; a second signal ends it at once\n".encode())
 
 
 def _say(text: str) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megabatch.comm.launcher_environment import check_interface, read_launcher, started_by_launcher
+from megabatch.comm.rendezvous import open_store
 from megabatch.cores import requested_threads, usable_cores
 from megabatch.errors import MegabatchError, PeerError, SettingsError
 
@@ -35,7 +36,6 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    num_restarts: int = 0  # how often torchrun has restarted the workers after a failure
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -71,8 +71,8 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
     # Before the process group: NCCL would otherwise create its communicators on GPU 0.
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    _start_process_group(chosen, timeout_s)
     world = World(**dataclasses.asdict(launched), device=chosen)
+    _start_process_group(world, timeout_s)
     try:
         with _threads(threads, world):
             yield world
@@ -84,14 +84,17 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
         shutdown_process_group()
 
 
-def _start_process_group(device: torch.device, timeout_s: float) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def _start_process_group(world: World, timeout_s: float) -> None:
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
     check_interface(backend)
     try:
         dist.init_process_group(
             backend,
+            store=open_store(rank=world.rank, world_size=world.world_size, timeout_s=timeout_s),
+            rank=world.rank,
+            world_size=world.world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=device if device.type == "cuda" else None,
+            device_id=world.device if world.device.type == "cuda" else None,
         )
     except (dist.DistError, RuntimeError) as error:
         raise _joining_failed(error, timeout_s) from error

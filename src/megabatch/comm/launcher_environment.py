@@ -20,7 +20,6 @@ class Launched:
     world_size: int
     local_rank: int
     local_world_size: int
-    num_restarts: int
 
 
 def started_by_launcher() -> bool:
@@ -54,7 +53,6 @@ def read_launcher() -> Launched:
         world_size=world_size,
         local_rank=_number("LOCAL_RANK", "0", least=0, most=world_size - 1),
         local_world_size=_number("LOCAL_WORLD_SIZE", "1", least=1, most=world_size),
-        num_restarts=_number("TORCHELASTIC_RESTART_COUNT", "0", least=0),
     )
 
 

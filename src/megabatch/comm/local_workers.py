@@ -2,79 +2,146 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import megabatch
 from megabatch.comm.worker_errors import FOLDER_VARIABLE, find_cause, read_errors
+from megabatch.comm.worker_watch import RUN_ID, WorkerWatch
 from megabatch.cores import usable_cores
-from megabatch.errors import PeerError
+from megabatch.errors import STOPPED, MegabatchError, PeerError
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that end training with a checkpoint."""
-_RUN_ID = "megabatch-"
+REPEAT_S = 2.0
+"""A signal within this time after the first is the same one, sent to a process and to its group."""
 # -P and the appended folder: a file in the current folder shadows no module, and workers import this very package.
 _START = "import sys; sys.path.append(sys.argv.pop(1)); from megabatch.cli.main import main; main()"
 
 
-def run_local_workers(num_workers: int, arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How local workers are started again after one was lost, with `--resume` added to their arguments.
+
+    A restart after which `progress()` (the newest checkpoint, say) has another value than before gives back all
+    `max_restarts` and all workers. From the second restart without progress on, each has one worker fewer, but at
+    least `min_workers`. `announce` receives one line per restart.
+    """
+
+    max_restarts: int = 0
+    min_workers: int | None = None
+    progress: Callable[[], object] = lambda: None
+    announce: Callable[[str], None] = lambda _: None
+
+
+def run_local_workers(
+    num_workers: int,
+    arguments: Sequence[str],
+    *,
+    recovery: Recovery | None = None,
+    silent_s: float = 30.0,
+    grace_s: float = 30.0,
+) -> int:
     """Runs `megabatch ARGUMENTS` in `num_workers` local workers and returns an exit code.
 
-    The code is 0 on success, 2 if a worker exited with 2 (invalid input), else 1. When one worker fails, or at the
-    first of `STOP_SIGNALS`, the others receive SIGTERM or that signal and have 30 s to write a last checkpoint before
-    they are killed. A signal that is ignored when this function is called stays ignored, as `nohup` wants of SIGHUP.
+    The code is 0 on success, 2 if a worker exited with 2 (invalid input), `STOPPED` after one of `STOP_SIGNALS`, else
+    1. When one worker fails, or at the first of those signals, the others receive SIGTERM or that signal and have
+    `grace_s` to write a last checkpoint before they are killed; a second signal kills them at once. A worker that does
+    not run for `silent_s` is killed. A signal that is ignored when this function is called stays ignored, as `nohup`
+    wants of SIGHUP.
 
     Raises:
         MegabatchError: the error that ended the workers.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
-    command = ("-P", "-c", _START, str(Path(megabatch.__file__).parent.parent), *arguments)
-    code, killed = 0, ""
-    with tempfile.TemporaryDirectory(prefix="megabatch-", ignore_cleanup_errors=True) as folder:
-        environment = _worker_environment(num_workers) | {FOLDER_VARIABLE: folder}
-        with _environment(environment), _quiet_agent(), _stop_at_first_signal():
-            try:
-                elastic_launch(_launch_config(num_workers), sys.executable)(*command)
-            except ChildFailedError as failure:
-                # Workers that end because of another one's failure exit with other codes: 2 is always a cause.
-                code = 2 if any(worker.exitcode == 2 for worker in failure.failures.values()) else 1
-                killed = _killed({rank: worker.exitcode for rank, worker in failure.failures.items()})
-            except SignalException:
-                code = 1
-        error = find_cause(read_errors(Path(folder)))
-    if killed and (error is None or isinstance(error, PeerError)):
-        raise PeerError(f"{killed}: {error}" if error else killed)
+    recovery = recovery or Recovery()
+    workers, left, is_repeated = num_workers, recovery.max_restarts, False
+    while True:
+        before = recovery.progress()
+        code, error, was_killed = _run_once(workers, arguments, silent_s=silent_s, grace_s=grace_s)
+        progressed = recovery.progress() != before
+        if progressed:
+            workers, left, is_repeated = num_workers, recovery.max_restarts, False
+        # An unknown error may be one of the program, which each restart would repeat.
+        is_lost = code == 1 and (was_killed or (progressed and (error is None or isinstance(error, PeerError))))
+        if left == 0 or not is_lost:
+            break
+        left -= 1
+        if is_repeated:
+            workers = max(min(workers, recovery.min_workers or workers), workers - 1)
+        is_repeated = True
+        if "--resume" not in arguments:
+            arguments = [*arguments, "--resume"]
+        recovery.announce(
+            f"{error or 'a worker failed'}; {workers} worker(s) restart from the newest checkpoint "
+            f"({recovery.max_restarts - left} of at most {recovery.max_restarts} restarts without a new one)"
+        )
     if code and error is not None:
         raise error
     return code
 
 
-def _launch_config(num_workers: int) -> "LaunchConfig":
+def _run_once(
+    num_workers: int, arguments: Sequence[str], *, silent_s: float, grace_s: float
+) -> tuple[int, MegabatchError | None, bool]:
+    """Runs one group of workers; returns its exit code, its error if known, and True if a worker was killed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    command = ("-P", "-c", _START, str(Path(megabatch.__file__).parent.parent), *arguments)
+    code, lost = 0, ""
+    with tempfile.TemporaryDirectory(prefix="megabatch-", ignore_cleanup_errors=True) as folder:
+        environment = _worker_environment(num_workers) | {FOLDER_VARIABLE: folder}
+        watch = WorkerWatch(Path(folder), timeout_s=silent_s)
+        with _environment(environment), _quiet_agent(), watch, _stop_at_first_signal(watch.kill_all):
+            try:
+                elastic_launch(_launch_config(num_workers, grace_s), sys.executable)(*command)
+            except ChildFailedError as failure:
+                exit_codes = {rank: worker.exitcode for rank, worker in failure.failures.items()}
+                code = _common_code(exit_codes.values())
+                lost = ", ".join(watch.silent) or _killed(exit_codes)
+            except SignalException:
+                return STOPPED, None, False
+        error = find_cause(read_errors(Path(folder)))
+    if lost and (error is None or isinstance(error, PeerError)):
+        error = PeerError(f"{lost}: {error}" if error else lost)
+    return code, error if code else None, bool(lost)
+
+
+def _common_code(exit_codes: Iterable[int]) -> int:
+    """Exit code of a group: workers that end because of another one's failure exit with other codes, or a signal."""
+    found = set(exit_codes)
+    were_stopped = all(-code in STOP_SIGNALS for code in found)
+    return next((code for code in (2, 1, STOPPED) if code in found), STOPPED if were_stopped else 1)
+
+
+def _launch_config(num_workers: int, grace_s: float) -> "LaunchConfig":
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_workers,
-        run_id=f"{_RUN_ID}{os.getpid()}",
+        run_id=f"{RUN_ID}{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="",  # `_stop_at_first_signal` handles them
+        shutdown_timeout=math.ceil(grace_s),
     )
 
 
@@ -84,12 +151,6 @@ def _killed(exit_codes: Mapping[int, int]) -> str:
         rank: signal.Signals(-code).name for rank, code in exit_codes.items() if code < 0 and -code not in STOP_SIGNALS
     }
     return ", ".join(f"worker {rank} was killed by {name}" for rank, name in ended.items())
-
-
-def parent_has_died() -> bool:
-    """True in a local worker whose parent has ended without ending its workers, as SIGKILL makes it."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return run_id.startswith(_RUN_ID) and run_id != f"{_RUN_ID}{os.getppid()}"
 
 
 @contextlib.contextmanager
@@ -105,19 +166,18 @@ def handling(handler: "signal._HANDLER") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_at_first_signal() -> Iterator[None]:
-    """Raises torch's SignalException at the first signal, which ends the workers, and ignores later ones.
-
-    A second one would leave workers behind. At a second Ctrl-C the workers, which receive it too, end at once.
-    """
+def _stop_at_first_signal(kill_workers: Callable[[], None]) -> Iterator[None]:
+    """Raises torch's SignalException at the first signal, which ends the workers; calls `kill_workers` at a second."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    received: list[int] = []
+    received_at: list[float] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
+        received_at.append(time.monotonic())
+        if len(received_at) == 1:
             raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
+        if received_at[-1] - received_at[0] > REPEAT_S:
+            kill_workers()
 
     with handling(stop):
         yield

@@ -42,12 +42,23 @@ class PeerMonitor:
                 train()
 
     A rank that leaves the context normally is not reported. A rank that leaves it with an exception publishes that
-    exception's type and text. `timeout_s` is how long a rank may be silent, in seconds; `hosts`, one name per rank,
-    adds host names to the errors.
+    exception's type and text. `timeout_s` is how long a rank, or the store, may be silent, in seconds; `hosts`, one
+    name per rank, adds host names to the errors.
+
+    `on_stuck(error)` is called on a thread of its own `timeout_s` after a failure was found, unless the process has
+    ended by then: a collective of gloo that waits for a frozen rank returns at its own timeout only, and nothing but
+    the end of the process interrupts it.
     """
 
     def __init__(
-        self, store: Store, *, rank: int, world_size: int, hosts: Sequence[str] | None = None, timeout_s: float = 30.0
+        self,
+        store: Store,
+        *,
+        rank: int,
+        world_size: int,
+        hosts: Sequence[str] | None = None,
+        timeout_s: float = 30.0,
+        on_stuck: Callable[[PeerError], None] | None = None,
     ) -> None:
         # A second connection: on a shared one, a main thread that waits for a key would block the heartbeats.
         clone = getattr(store, "clone", None)
@@ -59,26 +70,43 @@ class PeerMonitor:
         self._timeout_s = timeout_s
         self._interval_s = max(min(timeout_s / 8, 1.0), 0.05)  # eight missed beats before a report
         self._failure: str | None = None
+        self._failing = threading.Lock()
+        self._answered_at = time.monotonic()
         self._callbacks: list[Callable[[PeerError], None]] = []
+        self._on_stuck = on_stuck
         self._stop = threading.Event()
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peer monitor", daemon=True)
+        self._store_watch = threading.Thread(target=self._watch_store, name="store watch", daemon=True)
 
     @classmethod
     def of_job(
-        cls, *, hosts: Sequence[str] | None = None, timeout_s: float = 30.0, generation: int = 0
+        cls,
+        *,
+        hosts: Sequence[str] | None = None,
+        timeout_s: float = 30.0,
+        on_stuck: Callable[[PeerError], None] | None = None,
     ) -> "PeerMonitor":
         """Returns a monitor of `torch.distributed`'s default group, over that group's rendezvous store.
 
-        `generation` must differ between restarts that share a store, or counters of the previous workers would be
-        read; torchrun counts restarts in TORCHELASTIC_RESTART_COUNT.
+        Where a launcher keeps one store over restarts, the group must have been joined by `join`, or counters of the
+        previous workers would be read.
         """
-        store = PrefixStore(f"generation {generation}", _get_default_store())
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        return cls(store, rank=rank, world_size=world_size, hosts=hosts, timeout_s=timeout_s)
+        return cls(
+            _get_default_store(),
+            rank=rank,
+            world_size=world_size,
+            hosts=hosts,
+            timeout_s=timeout_s,
+            on_stuck=on_stuck,
+        )
 
     def __enter__(self) -> "PeerMonitor":
         self._store.add(_beat(self._rank), 1)
+        self._answered_at = time.monotonic()
         self._thread.start()
+        self._store_watch.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
@@ -88,6 +116,7 @@ class PeerMonitor:
             self._announce(f"{self._name(self._rank)} failed with {type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):
             self._store.add(_beat(self._rank), _ENDED)
+        self._left.set()
 
     def on_failure(self, callback: Callable[[PeerError], None]) -> None:
         """Registers `callback(error)`, which the monitor's thread calls once when a peer has failed."""
@@ -109,6 +138,7 @@ class PeerMonitor:
         """Returns the PeerError for a collective's `error`; compares heartbeats for up to 3 s if no cause is known."""
         reason = self._failure or self._read_announcement() or self._name_silent()
         seen = str(error).strip().split("\n", 1)[0].removeprefix(_CALLBACK_PREFIX)
+        self._fail(reason or seen)
         if reason is None:
             return PeerError(f"a collective failed on rank {self._rank}, but every peer still sends heartbeats: {seen}")
         if reason in seen:
@@ -119,7 +149,7 @@ class PeerMonitor:
         """Body of the monitor's thread: beat, read the neighbour's counter and any announcement, once per interval."""
         neighbour = (self._rank + 1) % self._world_size
         seen, since = -1, time.monotonic()
-        while not self._stop.wait(self._interval_s):
+        for was_frozen in self._intervals(self._stop):
             try:
                 self._store.add(_beat(self._rank), 1)
                 beats = self._store.add(_beat(neighbour), 0)
@@ -127,8 +157,8 @@ class PeerMonitor:
             except RuntimeError as error:
                 reason = f"{_STORE_LOST}: {error}"
                 beats = seen
-            now = time.monotonic()
-            if beats != seen:
+            now = self._answered_at = time.monotonic()
+            if beats != seen or was_frozen:
                 seen, since = beats, now
             # A count of 0 is a rank that has not entered the context yet; start-up may take longer than the timeout.
             if reason is None and 0 < beats < _ENDED and now - since > self._timeout_s:
@@ -137,12 +167,38 @@ class PeerMonitor:
                 self._call_back(reason)
                 return
 
+    def _watch_store(self) -> None:
+        """Body of a thread that talks to nobody: a request to a frozen host returns at no timeout."""
+        for was_frozen in self._intervals(self._left):
+            if was_frozen:
+                self._answered_at = time.monotonic()
+            if time.monotonic() - self._answered_at > self._timeout_s:
+                self._call_back(f"{_STORE_LOST}, or is frozen")
+                return
+
+    def _intervals(self, end: threading.Event) -> Iterator[bool]:
+        """Yields once per interval until `end`; True if this process itself stood still, as Ctrl-Z makes it."""
+        looked_at = time.monotonic()
+        while not end.wait(self._interval_s):
+            yield time.monotonic() - looked_at > self._timeout_s / 2
+            looked_at = time.monotonic()
+
     def _call_back(self, reason: str) -> None:
-        if self._stop.is_set():
-            return
-        self._failure = reason
-        for callback in self._callbacks:
-            callback(PeerError(reason))
+        if self._fail(reason) and not self._stop.is_set():
+            for callback in self._callbacks:
+                callback(PeerError(reason))
+
+    def _fail(self, reason: str) -> bool:
+        """Notes the first failure and starts the time that the process has to end; False at later ones."""
+        with self._failing:
+            if self._failure is not None:
+                return False
+            self._failure = reason
+        if self._on_stuck is not None:
+            timer = threading.Timer(self._timeout_s, self._on_stuck, [PeerError(reason)])
+            timer.daemon = True
+            timer.start()
+        return True
 
     def _announce(self, reason: str) -> str:
         """Publishes `reason` unless a rank did so before: the first report is the cause, later ones are its effects."""

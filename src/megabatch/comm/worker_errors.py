@@ -26,6 +26,16 @@ def hand_to_parent(error: MegabatchError) -> bool:
     return True
 
 
+def end_process(error: MegabatchError) -> None:
+    """Ends this process from any thread, with `error` handed to its parent or on stderr, and exit code 1.
+
+    Buffers of files are not flushed; for a main thread that waits in C++ for a worker that is gone.
+    """
+    if not hand_to_parent(error):
+        os.write(2, f"megabatch (worker {os.environ.get('RANK', '0')}): {error}\n".encode(errors="replace"))
+    os._exit(1)
+
+
 def read_errors(folder: Path) -> list[MegabatchError]:
     """Errors that workers left in `folder`, in the order in which they were raised."""
     paths = [path for path in folder.iterdir() if path.name.isdecimal()]

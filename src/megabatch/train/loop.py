@@ -31,10 +31,10 @@ def train(run: Run) -> Evaluation | None:
         in_flight.add(start_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
-        saves = evaluates or _checkpoint_is_due(run)
-        stop = in_flight.settle(wait_for_all=saves)
+        saves = evaluates or _checkpoint_is_due(run, settings)
+        stop, overdue = in_flight.settle(wait_for_all=saves)
         evaluation = evaluate_run(run) if evaluates else None
-        if saves or stop:
+        if saves or stop or overdue:
             _save(run, evaluation)
             bad_samples.synchronize()
         if stop or ended:
@@ -57,21 +57,27 @@ class _InFlightSteps:
     def add(self, step: PendingStep) -> None:
         self._pending.append(step)
 
-    def settle(self, *, wait_for_all: bool) -> bool:
-        """Checks and logs pending steps, all or all but the newest; True if any worker received a stop request."""
-        stop = False
-        while self._pending and (wait_for_all or stop or len(self._pending) > self._pending[0].scalars.is_asynchronous):
-            stop = self._finish(self._pending.popleft()) or stop
-        return stop
+    def settle(self, *, wait_for_all: bool) -> tuple[bool, bool]:
+        """Checks and logs pending steps: all, or all but the newest if they request nothing.
 
-    def _finish(self, step: PendingStep) -> bool:
+        Returns True if any worker received a stop request, and True if a checkpoint is due by rank 0's clock.
+        """
+        stop = overdue = False
+        while self._pending and (
+            wait_for_all or stop or overdue or len(self._pending) > self._pending[0].scalars.is_asynchronous
+        ):
+            step = self._pending.popleft()
+            self._finish(step)
+            stop, overdue = stop or step.stop_requested(), overdue or step.checkpoint_requested()
+        return stop, overdue
+
+    def _finish(self, step: PendingStep) -> None:
         require_finite(self._run, step)
         count_skipped(self._run, step)
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled_at)
         self._settled_at = now
         self._run.log(_step_event(self._run, step, seconds))
-        return step.stop_requested()
 
 
 def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
@@ -118,6 +124,7 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
 
 def _save(run: Run, evaluation: Evaluation | None) -> None:
     """Writes a checkpoint in the background, on rank 0. All workers take part: an optimizer may gather its state."""
+    run.last_checkpoint_at = time.monotonic()
     state, top1 = run.state, evaluation.top1 if evaluation else None
     content = state.state_dict()
     if run.checkpoints is None:
@@ -138,5 +145,10 @@ def _evaluation_is_due(run: Run, settings: StepSettings) -> bool:
     return math.floor(after + 1e-9) > max(-1, math.floor(before + 1e-9))
 
 
-def _checkpoint_is_due(run: Run) -> bool:
-    return bool(run.checkpoint_every_steps) and run.state.step % run.checkpoint_every_steps == 0
+def _checkpoint_is_due(run: Run, settings: StepSettings) -> bool:
+    """True when the step crossed a multiple of the interval in steps or epochs."""
+    every, state = run.checkpoint_every, run.state
+    if every.steps:
+        return every.crossed(state.step - 1, state.step)
+    images = run.recipe.num_train_images
+    return every.crossed(settings.first / images, state.samples_seen / images)

@@ -1,5 +1,6 @@
 """State of a training run: what it holds in memory, and the part of it that a checkpoint keeps."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import nn
 from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.split import micro_batches
+from megabatch.interval import Interval
 from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
@@ -179,7 +181,8 @@ class Run:
     log: Callable[[dict[str, Any]], None]  # writes one event
     stop_requested: Callable[[], bool]
     checkpoints: CheckpointWriter | None = None  # on rank 0
-    checkpoint_every_steps: int = 0
+    checkpoint_every: Interval = field(default_factory=Interval)
+    last_checkpoint_at: float = field(default_factory=time.monotonic)  # or the run's start, on rank 0's clock
     max_steps: int | None = None
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
@@ -201,6 +204,11 @@ class Run:
         )
         # A worker without samples (only in the run's last, short batch) still takes part in the exchange.
         return ranges or [range(settings.first, settings.first)]
+
+    def checkpoint_is_overdue(self) -> bool:
+        """True if the interval in seconds has passed on this worker's clock."""
+        seconds = self.checkpoint_every.seconds
+        return seconds > 0 and time.monotonic() - self.last_checkpoint_at >= seconds
 
     @property
     def is_complete(self) -> bool:

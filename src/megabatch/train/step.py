@@ -31,7 +31,7 @@ class PendingStep:
 
     settings: StepSettings
     started: float  # time.perf_counter
-    scalars: Readback  # loss sum over the global batch, number of workers with a stop request
+    scalars: Readback  # loss sum over the global batch, number of workers with a stop request, 1 if a checkpoint is due
     images: Tensor  # this worker's last micro-batch, to locate a non-finite value
     scale: Readback | None = None  # fp16: 1 if gradients overflowed, so that the step changed nothing; loss scale after
 
@@ -42,6 +42,10 @@ class PendingStep:
     def stop_requested(self) -> bool:
         """True if any worker received a stop request; equal on all workers."""
         return self.scalars.read()[1] > 0
+
+    def checkpoint_requested(self) -> bool:
+        """True if a checkpoint is due by rank 0's clock; equal on all workers."""
+        return self.scalars.read()[2] > 0
 
 
 def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
@@ -202,8 +206,9 @@ def _skipping(optimizer: torch.optim.Optimizer, overflow: Tensor | None) -> Iter
 
 
 def _sum_over_workers(run: Run, loss_sum: Tensor) -> Tensor:
-    """(2,) float64: loss sum over all workers, and the number of workers with a stop request."""
-    return sum_over_workers(torch.stack([loss_sum, torch.full_like(loss_sum, float(run.stop_requested()))]), run.world)
+    """(3,) float64: loss sum over all workers, number of workers with a stop request, 1 if a checkpoint is due."""
+    flags = (run.stop_requested(), run.world.is_first and run.checkpoint_is_overdue())
+    return sum_over_workers(torch.stack([loss_sum, *(torch.full_like(loss_sum, float(f)) for f in flags)]), run.world)
 
 
 def _parameters(run: Run) -> list[torch.nn.Parameter]:
