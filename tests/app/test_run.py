@@ -239,6 +239,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert any(newest.name in text for text in warnings)
 
 
+@pytest.mark.parametrize(
+    ("every", "saved_at"),
+    [("4steps", [4, 5, 8, 10]), ("0.5epochs", [3, 5, 8, 10]), ("0.000001s", [*range(1, 11)]), ("never", [5, 10])],
+)
+def test_checkpoints_are_written_at_the_interval_and_at_evaluations(tmp_path, every, saved_at):
+    run_tiny(tmp_path, tiny_recipe(), runtime=dataclasses.replace(FP32, checkpoint_every=every))
+    assert [e["step"] for e in read_events(tmp_path / "events.jsonl") if e["event"] == "checkpoint"] == saved_at
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(tmp_path):
     recipe = tiny_recipe(optimizer="sgd", peak_lr=1e20, warmup="none", decay="constant")
     runtime = dataclasses.replace(FP32, checkpoint_every="1steps")

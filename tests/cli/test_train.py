@@ -23,6 +23,7 @@ import megabatch.cli.train as train_verb
 from megabatch import recipes
 from megabatch.app.load import load_model
 from megabatch.cli.train import _run_folder
+from megabatch.errors import STOPPED
 from megabatch.observe.events import read_events
 from megabatch.observe.run_folder import claimed
 from megabatch.runtime import Runtime
@@ -232,8 +233,9 @@ def test_a_signal_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(pho
         os.killpg(process.pid, number)
         os.killpg(process.pid, number)  # a second one within 2 s changes nothing
         out, err = process.communicate(timeout=HANG_S)
-        assert process.returncode == 1, err
+        assert process.returncode == STOPPED, err
         assert "Traceback" not in err
+        assert err.count(f"{number.name}: stops with a checkpoint within 30 s") == 1
         assert "--resume continues" in out
         assert group_is_gone(process.pid)
     written = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "checkpoint"]
@@ -243,6 +245,30 @@ def test_a_signal_ends_all_workers_with_a_last_checkpoint_and_resume_goes_on(pho
     assert done.returncode == 0, done.stderr
     steps = [e["step"] for e in read_events(output / "events.jsonl") if e["event"] == "step"]
     assert steps[-3:] == [last + 1, last + 2, last + 3]
+
+
+STOPPING = """
+import os, signal, time
+from megabatch.cli.train import _stop_on_signal
+with _stop_on_signal({grace_s}, is_first=True) as stop_requested:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+        time.sleep(2.5)
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(900)
+    finally:
+        print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("grace_s", "out"), [(60, "cleaned up\n"), (0.5, "")], ids=["second signal", "grace is over"])
+def test_a_stop_ends_at_a_second_signal_and_when_the_grace_time_is_over(grace_s, out):
+    command = [sys.executable, "-c", STOPPING.format(grace_s=grace_s)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert (done.returncode, done.stdout) == (STOPPED, out)
+    said = f"megabatch: SIGTERM: stops with a checkpoint within {grace_s:g} s (--grace-s); "
+    assert done.stderr == said + "a second signal ends it at once\n"
 
 
 @pytest.mark.slow
@@ -257,8 +283,8 @@ def test_a_run_under_nohup_outlives_its_terminal_and_reader(photos, tmp_path):
             os.killpg(process.pid, signal.SIGHUP)
             wait_for_step(tmp_path / "run", 50)
             os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(timeout=HANG_S) == 1
-            assert process.stderr.read() == ""
+            assert process.wait(timeout=HANG_S) == STOPPED
+            assert process.stderr.read().startswith("megabatch: SIGTERM: stops with a checkpoint")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
@@ -280,7 +306,7 @@ def test_workers_stop_with_a_checkpoint_when_their_parent_is_killed(photos, tmp_
 def test_a_killed_worker_ends_the_run_and_resume_goes_on_from_the_checkpoint(photos, tmp_path):
     output = tmp_path / "run"
     arguments = ["photos", "--data", photos, "--workers", 2, "--precision", "fp32", "--output", output, *LONG]
-    with started(*arguments, "--checkpoint-every", "2steps") as process:
+    with started(*arguments, "--checkpoint-every", "2steps", "--max-restarts", 0) as process:
         wait_for_step(output, 6)
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
         os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)

@@ -9,7 +9,7 @@ from megabatch.comm.launcher_environment import Launched, check_interface, read_
 from megabatch.errors import SettingsError
 
 COMPLETE = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def environment(monkeypatch):
 def test_a_complete_description_is_read(environment):
     environment(**COMPLETE)
     assert started_by_launcher()
-    assert read_launcher() == Launched(3, 4, 0, 1, 0)
-    environment(**COMPLETE, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", TORCHELASTIC_RESTART_COUNT="5")
-    assert read_launcher() == Launched(3, 4, 1, 2, 5)
+    assert read_launcher() == Launched(3, 4, 0, 1)
+    environment(**COMPLETE, LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert read_launcher() == Launched(3, 4, 1, 2)
 
 
 def test_without_rank_and_world_size_no_launcher_is_assumed(environment):

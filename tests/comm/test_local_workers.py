@@ -8,9 +8,10 @@ import sys
 import pytest
 from limits import HANG_S
 
-from megabatch.comm.local_workers import _killed, handling, parent_has_died, run_local_workers
+from megabatch.comm import local_workers
+from megabatch.comm.local_workers import Recovery, _common_code, _killed, handling, run_local_workers
 from megabatch.comm.worker_errors import FOLDER_VARIABLE, find_cause, hand_to_parent, read_errors
-from megabatch.errors import DataError, DivergedError, MegabatchError, PeerError
+from megabatch.errors import STOPPED, DataError, DivergedError, MegabatchError, PeerError
 
 
 def test_an_error_reaches_the_parent_with_its_type_and_any_text(tmp_path, monkeypatch):
@@ -54,15 +55,55 @@ def test_ignored_signals_stay_ignored_and_others_are_restored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_worker_knows_that_its_parent_has_died(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert not parent_has_died()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"megabatch-{os.getppid()}")
-    assert not parent_has_died()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "megabatch-1000000000")
-    assert parent_has_died()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run of torchrun")
-    assert not parent_has_died()
+LOST = (1, PeerError("worker 1 was killed by SIGKILL"), True)
+CRASHED = (1, None, False)
+STOP = (STOPPED, None, False)
+DONE = (0, None, False)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "new_checkpoints", "code", "workers"),
+    [
+        ([LOST, DONE], 0, 0, [4, 4]),
+        ([LOST, LOST, LOST, DONE], 0, 0, [4, 4, 3, 2]),
+        ([LOST, LOST, LOST, LOST], 0, PeerError, [4, 4, 3, 2]),
+        ([LOST] * 7 + [DONE], 7, 0, [4] * 8),
+        ([CRASHED], 0, 1, [4]),
+        ([CRASHED, DONE], 1, 0, [4, 4]),
+        ([LOST, STOP], 0, STOPPED, [4, 4]),
+        ([(1, DivergedError("not finite"), False)], 1, DivergedError, [4]),
+        ([(2, DataError("no images"), False)], 1, DataError, [4]),
+    ],
+)
+def test_a_lost_worker_restarts_all_until_restarts_without_a_checkpoint_are_used_up(
+    monkeypatch, outcomes, new_checkpoints, code, workers
+):
+    started, lines, waiting = [], [], list(outcomes)
+
+    def run_once(num_workers, arguments, **_):
+        started.append((num_workers, arguments.count("--resume")))
+        return waiting.pop(0)
+
+    monkeypatch.setattr(local_workers, "_run_once", run_once)
+    recovery = Recovery(
+        max_restarts=3, min_workers=2, progress=lambda: min(len(started), new_checkpoints), announce=lines.append
+    )
+    if isinstance(code, int):
+        assert run_local_workers(4, ["train", "photos"], recovery=recovery) == code
+    else:
+        with pytest.raises(code):
+            run_local_workers(4, ["train", "photos"], recovery=recovery)
+    assert [number for number, _ in started] == workers
+    assert [resumes for _, resumes in started] == [0, *[1] * (len(workers) - 1)]
+    assert len(lines) == len(workers) - 1
+
+
+@pytest.mark.parametrize(
+    ("exit_codes", "code"),
+    [([1, 2, -15], 2), ([-9, 1], 1), ([-9, -15], 1), ([75, -15], STOPPED), ([-15, -1], STOPPED), ([-11], 1)],
+)
+def test_the_exit_code_of_workers_is_that_of_their_cause(exit_codes, code):
+    assert _common_code(exit_codes) == code
 
 
 @pytest.mark.multiprocess

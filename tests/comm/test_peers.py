@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from limits import HANG_S
 from ranks import run_processes
 
+from megabatch.comm import peers
 from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.state import ExchangeState
 from megabatch.comm.peers import PeerMonitor
@@ -58,7 +60,7 @@ def test_a_killed_or_frozen_peer_is_named_on_every_other_rank_before_the_collect
 
 
 def fail_on_rank_one():
-    with PeerMonitor.of_job(timeout_s=20.0, generation=1) as monitor:
+    with PeerMonitor.of_job(timeout_s=20.0) as monitor:
         state = ExchangeState(make_grid())
         monitor.on_failure(state.fail)
         dist.barrier()
@@ -106,3 +108,33 @@ def test_an_error_without_communication_passes_the_guard_unchanged():
 def test_a_failed_connection_to_a_silent_peer_becomes_a_peer_error():
     with pytest.raises(PeerError, match=r"rank 1 has stopped answering.*Connection closed"), monitor_of_two().guard():
         raise RuntimeError("Connection closed by peer [10.0.0.2]:99")
+
+
+class FrozenStore:
+    """As a store whose host was stopped: from `freeze` on no request returns."""
+
+    def __init__(self):
+        self.freeze = threading.Event()
+        self.counts = {}
+
+    def add(self, key, amount):
+        if self.freeze.is_set():
+            threading.Event().wait()
+        self.counts[key] = self.counts.get(key, 0) + amount
+        return self.counts[key]
+
+    def check(self, keys):
+        return self.add(keys[0], 0) > 0
+
+
+def test_a_store_that_answers_no_request_is_a_failure_and_a_stuck_process_is_ended(monkeypatch):
+    store, failures, ended = FrozenStore(), [], threading.Event()
+    monkeypatch.setattr(peers, "PrefixStore", lambda _, store: store)
+    monitor = PeerMonitor(store, rank=0, world_size=2, timeout_s=0.5, on_stuck=lambda _: ended.set())
+    monitor.on_failure(failures.append)
+    monitor.__enter__()
+    time.sleep(1.0)
+    assert not failures
+    store.freeze.set()
+    assert ended.wait(HANG_S)
+    assert [str(error) for error in failures] == [f"{peers._STORE_LOST}, or is frozen"]

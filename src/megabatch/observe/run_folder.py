@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
 EVENTS_FILE = "events.jsonl"
+RELEASE_S = 45.0
+"""Seconds that a resumed run waits for another process to end its writing to the folder."""
 NOT_ENVIRONMENT = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
 """Fields of `run_start` that do not describe the environment."""
 
@@ -87,7 +90,8 @@ def require_no_run(folder: Path) -> None:
 def claimed(folder: Path, *, resume: bool) -> Iterator[Path]:
     """Creates `folder` and reserves it for one run within the block; yields the path of its event file.
 
-    If nothing is written, the event file, and the folder if it was created here, are removed again.
+    If nothing is written, the event file, and the folder if it was created here, are removed again. A resumed run waits
+    `RELEASE_S` for the folder: workers whose launcher was killed may still be writing their last checkpoint.
 
     Raises:
         SettingsError: another process is writing to the folder, or it holds a run and `resume` is not set.
@@ -96,15 +100,24 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     events = folder / EVENTS_FILE
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(events, wait=False))
-        except BlockingIOError:
-            text = f"another process is writing to {folder}; another --output starts a new run"
-            raise SettingsError(text) from None
+        deadline = time.monotonic() + (RELEASE_S if resume else 0.0)
+        while not _reserved(events, stack):
+            if time.monotonic() > deadline:
+                raise SettingsError(f"another process is writing to {folder}; another --output starts a new run")
+            time.sleep(0.2)
         if not resume:
             require_no_run(folder)
         stack.callback(_remove_if_unused, folder, is_new=is_new)
         yield events
+
+
+def _reserved(events: Path, stack: contextlib.ExitStack) -> bool:
+    """Locks the event file until `stack` ends; False if another process holds the lock."""
+    try:
+        stack.enter_context(locked(events, wait=False))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_if_unused(folder: Path, *, is_new: bool) -> None:
