@@ -4,12 +4,14 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import json
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megabatch.errors import SettingsError
 
@@ -21,6 +23,8 @@ except ImportError:  # Windows has neither: `locked` then excludes no other proc
     resource = None  # type: ignore[assignment]
 
 CAN_LOCK = fcntl is not None
+MOST_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read."""
 _MOST_OPEN_FILES = 65536  # more are never needed, and some programs iterate over all descriptors
 
 
@@ -69,7 +73,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends, so that no reader sees half a file.
 
     If the block raises, the temporary file is removed and `path` stays as it was; an OSError names `path`. `durable`
-    flushes the file to disk before the rename, so that it survives a power failure.
+    flushes the file before the rename and the folder after it, so that both survive a power failure.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
@@ -78,6 +82,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
         part.replace(path)
+        if durable:
+            _flush_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in {None, str(part)}:
             error.filename = str(path)
@@ -86,10 +92,47 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise
 
 
+def _flush_folder(folder: Path) -> None:
+    """Flushes the names in `folder` to disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems flush none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_text(path: Path, text: str, *, durable: bool = False, errors: str = "surrogateescape") -> None:
     """Writes a text file atomically, in UTF-8; by default undecodable file names in it keep their bytes."""
     with replacing(path, durable=durable) as part:
         part.write_text(text, encoding="utf-8", errors=errors)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, which may come from anyone.
+
+    Raises:
+        ValueError: it is not JSON, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """`parse_json` of a plain file of at most `MOST_JSON_BYTES`.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is a folder, pipe or device, larger, or not JSON.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("it is not a plain file")
+    if facts.st_size > MOST_JSON_BYTES:
+        raise ValueError(f"it has {facts.st_size:,} bytes; at most {MOST_JSON_BYTES:,} are read")
+    return parse_json(path.read_bytes())
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megabatch.errors import RecipeError
+from megabatch.files import read_json
 from megabatch.recipe_text import as_text, parse
 
 Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"]
@@ -293,8 +294,12 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """Returns the recipe in `path`, the `recipe.json` of a run folder."""
-    return from_json(json.loads(path.read_text()))
+    """Returns the recipe in `path`, the `recipe.json` of a run folder; raises RecipeError if it is not one."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return from_json(values)
 
 
 def differing_fields(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from megabatch.app.model import build_model
 from megabatch.comm.launch import World
+from megabatch.errors import CheckpointError
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, from_json
 from megabatch.runtime import Runtime
@@ -46,6 +47,17 @@ def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any],
     """The checkpoint's model, with its averaged weights where the recipe averages them."""
     single = World(device=world.device)
     module = build_model(recipe, runtime, world=single, micro_batch_size=recipe.bn_span)
+    try:
+        _load_weights(module, recipe, state)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(
+            f"the checkpoint's weights do not fit its recipe ({reason}); another one works"
+        ) from error
+    return module
+
+
+def _load_weights(module: nn.Module, recipe: Recipe, state: dict[str, Any]) -> None:
     module.load_state_dict(state["module"])
     if state["average"]:
         average = WeightAverage(module, recipe.ema_half_life_epochs)
@@ -53,4 +65,3 @@ def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any],
         with average.swapped():
             averaged = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         module.load_state_dict(averaged)
-    return module

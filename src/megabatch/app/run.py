@@ -89,7 +89,9 @@ def open_run(
             stream_rank=tiles.stream_rank(world),
             log=log.log,
             stop_requested=stop_requested,
-            checkpoints=_open_checkpoints(recipe, runtime, data, folder, stack=stack) if world.is_first else None,
+            checkpoints=_open_checkpoints(recipe, runtime, data, folder, log=log, stack=stack)
+            if world.is_first
+            else None,
             checkpoint_every=parse_interval("--checkpoint-every", runtime.checkpoint_every),
             max_steps=max_steps,
             exchange_report=exchange_report,
@@ -102,7 +104,7 @@ def open_run(
 
 
 def _open_checkpoints(
-    recipe: Recipe, runtime: Runtime, data: Data, folder: Path, *, stack: contextlib.ExitStack
+    recipe: Recipe, runtime: Runtime, data: Data, folder: Path, *, log: RunLog, stack: contextlib.ExitStack
 ) -> CheckpointWriter:
     """A background writer whose last checkpoint is on disk when `stack` ends."""
     writer = CheckpointWriter(
@@ -110,6 +112,7 @@ def _open_checkpoints(
         fields_as_json(recipe),
         class_names=tuple(data.train.class_names),
         keep=runtime.keep_checkpoints,
+        on_remark=log.warn,
     )
     stack.callback(writer.wait)
     return writer
@@ -119,8 +122,8 @@ def _fall_back_uncaptured(log: RunLog, runtime: Runtime) -> Callable[[Exception]
     """A failed capture that `auto` chose is a warning; with `capture=on` it is an error."""
     if runtime.capture == "on":
         return None
-    return lambda error: log.log({"event": "warning", "text": f"steps are not captured in a CUDA graph: {error}"})
+    return lambda error: log.warn(f"steps are not captured in a CUDA graph: {error}")
 
 
 def _warn_of(log: RunLog) -> Callable[[str, str], None]:
-    return lambda name, reason: log.log({"event": "warning", "text": f"{name} was replaced: {reason}"})
+    return lambda name, reason: log.warn(f"{name} was replaced: {reason}")

@@ -40,6 +40,10 @@ class RunLog:
         if not self.quiet:
             self.progress.note(text)
 
+    def warn(self, text: str) -> None:
+        """Logs a warning, which is also printed."""
+        self.log({"event": "warning", "text": text})
+
     def log(self, event: dict[str, Any]) -> None:
         """Writes one event and prints its main numbers."""
         if event["event"] == "evaluation":

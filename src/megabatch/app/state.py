@@ -66,20 +66,17 @@ def resume(
     Returns its description, or None if there is none, and `data` with labels numbered as in that checkpoint.
     """
 
-    def warn(text: str) -> None:
-        log.log({"event": "warning", "text": text})
-
     checkpoints = folder / "checkpoints"
-    found = newest_intact(checkpoints, on_damaged=warn) if world.is_first else None
+    found = newest_intact(checkpoints, on_damaged=log.warn) if world.is_first else None
     step = broadcast_from_rank0(found[0].step if found else None, world)
     if step is None:
-        warn("no checkpoint to resume from; the run starts at step 0")
+        log.warn("no checkpoint to resume from; the run starts at step 0")
         return None, data
     info, saved = found or open_checkpoint(checkpoint_path(checkpoints, step))
+    refuse_other_recipe(recipe, from_json(info.recipe))
     data, remark = match_training_data(data, info)
     if remark:
-        warn(remark)
-    refuse_other_recipe(recipe, from_json(info.recipe))
+        log.warn(remark)
     state.load_state_dict(saved)
     return info, data
 

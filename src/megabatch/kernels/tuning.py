@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megabatch.cores import cpu_model
-from megabatch.files import cache_folder, locked, write_text
+from megabatch.files import cache_folder, locked, read_json, write_text
 from megabatch.kernels.dispatch import on_device
 
 Result = TypeVar("Result")
@@ -226,7 +226,7 @@ def _seconds(timer: Timer, work: Callable[[], object]) -> float:
 def _read(path: Path | None) -> dict[str, str]:
     """Returns the choices in the file; none if it is missing, unreadable or corrupt."""
     try:
-        values = json.loads(path.read_text()) if path else {}
+        values = read_json(path) if path else {}
     except (OSError, ValueError):
         return {}
     entries = values.items() if isinstance(values, dict) else ()

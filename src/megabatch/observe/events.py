@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megabatch.errors import UserError
+from megabatch.files import parse_json
 
 Event = dict[str, Any]
 
@@ -82,7 +83,7 @@ def read_events(path: Path) -> list[Event]:
 
 def _parse(line: bytes) -> Event | None:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) and "event" in value else None

@@ -4,13 +4,13 @@
     checkpoints/step-00000123.json    step, epoch, top1, sha256 and size of the .pt, recipe, class names; written last
 
 Both are written atomically, the JSON last: a checkpoint without its JSON is ignored, and one whose checksum differs is
-reported and skipped. The data loader has no state of its own: its position is a function of `samples_seen`, so a run
-resumes on any number of workers.
+reported and skipped. Both are read as input from anyone: no code is run, no compressed entry is read. The data loader
+has no state of its own: its position is a function of `samples_seen`, so a run resumes on any number of workers.
 """
 
 import copy
 import json
-import pickle  # only its error class: torch.load raises it for what is not plain tensors
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from megabatch.errors import CheckpointError
-from megabatch.files import replacing, sha256_of, write_text
+from megabatch.files import create_unused, read_json, replacing, sha256_of, write_text
+from megabatch.train.plain_tensors import read_tensors
 
 FORMAT = 1
 
@@ -41,14 +42,18 @@ class CheckpointInfo:
     @property
     def num_classes(self) -> int:
         """Number of classes that the model tells apart."""
-        return int(self.recipe["num_classes"])
+        count = self.recipe.get("num_classes")
+        if not isinstance(count, int):
+            raise CheckpointError(f"{self.path.with_suffix('.json').name} has no number of classes; another one works")
+        return count
 
 
 class CheckpointWriter:
     """Writes checkpoints of one run in the background; keeps the newest `keep` and the one of best accuracy.
 
     `write` copies the state before it returns, so later updates cannot leak into the file. At most one write is in
-    progress; its error is raised by the next `write` or by `wait`.
+    progress; its error is raised by the next `write` or by `wait`. `on_remark` receives, from the background thread,
+    what a person should know: a folder that was in the way, or an old checkpoint that could not be removed.
     """
 
     def __init__(
@@ -58,11 +63,13 @@ class CheckpointWriter:
         *,
         class_names: tuple[str, ...] | None = None,
         keep: int = 2,
+        on_remark: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = folder
         self.recipe = dict(recipe)
         self.class_names = class_names
         self.keep = max(1, keep)
+        self._remark = on_remark or (lambda _: None)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -80,13 +87,18 @@ class CheckpointWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {error}") from error
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}; earlier ones are kept. When the folder "
+                "can be written again, --resume continues from the newest"
+            ) from error
 
     def _run(self, state: dict[str, Any], step: int, epoch: float, top1: float | None) -> None:
         try:
             facts: dict[str, Any] = {"recipe": self.recipe, "class_names": self.class_names}
+            for suffix in (".pt", ".json"):
+                _move_folder_aside(checkpoint_path(self.folder, step).with_suffix(suffix), self._remark)
             write_checkpoint(self.folder, state, **facts, step=step, epoch=epoch, top1=top1)
-            remove_old(self.folder, keep=self.keep)
+            remove_old(self.folder, keep=self.keep, newest=step, on_remark=self._remark)
         except Exception as error:  # noqa: BLE001 - carried to the caller by `wait`
             self._error = error
 
@@ -101,8 +113,12 @@ def write_checkpoint(
     epoch: float,
     top1: float | None,
 ) -> CheckpointInfo:
-    """Writes one checkpoint atomically and returns the content of its JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes one checkpoint atomically and returns the content of its JSON.
+
+    Raises:
+        OSError: it could not be written, or the run folder has vanished, as when its file system is unmounted.
+    """
+    folder.mkdir(exist_ok=True)
     path = checkpoint_path(folder, step)
     with replacing(path, durable=True) as part:
         _save(dict(state), part)
@@ -132,12 +148,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None = None) -> list[CheckpointInfo]:
     """Checkpoints with a readable JSON, oldest first; the contents are not verified here."""
     found = []
-    for path in sorted(folder.glob("step-*.json")):
+    for path in folder.glob("step-*.json"):
         try:
-            found.append(_read_info(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            info = _read_info(path)
+            if info.path != checkpoint_path(folder, info.step):
+                raise CheckpointError(f"{path.name} describes step {info.step}")
+            found.append(info)
+        except CheckpointError as error:
             if on_damaged:
-                on_damaged(f"{path.name} cannot be read ({error}); skipped")
+                on_damaged(f"{error}; skipped")
     return sorted(found, key=lambda info: info.step)
 
 
@@ -170,39 +189,54 @@ def open_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     description = path.with_suffix(".json")
     if not description.is_file():
         raise CheckpointError(f"{path} is not a checkpoint ({description.name} is not there); a run folder works")
-    try:
-        info = _read_info(description)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{description} cannot be read: {error}") from error
+    info = _read_info(description)
     return info, load_state(info)
 
 
 def load_state(info: CheckpointInfo) -> dict[str, Any]:
-    """Loads the state of `info` on the CPU; raises CheckpointError if the file is missing or its bytes differ."""
+    """Loads the state of `info` on the CPU; raises CheckpointError if it is missing, unreadable, damaged or hostile."""
+    name = info.path.name
     if not info.path.is_file():
-        raise CheckpointError(f"checkpoint {info.path.name} is missing")
-    if info.path.stat().st_size != info.num_bytes or sha256_of(info.path) != info.sha256:
-        raise CheckpointError(f"checkpoint {info.path.name} is damaged: its checksum differs from the one written")
+        raise CheckpointError(f"checkpoint {name} is {'not a file' if info.path.exists() else 'missing'}")
     try:
-        state: dict[str, Any] = torch.load(info.path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"checkpoint {info.path.name} could not be read as plain tensors: {error}") from error
-    return state
+        is_whole = info.path.stat().st_size == info.num_bytes and sha256_of(info.path) == info.sha256
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {name} cannot be read: {error.strerror}") from error
+    if not is_whole:
+        raise CheckpointError(f"checkpoint {name} is damaged: its checksum differs from the one written")
+    return read_tensors(info.path)
 
 
-def remove_old(folder: Path, *, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints and the one of best top-1 (the newest of equals)."""
+def remove_old(
+    folder: Path, *, keep: int, newest: int | None = None, on_remark: Callable[[str], None] | None = None
+) -> None:
+    """Deletes all but the newest `keep` checkpoints and the one of best top-1 (the newest of equals).
+
+    Those of later steps than `newest`, which has just been written, were damaged or given up when the run went back:
+    they are deleted too, in place of older ones.
+    """
     infos = list_checkpoints(folder)
-    kept = {info.step for info in infos[-keep:]}
-    measured = [info for info in infos if info.top1 is not None]
+    current = [info for info in infos if newest is None or info.step <= newest]
+    kept = {info.step for info in current[-keep:]}
+    measured = [info for info in current if info.top1 is not None]
     if measured:
         kept.add(max(measured, key=lambda info: (info.top1, info.step)).step)
-    for info in infos:
-        if info.step not in kept:
-            info.path.with_suffix(".json").unlink(missing_ok=True)  # first: without its JSON a checkpoint is ignored
-            info.path.unlink(missing_ok=True)
-    for leftover in folder.glob(".step-*.part"):  # of a process that was killed while writing
-        leftover.unlink(missing_ok=True)
+    leftovers = folder.glob(".step-*.part")  # of a process that was killed while writing
+    old = [info.path for info in infos if info.step not in kept]
+    # The JSON first: without it a checkpoint is ignored.
+    for path in [*(path.with_suffix(suffix) for path in old for suffix in (".json", ".pt")), *leftovers]:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if on_remark:
+                on_remark(f"{path} could not be removed ({error.strerror}); remove it to free its space")
+
+
+def _move_folder_aside(path: Path, on_remark: Callable[[str], None]) -> None:
+    """Renames a folder that has the name of the checkpoint to be written."""
+    if path.is_dir() and not path.is_symlink():
+        aside = path.replace(create_unused(path.with_name(f"{path.name}.folder")))
+        on_remark(f"{path} was a folder where a checkpoint is written; it is now {aside.name}")
 
 
 def copy_to_cpu(value: Any) -> Any:
@@ -217,17 +251,27 @@ def copy_to_cpu(value: Any) -> Any:
 
 
 def _read_info(path: Path) -> CheckpointInfo:
-    facts = json.loads(path.read_text())
-    if facts["format"] != FORMAT:
-        raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-    names = facts.get("class_names")
-    return CheckpointInfo(
-        path.with_suffix(".pt"),
-        int(facts["step"]),
-        float(facts["epoch"]),
-        facts["top1"],
-        str(facts["sha256"]),
-        int(facts["num_bytes"]),
-        dict(facts["recipe"]),
-        None if names is None else tuple(map(str, names)),
-    )
+    """Raises CheckpointError if `path` cannot be read or does not describe a checkpoint."""
+    try:
+        facts = read_json(path)
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+        names, top1 = facts.get("class_names"), facts["top1"]
+        info = CheckpointInfo(
+            path.with_suffix(".pt"),
+            int(facts["step"]),
+            float(facts["epoch"]),
+            None if top1 is None else float(top1),
+            str(facts["sha256"]),
+            int(facts["num_bytes"]),
+            dict(facts["recipe"]),
+            None if names is None else tuple(map(str, names)),
+        )
+        if info.step < 0 or not math.isfinite(info.epoch) or not math.isfinite(info.top1 or 0.0):
+            raise ValueError("step, epoch or top1 is not a number of a run")
+    except KeyError as error:
+        raise CheckpointError(f"{path.name} cannot be read: it has no {error}") from error
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path.name} cannot be read: {reason}") from error
+    return info

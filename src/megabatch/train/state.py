@@ -12,6 +12,7 @@ from torch import nn
 from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.split import micro_batches
+from megabatch.errors import CheckpointError
 from megabatch.interval import Interval
 from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
@@ -133,7 +134,20 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`.
+
+        Raises:
+            CheckpointError: the content does not fit the model, optimizer or policies of this recipe.
+        """
+        try:
+            self._load(state)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this recipe ({type(error).__name__}: {str(error)[:200]}); the checkpoint "
+                "before it, or another --output, works"
+            ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
@@ -141,8 +155,10 @@ class TrainState:
             self.average.load_state_dict(state["average"])
         if self.batch_policy and state["batch_policy"]:
             self.batch_policy.load_state_dict(state["batch_policy"])
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.skipped_steps = state["skipped_steps"]
+        counts = (state["step"], state["samples_seen"], state["skipped_steps"])
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"step, samples seen and skipped steps are {counts}")
+        self.step, self.samples_seen, self.skipped_steps = counts
         self._saved_scales = state.get("wire_scales", {})
 
 

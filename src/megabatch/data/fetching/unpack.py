@@ -1,7 +1,6 @@
 """Reads the file layouts in which the known data sets are published into arrays. Does not use pickle."""
 
 import gzip
-import json
 import struct
 import tarfile
 import zlib
@@ -15,6 +14,7 @@ from PIL import Image
 
 from megabatch.data.fetching.catalog import KnownDataSet
 from megabatch.errors import DataError
+from megabatch.files import read_json
 
 _MAX_MEMBER_BYTES = 256 << 20  # against decompression bombs; the largest published file has 47 MB
 
@@ -139,7 +139,7 @@ class _CifarSheets(_Layout):
 
     @staticmethod
     def _labels(path: Path) -> NDArray[np.uint8]:
-        return np.array(json.loads(path.read_text()), dtype=np.uint8)
+        return np.array(read_json(path), dtype=np.uint8)
 
 
 _LAYOUTS: dict[str, tuple[_Layout, ...]] = {

@@ -6,7 +6,6 @@ shard-local order each is read once per epoch. For random order, or many epochs,
 (`megabatch data pack`).
 """
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from megabatch.data.sources.labels import find_classes
 from megabatch.data.sources.layout import visible_files
 from megabatch.errors import DataError
+from megabatch.files import parse_json
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "picture")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "target")
@@ -204,7 +204,7 @@ def _holds_bytes(kind: Any) -> bool:
 def _class_label_names(file: Any, column: str) -> tuple[str, ...] | None:
     """Class names that Hugging Face's `datasets` stores in the schema's metadata; None if there are none."""
     try:
-        features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[column]["names"])
     except (KeyError, TypeError, ValueError):
         return None

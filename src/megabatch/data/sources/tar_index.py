@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megabatch.data.sources.layout import is_hidden
 from megabatch.errors import DataError
-from megabatch.files import replacing
+from megabatch.files import parse_json, replacing
 
 FORMAT = "megabatch tar index 1"
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
@@ -233,7 +233,7 @@ def load_index(path: Path) -> ShardIndex | None:
     try:
         whole = path.read_bytes()
         start = whole.index(b"\n") + 1
-        header = json.loads(whole[:start])
+        header = parse_json(whole[:start])
         if header["format"] != FORMAT:
             return None
         records = np.frombuffer(whole, RECORD, count=header["samples"], offset=start)
