@@ -39,7 +39,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Train
     info, state = open_checkpoint(Path(path).expanduser())
     world = World(device=torch.device(device))
     model = cast("TrainedModel", load_for_evaluation(from_json(info.recipe), Runtime(), state, world=world).eval())
-    model.class_names = info.class_names or tuple(map(str, range(info.num_classes)))
+    model.class_names = info.names()
     return model
 
 

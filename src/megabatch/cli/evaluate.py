@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from megabatch.cli.confusion import print_details, write_matrix
 from megabatch.cli.options import find_device, runtime_options
+from megabatch.cli.output import make_console
 from megabatch.runtime import Runtime
 
 
@@ -15,6 +17,10 @@ from megabatch.runtime import Runtime
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (uses its best checkpoint).")],
     runtime: Runtime,
+    details: Annotated[
+        bool, typer.Option("--details", help="Also print top-1 by class and the confusion matrix.")
+    ] = False,
+    confusion: Annotated[Path | None, typer.Option(help="Write the confusion matrix to this CSV file.")] = None,
 ) -> None:
     """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once.
 
@@ -31,10 +37,12 @@ def evaluate(
             if code := run_local_workers(runtime.workers or 1, sys.argv[1:]):
                 raise typer.Exit(code)
             return
-    _evaluate(checkpoint, runtime)
+    _evaluate(checkpoint, runtime, details=details, confusion=confusion)
 
 
-def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
+def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: Path | None) -> None:
+    import torch
+
     from megabatch.app.classes import match_evaluation_data
     from megabatch.app.data import build_eval_loader, open_evaluation_data
     from megabatch.app.load import load_for_evaluation
@@ -53,12 +61,15 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
         source, remarks = match_evaluation_data(data.evaluation, info)
         loader = build_eval_loader(recipe, runtime, source, world=world)
         stack.callback(loader.close)
+        names = info.names()
+        counts = torch.zeros(len(names), len(names), dtype=torch.int64, device=world.device)
         result = evaluate_model(
             load_for_evaluation(recipe, runtime, state, world=world),
             loader,
             world=world,
             precision=choose_precision(runtime, world.device),
             block_size=eval_block_size(recipe),
+            confusion=counts if details or confusion else None,
         )
         if world.is_first:
             for remark in [*data.notes, *remarks]:
@@ -67,3 +78,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime) -> None:
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
                 f"top1 {result.top1:.4f} ({result.correct1:,} of {result.num_samples:,})"
             )
+            if details:
+                print_details(make_console(), counts.tolist(), names)
+            if confusion:
+                write_matrix(confusion, counts.tolist(), names)

@@ -17,6 +17,7 @@ from megabatch.cli.evaluate import evaluate
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.output import open_output
 from megabatch.cli.plan import plan
+from megabatch.cli.predict import predict
 from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(recipes)
 app.command()(plan)
 app.command("report")(write_report)

@@ -6,6 +6,9 @@ import os
 import sys
 from typing import Any, TextIO
 
+from rich.console import Console
+
+NON_TERMINAL_WIDTH = 118
 _READER_IS_GONE = {errno.EPIPE, errno.EIO, errno.ENXIO}
 """Errors of writing to a pipe without a reader, and to a terminal that was closed."""
 
@@ -28,6 +31,12 @@ class _Descriptor(io.FileIO):
 def open_output() -> None:
     """Replaces `sys.stdout` and `sys.stderr`; characters that their encoding lacks are printed as escapes."""
     sys.stdout, sys.stderr = _reopened(sys.stdout), _reopened(sys.stderr)
+
+
+def make_console() -> Console:
+    """Console for tables: as wide as the terminal, or `NON_TERMINAL_WIDTH` columns for a file or pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=NON_TERMINAL_WIDTH)
 
 
 def _reopened(stream: TextIO | None) -> TextIO:

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from megabatch import recipes as registry
 from megabatch.cli.options import SET_HELP, parse_settings
+from megabatch.cli.output import make_console
 from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override
 
-NON_TERMINAL_WIDTH = 118
 MAX_TABLE_ROWS = 50
 
 
@@ -32,9 +32,7 @@ def recipes(
 
         typer.echo(as_markdown(), nl=False)
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=NON_TERMINAL_WIDTH)
+    console = make_console()
     if name is None:
         if plot or settings:
             raise typer.BadParameter(

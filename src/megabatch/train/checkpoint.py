@@ -47,6 +47,10 @@ class CheckpointInfo:
             raise CheckpointError(f"{self.path.with_suffix('.json').name} has no number of classes; another one works")
         return count
 
+    def names(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the logits; "0", "1", ... without stored names."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
 
 class CheckpointWriter:
     """Writes checkpoints of one run in the background; keeps the newest `keep` and the one of best accuracy.

@@ -27,16 +27,22 @@ def evaluate(
     world: World,
     precision: Precision,
     block_size: int = 256,
+    confusion: Tensor | None = None,
 ) -> Evaluation:
-    """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker."""
+    """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker.
+
+    `confusion`, [classes, classes] int64 on the device, receives the number of samples by label and predicted class.
+    """
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)  # samples, correct at 1, correct at 5, loss sum
     was_training = module.training
     module.eval()
     first, last = share_of_blocks(data.num_samples, block_size, rank=world.rank, world_size=world.world_size)
     with torch.inference_mode():
         for batch in data.batches(first, last, block_size):
-            counts += _count(module, batch, precision)
+            counts += _count(module, batch, precision, confusion)
     module.train(was_training)
+    if confusion is not None:
+        sum_over_workers(confusion, world)
     num, top1, top5, loss = sum_over_workers(counts, world).tolist()
     return Evaluation(int(num), int(top1), int(top5), loss / max(1.0, num))
 
@@ -48,9 +54,12 @@ def share_of_blocks(num_samples: int, block_size: int, *, rank: int, world_size:
     return min(first, num_samples), min(last, num_samples)
 
 
-def _count(module: nn.Module, batch: Batch, precision: Precision) -> Tensor:
+def _count(module: nn.Module, batch: Batch, precision: Precision, confusion: Tensor | None) -> Tensor:
     with precision.autocast():
         logits = module(batch.images)
+    if confusion is not None:
+        cells = batch.labels * len(confusion) + logits.argmax(1)
+        confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
     top1, top5 = correct_counts(logits, batch.labels, k=(1, min(5, logits.shape[1])))
     loss = cross_entropy_sum(logits, batch.labels, label_smoothing=0.0)
     return torch.stack([part.detach().double() for part in (top1.new_tensor(batch.count), top1, top5, loss)])
