@@ -118,5 +118,5 @@ def test_the_command_line_trains_with_tiles_and_with_cubic_groups(tmp_path):
     (start,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "run_start"]
     assert "batch-norm spans shared by tiles of 2 x 1 in the 2 x 2 grid of workers" in start["choices"]
     assert any("buckets in cubic groups" in choice for choice in start["choices"])
-    (step,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+    (step,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "observation"]
     assert len(step["buckets"]) == 3  # 26 tensors: 3, 21 and 2

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch.errors import UserError
-from megabatch.observe.events import EventLog, read_events
+from megabatch.observe.events import EventFollower, EventLog, read_events
 
 
 def test_events_are_read_in_order_with_their_fields(tmp_path: Path) -> None:
@@ -122,3 +122,23 @@ def test_fields_round_trip_except_non_finite_numbers(fields: dict[str, object]) 
         (event,) = read_events(Path(folder) / "events.jsonl")
     expected = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     assert {key: event[key] for key in fields} == expected
+
+
+def test_a_follower_reads_each_event_once_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n{"event": "st')
+    follower = EventFollower(path)
+    assert [event["step"] for event in follower.new_events()] == [1]
+    assert list(follower.new_events()) == []
+    with path.open("a") as file:
+        file.write('ep", "step": 2}\n{"event": "new kind"}\n')
+    assert [event["event"] for event in follower.new_events()] == ["step", "new kind"]
+
+
+def test_events_of_a_newer_schema_are_refused_and_unknown_fields_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "run_start", "schema": 1, "new": 2}\n')
+    assert read_events(path)[0]["new"] == 2
+    path.write_text('{"event": "run_start", "schema": 2}\n')
+    with pytest.raises(UserError, match="schema 2, this megabatch reads up to 1"):
+        read_events(path)

@@ -41,7 +41,7 @@ def test_logits_loss_statistics_weights_and_gradients_are_fp32_in_half_precision
     hidden = []
     model.layer2.register_forward_hook(lambda _, __, output: hidden.append(output))
     images = torch.randn(4, 3, 12, 12)
-    loss = forward_loss(model, Batch(images, torch.arange(4), 4), Objective(4, 0.1, precision))
+    loss, _ = forward_loss(model, Batch(images, torch.arange(4), 4), Objective(4, 0.1, precision))
     loss.backward()
     assert hidden[0].dtype == precision.dtype
     assert logits[0].dtype == torch.float32

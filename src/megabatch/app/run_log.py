@@ -14,13 +14,14 @@ from megabatch.comm.launch import World, on_rank0
 from megabatch.files import write_text
 from megabatch.kernels import tuning
 from megabatch.observe.curve import Curve, against_curve, curve_text
-from megabatch.observe.environment import describe
-from megabatch.observe.events import EventLog
+from megabatch.observe.environment import command_line, describe
+from megabatch.observe.events import SCHEMA, EventLog
 from megabatch.observe.progress import Progress
 from megabatch.observe.run_folder import EVENTS_FILE, claimed
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
+from megabatch.train.evaluate import MOST_CONFUSION_CLASSES
 from megabatch.train.schedule import count_steps
 from megabatch.train.state import TrainState
 
@@ -57,10 +58,6 @@ class RunLog:
             self.progress.evaluation(event["epoch"], event["top1"], event["top5"], event.get("remark", ""))
         elif event["event"] == "warning":
             self.progress.note(f"warning: {event['text']}")
-
-    def warn(self, text: str) -> None:
-        """Logs a warning."""
-        self.log({"event": "warning", "text": text})
 
     def _against_curve(self, epoch: float, top1: float) -> dict[str, Any]:
         """Comparison with the recipe's published accuracy curve, if there is one."""
@@ -122,7 +119,9 @@ def describe_run(
         "data": data.origin,
     }
     resumed_from = resumed.step if resumed else None
-    log.log({"event": "run_start", "recipe": recipe.name, "resumed_from_step": resumed_from} | where | environment)
+    start = {"event": "run_start", "schema": SCHEMA, "recipe": recipe.name, "resumed_from_step": resumed_from}
+    known = {"command": command_line(), "class_names": list(data.train.class_names)[:MOST_CONFUSION_CLASSES]}
+    log.log(start | known | where | environment)
     batch = f"{recipe.global_batch_size:,}"
     accumulated = recipe.global_batch_size // (micro_batch_size * world.world_size) or 1
     log.note(

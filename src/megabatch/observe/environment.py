@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,15 @@ def describe() -> dict[str, Any]:
         "cores": usable_cores(),
         "gpus": gpu_names(),
     }
+
+
+def command_line() -> str | None:
+    """Returns the `megabatch` command of this process, with the last part of absolute paths only; None in others."""
+    program = Path(sys.argv[0])
+    is_local_worker = sys.argv[:2] == ["-c", "train"]  # as comm/local_workers.py starts it
+    if "megabatch" not in (program.name, program.parent.name) and not is_local_worker:
+        return None
+    return shlex.join(["megabatch", *(re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word) for word in sys.argv[1:])])
 
 
 def git_commit(folder: Path) -> str | None:

@@ -1,14 +1,7 @@
 """Event log of a run: one JSON object per line, readable while the run writes it.
 
-Each line has `event` (its kind), `time_s` (seconds since 1970) and the fields of that kind:
-
-    run_start    recipe (its name), workers, versions, hardware
-    step         step, epoch, loss (global mean), lr, momentum, global_batch_size, images_per_s
-    evaluation   step, epoch, top1, top5, loss, num_samples, seconds
-    checkpoint   step, path
-    bad_samples  step, num_bad_samples (distinct), num_replaced_samples: totals over all workers; only if not 0
-    warning      text
-    run_end      top1, images_per_s, train_s, num_replaced_samples
+Each line has `event` (its kind), `time_s` (seconds since 1970) and the fields of that kind; docs/events.md lists them.
+Readers ignore kinds and fields that they do not know, so that adding one does not change `SCHEMA`.
 """
 
 import contextlib
@@ -16,15 +9,29 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from megabatch.errors import UserError
 from megabatch.files import parse_json
 
 Event = dict[str, Any]
+SCHEMA = 1
+"""Version of the events, in `run_start`; it grows when a field changes its meaning or is removed."""
+
+
+class EventWriter(Protocol):
+    """Receives the events of a run: the JSON lines of `EventLog`, or a tracker (observe/trackers.py)."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Takes one event."""
+        ...
+
+    def close(self) -> None:
+        """Ends the writing."""
+        ...
 
 
 class EventLog:
@@ -67,18 +74,57 @@ def read_events(path: Path) -> list[Event]:
     """Returns the events in `path`, in order, without an incomplete last line.
 
     Raises:
-        UserError: the file cannot be read, or a line other than the last is not an event.
+        UserError: the file cannot be read, a line other than the last is not an event, or a newer version wrote them.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a run folder") from error
-    events = [_parse(line) for line in lines]
-    # The last element follows the last newline: empty, or an event whose writer was interrupted.
-    for number, (line, event) in enumerate(zip(lines[:-1], events[:-1], strict=True), start=1):
-        if event is None and line.strip():
-            raise UserError(f"{path}, line {number}, is not an event; remove that line to read the others")
-    return [event for event in events if event is not None]
+    follower = EventFollower(path)
+    events = list(follower.new_events())
+    rest = _parse(follower.incomplete)
+    return [*events, rest] if rest is not None else events
+
+
+class EventFollower:
+    """Reads events of a file that grows; each call of `new_events` continues where the last one ended.
+
+    Attributes:
+        incomplete: the bytes after the last newline: empty, or an event whose writer is not done or was interrupted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._line_number = 0
+        self.incomplete = b""
+
+    def new_events(self) -> Iterator[Event]:
+        """Yields complete events that were not read before.
+
+        Raises:
+            UserError: as `read_events`.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                *lines, self.incomplete = file.read().split(b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be read ({error.strerror}); give a run folder") from error
+        for line in lines:
+            self._offset += len(line) + 1
+            self._line_number += 1
+            event = _parse(line)
+            if event is None and line.strip():
+                text = f"{self._path}, line {self._line_number}, is not an event; remove that line to read the others"
+                raise UserError(text)
+            if event is not None:
+                _require_known_schema(self._path, event)
+                yield event
+
+
+def _require_known_schema(path: Path, event: Event) -> None:
+    schema = event.get("schema", SCHEMA) if event["event"] == "run_start" else SCHEMA
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise UserError(
+            f"{path} has events of schema {schema}, this megabatch reads up to {SCHEMA}; the version of megabatch that "
+            "wrote the run reads it"
+        )
 
 
 def _parse(line: bytes) -> Event | None:

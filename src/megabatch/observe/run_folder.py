@@ -19,7 +19,7 @@ from megabatch.recipe import Recipe, read
 EVENTS_FILE = "events.jsonl"
 RELEASE_S = 45.0
 """Seconds that a resumed run waits for another process to end its writing to the folder."""
-NOT_ENVIRONMENT = frozenset({"event", "time_s", "recipe", "resumed_from_step"})
+NOT_ENVIRONMENT = frozenset({"event", "time_s", "schema", "recipe", "resumed_from_step", "command", "class_names"})
 """Fields of `run_start` that do not describe the environment."""
 
 

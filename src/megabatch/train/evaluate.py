@@ -7,6 +7,7 @@ neighbours in its forward pass and no rounding depends on the number of workers.
 import contextlib
 import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from megabatch.nn.loss import correct_counts, cross_entropy_sum
 from megabatch.recipe import Recipe
 from megabatch.train.precision import Precision
 from megabatch.train.state import EvalData, Evaluation, Run
+
+MOST_CONFUSION_CLASSES = 20
+"""Most classes of a run whose evaluations count every pair of label and prediction."""
 
 
 def evaluate(
@@ -73,12 +77,28 @@ def evaluate_run(run: Run) -> Evaluation:
         if run.recipe.eval_stats == "precise":
             _recompute_statistics(run)
         block_size = eval_block_size(run.recipe)
+        classes = run.recipe.num_classes
+        confusion = None
+        if classes <= MOST_CONFUSION_CLASSES:
+            confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.world.device)
         result = evaluate(
-            state.module, run.eval_data, world=run.world, precision=state.precision, block_size=block_size
+            state.module,
+            run.eval_data,
+            world=run.world,
+            precision=state.precision,
+            block_size=block_size,
+            confusion=confusion,
         )
     state.module.train()
-    counts = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "num_samples": result.num_samples}
+    counts: dict[str, Any] = {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "num_samples": result.num_samples,
+    }
     where = {"step": state.step, "epoch": state.samples_seen / run.recipe.num_train_images}
+    if confusion is not None:
+        counts["confusion"] = confusion.tolist()
     run.log({"event": "evaluation"} | where | counts | {"seconds": time.perf_counter() - started})
     return result
 

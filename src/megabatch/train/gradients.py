@@ -17,6 +17,7 @@ from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loading.batch import Batch
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.train.precision import Precision
+from megabatch.train.step_clock import StepClock
 from megabatch.train.weight_copies import WeightCopies
 
 
@@ -49,27 +50,33 @@ def accumulate_gradients(
     objective: Objective,
     *,
     world_size: int,
+    clock: StepClock | None = None,
 ) -> Tensor:
     """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
 
-    Returns this worker's loss sum (0-d, float64, on the batches' device) without synchronising with the device.
+    Returns this worker's loss sum and its number of correct predictions (a vector of 2, float64, on the batches'
+    device) without synchronising with the device. `clock` gets a mark after each phase.
     DistributedDataParallel averages over workers, hence the factor `world_size`. Gradients are exchanged during the
     backward of the last micro-batch only.
     """
-    losses = []
+    sums = []
+    mark = clock.mark if clock else _ignore
     linked = world_size > 1  # the exchange is triggered by the gradients of the weights themselves
     widen = num_micro_batches > 1 or objective.precision.loss_scale is not None
     with objective.precision.cached_casts():
         for number in range(num_micro_batches):
             batch = next(batches)
+            mark("input")
             exchanges = number == num_micro_batches - 1
             with contextlib.nullcontext() if exchanges else _without_exchange(model):
                 with objective.copies.read(linked=linked):
-                    loss = forward_loss(model, batch, objective)
+                    loss, num_correct = forward_loss(model, batch, objective)
+                mark("forward")
                 torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
             objective.copies.return_gradients(widen=widen)
-            losses.append(loss.detach())
-    return torch.stack(losses).double().sum()
+            mark("backward")
+            sums.append(torch.stack([loss.detach().double(), num_correct.double()]))
+    return torch.stack(sums).sum(0)
 
 
 def accumulate_and_measure(
@@ -79,6 +86,7 @@ def accumulate_and_measure(
     objective: Objective,
     *,
     world: World,
+    clock: StepClock,
 ) -> tuple[Tensor, NoiseSample]:
     """As `accumulate_gradients`, and measures the gradient norm of each micro-batch; exchanges without overlap.
 
@@ -87,47 +95,60 @@ def accumulate_and_measure(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, |g_b|^2, micro-batches, samples in them
+    # loss, correct predictions, |g_b|^2, micro-batches, samples in them
+    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     scale = objective.precision.loss_scale.value if objective.precision.loss_scale else 1.0
     for _ in range(num_micro_batches):
         batch = next(batches)
+        clock.mark("input")
         with _without_exchange(model):
             with objective.copies.read():
-                loss = forward_loss(model, batch, objective)
+                loss, num_correct = forward_loss(model, batch, objective)
+            clock.mark("forward")
             torch.autograd.backward(objective.precision.scale(loss / objective.global_count))
         objective.copies.return_gradients(widen=True)
         gradients = [_gradient(p) for p in parameters]
         torch._foreach_add_(total, gradients)
         share = objective.global_count / max(1, batch.count) / scale
         norm = _squared_norm(gradients) * share**2
-        sums += sums.new_tensor([float(loss.detach()), norm, 1.0, batch.count])
+        sums += sums.new_tensor([float(loss.detach()), float(num_correct), norm, 1.0, batch.count])
         for parameter in parameters:
             parameter.grad = None
+        clock.mark("backward")
     for parameter, gradient in zip(parameters, total, strict=True):
         parameter.grad = sum_over_workers(gradient, world)
-    loss_sum = sums[0].clone()
+    own = sums[:2].clone()
     sum_over_workers(sums, world)
-    _, squares, count, samples = sums.tolist()
+    clock.mark("exchange")
+    _, _, squares, count, samples = sums.tolist()
     global_sq_norm = _squared_norm(total) / scale**2
-    return loss_sum, NoiseSample(squares / count, samples / count, global_sq_norm, float(objective.global_count))
+    return own, NoiseSample(squares / count, samples / count, global_sq_norm, float(objective.global_count))
 
 
-def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:
-    """Cross entropy summed over the micro-batch, in fp32 or the dtype of the logits if that is wider."""
+def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Cross entropy summed over the micro-batch, in fp32 or the dtype of the logits if that is wider.
+
+    The second value is the number of samples whose largest logit is that of the label, as the augmented image has it.
+    """
     with objective.precision.autocast():
         logits = model(batch.images)
-    return cross_entropy_sum(
+    loss = cross_entropy_sum(
         logits,
         batch.labels,
         label_smoothing=objective.label_smoothing,
         mixed_labels=batch.mixed_labels,
         mix_weight=batch.mix_weight,
     )
+    return loss, (logits.detach().argmax(1) == batch.labels).sum()
 
 
 def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
     no_sync: Callable[[], AbstractContextManager[None]] | None = getattr(model, "no_sync", None)
     return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+
+def _ignore(_: str) -> None:
+    """A mark of no clock."""
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

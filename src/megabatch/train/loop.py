@@ -17,6 +17,7 @@ from megabatch.data.loading.batch import Batch
 from megabatch.train.bad_samples import BadSamples
 from megabatch.train.checkpoint import checkpoint_path
 from megabatch.train.evaluate import evaluate_run
+from megabatch.train.observation import observation_event, step_measurements
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
 from megabatch.train.step import PendingStep, count_skipped, require_finite, start_step
@@ -78,6 +79,8 @@ class _InFlightSteps:
         seconds = now - max(step.started, self._settled_at)
         self._settled_at = now
         self._run.log(_step_event(self._run, step, seconds))
+        if observed := observation_event(self._run, step):
+            self._run.log(observed)
 
 
 def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
@@ -111,15 +114,17 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
         "step": settings.step + 1,
         "epoch": settings.next_sample / run.recipe.num_train_images,
         "loss": step.loss(),
+        "train_top1": step.train_top1(),
         "lr": settings.lr,
         "momentum": settings.momentum,
         "global_batch_size": settings.count,
         "resolution": settings.resolution,
         "images_per_s": settings.count / seconds,
+        "step_s": seconds,
     }
     if step.scale:
         event |= {"loss_scale": step.scale.read()[1], "skipped_steps": run.state.skipped_steps}
-    return event | (run.exchange_report() if run.exchange_report else {})
+    return event | step_measurements(step)
 
 
 def _save(run: Run, evaluation: Evaluation | None) -> None:

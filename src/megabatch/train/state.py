@@ -200,6 +200,7 @@ class Run:
     checkpoint_every: Interval = field(default_factory=Interval)
     last_checkpoint_at: float = field(default_factory=time.monotonic)  # or the run's start, on rank 0's clock
     max_steps: int | None = None
+    observe_every_steps: int = 0  # steps between two events with the norms of all layers; 0: chosen from the recipe
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
 

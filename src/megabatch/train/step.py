@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_s
 from megabatch.train.cuda_graph import Readback
 from megabatch.train.diagnose import first_not_finite
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
+from megabatch.train.observation import rank_slots, start_observation
 from megabatch.train.schedule import StepSettings, apply_settings
 from megabatch.train.state import Run
+from megabatch.train.step_clock import StepClock
 
 MOST_CAPTURED = 8
 """Most micro-batches of a captured step: a graph holds the inputs of all of them at once."""
@@ -31,43 +34,61 @@ class PendingStep:
 
     settings: StepSettings
     started: float  # time.perf_counter
-    scalars: Readback  # loss sum over the global batch, number of workers with a stop request, 1 if a checkpoint is due
+    clock: StepClock
+    scalars: Readback  # over all workers: loss sum, correct predictions, stop requests, 1 if a checkpoint is due, slots
     images: Tensor  # this worker's last micro-batch, to locate a non-finite value
     scale: Readback | None = None  # fp16: 1 if gradients overflowed, so that the step changed nothing; loss scale after
+    norms: Readback | None = None  # of weights and gradients, in a step that is observed
+    exchange: dict[str, Any] = field(default_factory=dict)  # this worker's gradient exchange
 
     def loss(self) -> float:
         """The global mean loss."""
         return self.scalars.read()[0] / self.settings.count
 
+    def train_top1(self) -> float:
+        """Share of the global batch whose most likely class is the label, in [0, 1], before the update."""
+        return self.scalars.read()[1] / self.settings.count
+
     def stop_requested(self) -> bool:
         """True if any worker received a stop request; equal on all workers."""
-        return self.scalars.read()[1] > 0
+        return self.scalars.read()[2] > 0
 
     def checkpoint_requested(self) -> bool:
         """True if a checkpoint is due by rank 0's clock; equal on all workers."""
-        return self.scalars.read()[2] > 0
+        return self.scalars.read()[3] > 0
+
+    def rank_slots(self) -> list[float]:
+        """Numbers of each worker, by `observation.rank_slots`; empty on a GPU."""
+        return self.scalars.read()[4:]
 
 
 def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
     """Runs one step; on a CPU the loss must be finite before the update (on a GPU it is read asynchronously)."""
     started = time.perf_counter()
-    state = run.state
+    state, clock = run.state, StepClock(run.world.device)
     apply_settings(state.optimizer.param_groups, settings)
     state.copies.refresh()
     latest = _Latest(batches)
     captured = _captures(run, settings)
-    loss_sum = _replay(run, settings, latest) if captured else _gradients(run, settings, latest)
-    pending = PendingStep(settings, started, Readback(_sum_over_workers(run, loss_sum)), latest.batch.images)
+    sums = (_replay if captured else _gradients)(run, settings, latest, clock)
+    exchange = run.exchange_report() if run.exchange_report else {}
+    scalars = Readback(_sum_over_workers(run, sums, clock, exchange))
+    pending = PendingStep(settings, started, clock, scalars, latest.batch.images, exchange=exchange)
+    clock.mark("exchange")
     if not pending.scalars.is_asynchronous:
         require_finite(run, pending)
-    if not (captured and _never_waits(run)):
+    has_updated = captured and _never_waits(run)
+    norms = start_observation(run, settings, unscaled=has_updated)
+    if not has_updated:
         _update(run)
+        clock.mark("update")
     if state.average:
         state.average.update(settings.count / run.recipe.num_train_images)
     state.step += 1
     state.samples_seen = settings.next_sample
     scale = state.precision.loss_scale
-    return replace(pending, scale=Readback(torch.stack([scale.overflow, scale.factor]))) if scale else pending
+    scaled = Readback(torch.stack([scale.overflow, scale.factor])) if scale else None
+    return replace(pending, scale=scaled, norms=norms)
 
 
 def require_finite(run: Run, step: PendingStep) -> None:
@@ -108,14 +129,15 @@ def count_skipped(run: Run, step: PendingStep) -> None:
 def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int) -> tuple[Tensor, list[Tensor]]:
     """The part of a step that a CUDA graph holds: gradients and, where it never waits for the device, the update.
 
-    `tensors` are those of the micro-batches one after another, all with the same parts. Returns loss sum and gradients.
+    `tensors` are those of the micro-batches one after another, all with the same parts. Returns the loss sum with the
+    number of correct predictions, and the gradients.
     """
     size = len(tensors) // num_micro_batches
     batches = [_joined(tensors[first : first + size]) for first in range(0, len(tensors), size)]
-    loss_sum = _accumulate(run, count, iter(batches), num_micro_batches)
+    sums = _accumulate(run, count, iter(batches), num_micro_batches)
     if _never_waits(run):
         _update(run)
-    return loss_sum, [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
+    return sums, [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
 
 
 class _Latest:
@@ -138,35 +160,39 @@ def _captures(run: Run, settings: StepSettings) -> bool:
     return run.captured is not None and len(run.micro_batches(settings)) <= MOST_CAPTURED
 
 
-def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
+def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch], clock: StepClock) -> Tensor:
     """As `_gradients`; includes the update if it never waits."""
     assert run.captured is not None
     inputs = [next(batches) for _ in run.micro_batches(settings)]
+    clock.mark("input")
     tensors = [tensor for batch in inputs for tensor in _parts(batch)]
-    loss_sum, gradients = run.captured(*tensors, count=settings.count, num_micro_batches=len(inputs))
+    sums, gradients = run.captured(*tensors, count=settings.count, num_micro_batches=len(inputs))
     for parameter, gradient in zip(_parameters(run), gradients, strict=True):
         parameter.grad = gradient  # each graph has its own gradient tensors
-    result: Tensor = loss_sum
+    clock.mark("graph")
+    result: Tensor = sums
     return result
 
 
-def _gradients(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Tensor:
-    """Leaves the step's mean gradient in `.grad`; returns this worker's loss sum."""
+def _gradients(run: Run, settings: StepSettings, batches: Iterator[Batch], clock: StepClock) -> Tensor:
+    """Leaves the step's mean gradient in `.grad`; returns this worker's loss sum and correct predictions."""
     state, num_micro_batches = run.state, len(run.micro_batches(settings))
     if state.batch_policy is None:
-        return _accumulate(run, settings.count, batches, num_micro_batches)
+        return _accumulate(run, settings.count, batches, num_micro_batches, clock)
     state.optimizer.zero_grad(set_to_none=True)
-    loss_sum, noise = accumulate_and_measure(
-        run.model, batches, num_micro_batches, _objective(run, settings.count), world=run.world
+    sums, noise = accumulate_and_measure(
+        run.model, batches, num_micro_batches, _objective(run, settings.count), world=run.world, clock=clock
     )
     state.batch_policy.observe(*noise)
-    return loss_sum
+    return sums
 
 
-def _accumulate(run: Run, count: int, batches: Iterator[Batch], num_micro_batches: int) -> Tensor:
+def _accumulate(
+    run: Run, count: int, batches: Iterator[Batch], num_micro_batches: int, clock: StepClock | None = None
+) -> Tensor:
     run.state.optimizer.zero_grad(set_to_none=True)
     return accumulate_gradients(
-        run.model, batches, num_micro_batches, _objective(run, count), world_size=run.world.world_size
+        run.model, batches, num_micro_batches, _objective(run, count), world_size=run.world.world_size, clock=clock
     )
 
 
@@ -205,10 +231,11 @@ def _skipping(optimizer: torch.optim.Optimizer, overflow: Tensor | None) -> Iter
         del optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def _sum_over_workers(run: Run, loss_sum: Tensor) -> Tensor:
-    """(3,) float64: loss sum over all workers, number of workers with a stop request, 1 if a checkpoint is due."""
-    flags = (run.stop_requested(), run.world.is_first and run.checkpoint_is_overdue())
-    return sum_over_workers(torch.stack([loss_sum, *(torch.full_like(loss_sum, float(f)) for f in flags)]), run.world)
+def _sum_over_workers(run: Run, sums: Tensor, clock: StepClock, exchange: dict[str, Any]) -> Tensor:
+    """Over all workers, float64: the fields of `PendingStep.scalars`, the last ones of `rank_slots`."""
+    is_overdue = run.world.is_first and run.checkpoint_is_overdue()
+    own = [float(run.stop_requested()), float(is_overdue), *rank_slots(run.world, clock, exchange)]
+    return sum_over_workers(torch.cat([sums, sums.new_tensor(own)]), run.world)
 
 
 def _parameters(run: Run) -> list[torch.nn.Parameter]:

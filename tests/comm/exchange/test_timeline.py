@@ -30,7 +30,13 @@ def test_exposed_communication_is_what_follows_the_last_gradient():
 
 
 def test_a_step_without_exchange_is_all_zero():
-    assert Timeline().finish_step() == {"exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": []}
+    assert Timeline().finish_step() == {
+        "first_ready_s": 0.0,
+        "exposed_ms": 0.0,
+        "num_buckets": 0,
+        "bytes_on_wire": 0,
+        "buckets": [],
+    }
 
 
 def test_the_trace_holds_buckets_and_phases_of_the_last_steps(tmp_path):

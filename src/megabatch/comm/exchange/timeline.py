@@ -42,8 +42,12 @@ class BucketReport(TypedDict):
 
 
 class StepReport(TypedDict):
-    """The exchange of one step; `bytes_on_wire` are sent by this rank, by the stages' formulas."""
+    """The exchange of one step; `bytes_on_wire` are sent by this rank, by the stages' formulas.
 
+    `first_ready_s` is the moment from which the buckets' times count, on `time.perf_counter`.
+    """
+
+    first_ready_s: float
     exposed_ms: float
     num_buckets: int
     bytes_on_wire: int
@@ -77,12 +81,13 @@ class Timeline:
         with self._lock:
             step, self._open = self._open, []
         if not step:
-            return {"exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": []}
+            return {"first_ready_s": 0.0, "exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": []}
         _settle(step)
         self._steps = [*self._steps, step][-self._keep_steps :]
         start = min(_s(b.ready) for b in step)
         exposed = max(_s(b.done) for b in step) - max(_s(b.ready) for b in step)
         return {
+            "first_ready_s": start,
             "exposed_ms": 1e3 * max(exposed, 0.0),
             "num_buckets": len(step),
             "bytes_on_wire": round(sum(b.sent_bytes for b in step)),
@@ -119,6 +124,15 @@ def stamp(device: torch.device) -> Stamp:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+def seconds_between(start: Stamp, end: Stamp) -> float:
+    """Seconds from `start` to `end`, two stamps of one device; both events have completed."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    return 1e-3 * float(start.elapsed_time(end))
 
 
 def _settle(step: list[BucketTimes]) -> None:
