@@ -7,7 +7,6 @@ import pytest
 from megabatch import recipes
 from megabatch.errors import RecipeError
 from megabatch.recipe import (
-    COMMON_NAMES,
     Recipe,
     differing_fields,
     fields_as_json,
@@ -16,6 +15,7 @@ from megabatch.recipe import (
     validate,
     value_at,
 )
+from megabatch.recipe_text import COMMON_NAMES
 
 
 @pytest.fixture

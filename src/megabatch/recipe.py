@@ -10,16 +10,16 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from megabatch import model_names
 from megabatch.errors import RecipeError
 from megabatch.files import read_json
-from megabatch.recipe_text import as_text, parse
+from megabatch.recipe_text import as_text, parse, suggestion
 
-Model = Literal["resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn"]
 Stem = Literal["auto", "small", "large"]
+Freeze = Literal["none", "backbone"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
 Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup", "muon", "shampoo"]
@@ -41,21 +41,6 @@ DESCRIPTIVE_FIELDS = frozenset(
 )
 """Fields that cannot change the weights; a resumed run may differ in them."""
 
-COMMON_NAMES = {
-    "arch": "model",
-    "base_lr": "peak_lr",
-    "batch": "global_batch_size",
-    "batch_size": "global_batch_size",
-    "epochs": "total_epochs",
-    "image_size": "resolution",
-    "img_size": "resolution",
-    "learning_rate": "peak_lr",
-    "lr": "peak_lr",
-    "num_epochs": "total_epochs",
-    "wd": "weight_decay",
-}
-"""Names that other training scripts use, and the recipe field of the same meaning; suggested for an unknown key."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -68,12 +53,15 @@ class Recipe:
     name: str
 
     # Model
-    model: Model
+    model: str  # resnet8, 18, 34, 50, alexnet, alexnet_bn, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION
     stem: Stem = "auto"  # ResNet-18, 34, 50; small: 3x3 of stride 1, large: 7x7 and pooling; auto: small up to 64 px
     initialization: Initialization = "he_fan_out"
     zero_gamma: bool = True  # the last batch norm of a residual block starts at 0 (Goyal et al. 2017, 5.1)
     blur_pool: bool = False  # antialiased downsampling (Zhang 2019)
     width: int = 16  # channels of the first stage; resnet8 only
+    initial_weights: str = ""  # first 16 digits of the SHA-256 of the file given as --init-from, which sets it
+    freeze: Freeze = "none"  # backbone: only the last layer is trained, and batch norms keep their averages
+    layer_decay: float = 1.0  # rate of a layer: lr * layer_decay^(layers between it and the last); docs/models.md
 
     # Data. The three counts are those of the recipe's data set; another data folder replaces them.
     dataset: str
@@ -192,7 +180,7 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
     changes: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in hints:
-            raise RecipeError(f"unknown recipe key '{key}'; {_suggestion(key, list(hints))}")
+            raise RecipeError(f"unknown recipe key '{key}'; {suggestion(key, list(hints))}")
         changes[key] = _parse(key, text, hints[key], getattr(recipe, key))
     if "total_epochs" in changes:
         changes = _fit_warmup(recipe, changes)
@@ -215,9 +203,11 @@ def validate(recipe: Recipe) -> Recipe:
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
     for field in ("momentum", "label_smoothing", "color_jitter", "beta2"):
         _require(0 <= getattr(recipe, field) < 1, recipe, field, "in [0, 1)", 0.1)
-    for field in ("stats_momentum", "eval_crop_ratio", "max_crop_area", "min_crop_area"):
+    for field in ("stats_momentum", "eval_crop_ratio", "max_crop_area", "min_crop_area", "layer_decay"):
         _require(0 < getattr(recipe, field) <= 1, recipe, field, "in (0, 1]", 0.1)
-    has_stems = recipe.stem == "auto" or recipe.model in {"resnet18", "resnet34", "resnet50"}
+    if fault := model_names.fault(recipe.model):
+        raise RecipeError(f"model={recipe.model} was given, needed: {fault}")
+    has_stems = recipe.stem == "auto" or recipe.model in model_names.STEMMED
     _require(has_stems, recipe, "stem", f"auto, as {recipe.model} has one stem", "auto")
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
     aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
@@ -245,11 +235,6 @@ def validate(recipe: Recipe) -> Recipe:
     _require(recipe.warmup_epochs < total, recipe, "warmup_epochs", shorter, f"{total / 5:g}")
     _check_batches(recipe)
     return recipe
-
-
-def _suggestion(key: str, fields: list[str]) -> str:
-    near = [COMMON_NAMES[key]] if key in COMMON_NAMES else get_close_matches(key, fields, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "`megabatch recipes NAME` shows every key"
 
 
 def _check_batches(recipe: Recipe) -> None:

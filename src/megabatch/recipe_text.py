@@ -3,7 +3,30 @@
 import math
 import types
 import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
+
+COMMON_NAMES = {
+    "arch": "model",
+    "base_lr": "peak_lr",
+    "batch": "global_batch_size",
+    "batch_size": "global_batch_size",
+    "epochs": "total_epochs",
+    "image_size": "resolution",
+    "img_size": "resolution",
+    "learning_rate": "peak_lr",
+    "lr": "peak_lr",
+    "num_epochs": "total_epochs",
+    "wd": "weight_decay",
+}
+"""Names that other training scripts use, and the recipe field of the same meaning; suggested for an unknown key."""
+
+
+def suggestion(key: str, fields: Sequence[str]) -> str:
+    """Returns the field that an unknown key may mean, as a question, or how to list all fields."""
+    near = [COMMON_NAMES[key]] if key in COMMON_NAMES else get_close_matches(key, fields, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "`megabatch recipes NAME` shows every key"
 
 
 def parse(text: str, hint: Any) -> Any:

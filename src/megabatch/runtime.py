@@ -30,6 +30,12 @@ def _option(
 class Runtime:
     """Where a recipe runs: data and output paths, workers, precision, gradient exchange, threads, caches."""
 
+    model: str | None = _option(
+        None, "Model instead of the recipe's: a name, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION of your own."
+    )
+    init_from: Path | None = _option(
+        None, "Run folder, checkpoint, .safetensors or .pth of weights to start from; the last layer may differ."
+    )
     data: Path | str | None = _option(
         None, "Folder with train/ and val/, or URL of shards, instead of the recipe's data set."
     )
@@ -109,7 +115,7 @@ class Runtime:
     def __post_init__(self) -> None:
         """Expands `~` in paths; raises SettingsError for an interval of another form."""
         parse_interval("--checkpoint-every", self.checkpoint_every)
-        for name in ("data", "output", "cache"):
+        for name in ("data", "output", "cache", "init_from"):
             path = getattr(self, name)
             if path is not None and str(path).startswith("~"):
                 object.__setattr__(self, name, Path(path).expanduser())

@@ -22,7 +22,7 @@ def check_on(device: str, width: int, **runtime) -> int:
 
 @pytest.mark.parametrize("width", [2, 4, 7])
 def test_a_narrow_net_in_channels_last_on_a_cpu_is_refused_with_settings_that_work(width):
-    with pytest.raises(SettingsError, match=r"downsample\.0.*no such option or --set width=8 works"):
+    with pytest.raises(SettingsError, match=r"downsample\.0.*no such option, or --set width=8, works"):
         check_on("cpu", width, channels_last=True)
 
 

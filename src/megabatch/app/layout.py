@@ -13,6 +13,7 @@ from megabatch.app.trial import GradientTrial, is_wanted, largest_resolution, ti
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.kernels import tuning
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
+from megabatch.model_names import is_own
 from megabatch.recipe import Recipe
 from megabatch.runtime import Fusion, Runtime
 from megabatch.train.precision import Precision
@@ -54,12 +55,12 @@ def measured_layout(
 def _possible(recipe: Recipe, runtime: Runtime, device: torch.device) -> dict[str, tuple[bool, Fusion]]:
     """The ways that runtime and recipe allow, the default first."""
     wanted = runtime.channels_last
-    if device.type == "cpu" and wanted is None and unsafe_convolution(recipe):
+    if device.type == "cpu" and wanted is None and unsafe_convolution(recipe, runtime.model):
         wanted = False
     if device.type != "cpu" or runtime.compile or wanted is False:
         return {"": (wanted is not False, runtime.fusion)}
     ways = dict(WAYS)
-    if runtime.fusion == "plain" or not cpu_batch_norm.is_available():
+    if runtime.fusion == "plain" or not cpu_batch_norm.is_available() or not is_own(recipe.model):
         del ways["fused kernels in channels_last"]
     if wanted:
         del ways[tuning.PLAIN]

@@ -22,7 +22,7 @@ class TrainedModel(nn.Module):
     """Name of each class, in the order of the logits; "0", "1", ... if the checkpoint or its data set had no names."""
 
 
-def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> TrainedModel:
+def load_model(path: Path | str, *, device: torch.device | str = "cpu", model: str | None = None) -> TrainedModel:
     """Loads the trained model of a run folder (its best checkpoint) or of one checkpoint file, in evaluation mode.
 
     It has the averaged weights where the recipe averages them. Its input are images (N, C, H, W), float32, normalised
@@ -30,17 +30,22 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> Train
     the model: the name of each class, in the order of the logits ("0", "1", ... if the data set had no names, or the
     checkpoint was written by a version that stored none).
 
+    A model that a user's function made needs `model`, the same FILE.py:FUNCTION, whose file is run: a checkpoint runs
+    no code of its own.
+
         model = load_model("runs/mine")
         names = [model.class_names[k] for k in model(images).argmax(1)]
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or its checksum differs.
+        SettingsError: the model's library is missing, or the model is a function and `model` does not name it.
     """
     info, state = open_checkpoint(Path(path).expanduser())
     world = World(device=torch.device(device))
-    model = cast("TrainedModel", load_for_evaluation(from_json(info.recipe), Runtime(), state, world=world).eval())
-    model.class_names = info.names()
-    return model
+    runtime = Runtime(model=model)
+    loaded = cast("TrainedModel", load_for_evaluation(from_json(info.recipe), runtime, state, world=world).eval())
+    loaded.class_names = info.names()
+    return loaded
 
 
 def load_for_evaluation(recipe: Recipe, runtime: Runtime, state: dict[str, Any], *, world: World) -> nn.Module:

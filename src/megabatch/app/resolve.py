@@ -16,6 +16,7 @@ from megabatch.host_memory import keep_freed_memory
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.cpu import conv as cpu_conv
 from megabatch.kernels.dispatch import has_triton
+from megabatch.model_names import is_own
 from megabatch.recipe import Recipe, validate
 from megabatch.runtime import Runtime
 from megabatch.train.precision import LARGEST_SCALE, Precision, fastest_precision
@@ -44,10 +45,11 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
     validate(recipe)
     choose_precision(runtime, device)
     choose_capture(recipe, runtime, World(world_size=world_size, device=device))
-    if device.type == "cpu" and runtime.channels_last and (unsafe := unsafe_convolution(recipe)):
+    if device.type == "cpu" and runtime.channels_last and (unsafe := unsafe_convolution(recipe, runtime.model)):
+        width = f" with width={recipe.width}" if is_own(recipe.model) else ""
         raise SettingsError(
-            f"{recipe.model} with width={recipe.width}: PyTorch's backward of {unsafe}, can corrupt memory in "
-            "channels_last on a CPU; --no-channels-last, no such option or --set width=8 works"
+            f"{recipe.model}{width}: PyTorch's backward of {unsafe}, can corrupt memory in channels_last on a CPU; "
+            f"--no-channels-last or no such option{', or --set width=8,' if width else ''} works"
         )
     micro_batch_size = choose_micro_batch(recipe, runtime, world_size=world_size, device=device)
     if recipe.max_global_batch_size and micro_batch_size != recipe.bn_span:
@@ -150,11 +152,13 @@ def cudnn_measures(runtime: Runtime, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def describe_kernels(runtime: Runtime, precision: Precision, device: torch.device) -> str:
-    """Describes which kernel implementation is used."""
+def describe_kernels(runtime: Runtime, precision: Precision, device: torch.device, *, fusible: bool = True) -> str:
+    """Describes which kernel implementation is used for a model that has `fusible` blocks or none."""
     layout = "NCHW" if runtime.channels_last is False else "channels_last"
     if runtime.compile:
         return f"torch.compile kernels in {layout}"
+    if not fusible:
+        return f"torch kernels in {layout}"
     if device.type == "cuda" and runtime.fusion != "plain":
         return "fused kernels" if has_triton() else "torch kernels (Triton is not installed)"
     if device.type == "cpu" and not cpu_batch_norm.is_available():

@@ -4,10 +4,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megabatch.app.choices import keep_choices, with_earlier_choices
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
+from megabatch.app.initial_weights import match_weights, read_weights
 from megabatch.app.layout import measured_layout
 from megabatch.app.micro_batch import fit_micro_batch
 from megabatch.app.precision import measured_precision
@@ -23,6 +25,7 @@ from megabatch.app.span_tiles import span_tiles
 from megabatch.app.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
 from megabatch.interval import parse_interval
+from megabatch.nn.fused.fuse import can_fuse
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -63,7 +66,9 @@ def open_run(
             runtime = with_earlier_choices(runtime, folder, world=world)
         precision = measured_precision(recipe, runtime, world=world, micro_batch_size=wished)
         runtime = measured_layout(recipe, runtime, precision, world=world, warn=log.warn)
-        state = build_state(recipe, runtime, precision, world=world, micro_batch_size=wished, capturable=capture.chosen)
+        initial = read_weights(runtime.init_from) if runtime.init_from else None
+        sizes: dict[str, Any] = {"world": world, "micro_batch_size": wished}
+        state = build_state(recipe, runtime, precision, **sizes, capturable=capture.chosen, initial=initial)
         resumed = None
         if runtime.resume:
             resumed, data = resume(state, recipe, data, folder, world=world, log=log)
@@ -72,9 +77,10 @@ def open_run(
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
         if world.is_first:
             keep_choices(runtime, folder, precision=precision.name, world=world)
-            kernels = describe_kernels(runtime, precision, world.device)
+            kernels = describe_kernels(runtime, precision, world.device, fusible=can_fuse(state.module))
             choices = [f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange]
             choices += [str(tiles)] if str(tiles) else []
+            choices += [f"initial weights: {match_weights(state.module, initial)}"] if initial else []
             describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed)
         loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
         stack.callback(loader.close)

@@ -142,7 +142,11 @@ def describe_run(
 def _stem(module: nn.Module) -> str:
     """The first convolution in words: in ResNet-18, 34 and 50 it depends on the training resolution or `stem`."""
     first = getattr(module, "conv1", None)
-    return f" with a {first.kernel_size[0]}x{first.kernel_size[1]} stem of stride {first.stride[0]}" if first else ""
+    return (
+        f" with a {first.kernel_size[0]}x{first.kernel_size[1]} stem of stride {first.stride[0]}"
+        if isinstance(first, nn.Conv2d)
+        else ""
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

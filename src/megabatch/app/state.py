@@ -1,10 +1,11 @@
 """Initial state of a run, from the recipe or from a checkpoint; equal on every worker."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megabatch.app.classes import match_training_data
 from megabatch.app.data import Data
@@ -31,9 +32,13 @@ def build_state(
     world: World,
     micro_batch_size: int,
     capturable: bool = False,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> TrainState:
-    """Model, optimizer and policies at step 0; with `capturable`, rates are tensors that a CUDA graph reads."""
-    module = build_model(recipe, runtime, world=world, micro_batch_size=micro_batch_size)
+    """Model, optimizer and policies at step 0; with `capturable`, rates are tensors that a CUDA graph reads.
+
+    `initial` are weights to start from, by name.
+    """
+    module = build_model(recipe, runtime, world=world, micro_batch_size=micro_batch_size, initial=initial)
     policy = None
     if recipe.max_global_batch_size:
         policy = NoiseScaleBatchPolicy(

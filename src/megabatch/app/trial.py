@@ -1,18 +1,17 @@
 """A trial of a run's settings: gradients of one micro-batch of random images, to time and to compare."""
 
-import functools
+import dataclasses
 import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megabatch.app.model import make_model, memory_format
+from megabatch.app.model import make_model, memory_format, with_spans
 from megabatch.data.loading.batch import Batch
 from megabatch.kernels import tuning
-from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
-from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
-from megabatch.nn.fused.fuse import set_fusion
+from megabatch.model_names import is_own
+from megabatch.nn.fused.fuse import can_fuse, set_fusion
 from megabatch.nn.initialize import initialize
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
@@ -59,10 +58,12 @@ class GradientTrial:
 
     def _work(self) -> Callable[[Tensor, Tensor], None]:
         recipe, precision = self._recipe, self.precision
-        module = make_model(recipe, functools.partial(SpanBatchNorm2d, span=min(recipe.bn_span, self._size)))
-        initialize(module, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
-        collect_statistics(module)
-        set_fusion(module, self._runtime.fusion)
+        module = make_model(recipe, self._runtime.model)
+        if is_own(recipe.model):
+            initialize(module, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
+        with_spans(dataclasses.replace(recipe, bn_span=min(recipe.bn_span, self._size)), module)
+        if can_fuse(module):
+            set_fusion(module, self._runtime.fusion)
         widen_logits(module)
         module.to(self.device, memory_format=memory_format(self._runtime))  # type: ignore[call-overload]
         has_copies = self._runtime.weight_copies and precision.name != "fp32"

@@ -13,7 +13,14 @@ from megabatch.cli.output import make_console
 from megabatch.runtime import Runtime
 
 
-@runtime_options("data", "precision", "device", "cache", workers="Local workers; auto: one.")
+@runtime_options(
+    "data",
+    "precision",
+    "device",
+    "cache",
+    workers="Local workers; auto: one.",
+    model="FILE.py:FUNCTION that made the model; needed only for such a model, as it runs the file.",
+)
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A step-*.pt file, or a run folder (uses its best checkpoint).")],
     runtime: Runtime,

@@ -25,6 +25,7 @@ from megabatch.observe.run_folder import holds_run, require_no_run
 from megabatch.recipe import Recipe, from_json, override
 from megabatch.runtime import Runtime
 from megabatch.train.recipe_warnings import warnings_for
+from megabatch.user_code import is_function, short_name
 
 if TYPE_CHECKING:
     from megabatch.app.data import Data
@@ -47,7 +48,7 @@ def train(
 ) -> None:
     """Trains a recipe. The last line shows the top-1 accuracy and the report's path."""
     given = parse_settings(settings or [])
-    chosen = override(recipes.get(recipe), given)
+    chosen = _with_initial_weights(override(recipes.get(recipe), given | _model_setting(runtime, given)), runtime)
     request = Request(steps, dry_run, quiet=quiet, may_drop_colour="image_channels" in given)
     _train(chosen, runtime, request)
 
@@ -72,6 +73,26 @@ class Request:
         from megabatch.app.dry_run import open_dry_data
 
         return (open_dry_data if self.dry_run else open_data)(recipe, runtime, **options)
+
+
+def _model_setting(runtime: Runtime, given: dict[str, str]) -> dict[str, str]:
+    """The recipe setting that --model stands for. A file's folder differs between machines and is left out."""
+    for key, option in (("model", runtime.model), ("initial_weights", "FILE")):
+        if key in given and option is not None:
+            flag = "--model" if key == "model" else "--init-from"
+            raise SettingsError(f"--set {key}={given[key]} was given; {flag} {option} alone works")
+    return (
+        {"model": short_name(runtime.model) if is_function(runtime.model) else runtime.model} if runtime.model else {}
+    )
+
+
+def _with_initial_weights(recipe: Recipe, runtime: Runtime) -> Recipe:
+    """The recipe with the digest of the initial weights, so that a run resumes only with the same."""
+    if runtime.init_from is None:
+        return recipe
+    from megabatch.app.initial_weights import weights_digest
+
+    return dataclasses.replace(recipe, initial_weights=weights_digest(runtime.init_from))
 
 
 def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
@@ -113,6 +134,8 @@ def _check_before_start(recipe: Recipe, runtime: Runtime, request: Request) -> i
     """Returns the number of local workers; reports invalid input before anything is written."""
     from megabatch.app.data import check_room, fit_to_data
     from megabatch.app.image_checks import refuse_colour_as_grey
+    from megabatch.app.initial_weights import match_weights, read_weights
+    from megabatch.app.model import make_model
     from megabatch.app.resolve import check, default_workers
     from megabatch.comm.launch import World
 
@@ -126,6 +149,8 @@ def _check_before_start(recipe: Recipe, runtime: Runtime, request: Request) -> i
         if runtime.resume and runtime.output:
             _check_resumed(fitted, data, runtime.output)
     check(fitted, runtime, world_size=num_workers, device=device)
+    if runtime.init_from:
+        match_weights(make_model(fitted, runtime.model), read_weights(runtime.init_from))
     return num_workers
 
 

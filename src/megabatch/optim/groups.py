@@ -1,6 +1,6 @@
 """Parameter groups: which parameters decay and adapt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +54,25 @@ def param_groups(
         _group("norm_and_bias", others, weight_decay=weight_decay if decay_norm_and_bias else 0.0, adapt=False),
     ]
     return [group for group in groups if group["params"]]
+
+
+def split_by_level(
+    groups: Sequence[dict[str, Any]], levels: Mapping[str, int], layer_decay: float
+) -> list[dict[str, Any]]:
+    """Divides `groups` by the `levels` of their parameters, by name, and gives each part an `lr_factor`.
+
+        lr_factor = layer_decay^(highest level - level)        Clark et al. 2020, arXiv:2003.10555, appendix A
+
+    The training loop multiplies a group's learning rate by it.
+    """
+    highest, parts = max(levels.values()), list[dict[str, Any]]()
+    for group in groups:
+        named = list(zip(group["param_names"], group["params"], strict=True))
+        for level in sorted({levels[name] for name, _ in named}):
+            chosen = [(name, p) for name, p in named if levels[name] == level]
+            part = {"params": [p for _, p in chosen], "param_names": [name for name, _ in chosen]}
+            parts.append(group | part | {"lr_factor": layer_decay ** (highest - level)})
+    return parts
 
 
 def _norms_and_biases(model: nn.Module) -> Iterator[nn.Parameter]:

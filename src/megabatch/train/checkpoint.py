@@ -183,18 +183,28 @@ def open_checkpoint(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    info = find_checkpoint(path)
+    if info is None:
+        raise CheckpointError(f"{path} is not a checkpoint ({path.stem}.json is not there); a run folder works")
+    return info, load_state(info)
+
+
+def find_checkpoint(path: Path) -> CheckpointInfo | None:
+    """Description of the checkpoint that `open_checkpoint` opens; None for a file without its JSON.
+
+    Raises:
+        CheckpointError: a folder without a checkpoint, or a JSON that cannot be read.
+    """
     if path.is_dir():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         infos = list_checkpoints(folder)
         if not infos:
             raise CheckpointError(f"no checkpoint in {path}; a run folder or a step-*.pt written by `train` works")
-        best = max(infos, key=lambda info: (info.top1 if info.top1 is not None else -1.0, info.step))
-        return best, load_state(best)
+        return max(infos, key=lambda info: (info.top1 if info.top1 is not None else -1.0, info.step))
     description = path.with_suffix(".json")
-    if not description.is_file():
-        raise CheckpointError(f"{path} is not a checkpoint ({description.name} is not there); a run folder works")
-    info = _read_info(description)
-    return info, load_state(info)
+    if path.suffix not in {".pt", ".json"} or not description.is_file():
+        return None
+    return _read_info(description)
 
 
 def load_state(info: CheckpointInfo) -> dict[str, Any]:

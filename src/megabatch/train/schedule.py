@@ -114,7 +114,7 @@ def apply_settings(groups: list[dict[str, Any]], settings: StepSettings) -> None
     for group in groups:
         if "base_weight_decay" not in group:
             group["base_weight_decay"] = float(group["weight_decay"])
-        _set(group, "lr", settings.lr)
+        _set(group, "lr", settings.lr * group.get("lr_factor", 1.0))
         _set(group, "weight_decay", group["base_weight_decay"] * settings.weight_decay_factor)
         if "momentum" in group:
             _set(group, "momentum", settings.momentum)

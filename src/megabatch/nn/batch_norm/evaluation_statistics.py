@@ -20,8 +20,8 @@ _KERNELS: weakref.WeakKeyDictionary[nn.Module, StepAverages] = weakref.WeakKeyDi
 
 
 def span_layers(model: nn.Module) -> Iterator[SpanBatchNorm2d]:
-    """Span layers of `model`, each once, in the order of its modules."""
-    return (layer for layer in model.modules() if isinstance(layer, SpanBatchNorm2d))
+    """Span layers of `model` that are not frozen, each once, in the order of its modules."""
+    return (layer for layer in model.modules() if isinstance(layer, SpanBatchNorm2d) and not layer.is_frozen)
 
 
 def collect_statistics(model: nn.Module, enabled: bool = True) -> None:

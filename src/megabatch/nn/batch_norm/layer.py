@@ -62,6 +62,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    is_frozen = False  # True where `nn.levels.freeze_backbone` keeps the running averages
 
     def __init__(
         self,

@@ -24,6 +24,11 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 
+def can_fuse(model: nn.Module) -> bool:
+    """True if `model` has a block of `megabatch.nn`, whose forward can be fused."""
+    return any(type(module) in _FUSED or type(module) in _PLAIN for module in model.modules())
+
+
 def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
     """Selects which code computes the forward and backward of a model from `megabatch.nn`, in place.
 
