@@ -102,7 +102,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} could not be read as plain tensors: {str(error).splitlines()[0]}; a file of "
+            f"{path} could not be read as plain tensors: {type(error).__name__}; a file of "
             "torch.save(model.state_dict(), FILE) works"
         ) from error
     while isinstance(loaded, Mapping) and (inner := next((key for key in _CONTAINERS if key in loaded), None)):
