@@ -16,7 +16,7 @@ from megabatch.errors import SettingsError
 Part = TypeVar("Part")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, so that speeds can be cached
 class Device:
     """Peak rates of an accelerator or processor."""
 

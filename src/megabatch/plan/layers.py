@@ -4,13 +4,14 @@ A layer is a convolution or linear layer together with the batch norm, activatio
 are per image: multiply-adds are two operations.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megabatch.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that times of layers can be cached cheaply
 class Layer:
     """Operations, elements and parameters of one layer."""
 
@@ -28,6 +29,7 @@ BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4,
 SMALL_STEM_PIXELS = 64  # nn.models: images up to this size get the small stem
 
 
+@functools.cache
 def layers_of(
     model: str,
     *,

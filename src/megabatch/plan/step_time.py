@@ -30,10 +30,12 @@ class Speed:
     device: Device
     precision: str
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - speeds are few and live as long as the process
     def forward_s(self, layer: Layer, batch: float) -> float:
         """Seconds of the layer's forward pass over `batch` images."""
         return self._roofline_s(layer, batch, forward=True) / self.share + forward_kernels(layer) * self.overhead_s
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def backward_s(self, layer: Layer, batch: float) -> float:
         """Seconds of the layer's backward pass over `batch` images."""
         return self._roofline_s(layer, batch, forward=False) / self.share + backward_kernels(layer) * self.overhead_s

@@ -6,6 +6,7 @@ The slowest of N workers, which the others wait for, is added as an expected max
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,8 +148,8 @@ def _norm_s(
     if group < 2:
         return 0.0
     tile = (min(group, shape[0]), math.ceil(group / shape[0]))
+    counts = Counter(layer.norm_channels for layer in layers if layer.norm_channels)
     return sum(
-        2 * cost("halving_doubling", 8 * layer.norm_channels, tile, network).seconds()
-        for layer in layers
-        if layer.norm_channels
+        2 * count * cost("halving_doubling", 8 * channels, tile, network).seconds()
+        for channels, count in counts.items()
     )
