@@ -25,7 +25,9 @@ CHANGES = "bandwidth=2, latency=0.5, batch=0.5 (factors), wire=fp32, all-reduce=
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them. Not with --calibrate.")
+    ] = None,
     cluster: Annotated[str, typer.Option(help="Name of a cluster; an unknown name lists all.")] = "dgx_h100",
     workers: Annotated[str, typer.Option(help="Numbers of devices, comma-separated.")] = "8,16,64,256",
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
@@ -44,6 +46,12 @@ def plan(
     deadline_min: Annotated[float | None, typer.Option(help="Longest time of the run, in minutes.", min=0)] = None,
     changes: Annotated[list[str] | None, typer.Option("--what-if", help=f"One change; repeatable: {CHANGES}.")] = None,
     hardware: Annotated[Path | None, typer.Option(help="TOML file with your devices, links and clusters.")] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of `bench step --output` or `bench allreduce --tune`; repeatable. Prints TOML for --hardware."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot over the workers to this .svg or .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -53,6 +61,11 @@ def plan(
     from megabatch.plan.planner import Choices, best, within
     from megabatch.plan.predict import job_of
 
+    if calibrate:
+        typer.echo(_calibrated(calibrate), nl=False)
+        return
+    if recipe is None:
+        raise SettingsError("plan needs a recipe; `megabatch plan mlperf_32768 --cluster dgx_h100` works")
     known = load_hardware(hardware)
     place = known.find_cluster(cluster)
     price = price if price is not None else place.price_per_device_hour
@@ -82,6 +95,36 @@ def plan(
     typer.echo("\nassumptions:\n" + "\n".join(f"- {note}" for note in notes))
     if plot is not None:
         typer.echo(f"wrote the plot to {plot}")
+
+
+def _calibrated(files: Sequence[Path]) -> str:
+    """Returns entries for a hardware file from measurements of this machine."""
+    from megabatch.comm.autotune.choose import read_table
+    from megabatch.plan.calibrate import as_toml, fit_links, step_row
+
+    rows, links = [], None
+    for path in files:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise SettingsError(
+                f"--calibrate {path}: {error}; needed a file of `megabatch bench step --output`"
+            ) from error
+        if "tables" in content:
+            world = max(content["tables"], key=lambda name: len(content["tables"][name]["rows"]))
+            links = fit_links(world, read_table(path, world))
+            typer.echo(f"{path}: {world}, median error of the fit {links.error:.1%}", err=True)
+        else:
+            rows.append(step_row(content) | _shape_of(content["recipe"]))
+    return as_toml("mine", rows, links)
+
+
+def _shape_of(name: str) -> dict[str, int]:
+    """Fields of a stack's row that describe the recipe that `bench step` timed, at its largest resolution."""
+    chosen = recipes.get(name)
+    pixels = int(max(side for _, side in chosen.resolution))
+    counts = {"num_classes": chosen.num_classes, "in_channels": chosen.image_channels, "width": chosen.width}
+    return {"resolution": pixels} | counts
 
 
 def _local_batch(text: str | None) -> int | None:

@@ -43,6 +43,9 @@ class Row:
     source: str
     model: str = "resnet50"
     resolution: int = 224
+    num_classes: int = 1000
+    in_channels: int = 3
+    width: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,13 @@ def _compute_s(row: Row, jitter: float) -> float:
 
 def _work(unit: Speed, row: Row) -> tuple[float, int]:
     """Roofline seconds and kernels of a step of the row."""
-    layers = layers_of(row.model, resolution=row.resolution)
+    layers = layers_of(
+        row.model,
+        resolution=row.resolution,
+        num_classes=row.num_classes,
+        in_channels=row.in_channels,
+        width=row.width,
+    )
     return unit.compute_s(layers, row.batch), sum(forward_kernels(it) + backward_kernels(it) for it in layers)
 
 
