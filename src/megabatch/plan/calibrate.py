@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from megabatch.comm.autotune.choose import Measured
 from megabatch.comm.autotune.cost import Link, Network, cost
 from megabatch.errors import SettingsError
-from megabatch.plan.exchange import WIRE_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,17 +111,19 @@ def as_toml(name: str, rows: Sequence[Mapping[str, Any]], links: FittedLinks | N
 
 
 def _coefficients(row: Measured, ranks_per_host: int, num_hosts: int, *, direct: bool) -> list[float]:
-    """Factors of row latency, s per byte in rows, column latency, s per byte in columns; empty if it is not linear."""
+    """Factors of row latency, s per byte in rows, column latency, s per byte in columns; empty if it is not linear.
+
+    Only fp32 tells about links: on a CPU, casts and 16-bit sums take longer than the bytes they save.
+    """
     cell = row.cell
     one_host = num_hosts == 1
     in_one_part = row.num_bytes <= cell.bucket_mib * 2**20
     on_grid = one_host or cell.shape == (ranks_per_host, num_hosts)
     linear = cell.algorithm in SEQUENTIAL or (cell.algorithm == "flat" and 1 in (ranks_per_host, num_hosts))
-    if not (in_one_part and on_grid and linear):
+    if not (in_one_part and on_grid and linear and cell.wire == "fp32"):
         return []
-    num_bytes = row.num_bytes * WIRE_BYTES[cell.wire] / 4
     shape = (ranks_per_host, num_hosts) if cell.algorithm == "flat" else cell.shape
-    unit = cost(cell.algorithm, num_bytes, shape, Network(Link(1.0, 1.0), Link(1.0, 1.0), direct=direct))
+    unit = cost(cell.algorithm, row.num_bytes, shape, Network(Link(1.0, 1.0), Link(1.0, 1.0), direct=direct))
     inside, between = [unit.row_latency_s, unit.row_s], [unit.column_latency_s, unit.column_s]
     if one_host:  # both axes are inside the host
         return [inside[0] + between[0], inside[1] + between[1] / cell.shape[0], 0.0, 0.0]
