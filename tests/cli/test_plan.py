@@ -29,7 +29,7 @@ def test_json_holds_what_the_table_shows_and_parts_that_add_up():
     assert (first["workers"], second["workers"]) == (64, 512)
     for row in content["plans"]:
         step = row["step"]
-        parts = ("forward_s", "backward_s", "optimizer_s", "norm_s", "exposed_s", "straggler_s")
+        parts = ("forward_s", "backward_s", "optimizer_s", "norm_s", "exposed_s", "straggler_s", "input_s")
         assert sum(step[part] for part in parts) == pytest.approx(step["total_s"])
         assert row["total_s"] == pytest.approx(row["updates"] * step["total_s"] + row["evaluation_s"])
         assert row["cost"] == pytest.approx(2 * row["workers"] * row["total_s"] / 3600)

@@ -136,6 +136,16 @@ def test_the_leader_of_a_host_uses_only_its_own_link():
     assert links[0].column.bytes_per_s == pytest.approx(8 * links[1].column.bytes_per_s)
 
 
+def test_a_step_takes_as_long_as_the_input_of_its_host():
+    slow = dataclasses.replace(HARDWARE.find_cluster("dgx_h100"), input_images_per_s=8 * 32 / 0.5)
+    made = step_time(
+        RESNET, local_batch=32, bn_span=1, num_workers=64, exchange=Exchange(), cluster=slow, hardware=HARDWARE
+    )
+    assert made.total_s == pytest.approx(0.5)
+    assert made.limit == "input"
+    assert timeline(64).input_s == 0
+
+
 @pytest.mark.parametrize(
     ("workers", "options", "message"),
     [

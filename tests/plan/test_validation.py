@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabatch.plan import exchange, hardware, layers, predict, step_time, timeline
+from megabatch.plan.arguments import arguments
 from megabatch.plan.convergence import REFERENCE_POINTS, epochs_to_target
 from megabatch.plan.validation import compare, published_rows, table
 
@@ -74,6 +75,7 @@ def test_the_hardware_a_row_uses_holds_no_published_multi_node_result():
 def test_the_documentation_shows_this_table():
     page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
     assert "\n".join(table(COMPARISONS)) in page
+    assert "\n".join(arguments()) in page
 
 
 @pytest.mark.parametrize(("batch", "mean", "fewest", "most"), REFERENCE_POINTS)

@@ -55,7 +55,7 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Write a plot over the workers to this .svg or .png file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predicts step time, efficiency, time to train and cost of a recipe on N devices of a cluster."""
+    """Predicts time and cost of a recipe on N devices. Also efficiency, the fastest exchange and what limits a step."""
     from megabatch.plan.assumptions import assumptions
     from megabatch.plan.hardware import load_hardware
     from megabatch.plan.planner import Choices, best, within

@@ -16,7 +16,10 @@ def assumptions(cluster: Cluster, hardware: Hardware, *, price: float | None) ->
         "a step takes as long as the slowest worker (fitted to scaling inside single hosts)",
         f"network: {cluster.about or 'as given'}; no other job uses it",
         "an exchange does not slow the computation that it overlaps",
-        "input is never the bottleneck; start, compilation and checkpoints take no time",
+        f"input: a host decodes {cluster.input_images_per_s:,.0f} images/s"
+        if cluster.input_images_per_s
+        else "input is never the bottleneck (input_images_per_s of a cluster sets a rate)",
+        "start, compilation and checkpoints take no time",
         "collectives of batch-norm statistics cost latency and bytes, but no kernel of their own",
         "each worker's images fit into its memory, or are cut into micro-batches of the same speed",
         "epochs to 75.9 % at another batch: MLPerf's reference convergence points (tuned LARS, ResNet-50, ImageNet)",

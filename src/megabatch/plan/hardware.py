@@ -73,6 +73,7 @@ class Cluster:
     hosts_per_leaf: int = 0  # 0: one switch for all
     taper: float = 1.0
     torus: bool = False
+    input_images_per_s: float = 0.0  # that a host can decode; 0: any number
     price_per_device_hour: float | None = None
 
 

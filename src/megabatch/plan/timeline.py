@@ -8,7 +8,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabatch.comm.autotune.cost import Cost, Network, cost
 from megabatch.errors import SettingsError
@@ -28,6 +28,7 @@ class StepTime:
     norm_s: float  # collectives of batch-norm statistics
     exposed_s: float  # gradient exchange after the end of the backward pass
     straggler_s: float  # wait for the slowest worker
+    input_s: float  # wait for images
     exchange_s: float  # gradient exchange alone, hidden or not
     latency_s: float  # the part of exchange_s that does not depend on bytes
     overhead_s: float  # the part of forward and backward that does not depend on the batch
@@ -38,7 +39,7 @@ class StepTime:
     def total_s(self) -> float:
         """Seconds from one update to the next."""
         parts = self.forward_s + self.backward_s + self.optimizer_s + self.norm_s
-        return parts + self.exposed_s + self.straggler_s
+        return parts + self.exposed_s + self.straggler_s + self.input_s
 
     @property
     def efficiency(self) -> float:
@@ -47,7 +48,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """The largest of: arithmetic and memory, kernel overhead, exchange (latency or bandwidth), norm, stragglers."""
+        """Name of the largest part; the exchange counts with what is exposed, as latency or as bandwidth."""
         exchange = "latency of the exchange" if self.latency_s > self.exchange_s / 2 else "bandwidth of the exchange"
         parts = {
             "compute": self.forward_s + self.backward_s + self.optimizer_s - self.overhead_s,
@@ -55,6 +56,7 @@ class StepTime:
             exchange: self.exposed_s,
             "batch-norm collectives": self.norm_s,
             "stragglers": self.straggler_s,
+            "input": self.input_s,
         }
         return max(parts, key=lambda name: parts[name])
 
@@ -83,19 +85,21 @@ def step_time(
     optimizer_s = speed.optimizer_s(sum(layer.num_parameters for layer in layers))
     jitter = step_jitter(hardware) * expected_maximum(num_workers)
     kernels = sum(forward_kernels(layer) + backward_kernels(layer) for layer in layers)
-    return StepTime(
+    made = StepTime(
         forward_s=forward_s,
         backward_s=backward_s,
         optimizer_s=optimizer_s,
         norm_s=_norm_s(layers, local_batch, bn_span, shape, network_of(exchange, shape, cluster, hardware, small=True)),
         exposed_s=max(0.0, end_s - backward_s),
         straggler_s=jitter * (forward_s + backward_s + optimizer_s),
+        input_s=0.0,
         exchange_s=exchange_end_s([0.0] * len(costs), costs),
         latency_s=sum(made.latency_s for made in costs),
         overhead_s=kernels * speed.overhead_s,
         num_buckets=len(buckets),
         bytes_leaving_host=sum(made.bytes_leaving_host for made in costs),
     )
+    return replace(made, input_s=_input_wait_s(local_batch, num_workers, cluster, made.total_s))
 
 
 def exchange_end_s(ready: Sequence[float], costs: Sequence[Cost]) -> float:
@@ -135,6 +139,14 @@ def _ready_times(buckets: Sequence[Sequence[Layer]], speed: Speed, local_batch: 
         now += sum(speed.backward_s(layer, local_batch) for layer in bucket)
         ready.append(now)
     return ready, now
+
+
+def _input_wait_s(local_batch: float, num_workers: int, cluster: Cluster, step_s: float) -> float:
+    """Seconds by which a host decodes a step's images more slowly than its devices train on them."""
+    if not cluster.input_images_per_s:
+        return 0.0
+    per_host = local_batch * min(cluster.devices_per_host, num_workers)
+    return max(0.0, per_host / cluster.input_images_per_s - step_s)
 
 
 def _norm_s(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabatch.comm.autotune.cost import Link, Network, cost, lower_bound_s
+from megabatch.comm.autotune.cost import Link, Network, cost, crossover_bytes, lower_bound_s
 
 SIDES = st.integers(2, 64)
 MEGABYTE = 1e6
@@ -137,3 +137,13 @@ def test_nccl_is_the_faster_of_ring_and_tree(x, y, m, net):
 
     assert seconds("nccl", "ring") == min(seconds("flat", "ring"), seconds("tree", "ring"))
     assert seconds("torus", "nccl") == min(seconds("torus", "ring"), seconds("torus", "tree"))
+
+
+def test_from_the_crossover_on_a_ring_is_faster_than_a_tree():
+    """Ring 30 a + 15 / 8 M b, tree 8 a + 2 M b: equal at M = 22 a / (b / 8)."""
+    link = Link(1e-5, 1e9)
+    network = Network(link, link)
+    size = crossover_bytes("tree", "flat", (1, 16), network)
+    assert size == pytest.approx(22 * 1e-5 * 8 * 1e9)
+    assert crossover_bytes("flat", "tree", (1, 16), network) == math.inf
+    assert crossover_bytes("flat", "torus", (4, 4), replace(network, direct=False)) == math.inf

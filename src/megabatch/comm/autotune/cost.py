@@ -118,6 +118,21 @@ def lower_bound_s(num_bytes: float, shape: tuple[int, int], network: Network) ->
     return max(hops, host, rank)
 
 
+def crossover_bytes(first: str, second: str, shape: tuple[int, int], network: Network) -> float:
+    """Returns the size of a buffer from which on `second` is faster than `first`; infinite if it never is.
+
+    Times are linear in the size. Both must be algorithms of `cost` other than those that choose between two ("nccl").
+    """
+    one, other = (cost(name, 0.0, shape, network).seconds() for name in (first, second))
+    size = 2.0**40
+    per_byte = [
+        (cost(name, size, shape, network).seconds() - at_0) / size for name, at_0 in ((first, one), (second, other))
+    ]
+    if other <= one:
+        return 0.0 if per_byte[1] <= per_byte[0] else math.inf
+    return (other - one) / (per_byte[0] - per_byte[1]) if per_byte[1] < per_byte[0] else math.inf
+
+
 def _flat(m: float, x: int, y: int, net: Network) -> Cost:
     n = x * y
     edges_out = 0 if y == 1 else net.ring_edges_out
