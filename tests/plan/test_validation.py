@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from megabatch.plan import exchange, hardware, layers, predict, step_time, timeline
-from megabatch.plan.arguments import arguments
 from megabatch.plan.convergence import REFERENCE_POINTS, epochs_to_target
-from megabatch.plan.validation import compare, published_rows, table
+from megabatch.plan.validation import arguments, compare, published_rows, table
 
 ROWS = published_rows()
 HARDWARE = hardware.load_hardware()

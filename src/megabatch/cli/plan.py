@@ -2,26 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megabatch import recipes
 from megabatch.cli.bench_allreduce import parse_shape
 from megabatch.cli.options import SET_HELP, parse_settings, require_choice
+from megabatch.cli.plan_output import Answer, print_answer
+from megabatch.cli.plan_output import as_json as answer_as_json
 from megabatch.errors import SettingsError
-from megabatch.recipe import override
+from megabatch.plan import CHANGES
+from megabatch.recipe import Recipe, override
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from megabatch.plan.hardware import Cluster, Hardware
-    from megabatch.plan.predict import Prediction
+    from megabatch.plan.planner import Choices
 
 ALGORITHMS = ("auto", "flat", "hierarchical", "torus", "split_torus")
-CHANGES = "bandwidth=2, latency=0.5, batch=0.5 (factors), wire=fp32, all-reduce=flat, bucket=4, shape=8x16, overlap=no"
 
 
 def plan(
@@ -56,45 +54,71 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predicts time and cost of a recipe on N devices. Also efficiency, the fastest exchange and what limits a step."""
-    from megabatch.plan.assumptions import assumptions
-    from megabatch.plan.hardware import load_hardware
-    from megabatch.plan.planner import Choices, best, within
-    from megabatch.plan.predict import job_of
-
     if calibrate:
         typer.echo(_calibrated(calibrate), nl=False)
         return
     if recipe is None:
         raise SettingsError("plan needs a recipe; `megabatch plan mlperf_32768 --cluster dgx_h100` works")
+    chosen = override(recipes.get(recipe), parse_settings(settings or []))
+    choices = _choices(all_reduce=all_reduce, shape=shape, bucket_mib=bucket_mib, wire=wire, local_batch=local_batch)
+    limits = {"price": price, "budget": budget, "deadline_s": None if deadline_min is None else 60 * deadline_min}
+    answer = _answer(chosen, cluster, hardware, _counts(workers), choices, changes or [], limits)
+    if plot is not None:
+        _plot(answer, plot, f"{recipe} on {cluster}")
+    if as_json:
+        typer.echo(json.dumps({"recipe": recipe, "cluster": cluster} | answer_as_json(answer), indent=1))
+        return
+    print_answer(answer)
+    if plot is not None:
+        typer.echo(f"wrote the plot to {plot}")
+
+
+def _answer(
+    recipe: Recipe,
+    cluster: str,
+    hardware: Path | None,
+    counts: Sequence[int],
+    choices: "Choices",
+    changes: Sequence[str],
+    limits: dict[str, float | None],
+) -> Answer:
+    from megabatch.plan.hardware import load_hardware
+    from megabatch.plan.planner import assumptions, best, within
+    from megabatch.plan.predict import job_of
+    from megabatch.plan.what_if import what_if
+
     known = load_hardware(hardware)
     place = known.find_cluster(cluster)
-    price = price if price is not None else place.price_per_device_hour
-    algorithm = {"auto": None, "flat": "nccl"}.get(all_reduce, all_reduce)
-    require_choice("--all-reduce", all_reduce, ALGORITHMS)
-    choices = Choices(
-        algorithm=algorithm,
+    price = place.price_per_device_hour if limits["price"] is None else limits["price"]
+    plans = [best(job_of(recipe), count, choices, place, known) for count in counts]
+    return Answer(
+        plans=plans,
+        kept=within(plans, price=price, budget=limits["budget"], deadline_s=limits["deadline_s"]),
+        changed={change: [what_if(it, change, place, known) for it in plans] for change in changes},
+        assumptions=assumptions(place, known, price=price),
+        price=price,
+    )
+
+
+def _choices(
+    *, all_reduce: str, shape: str | None, bucket_mib: float | None, wire: str, local_batch: str | None
+) -> "Choices":
+    from megabatch.plan.planner import Choices
+
+    algorithm = require_choice("--all-reduce", all_reduce, ALGORITHMS)
+    return Choices(
+        algorithm={"auto": None, "flat": "nccl"}.get(algorithm, algorithm),
         shape=parse_shape(shape),
         bucket_mib=bucket_mib,
         wire=require_choice("--wire", wire, ("fp16", "fp32", "bf16")),
         local_batch=_local_batch(local_batch),
     )
-    job = job_of(override(recipes.get(recipe), parse_settings(settings or [])))
-    plans = [best(job, count, choices, place, known) for count in _counts(workers)]
-    kept = within(plans, price=price, budget=budget, deadline_s=None if deadline_min is None else 60 * deadline_min)
-    notes = assumptions(place, known, price=price)
-    differences = {change: _changed(plans, change, place, known) for change in changes or []}
-    if plot is not None:
-        _plot(plans, price, plot, f"{recipe} on {cluster}")
-    if as_json:
-        rows = [_row(it, price) | {"within_limits": it in kept} for it in plans]
-        what_ifs = {change: [_row(it, price) for it in made] for change, made in differences.items()}
-        content = {"recipe": recipe, "cluster": cluster, "plans": rows, "what_if": what_ifs, "assumptions": notes}
-        typer.echo(json.dumps(content, indent=1))
-        return
-    _print(plans, kept, differences, price)
-    typer.echo("\nassumptions:\n" + "\n".join(f"- {note}" for note in notes))
-    if plot is not None:
-        typer.echo(f"wrote the plot to {plot}")
+
+
+def _plot(answer: Answer, path: Path, title: str) -> None:
+    from megabatch.plan.plot import plot_plans
+
+    plot_plans(answer.plans, answer.price, path, title=title)
 
 
 def _calibrated(files: Sequence[Path]) -> str:
@@ -142,123 +166,3 @@ def _counts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in counts):
         raise SettingsError(f"--workers {text}: needed positive whole numbers, separated by commas; 8,64 works")
     return [int(part) for part in counts]
-
-
-def _changed(
-    plans: "Sequence[Prediction]", change: str, cluster: "Cluster", hardware: "Hardware"
-) -> "list[Prediction]":
-    from megabatch.plan.what_if import what_if
-
-    return [what_if(it, change, cluster, hardware) for it in plans]
-
-
-def _print(
-    plans: "Sequence[Prediction]",
-    kept: "Sequence[Prediction]",
-    differences: "dict[str, list[Prediction]]",
-    price: float | None,
-) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=150)
-    console.print(_table(plans, price))
-    if not kept:
-        typer.echo("no plan is within the budget and the deadline")
-    else:
-        fastest = min(kept, key=lambda it: it.total_s)
-        typer.echo(f"\nfastest: {_describe(fastest, price)}")
-        if price is not None:
-            cheapest = min(kept, key=lambda it: it.cost(price))
-            typer.echo(f"cheapest: {_describe(cheapest, price)}")
-    for change, made in differences.items():
-        typer.echo(f"\nwhat if {change}:")
-        for before, after in zip(plans, made, strict=True):
-            typer.echo(
-                f"  {before.num_workers:>7,} workers: step {_ms(before)} -> {_ms(after)} ms, "
-                f"time {_time(before.total_s)} -> {_time(after.total_s)} ({after.total_s / before.total_s - 1:+.1%})"
-            )
-
-
-def _table(plans: "Sequence[Prediction]", price: float | None) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("workers", "batch/worker", "global", "epochs", "ms/step", "exposed ms", "images/s", "efficiency"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("time", *(() if price is None else ("cost",)), "top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("exchange", "limited by"):
-        table.add_column(heading, overflow="fold")
-    for it in plans:
-        table.add_row(
-            f"{it.num_workers:,}",
-            f"{it.local_batch:,}",
-            f"{it.job.phases[-1].global_batch_size:,}",
-            f"{it.job.total_epochs:.1f}",
-            _ms(it),
-            f"{1e3 * it.step.exposed_s:.2f}",
-            f"{it.images_per_s:,.0f}",
-            f"{it.step.efficiency:.1%}",
-            _time(it.total_s),
-            *(() if price is None else (f"{it.cost(price):,.2f}",)),
-            f"{it.job.top1:.4f}" if it.job.top1 is not None else "-",
-            _exchange(it),
-            it.step.limit,
-        )
-    return table
-
-
-def _row(it: "Prediction", price: float | None) -> dict[str, Any]:
-    step = asdict(it.step) | {"total_s": it.step.total_s, "efficiency": it.step.efficiency, "limit": it.step.limit}
-    return {
-        "workers": it.num_workers,
-        "local_batch": it.local_batch,
-        "phases": [asdict(phase) for phase in it.job.phases],
-        "exchange": asdict(it.job.exchange) | {"shape": it.shape},
-        "updates": it.updates,
-        "step": step,
-        "images_per_s": it.images_per_s,
-        "training_s": it.training_s,
-        "evaluation_s": it.evaluation_s,
-        "total_s": it.total_s,
-        "cost": None if price is None else it.cost(price),
-        "expected_top1": it.job.top1,
-    }
-
-
-def _plot(plans: "Sequence[Prediction]", price: float | None, path: Path, title: str) -> None:
-    from megabatch.plan.plot import plot_plans
-
-    plot_plans(plans, price, path, title=title)
-
-
-def _describe(it: "Prediction", price: float | None) -> str:
-    cost = "" if price is None else f", cost {it.cost(price):,.2f}"
-    return (
-        f"{it.num_workers:,} workers with {it.local_batch} images each, {_exchange(it)}: {_time(it.total_s)}{cost}; "
-        f"megabatch train: --all-reduce {_algorithm(it)} --wire {it.job.exchange.wire} "
-        f"--bucket-mib {it.job.exchange.bucket_mib:g}"
-    )
-
-
-def _exchange(it: "Prediction") -> str:
-    algorithm = _algorithm(it)
-    grid = "" if algorithm == "flat" else f" {it.shape[0]}x{it.shape[1]}"
-    return f"{algorithm}{grid}, {it.job.exchange.wire}, {it.job.exchange.bucket_mib:g} MiB"
-
-
-def _algorithm(it: "Prediction") -> str:
-    """The name that `megabatch train --all-reduce` gives the algorithm: on NCCL, flat is NCCL's own."""
-    return "flat" if it.job.exchange.algorithm == "nccl" else it.job.exchange.algorithm
-
-
-def _ms(it: "Prediction") -> str:
-    return f"{1e3 * it.step.total_s:.2f}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

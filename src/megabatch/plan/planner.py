@@ -1,4 +1,4 @@
-"""Answers: the best exchange at each number of workers, the epochs that a batch costs, plans within limits."""
+"""Answers: the best exchange at each number of workers, epochs at other batches, plans within limits, assumptions."""
 
 import dataclasses
 import itertools
@@ -10,6 +10,7 @@ from megabatch.plan.convergence import TARGET_TOP1, epochs_to_target
 from megabatch.plan.exchange import Exchange
 from megabatch.plan.hardware import Cluster, Hardware
 from megabatch.plan.predict import Job, Phase, Prediction, predict
+from megabatch.plan.step_time import speed_of, step_jitter
 
 LOCAL_BATCHES = (16, 32, 64, 128, 256, 512)
 BUCKETS_MIB = (4.0, 25.0, 64.0)
@@ -69,11 +70,14 @@ def with_global_batch(job: Job, global_batch_size: int) -> Job:
             f"epochs against batch are published for resnet50 on ImageNet, not for {job.model} on {job.num_images:,} "
             "images; without --local-batch the recipe's own batch and epochs are used"
         )
-    epochs = epochs_to_target(global_batch_size).mean
+    found = epochs_to_target(global_batch_size)
+    epochs = found.mean
     resolution = job.phases[-1].resolution
     evaluations = job.num_evaluations * epochs / job.total_epochs
     phases = (Phase(epochs, global_batch_size, resolution),)
-    return dataclasses.replace(job, phases=phases, num_evaluations=evaluations, top1=TARGET_TOP1)
+    return dataclasses.replace(
+        job, phases=phases, num_evaluations=evaluations, top1=TARGET_TOP1, epochs_range=(found.fewest, found.most)
+    )
 
 
 def within(
@@ -90,6 +94,29 @@ def within(
         for plan in plans
         if (deadline_s is None or plan.total_s <= deadline_s)
         and (budget is None or price is None or plan.cost(price) <= budget)
+    ]
+
+
+def assumptions(cluster: Cluster, hardware: Hardware, *, price: float | None) -> list[str]:
+    """Returns the assumptions behind predictions on `cluster`, with their numbers and sources."""
+    stack = hardware.stack[cluster.stack]
+    speed = speed_of(cluster.stack, hardware)
+    fitted = "; ".join(row.source for row in stack.rows) or f"no single-node row: share of {stack.share_of}"
+    return [
+        f"device: {stack.device} with {stack.precision} runs at {speed.share:.0%} of its roofline and spends "
+        f"{1e6 * speed.overhead_s:.1f} us per kernel ({cluster.stack}; {fitted})",
+        f"stragglers: step times of workers vary by {step_jitter(hardware):.1%} (standard deviation), independently; "
+        "a step takes as long as the slowest worker (fitted to scaling inside single hosts)",
+        f"network: {cluster.about or 'as given'}; no other job uses it",
+        "an exchange does not slow the computation that it overlaps",
+        f"input: a host decodes {cluster.input_images_per_s:,.0f} images/s"
+        if cluster.input_images_per_s
+        else "input is never the bottleneck (input_images_per_s of a cluster sets a rate)",
+        "start, compilation and checkpoints take no time",
+        "collectives of batch-norm statistics cost latency and bytes, but no kernel of their own",
+        "each worker's images fit into its memory, or are cut into micro-batches of the same speed",
+        "epochs to 75.9 % at another batch: MLPerf's reference convergence points (tuned LARS, ResNet-50, ImageNet)",
+        f"price: {price:g} per device-hour, as given" if price is not None else "price: none given, so no cost",
     ]
 
 

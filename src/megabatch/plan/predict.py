@@ -44,6 +44,7 @@ class Job:
     num_eval_images: int = 50_000
     eval_resolution: int = 224
     top1: float | None = None  # expected after these epochs
+    epochs_range: tuple[float, float] | None = None  # of published runs at this batch
 
     @property
     def total_epochs(self) -> float:

@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Callable
 
 from megabatch.errors import SettingsError
+from megabatch.plan import CHANGES
 from megabatch.plan.hardware import Cluster, Hardware
 from megabatch.plan.predict import Job, Phase, Prediction, predict
 
-HELP = "bandwidth=2, latency=0.5, batch=0.5 (factors), wire=fp32, all-reduce=flat, bucket=4, shape=8x16, overlap=no"
-
 
 def what_if(before: Prediction, change: str, cluster: Cluster, hardware: Hardware) -> Prediction:
-    """Returns the prediction after `change`, a text as in `HELP`; everything else is that of `before`.
+    """Returns the prediction after `change`, a text as in `CHANGES`; everything else is that of `before`.
 
     `bandwidth` and `latency` multiply those of every link of the cluster; `batch` multiplies the global batch, at the
     same number of epochs.
@@ -21,9 +20,9 @@ def what_if(before: Prediction, change: str, cluster: Cluster, hardware: Hardwar
     key, _, value = change.partition("=")
     if key in {"bandwidth", "latency"}:
         return predict(before.job, before.num_workers, cluster, _scaled(hardware, key, _factor(change, value)))
-    if key not in _CHANGES or not value:
-        raise SettingsError(f"--what-if {change}: needed one of {HELP}")
-    return predict(_CHANGES[key](before.job, value, change), before.num_workers, cluster, hardware)
+    if key not in _EDITS or not value:
+        raise SettingsError(f"--what-if {change}: needed one of {CHANGES}")
+    return predict(_EDITS[key](before.job, value, change), before.num_workers, cluster, hardware)
 
 
 def _scaled(hardware: Hardware, key: str, factor: float) -> Hardware:
@@ -93,7 +92,7 @@ def _factor(change: str, value: str) -> float:
     return factor
 
 
-_CHANGES: dict[str, Callable[[Job, str, str], Job]] = {
+_EDITS: dict[str, Callable[[Job, str, str], Job]] = {
     "batch": _batch,
     "wire": _wire,
     "all-reduce": _all_reduce,
