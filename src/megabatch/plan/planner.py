@@ -13,7 +13,9 @@ from megabatch.plan.predict import Job, Phase, Prediction, predict
 from megabatch.plan.step_time import speed_of, step_jitter
 
 LOCAL_BATCHES = (16, 32, 64, 128, 256, 512)
-BUCKETS_MIB = (4.0, 25.0, 64.0)
+ALGORITHMS = ("nccl", "torus", "hierarchical", "split_torus")  # nccl: the library's own, flat in `megabatch train`
+BUCKETS_MIB = (25.0, 4.0, 64.0)
+TIE = 0.01  # relative difference below which the earlier of two exchanges in this order is chosen: the defaults first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Choices:
 def best(job: Job, num_workers: int, choices: Choices, cluster: Cluster, hardware: Hardware) -> Prediction:
     """Returns the fastest prediction among the exchanges, and the batches per worker, that `choices` leave open.
 
+    An exchange must gain `TIE` over a simpler one.
+
     Raises SettingsError if none is possible.
     """
     jobs, reason = _jobs(job, num_workers, choices)
@@ -41,12 +45,13 @@ def best(job: Job, num_workers: int, choices: Choices, cluster: Cluster, hardwar
             reason = error
     if not found:
         raise reason or SettingsError(f"{num_workers} workers: no exchange is possible")
-    return min(found, key=lambda made: made.total_s)
+    fastest = min(made.total_s for made in found)
+    return next(made for made in found if made.total_s <= (1 + TIE) * fastest)
 
 
 def exchanges(num_workers: int, choices: Choices, cluster: Cluster) -> Iterator[Exchange]:
     """Yields the exchanges to compare: algorithm x grid x bucket, each overlapping the backward pass."""
-    algorithms = (choices.algorithm,) if choices.algorithm else ("nccl", "hierarchical", "torus", "split_torus")
+    algorithms = (choices.algorithm,) if choices.algorithm else ALGORITHMS
     buckets = (choices.bucket_mib,) if choices.bucket_mib else BUCKETS_MIB
     for algorithm in algorithms:
         shapes = [choices.shape] if choices.shape or algorithm == "nccl" else _shapes(num_workers, cluster)
