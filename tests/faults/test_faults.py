@@ -1,0 +1,65 @@
+"""Faults in real runs: a short campaign of the harness behind `make faults`, and the harness's own counts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from fault_runs import KINDS, count_samples, differences, draw_faults, judge, run_campaign
+from PIL import Image
+from tiny_run import run_tiny, tiny_recipe
+
+from megabatch.observe.events import read_events
+
+SETTINGS = ["model=resnet8", "resolution=0:16", "eval_resolution=16", "bn_span=4", "global_batch_size=16"]
+SETTINGS += ["total_epochs=1000", "eval_every_epochs=100000"]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a run over 48 photographs that makes 3,000 steps."""
+    for split, count in (("train", 24), ("val", 4)):
+        for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shade = tuple(min(255, channel + 3 * number) for channel in color)
+                Image.new("RGB", (40, 30), shade).save(folder / f"{number:03d}.jpg")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    given = ["photos", "--data", str(tmp_path / "photos"), "--precision", "fp32", "--workers", "2", *settings]
+    return [*given, "--checkpoint-every", "20steps", "--peer-timeout-s", "5"]
+
+
+def test_faults_of_each_kind_are_drawn_in_turn_and_equal_for_equal_seeds():
+    faults = draw_faults(3, 10, num_workers=4)
+    assert faults == draw_faults(3, 10, num_workers=4)
+    assert faults != draw_faults(4, 10, num_workers=4)
+    assert [fault.kind for fault in faults] == [*KINDS, *KINDS]
+
+
+def test_a_lost_and_a_repeated_step_and_another_weight_are_found(tmp_path):
+    run_tiny(tmp_path / "unharmed", tiny_recipe())
+    shutil.copytree(tmp_path / "unharmed", tmp_path / "other")
+    assert judge(tmp_path / "other", tmp_path / "unharmed").differing == ()
+    assert count_samples(tmp_path / "unharmed").tolist() == [1] * 480
+    path = tmp_path / "other" / "events.jsonl"
+    events = read_events(path)
+    third = next(event for event in events if event.get("step") == 3)
+    lines = [event for event in events if event is not third]
+    path.write_text("".join(json.dumps(event) + "\n" for event in lines))
+    assert judge(tmp_path / "other", tmp_path / "unharmed").num_lost_samples == 48
+    fourth = next(event for event in events if event.get("step") == 4)
+    third["epoch"] = fourth["epoch"]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert judge(tmp_path / "other", tmp_path / "unharmed").num_repeated_samples == 48
+    assert list(differences({"a": [torch.zeros(2), 1]}, {"a": [torch.tensor([0.0, 1e-30]), 1]})) == ["state.a.0"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_recovers_from_each_kind_of_fault_and_ends_bitwise_as_an_unharmed_one(arguments, tmp_path):
+    faults = draw_faults(0, len(KINDS), num_workers=2)
+    recoveries, verdicts = run_campaign(tmp_path / "runs", arguments, faults, say=print)
+    assert [recovery.fault for recovery in recoveries] == faults
+    for verdict in verdicts:
+        assert (verdict.num_lost_samples, verdict.num_repeated_samples, verdict.differing) == (0, 0, ())
