@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make coverage | make check | make bench: each sets up what it needs in .venv,
+# make demo | make test | make test-all | make faults | make coverage | make check | make bench: each sets up what it needs in .venv,
 # on a machine with Python and git.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-lo
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 
-.PHONY: demo test test-all coverage check bench docs clean
+.PHONY: demo test test-all faults coverage check bench docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/megabatch train fashion_mnist --workers 2
@@ -21,6 +21,12 @@ test: $(VENV)/.ready-dev
 # Also long examples, fuzzing, sanitizers, compiling for an H200, torchrun and torch.compile.
 test-all: $(VENV)/.ready-dev
 	$(PYTEST)
+
+# Kills, freezes and stops workers and launchers of the demo's recipe 100 times; about an hour. FAULTS=10 is shorter.
+FAULTS ?= 100
+faults: $(VENV)/.ready-dev
+	rm -rf benchmarks/out/faults
+	$(BIN)/python tests/faults/fault_runs.py --faults $(FAULTS) --output benchmarks/out/faults
 
 coverage: $(VENV)/.ready-dev
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered

@@ -86,18 +86,21 @@ def draw_faults(seed: int, count: int, *, num_workers: int, kinds: Sequence[str]
 class Job:
     """`megabatch train` in `folder`, started again until it succeeds; all its processes end with the `with` block."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], *, launcher: Sequence[str] = ()) -> None:
+        """`launcher`: words before `-m megabatch train`, such as torchrun's module and options."""
         self.folder = folder
         self.exit_codes: list[int] = []
+        self._launcher = launcher
         self._arguments = arguments
         self._mark = uuid.uuid4().hex
         self._log = folder.with_suffix(".log").open("ab")
         self._start()
 
     def _start(self) -> None:
-        resume = ["--resume"] if holds_run(self.folder) else []
-        command = [sys.executable, "-m", "megabatch", "train", *self._arguments, "--output", str(self.folder), *resume]
-        environment = os.environ | {MARK: self._mark}
+        resume = ["--resume"] if self._launcher or holds_run(self.folder) else []
+        command = [sys.executable, *self._launcher, "-m", "megabatch", "train", *self._arguments]
+        command += ["--output", str(self.folder), *resume]
+        environment = os.environ | {MARK: self._mark, "GLOO_SOCKET_IFNAME": "lo"}
         self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
 
     def __enter__(self) -> "Job":
@@ -161,11 +164,16 @@ def wait_for(is_done: Callable[[], bool], what: str, timeout_s: float = HANG_S) 
 
 
 def run_with_faults(
-    folder: Path, arguments: Sequence[str], faults: Sequence[Fault], *, say: Callable[[str], None]
+    folder: Path,
+    arguments: Sequence[str],
+    faults: Sequence[Fault],
+    *,
+    say: Callable[[str], None],
+    launcher: Sequence[str] = (),
 ) -> tuple[list[Recovery], int]:
     """Trains in `folder`; returns a recovery per fault, fewer if the run ends before, and the number of orphans."""
     recoveries: list[Recovery] = []
-    with Job(folder, arguments) as job:
+    with Job(folder, arguments, launcher=launcher) as job:
         wait_for(lambda: job.has_succeeded() or job.is_training(1), "the start")
         for fault in faults:
             recovery = inject(job, fault)

@@ -2,22 +2,33 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
-from fault_runs import KINDS, count_samples, differences, draw_faults, judge, run_campaign
+from fault_runs import (
+    KINDS,
+    Fault,
+    Verdict,
+    count_samples,
+    differences,
+    draw_faults,
+    judge,
+    run_campaign,
+    run_with_faults,
+)
 from PIL import Image
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.observe.events import read_events
 
 SETTINGS = ["model=resnet8", "resolution=0:16", "eval_resolution=16", "bn_span=4", "global_batch_size=16"]
-SETTINGS += ["total_epochs=1000", "eval_every_epochs=100000"]
+SETTINGS += ["total_epochs=300", "eval_every_epochs=100000"]
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Arguments of a run over 48 photographs that makes 3,000 steps."""
+    """Arguments of a run over 48 photographs that makes 900 steps."""
     for split, count in (("train", 24), ("val", 4)):
         for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
             folder = tmp_path / "photos" / split / name
@@ -57,9 +68,20 @@ def test_a_lost_and_a_repeated_step_and_another_weight_are_found(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_run_recovers_from_each_kind_of_fault_and_ends_bitwise_as_an_unharmed_one(arguments, tmp_path):
-    faults = draw_faults(0, len(KINDS), num_workers=2)
+def test_a_run_recovers_from_faults_of_each_kind_and_ends_bitwise_as_an_unharmed_one(arguments, tmp_path):
+    faults = draw_faults(0, 3, num_workers=2, kinds=("kill worker", "freeze worker", "kill launcher"))
     recoveries, verdicts = run_campaign(tmp_path / "runs", arguments, faults, say=print)
     assert [recovery.fault for recovery in recoveries] == faults
-    for verdict in verdicts:
-        assert (verdict.num_lost_samples, verdict.num_repeated_samples, verdict.differing) == (0, 0, ())
+    assert [recovery.exit_codes for recovery in recoveries] == [(), (), (-signal.SIGKILL,)]
+    assert set(verdicts) == {Verdict(0, 0, 0, ())}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_torchrun_restarts_workers_of_which_one_was_killed_or_terminated(arguments, tmp_path):
+    faults = [Fault("kill worker", 0, 0.5), Fault("terminate worker", 1, 0.5)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    recoveries, num_orphans = run_with_faults(tmp_path / "run", arguments, faults, say=print, launcher=torchrun)
+    assert [(recovery.fault, recovery.exit_codes) for recovery in recoveries] == [(fault, ()) for fault in faults]
+    assert num_orphans == 0
+    assert set(count_samples(tmp_path / "run").tolist()) == {1}
