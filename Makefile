@@ -1,5 +1,5 @@
-# make demo | make test | make test-all | make faults | make coverage | make check | make bench: each sets up what it needs in .venv,
-# on a machine with Python and git.
+# make demo | make test | make test-all | make faults | make coverage | make check | make bench: each sets up what it
+# needs in .venv, on a machine with Python and git.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +22,7 @@ test: $(VENV)/.ready-dev
 test-all: $(VENV)/.ready-dev
 	$(PYTEST)
 
-# Kills, freezes and stops workers and launchers of the demo's recipe 100 times; about an hour. FAULTS=10 is shorter.
+# Kills, freezes and stops workers and launchers of the demo's recipe 100 times. FAULTS=10 is shorter.
 FAULTS ?= 100
 faults: $(VENV)/.ready-dev
 	rm -rf benchmarks/out/faults
