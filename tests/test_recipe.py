@@ -12,6 +12,7 @@ from megabatch.recipe import (
     fields_as_json,
     from_json,
     override,
+    read,
     validate,
     value_at,
 )
@@ -178,3 +179,46 @@ def test_growth_by_noise_scale_and_a_fixed_schedule_contradict(recipe):
     )
     with pytest.raises(RecipeError, match="contradict"):
         validate(both)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"momentum": "0.9"},
+        {"num_classes": 10.5},
+        {"num_classes": True},
+        {"seed": 2**64},
+        {"peak_lr": float("nan")},
+        {"peak_lr": 10**400},
+        {"optimizer": "adam"},
+        {"resolution": [[0, 28, 3]]},
+        {"pixel_mean": {"a": 1}},
+        {"decay_epochs": "none"},
+    ],
+)
+def test_a_recipe_file_with_a_value_of_another_type_names_the_field(change):
+    values = fields_as_json(recipes.get("fashion_mnist")) | change
+    with pytest.raises(RecipeError, match=next(iter(change))):
+        from_json(values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"total_epochs": "1e7"},
+        {"total_epochs": "1e-9"},
+        {"num_classes": "9" * 18},
+        {"seed": "9" * 30},
+        {"width": "1e3"},
+    ],
+)
+def test_values_that_would_need_endless_time_or_memory_are_refused(settings):
+    with pytest.raises(RecipeError, match=next(iter(settings))):
+        override(recipes.get("fashion_mnist"), settings)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 10**6, '{"name": 1}', "null"])
+def test_a_file_that_is_no_recipe_is_an_error_of_ours(content, tmp_path):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(RecipeError):
+        read(tmp_path / "recipe.json")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from megabatch import model_names
 from megabatch.errors import RecipeError
 from megabatch.files import read_json
-from megabatch.recipe_text import as_text, parse, suggestion
+from megabatch.recipe_text import as_text, conforms, parse, suggestion
 
 Stem = Literal["auto", "small", "large"]
 Freeze = Literal["none", "backbone"]
@@ -40,6 +40,18 @@ DESCRIPTIVE_FIELDS = frozenset(
     {"name", "eval_every_epochs", "eval_offset_epochs", "target_top1", "published_top1", "published_curve"}
 )
 """Fields that cannot change the weights; a resumed run may differ in them."""
+
+MOST_STEPS = 10**9
+"""Most updates of a run."""
+_MOST = {
+    "num_train_images": 10**12,
+    "num_classes": 10**7,
+    "image_channels": 1024,
+    "width": 1 << 16,
+    "eval_resolution": 65_500,
+    "total_epochs": 10**6,
+}
+"""Largest value of fields that decide how much memory or time a run takes before its first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +207,8 @@ def validate(recipe: Recipe) -> Recipe:
     """
     for field in ("global_batch_size", "bn_span", "num_train_images", "num_classes", "image_channels", "width"):
         _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
+    for field, most in _MOST.items():
+        _require(getattr(recipe, field) <= most, recipe, field, f"at most {most:,}", 1)
     for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
         _require(getattr(recipe, field) > 0, recipe, field, "above 0", 1)
     for field in ("weight_decay", "peak_lr", "warmup_epochs", "warmup_start_lr", "end_lr", "ema_half_life_epochs"):
@@ -228,6 +242,12 @@ def validate(recipe: Recipe) -> Recipe:
     for field in ("resolution", "batch_sizes", "lr_factors", "published_curve"):
         _check_by_epoch(recipe, field)
     _require(bool(recipe.resolution), recipe, "resolution", "not empty", "0:224")
+    sides = [side for _, side in recipe.resolution]
+    _require(max(sides) <= _MOST["eval_resolution"], recipe, "resolution", "at most 65,500 pixels", 224)
+    num_images = recipe.total_epochs * recipe.num_train_images
+    _require(num_images >= 1, recipe, "total_epochs", "long enough for one image", 1)
+    is_finite = num_images <= MOST_STEPS * recipe.smallest_batch
+    _require(is_finite, recipe, "total_epochs", f"at most {MOST_STEPS:,} updates, or a larger batch", 1)
     has_factors = recipe.decay not in {"step", "piecewise"} or bool(recipe.lr_factors)
     _require(has_factors, recipe, "lr_factors", f"given when decay={recipe.decay}", "0:1,30:0.1")
     total = recipe.total_epochs
@@ -267,15 +287,24 @@ def from_json(values: Mapping[str, Any]) -> Recipe:
     """Returns the recipe with these `fields_as_json`.
 
     Raises:
-        RecipeError: an unknown field, a missing field or contradictory values.
+        RecipeError: an unknown or missing field, a value of another type, or contradictory values.
     """
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    if unknown := sorted(set(values) - known):
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"a recipe is a JSON object, not a {type(values).__name__}; the recipe.json of a run works")
+    hints = typing.get_type_hints(Recipe)
+    if unknown := sorted(map(str, set(values) - set(hints))):
         raise RecipeError(f"recipe has unknown fields: {', '.join(unknown)}; remove them")
+    fields = {key: _tuples(value) for key, value in values.items()}
+    for key, value in fields.items():
+        if not conforms(value, hints[key]):
+            raise RecipeError(
+                f"recipe field {key} is {str(value)[:100]}, which is not of its type ({_type_text(hints[key])})"
+            )
     try:
-        return validate(Recipe(**{key: _tuples(value) for key, value in values.items()}))
+        recipe = Recipe(**fields)
     except TypeError as error:
         raise RecipeError(f"recipe is incomplete: {error}") from error
+    return validate(recipe)
 
 
 def read(path: Path) -> Recipe:
@@ -346,6 +375,10 @@ def _parse(key: str, text: str, hint: Any, current: Any) -> Any:
         return parse(text.strip(), hint)
     except ValueError as error:
         raise RecipeError(f"{key}={text}: {error}; {key}={as_text(current)} works") from None
+
+
+def _type_text(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _tuples(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Values of recipe fields as text: `--set key=value` is parsed by the field's annotation and formatted back."""
 
 import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -56,11 +57,33 @@ def parse(text: str, hint: Any) -> Any:
     return text
 
 
+def conforms(value: object, hint: Any) -> bool:
+    """True if `value` is of the annotation `hint`, with finite numbers; a whole number is also a float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is types.UnionType:
+        return any(conforms(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(hints) and all(map(conforms, value, hints))
+    if hint is float:
+        return type(value) in {int, float} and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+    if hint is int:
+        return type(value) is int and abs(value) <= sys.maxsize
+    return type(value) is hint
+
+
 def _parse_int(text: str) -> int:
     try:
-        return int(text.replace("_", ""))
+        number = int(text.replace("_", ""))
     except ValueError:
         raise ValueError("needed a whole number") from None
+    if abs(number) > sys.maxsize:
+        raise ValueError("needed a whole number of at most 18 digits")
+    return number
 
 
 def _parse_float(text: str) -> float:

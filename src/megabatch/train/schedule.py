@@ -97,12 +97,18 @@ def total_samples(recipe: Recipe) -> int:
 
 def count_steps(recipe: Recipe) -> int:
     """Optimizer steps of the whole run."""
+    total, images = total_samples(recipe), recipe.num_train_images
     if not recipe.batch_sizes:
-        return -(-total_samples(recipe) // recipe.global_batch_size)
+        return -(-total // recipe.global_batch_size)
+    ends = [epoch for epoch, _ in recipe.batch_sizes[1:]] + [math.inf]
     steps = first = 0
-    while first < total_samples(recipe):
-        first += recipe.batch_at(first / recipe.num_train_images)
-        steps += 1
+    for (_, size), end in zip(recipe.batch_sizes, ends, strict=True):
+        # One step less than the estimate, and the rest one by one: the products round.
+        until = min(total, end * images)
+        whole = max(0, int((until - first) // size) - 1)
+        steps, first = steps + whole, first + whole * int(size)
+        while first < total and first / images < end:
+            steps, first = steps + 1, first + int(size)
     return steps
 
 

@@ -85,7 +85,7 @@ def _bmp_end(data: bytes) -> int:
     start, header, width, height, _, bits, compression = struct.unpack_from("<IIiiHHI", data, 10)
     if header < 40 or compression not in {0, 3}:
         return len(data)
-    return int(start + abs(height) * ((width * bits + 31) // 32 * 4))
+    return int(start + abs(height) * ((abs(width) * bits + 31) // 32 * 4))
 
 
 _WALKS: dict[str, Callable[[bytes], int | None]] = {

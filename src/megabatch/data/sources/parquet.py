@@ -6,9 +6,10 @@ shard-local order each is read once per epoch. For random order, or many epochs,
 (`megabatch data pack`).
 """
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -89,13 +90,11 @@ class ParquetSource:
 
     def _load(self, number: int) -> Any:
         file, group = self._groups[number]
-        try:
-            # a new file object for each read: pyarrow's are not thread-safe
+        # a new file object for each read: pyarrow's are not thread-safe
+        with _refusing_damage(f"{self._paths[file]}: row group {group} cannot be read"):
             with _open(self._paths[file]) as opened:
                 table = opened.read_row_group(group, columns=[self._image_column], use_threads=False)
-        except (OSError, _pyarrow().ArrowException) as error:
-            raise DataError(f"{self._paths[file]}: row group {group} cannot be read: {error}") from error
-        return table.column(self._image_column)
+            return table.column(self._image_column)
 
 
 def _parquet_paths(paths: Path | str | Iterable[Path | str]) -> list[Path]:
@@ -119,12 +118,20 @@ def _pyarrow() -> ModuleType:
     return module
 
 
-def _open(path: Path) -> Any:
-    pyarrow = _pyarrow()
+@contextlib.contextmanager
+def _refusing_damage(text: str) -> Iterator[None]:
+    """Raises what pyarrow raises for damaged files as a DataError that begins with `text`."""
     try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, MemoryError, _pyarrow().ArrowException) as error:
+        raise DataError(f"{text}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    with _refusing_damage(f"{path} is not a readable parquet file"):
+        return _pyarrow().parquet.ParquetFile(path, memory_map=True)
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class _Header:
 
 
 def _read_header(path: Path) -> _Header:
-    with _open(path) as file:
+    with _refusing_damage(f"{path} is not a readable parquet file"), _open(path) as file:
         image, label = _columns(file, path)
         labels = file.read(columns=[label]).column(label).to_pylist()
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]

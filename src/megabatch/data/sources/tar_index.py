@@ -239,7 +239,7 @@ def load_index(path: Path) -> ShardIndex | None:
         records = np.frombuffer(whole, RECORD, count=header["samples"], offset=start)
         names = np.frombuffer(whole, np.uint8, offset=start + records.nbytes)
         return _checked(ShardIndex(records, names, header["labels"], header))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -252,7 +252,7 @@ def _checked(index: ShardIndex) -> ShardIndex | None:
         (records["offset"] >= 0).all()
         and (records["offset"] <= tar_bytes - records["size"].astype(np.int64)).all()
         and (records["name"] >= 0).all()
-        and (records["name"] + records["name_size"] <= len(index.names)).all()
+        and (records["name"] <= len(index.names) - records["name_size"].astype(np.int64)).all()
         and (records["label"] >= 0).all()
         and (records["label"] < len(index.label_texts)).all()
         and all(isinstance(text, str) for text in index.label_texts)
