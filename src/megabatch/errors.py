@@ -9,6 +9,7 @@ MegabatchError
 |   `-- CheckpointError    a checkpoint: missing, corrupt, or of another recipe
 |-- FetchError             a download failed, or the cache is not writable
 |-- DivergedError          the loss is not finite
+|-- DesyncError            a worker's weights or data position differ from those of the others
 `-- PeerError              another worker failed or timed out
 """
 
@@ -50,6 +51,10 @@ class FetchError(MegabatchError):
 
 class DivergedError(MegabatchError):
     """The loss is not finite; the last good checkpoint is kept."""
+
+
+class DesyncError(MegabatchError):
+    """A worker's weights or data position differ from those of the others; no checkpoint was written since."""
 
 
 class PeerError(MegabatchError):

@@ -77,6 +77,9 @@ class Runtime:
         "1: consecutive workers.",
         least=1,
     )
+    compare_every_steps: int = _option(
+        100, "Updates between comparisons of the workers' weights, data position and time; 0 for none.", least=0
+    )
     timeout_s: float = _option(300.0, "Seconds after which a collective times out.", least=1)
     peer_timeout_s: float = _option(
         30.0, "Seconds without a sign of life after which a worker counts as lost; at most --timeout-s.", least=1

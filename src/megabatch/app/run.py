@@ -99,6 +99,7 @@ def open_run(
             if world.is_first
             else None,
             checkpoint_every=parse_interval("--checkpoint-every", runtime.checkpoint_every),
+            compare_every_steps=runtime.compare_every_steps,
             max_steps=max_steps,
             exchange_report=exchange_report,
         )

@@ -205,6 +205,11 @@ class Readback:
 
     def read(self) -> list[float]:
         """Returns the values, once the device has computed them."""
+        return [float(value) for value in self.read_exactly()]
+
+    def read_exactly(self) -> list[Any]:
+        """As `read`, in the tensor's shape and with whole numbers of an integer tensor."""
         if self._event is not None:
             self._event.synchronize()
-        return [float(value) for value in self._host.tolist()]
+        values: list[Any] = self._host.tolist()
+        return values

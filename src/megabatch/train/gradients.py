@@ -25,13 +25,14 @@ from megabatch.train.weight_copies import WeightCopies
 class Objective:
     """Loss of a step: mean cross entropy over `global_count` samples, computed in `precision`.
 
-    Forward reads the 16-bit `copies` in place of their weights.
+    Forward reads the 16-bit `copies` in place of their weights; `after_forward` is called after each.
     """
 
     global_count: int
     label_smoothing: float
     precision: Precision
     copies: WeightCopies = field(default_factory=WeightCopies)
+    after_forward: Callable[[], None] = lambda: None
 
 
 class NoiseSample(NamedTuple):
@@ -132,6 +133,7 @@ def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> tuple[
     """
     with objective.precision.autocast():
         logits = model(batch.images)
+    objective.after_forward()
     loss = cross_entropy_sum(
         logits,
         batch.labels,

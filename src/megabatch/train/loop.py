@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megabatch.data.loading.batch import Batch
-from megabatch.train.bad_samples import BadSamples
 from megabatch.train.checkpoint import checkpoint_path
 from megabatch.train.evaluate import evaluate_run
+from megabatch.train.health.bad_samples import BadSamples
+from megabatch.train.health.compare import RankComparison
 from megabatch.train.observation import observation_event, step_measurements
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
@@ -27,13 +28,14 @@ def train(run: Run) -> Evaluation | None:
     """Trains until the last sample, `max_steps` or a stop request; returns the last evaluation, or None."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
-    in_flight, bad_samples = _InFlightSteps(run), BadSamples(run)
+    in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
     for settings, batches in _steps(run):
         in_flight.add(start_step(run, settings, batches))
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run, settings)
         stop, overdue = in_flight.settle(wait_for_all=saves)
+        workers.after_step(before_checkpoint=saves or stop or overdue)
         evaluation = evaluate_run(run) if evaluates else None
         if saves or stop or overdue:
             _save(run, evaluation)

@@ -17,6 +17,7 @@ from megabatch.interval import Interval
 from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.health.own_time import OwnTime
 from megabatch.train.precision import Precision
 from megabatch.train.schedule import StepSettings, settings_at, total_samples
 from megabatch.train.weight_copies import WeightCopies
@@ -202,6 +203,8 @@ class Run:
     max_steps: int | None = None
     observe_every_steps: int = 0  # steps between two events with the norms of all layers; 0: chosen from the recipe
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
+    compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
+    own_time: OwnTime = field(default_factory=OwnTime)
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
 
     def settings_at(self, step: int, first: int) -> StepSettings:

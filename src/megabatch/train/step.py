@@ -15,8 +15,8 @@ from megabatch.data.loading.batch import Batch
 from megabatch.errors import DivergedError
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_step
 from megabatch.train.cuda_graph import Readback
-from megabatch.train.diagnose import first_not_finite
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
+from megabatch.train.health.diagnose import first_not_finite
 from megabatch.train.observation import rank_slots, start_observation
 from megabatch.train.schedule import StepSettings, apply_settings
 from megabatch.train.state import Run
@@ -65,12 +65,14 @@ class PendingStep:
 def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
     """Runs one step; on a CPU the loss must be finite before the update (on a GPU it is read asynchronously)."""
     started = time.perf_counter()
+    run.own_time.start()
     state, clock = run.state, StepClock(run.world.device)
     apply_settings(state.optimizer.param_groups, settings)
     state.copies.refresh()
     latest = _Latest(batches)
     captured = _captures(run, settings)
     sums = (_replay if captured else _gradients)(run, settings, latest, clock)
+    run.own_time.finish()
     exchange = run.exchange_report() if run.exchange_report else {}
     scalars = Readback(_sum_over_workers(run, sums, clock, exchange))
     pending = PendingStep(settings, started, clock, scalars, latest.batch.images, exchange=exchange)
@@ -197,7 +199,8 @@ def _accumulate(
 
 
 def _objective(run: Run, count: int) -> Objective:
-    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies)
+    after_forward = run.own_time.mark
+    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies, after_forward)
 
 
 def _update(run: Run) -> None:

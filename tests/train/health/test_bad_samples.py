@@ -6,7 +6,7 @@ import torch.distributed as dist
 from ranks import run_threads
 from tiny_run import here
 
-from megabatch.train.bad_samples import BadSamples, ReplacesBadSamples
+from megabatch.train.health.bad_samples import BadSamples, ReplacesBadSamples
 
 
 class Loader:

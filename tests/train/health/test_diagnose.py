@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megabatch.train.diagnose import first_not_finite
+from megabatch.train.health.diagnose import first_not_finite
 from megabatch.train.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
