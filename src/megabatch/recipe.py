@@ -31,6 +31,7 @@ Warmup = Literal["none", "linear", "constant"]
 Decay = Literal["constant", "poly", "cosine", "step", "piecewise", "slow_start"]
 Scaling = Literal["none", "linear", "sqrt"]
 BatchSizeRule = Literal["fixed", "linear", "sqrt", "noise_scale"]
+OnNonFinite = Literal["stop", "skip", "rollback"]
 EvalStats = Literal["running", "running_all_reduced", "last_batch", "precise"]
 
 ByEpoch = tuple[tuple[float, float], ...]
@@ -38,8 +39,9 @@ ByEpoch = tuple[tuple[float, float], ...]
 
 DESCRIPTIVE_FIELDS = frozenset(
     {"name", "eval_every_epochs", "eval_offset_epochs", "target_top1", "published_top1", "published_curve"}
+    | {"on_non_finite", "rollback_checkpoints", "rollback_lr_factor"}
 )
-"""Fields that cannot change the weights; a resumed run may differ in them."""
+"""Fields in which a resumed run may differ: they change no weights up to the checkpoint that it resumes from."""
 
 MOST_STEPS = 10**9
 """Most updates of a run."""
@@ -112,8 +114,11 @@ class Recipe:
     eval_stats: EvalStats = "running_all_reduced"
     precise_batches: int = 50  # global batches that eval_stats=precise averages over
 
-    # Loss
+    # Loss. A loss or gradient that is not finite ends the run, is left out, or goes back to an earlier checkpoint
     label_smoothing: float = 0.0
+    on_non_finite: OnNonFinite = "stop"
+    rollback_checkpoints: int = 1  # rollback: 1 is the newest checkpoint, 2 the one before it
+    rollback_lr_factor: float = 0.5  # rollback: factor of all rates from there on
 
     # Optimizer
     optimizer: Optimizer
@@ -205,7 +210,15 @@ def validate(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: names the first invalid field and a value that works.
     """
-    for field in ("global_batch_size", "bn_span", "num_train_images", "num_classes", "image_channels", "width"):
+    for field in (
+        "rollback_checkpoints",
+        "global_batch_size",
+        "bn_span",
+        "num_train_images",
+        "num_classes",
+        "image_channels",
+        "width",
+    ):
         _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
     for field, most in _MOST.items():
         _require(getattr(recipe, field) <= most, recipe, field, f"at most {most:,}", 1)
@@ -217,7 +230,14 @@ def validate(recipe: Recipe) -> Recipe:
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
     for field in ("momentum", "label_smoothing", "color_jitter", "beta2"):
         _require(0 <= getattr(recipe, field) < 1, recipe, field, "in [0, 1)", 0.1)
-    for field in ("stats_momentum", "eval_crop_ratio", "max_crop_area", "min_crop_area", "layer_decay"):
+    for field in (
+        "stats_momentum",
+        "eval_crop_ratio",
+        "max_crop_area",
+        "min_crop_area",
+        "layer_decay",
+        "rollback_lr_factor",
+    ):
         _require(0 < getattr(recipe, field) <= 1, recipe, field, "in (0, 1]", 0.1)
     if fault := model_names.fault(recipe.model):
         raise RecipeError(f"model={recipe.model} was given, needed: {fault}")

@@ -112,6 +112,8 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
         obstacle = "Shampoo computes roots every few steps"
     elif recipe.max_global_batch_size:
         obstacle = "growth by noise scale reads each micro-batch's gradient"
+    elif recipe.on_non_finite != "stop":
+        obstacle = f"on_non_finite={recipe.on_non_finite} reads each step's loss before the update"
     if runtime.capture == "on" and obstacle:
         raise SettingsError(f"capture=on: a step cannot be one CUDA graph, as {obstacle}; capture=auto works")
     if runtime.capture == "off" or obstacle:

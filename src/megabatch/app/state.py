@@ -18,7 +18,7 @@ from megabatch.optim.batch_size import NoiseScaleBatchPolicy
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, differing_fields, from_json
 from megabatch.runtime import Runtime
-from megabatch.train.checkpoint import CheckpointInfo, checkpoint_path, newest_intact, open_checkpoint
+from megabatch.train.checkpoint import CheckpointInfo, agree_on_checkpoint
 from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
 from megabatch.train.weight_copies import WeightCopies
@@ -71,13 +71,11 @@ def resume(
     Returns its description, or None if there is none, and `data` with labels numbered as in that checkpoint.
     """
 
-    checkpoints = folder / "checkpoints"
-    found = newest_intact(checkpoints, on_damaged=log.warn) if world.is_first else None
-    step = broadcast_from_rank0(found[0].step if found else None, world)
-    if step is None:
+    found = agree_on_checkpoint(folder / "checkpoints", world, on_damaged=log.warn)
+    if found is None:
         log.warn("no checkpoint to resume from; the run starts at step 0")
         return None, data
-    info, saved = found or open_checkpoint(checkpoint_path(checkpoints, step))
+    info, saved = found
     refuse_other_recipe(recipe, from_json(info.recipe))
     data, remark = match_training_data(data, info)
     if remark:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
 from megabatch.files import create_unused, read_json, replacing, sha256_of, write_text
 from megabatch.train.plain_tensors import read_tensors
@@ -164,11 +165,24 @@ def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None =
     return sorted(found, key=lambda info: info.step)
 
 
-def newest_intact(
-    folder: Path, *, on_damaged: Callable[[str], None] | None = None
+def agree_on_checkpoint(
+    folder: Path, world: World, *, back: int = 0, on_damaged: Callable[[str], None] | None = None
 ) -> tuple[CheckpointInfo, dict[str, Any]] | None:
-    """The newest checkpoint whose checksum holds, with its state, or None; damaged ones go to `on_damaged`."""
-    for info in reversed(list_checkpoints(folder, on_damaged=on_damaged)):
+    """`newest_intact` of rank 0, read by every worker from the same folder. A collective."""
+    found = newest_intact(folder, back=back, on_damaged=on_damaged) if world.is_first else None
+    step = broadcast_from_rank0(found[0].step if found else None, world)
+    return found or (None if step is None else open_checkpoint(checkpoint_path(folder, step)))
+
+
+def newest_intact(
+    folder: Path, *, back: int = 0, on_damaged: Callable[[str], None] | None = None
+) -> tuple[CheckpointInfo, dict[str, Any]] | None:
+    """The newest checkpoint whose checksum holds, with its state, or None; damaged ones go to `on_damaged`.
+
+    With `back` as many newer ones are passed over, but the oldest is not.
+    """
+    infos = list_checkpoints(folder, on_damaged=on_damaged)
+    for info in reversed(infos[: max(1, len(infos) - back)]):
         try:
             return info, load_state(info)
         except CheckpointError as error:

@@ -18,10 +18,11 @@ from megabatch.train.checkpoint import checkpoint_path
 from megabatch.train.evaluate import evaluate_run
 from megabatch.train.health.bad_samples import BadSamples
 from megabatch.train.health.compare import RankComparison
+from megabatch.train.health.roll_back import roll_back
 from megabatch.train.observation import observation_event, step_measurements
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
-from megabatch.train.step import PendingStep, count_skipped, require_finite, start_step
+from megabatch.train.step import NonFiniteStepError, PendingStep, count_skipped, require_finite, start_step
 
 
 def train(run: Run) -> Evaluation | None:
@@ -30,7 +31,11 @@ def train(run: Run) -> Evaluation | None:
     steps_before = run.state.step
     in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
     for settings, batches in _steps(run):
-        in_flight.add(start_step(run, settings, batches))
+        try:
+            in_flight.add(start_step(run, settings, batches))
+        except NonFiniteStepError as error:
+            roll_back(run, error)
+            continue
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run, settings)
@@ -75,7 +80,8 @@ class _InFlightSteps:
         return stop, overdue
 
     def _finish(self, step: PendingStep) -> None:
-        require_finite(self._run, step)
+        if not step.left_out:
+            require_finite(self._run, step)
         count_skipped(self._run, step)
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled_at)
@@ -94,8 +100,9 @@ def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
         )
         for settings in _plan(run):
             yield settings, batches
-            if run.state.batch_policy and run.state.batch_policy.global_batch_size != planned_batch:
-                break  # the batch grew: prefetched batches belong to another cut of the stream
+            has_grown = run.state.batch_policy and run.state.batch_policy.global_batch_size != planned_batch
+            if has_grown or run.state.samples_seen != settings.next_sample:
+                break  # the batch grew, or the run went back: prefetched batches belong to another cut of the stream
 
 
 def _plan(run: Run) -> Iterator[StepSettings]:
@@ -125,7 +132,9 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
         "step_s": seconds,
     }
     if step.scale:
-        event |= {"loss_scale": step.scale.read()[1], "skipped_steps": run.state.skipped_steps}
+        event |= {"loss_scale": step.scale.read()[1]}
+    if step.scale or run.state.skipped_steps:
+        event |= {"skipped_steps": run.state.skipped_steps}
     return event | step_measurements(step)
 
 

@@ -1,5 +1,6 @@
 """State of a training run: what it holds in memory, and the part of it that a checkpoint keeps."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -111,6 +112,7 @@ class TrainState:
     samples_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    lr_factor: float = 1.0  # of all learning rates; lower after a rollback
     wire_scales: WireScales | None = None
     copies: WeightCopies = field(default_factory=WeightCopies)  # derived from the weights, so not checkpointed
     _saved_scales: dict[int, float] = field(default_factory=dict)
@@ -131,6 +133,7 @@ class TrainState:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
+            "lr_factor": self.lr_factor,
             "wire_scales": self.wire_scales.state_dict() if self.wire_scales else {},
         }
 
@@ -160,7 +163,10 @@ class TrainState:
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"step, samples seen and skipped steps are {counts}")
         self.step, self.samples_seen, self.skipped_steps = counts
+        self.skipped_in_a_row, self.lr_factor = 0, float(state.get("lr_factor", 1.0))
         self._saved_scales = state.get("wire_scales", {})
+        if self.wire_scales:
+            self.wire_scales.load_state_dict(self._saved_scales)
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,7 @@ class Run:
     max_steps: int | None = None
     observe_every_steps: int = 0  # steps between two events with the norms of all layers; 0: chosen from the recipe
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
+    num_rollbacks: int = 0
     compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
     own_time: OwnTime = field(default_factory=OwnTime)
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
@@ -210,7 +217,9 @@ class Run:
     def settings_at(self, step: int, first: int) -> StepSettings:
         """Settings of `step`, which starts at stream position `first`."""
         policy = self.state.batch_policy
-        return settings_at(self.recipe, step, first, global_batch_size=policy.global_batch_size if policy else None)
+        batch = policy.global_batch_size if policy else None
+        settings = settings_at(self.recipe, step, first, global_batch_size=batch)
+        return dataclasses.replace(settings, lr=settings.lr * self.state.lr_factor)
 
     def micro_batches(self, settings: StepSettings) -> list[range]:
         """Stream ranges of this worker's micro-batches of a step."""

@@ -16,7 +16,7 @@ from megabatch.errors import DivergedError
 from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_step
 from megabatch.train.cuda_graph import Readback
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
-from megabatch.train.health.diagnose import first_not_finite
+from megabatch.train.health.diagnose import describe_non_finite
 from megabatch.train.observation import rank_slots, start_observation
 from megabatch.train.schedule import StepSettings, apply_settings
 from megabatch.train.state import Run
@@ -35,8 +35,8 @@ class PendingStep:
     settings: StepSettings
     started: float  # time.perf_counter
     clock: StepClock
-    scalars: Readback  # over all workers: loss sum, correct predictions, stop requests, 1 if a checkpoint is due, slots
-    images: Tensor  # this worker's last micro-batch, to locate a non-finite value
+    scalars: Readback  # over all workers: loss sum, correct, stop requests, checkpoint due, bad gradients, slots
+    left_out: bool = False  # not finite, and its gradient was dropped
     scale: Readback | None = None  # fp16: 1 if gradients overflowed, so that the step changed nothing; loss scale after
     norms: Readback | None = None  # of weights and gradients, in a step that is observed
     exchange: dict[str, Any] = field(default_factory=dict)  # this worker's gradient exchange
@@ -44,6 +44,10 @@ class PendingStep:
     def loss(self) -> float:
         """The global mean loss."""
         return self.scalars.read()[0] / self.settings.count
+
+    def is_finite(self) -> bool:
+        """True if the loss and, where they were examined, all gradients are finite; equal on all workers."""
+        return math.isfinite(self.loss()) and not self.scalars.read()[4]
 
     def train_top1(self) -> float:
         """Share of the global batch whose most likely class is the label, in [0, 1], before the update."""
@@ -59,29 +63,34 @@ class PendingStep:
 
     def rank_slots(self) -> list[float]:
         """Numbers of each worker, by `observation.rank_slots`; empty on a GPU."""
-        return self.scalars.read()[4:]
+        return self.scalars.read()[5:]
 
 
 def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> PendingStep:
-    """Runs one step; on a CPU the loss must be finite before the update (on a GPU it is read asynchronously)."""
+    """Runs one step. Its loss and gradients must be finite before the update, except on a GPU under on_non_finite=stop,
+    where the loss is read asynchronously.
+
+    Raises:
+        DivergedError: a value is not finite, or too many steps in a row were left out; NonFiniteStepError if the recipe
+            asks for a rollback.
+    """
     started = time.perf_counter()
     run.own_time.start()
     state, clock = run.state, StepClock(run.world.device)
     apply_settings(state.optimizer.param_groups, settings)
     state.copies.refresh()
-    latest = _Latest(batches)
     captured = _captures(run, settings)
-    sums = (_replay if captured else _gradients)(run, settings, latest, clock)
+    sums = (_replay if captured else _gradients)(run, settings, batches, clock)
     run.own_time.finish()
     exchange = run.exchange_report() if run.exchange_report else {}
     scalars = Readback(_sum_over_workers(run, sums, clock, exchange))
-    pending = PendingStep(settings, started, clock, scalars, latest.batch.images, exchange=exchange)
+    pending = PendingStep(settings, started, clock, scalars, exchange=exchange)
     clock.mark("exchange")
-    if not pending.scalars.is_asynchronous:
-        require_finite(run, pending)
     has_updated = captured and _never_waits(run)
     norms = start_observation(run, settings, unscaled=has_updated)
-    if not has_updated:
+    if _waits_for_finite(run) and not pending.is_finite():
+        pending = replace(pending, left_out=_leave_out(run, pending))
+    elif not has_updated:
         _update(run)
         clock.mark("update")
     if state.average:
@@ -93,20 +102,47 @@ def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Pe
     return replace(pending, scale=scaled, norms=norms)
 
 
+class NonFiniteStepError(DivergedError):
+    """A step was not finite and changed nothing, and the recipe asks to go back to an earlier checkpoint."""
+
+
 def require_finite(run: Run, step: PendingStep) -> None:
-    """Raises DivergedError, which names step, layer and remedy, if the step's loss is not finite."""
-    loss, settings = step.loss(), step.settings
-    if math.isfinite(loss):
-        return
-    where = first_not_finite(run.state.module, step.images, run.state.precision)
+    """Raises DivergedError, which names step, layer, samples and remedy, if the step is not finite. A collective."""
+    if not step.is_finite():
+        raise DivergedError(_describe(run, step))
+
+
+def _describe(run: Run, step: PendingStep) -> str:
+    settings = step.settings
+    what = "a gradient is not finite" if math.isfinite(step.loss()) else f"the loss is {step.loss()}"
     fp16 = "; precision=bf16 has the range that fp16 lacks" if run.state.precision.name == "fp16" else ""
-    raise DivergedError(
-        f"the loss is {loss} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): {where} is "
-        "not finite"
-        + (", examined after the update" if step.scalars.is_asynchronous else "")
-        + "; a smaller peak_lr, half "
-        f"of it say, or more warmup_epochs may help{fp16}; earlier checkpoints are kept"
+    after = "" if _waits_for_finite(run) else ", examined after the update"
+    return (
+        f"{what} at step {settings.step} (epoch {settings.epoch:.2f}, lr {settings.lr:.4g}): "
+        f"{describe_non_finite(run, settings)}{after}; a smaller peak_lr, half of it say, or more warmup_epochs may "
+        f"help{fp16}; earlier checkpoints are kept"
     )
+
+
+def _waits_for_finite(run: Run) -> bool:
+    """True if the update waits until loss and gradients are known to be finite."""
+    return run.world.device.type == "cpu" or run.recipe.on_non_finite != "stop"
+
+
+def _leave_out(run: Run, step: PendingStep) -> bool:
+    """Drops the step's gradients and batch-norm statistics and warns, or raises, as the recipe says; returns True."""
+    state, text = run.state, _describe(run, step)
+    if run.recipe.on_non_finite == "stop":
+        raise DivergedError(text)
+    discard_step(state.module)
+    if run.recipe.on_non_finite == "rollback":
+        raise NonFiniteStepError(text)
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row >= MOST_SKIPPED:
+        raise DivergedError(f"{MOST_SKIPPED} steps in a row were not finite; {text}")
+    run.log({"event": "warning", "text": f"step {step.settings.step} changed nothing: {text}"})
+    return True
 
 
 def count_skipped(run: Run, step: PendingStep) -> None:
@@ -115,7 +151,10 @@ def count_skipped(run: Run, step: PendingStep) -> None:
     Raises:
         DivergedError: MOST_SKIPPED steps in a row.
     """
+    if step.left_out:  # counted by `_leave_out`
+        return
     if step.scale is None:
+        run.state.skipped_in_a_row = 0
         return
     state, (overflow, scale) = run.state, step.scale.read()
     state.skipped_steps += int(overflow)
@@ -140,22 +179,6 @@ def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int
     if _never_waits(run):
         _update(run)
     return sums, [parameter.grad for parameter in _parameters(run) if parameter.grad is not None]
-
-
-class _Latest:
-    """An iterator that remembers the batch it returned last."""
-
-    batch: Batch
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        self.batch = next(self._batches)
-        return self.batch
 
 
 def _captures(run: Run, settings: StepSettings) -> bool:
@@ -235,10 +258,20 @@ def _skipping(optimizer: torch.optim.Optimizer, overflow: Tensor | None) -> Iter
 
 
 def _sum_over_workers(run: Run, sums: Tensor, clock: StepClock, exchange: dict[str, Any]) -> Tensor:
-    """Over all workers, float64: the fields of `PendingStep.scalars`, the last ones of `rank_slots`."""
+    """Over all workers, float64: the fields of `PendingStep.scalars`, then those of `rank_slots`."""
     is_overdue = run.world.is_first and run.checkpoint_is_overdue()
-    own = [float(run.stop_requested()), float(is_overdue), *rank_slots(run.world, clock, exchange)]
-    return sum_over_workers(torch.cat([sums, sums.new_tensor(own)]), run.world)
+    flags = sums.new_tensor([float(run.stop_requested()), float(is_overdue)])
+    slots = sums.new_tensor(rank_slots(run.world, clock, exchange))
+    return sum_over_workers(torch.cat([sums, flags, _has_bad_gradient(run, sums[:1]), slots]), run.world)
+
+
+def _has_bad_gradient(run: Run, like: Tensor) -> Tensor:
+    """1 if a gradient is not finite, else 0; also 0 if the update does not wait, or fp16's loss scale checks."""
+    gradients = [p.grad for p in _parameters(run) if p.grad is not None]
+    if not gradients or not _waits_for_finite(run) or run.state.precision.loss_scale is not None:
+        return torch.zeros_like(like)
+    peaks = torch.stack([peak.float() for peak in torch._foreach_norm(gradients, torch.inf)])
+    return torch.ones_like(like) - peaks.isfinite().all()
 
 
 def _parameters(run: Run) -> list[torch.nn.Parameter]:

@@ -171,6 +171,13 @@ class TrainLoader(BaseLoader):
         """
         return self._prefetched(self._read, requests)
 
+    def sample_names(self, positions: range) -> list[str]:
+        """Name of the sample at each stream position: its file, or its index in an `ArraySource`."""
+        indices = self._samples(positions).indices.tolist()
+        if isinstance(self.source, ArraySource):
+            return [f"image {index}" for index in indices]
+        return [self.source.name(index) for index in indices]
+
     def _read(self, request: tuple[range, int]) -> Callable[[], Batch]:
         """Reads and decodes on the host; returns the function that finishes the batch on the device."""
         positions, resolution = request

@@ -82,8 +82,8 @@ class RankComparison:
         self._run.log({"event": "workers", "step": step} | facts)
         if is_slow and slowest != self._slow:
             text = (
-                f"worker {slowest} is slow: {slowest_ms:.1f} ms of its own work per step before step {step}, the others "
-                f"{median_ms:.1f} ms (median); all wait for it. Its cores, disk or GPU may be shared or throttled"
+                f"worker {slowest} is slow: {slowest_ms:.1f} ms of its own work per step before step {step}, the "
+                f"others {median_ms:.1f} ms (median), and wait. Its cores, disk or GPU may be shared or throttled"
             )
             self._run.log({"event": "warning", "text": text})
         self._slow = slowest if is_slow else None
