@@ -1,5 +1,5 @@
-# make demo | make test | make test-all | make faults | make coverage | make check | make bench: each sets up what it
-# needs in .venv, on a machine with Python and git.
+# make demo | make test | make test-all | make faults | make fuzz | make coverage | make check | make bench: each sets up
+# what it needs in .venv, on a machine with Python and git.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-lo
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/csrc/*.[ch])
 
-.PHONY: demo test test-all faults coverage check bench docs clean
+.PHONY: demo test test-all faults fuzz coverage check bench docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/megabatch train fashion_mnist --workers 2
@@ -27,6 +27,12 @@ FAULTS ?= 100
 faults: $(VENV)/.ready-dev
 	rm -rf benchmarks/out/faults
 	$(BIN)/python tests/faults/fault_runs.py --faults $(FAULTS) --output benchmarks/out/faults
+
+# Mutated inputs of every kind, in full numbers; their outcomes are in benchmarks/out/fuzz.jsonl.
+fuzz: $(VENV)/.ready-dev
+	mkdir -p benchmarks/out
+	MEGABATCH_FUZZ_RECORD=benchmarks/out/fuzz.jsonl MEGABATCH_FUZZ_JPEGS=100000 $(BIN)/python -m pytest -q -m slow tests/fuzz \
+	    tests/data/jpeg/test_library.py
 
 coverage: $(VENV)/.ready-dev
 	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered

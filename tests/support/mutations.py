@@ -146,7 +146,7 @@ def run_cases(name: str, count: int, case: Callable[[random.Random], bool]) -> C
         signal.signal(signal.SIGALRM, old)
     added = _peak_bytes() - before
     assert added < MOST_MEMORY_BYTES, f"{name}: {added:,} bytes of memory"
-    _record({"name": name, "count": count, **outcomes, "added_bytes": added, "wall_s": time.perf_counter() - started})
+    record({"name": name, "count": count, **outcomes, "added_bytes": added, "wall_s": time.perf_counter() - started})
     return outcomes
 
 
@@ -158,7 +158,8 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _record(facts: dict[str, Any]) -> None:
+def record(facts: dict[str, Any]) -> None:
+    """Appends one line to the file that MEGABATCH_FUZZ_RECORD names, if it does."""
     if path := os.environ.get("MEGABATCH_FUZZ_RECORD"):
         with Path(path).open("a") as file:
             file.write(json.dumps(facts) + "\n")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,12 @@ class EventWriter(Protocol):
     def close(self) -> None:
         """Ends the writing."""
         ...
+
+NUMBERS = frozenset(
+    {"step", "epoch", "loss", "lr", "momentum", "global_batch_size", "images_per_s", "top1", "top5", "num_samples"}
+    | {"resolution", "exposed_ms", "train_s"}
+)
+"""Fields that are numbers in every event that has them; a line in which one is not counts as damaged."""
 
 
 class EventLog:
@@ -132,7 +139,14 @@ def _parse(line: bytes) -> Event | None:
         value = parse_json(line)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and "event" in value else None
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return None
+    return value if all(_is_number(value[field]) for field in NUMBERS & value.keys()) else None
+
+
+def _is_number(value: object) -> bool:
+    """True for null, which stands for NaN, and a number that a float can represent."""
+    return value is None or (type(value) in {int, float} and abs(value) <= sys.float_info.max)  # type: ignore[arg-type]
 
 
 def _drop_incomplete_line(path: Path) -> None:

@@ -63,7 +63,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         evaluation_rows=[row for run in runs for row in _evaluation_rows(run)],
         recipe_rows=_recipe_rows(runs),
         environment_rows=_environment_rows(runs),
-        warnings=[(run.label, printable(text)) for run in runs for text in run.warnings],
+        warnings=[(run.label, text) for run in runs for text in run.warnings],
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page, errors="backslashreplace")
@@ -75,6 +75,7 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.DictLoader({"report.html": source}),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -250,6 +251,10 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.6g}"
     if isinstance(value, list | tuple):
-        pairs = [":".join(f"{v:g}" for v in x) if isinstance(x, list | tuple) else _text(x) for x in value]
+        pairs = [":".join(map(_plain, x)) if isinstance(x, list | tuple) else _text(x) for x in value]
         return ", ".join(pairs) if len(pairs) <= 12 else ", ".join([*pairs[:5], "…", *pairs[-3:]])
     return str(value)
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

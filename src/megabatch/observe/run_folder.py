@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError, UserError
-from megabatch.files import locked
+from megabatch.files import locked, read_json
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
@@ -175,7 +174,7 @@ def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:
         if event["event"] != kind:
             continue
         # a resumed run starts at its checkpoint, before the last logged step
-        while kept and kept[-1].get("step", 0) >= event.get("step", 0):
+        while kept and (kept[-1].get("step") or 0) >= (event.get("step") or 0):
             kept.pop()
         kept.append(event)
     return kept
@@ -187,15 +186,14 @@ def _last(events: list[Event], kind: str) -> Event | None:
 
 def _spans_of_buckets(steps: list[Event]) -> list[Span]:
     """Returns the gradient exchange of the middle update; early updates are not typical: they compile and allocate."""
-    updates = [event["buckets"] for event in steps if event.get("buckets")]
+    updates = [event["buckets"] for event in steps if event.get("buckets") and isinstance(event["buckets"], list)]
     spans = []
     for bucket in updates[len(updates) // 2] if updates else []:
-        lane, ready, sent, done = (
-            f"bucket {bucket['index']}",
-            bucket["ready_ms"],
-            bucket["sent_ms"],
-            bucket["done_ms"],
-        )
+        try:
+            lane = f"bucket {bucket['index']}"
+            ready, sent, done = (float(bucket[name]) for name in ("ready_ms", "sent_ms", "done_ms"))
+        except (TypeError, KeyError, ValueError, OverflowError):
+            continue  # not written by this version
         spans += [Span(lane, "waiting", ready, sent - ready), Span(lane, "exchange", sent, done - sent)]
     return spans
 
@@ -205,16 +203,26 @@ def _read_trace(path: Path) -> list[Span]:
     if not path.is_file():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(path)
+        listed = content.get("traceEvents", []) if isinstance(content, dict) else content
+        return _spans_of_last_update([event for event in listed if isinstance(event, dict) and event.get("ph") == "X"])
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a JSON trace ({error}); remove it to write the report without it") from None
-    listed = content.get("traceEvents", []) if isinstance(content, dict) else content
-    events = [event for event in listed if isinstance(event, dict) and event.get("ph") == "X" and "ts" in event]
+
+
+def _spans_of_last_update(events: list[Event]) -> list[Span]:
+    events = [event for event in events if "ts" in event]
     events = [event for event in events if _step_of(event) == _step_of(events[-1])]
     lanes: dict[Any, str] = {}  # a thread is named after its first event
     for event in events:
         lanes.setdefault(_thread(event), str(event.get("name", "")))
-    return [Span(lanes[_thread(event)], _kind(event), event["ts"] / 1e3, event.get("dur", 0) / 1e3) for event in events]
+    spans = []
+    for event in events:
+        start_ms, length_ms = float(event["ts"]) / 1e3, float(event.get("dur", 0)) / 1e3
+        if not math.isfinite(start_ms + length_ms):
+            raise ValueError("a time is not finite")
+        spans.append(Span(lanes[_thread(event)], _kind(event), start_ms, length_ms))
+    return spans
 
 
 def _step_of(event: dict[str, Any]) -> Any:
