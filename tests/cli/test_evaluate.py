@@ -1,9 +1,12 @@
 """`megabatch evaluate` on a checkpoint."""
 
+import dataclasses
+
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 from typer.testing import CliRunner
 
 from megabatch.cli.main import app
+from megabatch.data.sources.arrays import ArraySource
 
 
 def test_evaluation_configures_the_allocator_as_training_does(tmp_path, monkeypatch):
@@ -14,3 +17,23 @@ def test_evaluation_configures_the_allocator_as_training_does(tmp_path, monkeypa
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
     assert num_workers == [1]
     assert f"({trained['correct']} of 100)" in result.output
+
+
+HOSTILE = "\x1b[2J\u202ecat\x07\n"
+
+
+def test_control_characters_of_a_class_name_reach_no_terminal(tmp_path, monkeypatch):
+    recipe, data = tiny_recipe(), tiny_data(tiny_recipe())
+    train, evaluation = (renamed(source, HOSTILE) for source in (data.train, data.evaluation))
+    trained = dataclasses.replace(data, train=train, evaluation=evaluation)
+    run_tiny(tmp_path, recipe, data=trained, max_steps=1)
+    lacking = ArraySource(data.evaluation.images, data.evaluation.labels.clamp(max=2), ("a", "b", "c"))
+    evaluated = dataclasses.replace(data, evaluation=lacking)
+    monkeypatch.setattr("megabatch.app.data.open_evaluation_data", lambda *_: evaluated)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
+    assert "no \\x1b[2J\\u202ecat\\x07\\n" in result.output
+    assert result.output.replace("\n", "").isprintable()
+
+
+def renamed(source, name):
+    return ArraySource(source.images, source.labels, (*source.class_names[:-1], name))

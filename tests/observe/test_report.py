@@ -123,6 +123,16 @@ def test_names_in_any_bytes_leave_a_page_in_utf8(tmp_path: Path) -> None:
     assert "run-\\udce9" in page
 
 
+def test_control_characters_of_names_are_escapes_in_the_page(tmp_path: Path) -> None:
+    hostile = "\x1b[2J\x00\u202ecat"
+    recipe = dataclasses.replace(recipes.get("fashion_mnist"), name=hostile, dataset=hostile)
+    spans = [{"ph": "X", "ts": 0, "dur": 5, "name": hostile}]
+    run = make_run(tmp_path / "run", [step_event(1)], recipe=recipe, start={"cpu": hostile}, timeline=spans)
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\\x1b[2J\\x00\\u202ecat" in page
+    assert page.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize(
     "events",
     [

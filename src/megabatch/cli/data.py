@@ -67,7 +67,7 @@ def pack(
             on_progress=on_progress,
         )
     for name, reason in report.skipped:
-        typer.echo(f"skipped {printable(name)}: {reason}")
+        typer.echo(printable(f"skipped {name}: {reason}"))
     counts = ", ".join(f"{count:,} {part}" for part, count in report.num_samples.items())
     kept = f", {report.num_kept_shards} of them kept from an earlier run" if report.num_kept_shards else ""
     typer.echo(f"{counts} images of {len(report.class_names)} classes in {report.num_shards} shards{kept}")

@@ -10,6 +10,7 @@ import typer
 from megabatch.cli.confusion import print_details, write_matrix
 from megabatch.cli.options import find_device, runtime_options
 from megabatch.cli.output import make_console
+from megabatch.files import printable
 from megabatch.runtime import Runtime
 
 
@@ -80,7 +81,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
         )
         if world.is_first:
             for remark in [*data.notes, *remarks]:
-                typer.echo(remark, err=True)
+                typer.echo(printable(remark), err=True)
             typer.echo(
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "
                 f"top1 {result.top1:.4f} ({result.correct1:,} of {result.num_samples:,})"

@@ -34,6 +34,7 @@ class EventWriter(Protocol):
         """Ends the writing."""
         ...
 
+
 NUMBERS = frozenset(
     {"step", "epoch", "loss", "lr", "momentum", "global_batch_size", "images_per_s", "top1", "top5", "num_samples"}
     | {"resolution", "exposed_ms", "train_s"}

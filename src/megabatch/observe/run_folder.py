@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError, UserError
-from megabatch.files import locked, read_json
+from megabatch.files import locked, printable, read_json
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
@@ -215,7 +215,7 @@ def _spans_of_last_update(events: list[Event]) -> list[Span]:
     events = [event for event in events if _step_of(event) == _step_of(events[-1])]
     lanes: dict[Any, str] = {}  # a thread is named after its first event
     for event in events:
-        lanes.setdefault(_thread(event), str(event.get("name", "")))
+        lanes.setdefault(_thread(event), printable(str(event.get("name", ""))))
     spans = []
     for event in events:
         start_ms, length_ms = float(event["ts"]) / 1e3, float(event.get("dur", 0)) / 1e3
@@ -231,7 +231,7 @@ def _step_of(event: dict[str, Any]) -> Any:
 
 def _kind(event: dict[str, Any]) -> str:
     """Returns the event's name without its number, so that all buckets have one kind."""
-    return re.sub(r"[ _]\d+$", "", str(event.get("name", "")))
+    return re.sub(r"[ _]\d+$", "", printable(str(event.get("name", ""))))
 
 
 def _thread(event: dict[str, Any]) -> tuple[Any, Any]:

@@ -60,7 +60,7 @@ assert 100 < rejected < 1500, rejected
 
 @pytest.mark.slow
 def test_no_input_makes_the_c_code_access_memory_out_of_bounds(tmp_path):
-    """The C sources under the address and undefined-behaviour sanitizers, on 6,000 damaged files (make fuzz: 100,000)."""
+    """The C sources under two sanitizers, on damaged files: 6,000, or 100,000 in make fuzz."""
     count = os.environ.get("MEGABATCH_FUZZ_JPEGS", "6000")
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
