@@ -14,6 +14,7 @@ from megabatch.cli.bench_input import bench_input
 from megabatch.cli.bench_step import bench_step
 from megabatch.cli.data import data_app
 from megabatch.cli.evaluate import evaluate
+from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.output import open_output
 from megabatch.cli.plan import plan
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(export)
 app.command()(recipes)
 app.command()(plan)
 app.command("report")(write_report)
