@@ -39,7 +39,7 @@ ByEpoch = tuple[tuple[float, float], ...]
 
 DESCRIPTIVE_FIELDS = frozenset(
     {"name", "eval_every_epochs", "eval_offset_epochs", "target_top1", "published_top1", "published_curve"}
-    | {"on_non_finite", "rollback_checkpoints", "rollback_lr_factor"}
+    | {"on_non_finite", "rollback_checkpoints", "rollback_lr_factor", "early_stop_epochs", "early_stop_min_rise"}
 )
 """Fields in which a resumed run may differ: they change no weights up to the checkpoint that it resumes from."""
 
@@ -162,6 +162,8 @@ class Recipe:
     # Published results and evaluation times
     eval_every_epochs: float = 1.0
     eval_offset_epochs: float = 0.0
+    early_stop_epochs: float = 0.0  # > 0: end after this many epochs whose evaluations bring no better top-1
+    early_stop_min_rise: float = 0.0  # smallest rise of top-1, in [0, 1], that counts as better
     target_top1: float | None = None
     published_top1: float | None = None
     published_curve: ByEpoch = ()  # (epoch, top1)
@@ -193,15 +195,21 @@ def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
         RecipeError: an unknown key (the message suggests a field), a text that does not parse as the field's type, or
             values that contradict each other.
     """
+    changes = parse_settings(settings, recipe)
+    if "total_epochs" in changes:
+        changes = _fit_warmup(recipe, changes)
+    return validate(dataclasses.replace(recipe, **changes))
+
+
+def parse_settings(settings: Mapping[str, str], current: Recipe | None = None) -> dict[str, Any]:
+    """Returns `settings`, texts by field name, parsed to the fields' types; an error suggests the `current` value."""
     hints = typing.get_type_hints(Recipe)
     changes: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in hints:
             raise RecipeError(f"unknown recipe key '{key}'; {suggestion(key, list(hints))}")
-        changes[key] = _parse(key, text, hints[key], getattr(recipe, key))
-    if "total_epochs" in changes:
-        changes = _fit_warmup(recipe, changes)
-    return validate(dataclasses.replace(recipe, **changes))
+        changes[key] = _parse(key, text, hints[key], current)
+    return changes
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -225,6 +233,8 @@ def validate(recipe: Recipe) -> Recipe:
     for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
         _require(getattr(recipe, field) > 0, recipe, field, "above 0", 1)
     for field in ("weight_decay", "peak_lr", "warmup_epochs", "warmup_start_lr", "end_lr", "ema_half_life_epochs"):
+        _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
+    for field in ("early_stop_epochs", "early_stop_min_rise"):
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
     for field in ("mixup_alpha", "cutmix_alpha", "trust_eps", "cutout_size", "crop_padding", "sgd_lr_factor"):
         _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
@@ -389,12 +399,13 @@ def _require(holds: bool, recipe: Recipe, field: str, needed: str, example: obje
         raise RecipeError(f"{field}={as_text(given)} was given, needed: {needed}; {field}={example} works")
 
 
-def _parse(key: str, text: str, hint: Any, current: Any) -> Any:
+def _parse(key: str, text: str, hint: Any, current: Recipe | None) -> Any:
     """Returns `text` as a value of type `hint`; a RecipeError suggests the `current` value."""
     try:
         return parse(text.strip(), hint)
     except ValueError as error:
-        raise RecipeError(f"{key}={text}: {error}; {key}={as_text(current)} works") from None
+        works = f"; {key}={as_text(getattr(current, key))} works" if current else ""
+        raise RecipeError(f"{key}={text}: {error}{works}") from None
 
 
 def _type_text(hint: Any) -> str:

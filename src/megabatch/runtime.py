@@ -40,7 +40,11 @@ class Runtime:
         None, "Folder with train/ and val/, or URL of shards, instead of the recipe's data set."
     )
     output: Path | None = _option(None, "Run folder; default runs/RECIPE-TIME.")
-    resume: bool = _option(False, "Resume from the newest checkpoint in --output; the recipe must be the same.")
+    resume: bool | Literal["auto"] = _option(
+        False,
+        "Resume from the newest checkpoint in --output, with the same recipe; auto: or start, if it holds no run. "
+        "--resume alone is on.",
+    )
     workers: int | None = _option(
         None, "Local workers, or auto: one per GPU, else one per core, at most 8.", least=1, none="auto"
     )

@@ -60,7 +60,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
-        log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=runtime.resume, stack=stack)
+        log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=bool(runtime.resume), stack=stack)
         announce_measuring(log, world, stack)
         if runtime.resume:
             runtime = with_earlier_choices(runtime, folder, world=world)
@@ -81,7 +81,7 @@ def open_run(
             choices = [f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange]
             choices += [str(tiles)] if str(tiles) else []
             choices += [f"initial weights: {match_weights(state.module, initial)}"] if initial else []
-            describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed)
+            describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed, max_steps)
         loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
         stack.callback(loader.close)
         run = Run(

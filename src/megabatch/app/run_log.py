@@ -22,7 +22,7 @@ from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
 from megabatch.train.evaluate import MOST_CONFUSION_CLASSES
-from megabatch.train.schedule import count_steps
+from megabatch.train.schedule import count_steps, end_of_steps
 from megabatch.train.state import TrainState
 
 
@@ -56,6 +56,8 @@ class RunLog:
             self.progress.step(event["step"], event["epoch"], event["loss"], event["images_per_s"])
         elif event["event"] == "evaluation":
             self.progress.evaluation(event["epoch"], event["top1"], event["top5"], event.get("remark", ""))
+        elif event["event"] == "early_stop":
+            self.note(event["text"])
         elif event["event"] == "warning":
             self.progress.note(f"warning: {event['text']}")
 
@@ -103,6 +105,7 @@ def describe_run(
     choices: Sequence[str],
     state: TrainState,
     resumed: CheckpointInfo | None,
+    max_steps: int | None,
 ) -> None:
     """Writes recipe.json and environment.json and logs the run's start, in three lines on the screen."""
     environment = describe()
@@ -133,6 +136,9 @@ def describe_run(
         f"x {accumulated} accumulated, batch-norm span {recipe.bn_span}; run folder {log.folder}"
     )
     log.note(f"chosen: {'; '.join(choices)}")
+    if max_steps:
+        end = end_of_steps(recipe, state.samples_seen, max_steps)
+        log.progress.end_at(min(count_steps(recipe), state.step + max_steps), end / recipe.num_train_images)
     for text in data.notes:
         log.log({"event": "warning", "text": f"data: {text}"})
     if resumed:

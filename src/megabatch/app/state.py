@@ -14,6 +14,7 @@ from megabatch.app.run_log import RunLog
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
 from megabatch.nn.initialize import weights_digest
+from megabatch.observe.run_folder import holds_run
 from megabatch.optim.batch_size import NoiseScaleBatchPolicy
 from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, differing_fields, from_json
@@ -73,7 +74,8 @@ def resume(
 
     found = agree_on_checkpoint(folder / "checkpoints", world, on_damaged=log.warn)
     if found is None:
-        log.warn("no checkpoint to resume from; the run starts at step 0")
+        if holds_run(folder):
+            log.warn("no checkpoint to resume from; the run starts at step 0")
         return None, data
     info, saved = found
     refuse_other_recipe(recipe, from_json(info.recipe))

@@ -72,7 +72,7 @@ def main() -> None:
     _limit_spinning()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat what an error says in one line
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # a file in the current folder shadows no module of child processes
-    sys.argv[1:] = [_expand_home(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [_expand_home(argument) for argument in _with_resume_value(sys.argv[1:])]
     try:
         # A worker that waits for others in C++ code would not notice: there the signals keep their default action.
         with contextlib.nullcontext() if "RANK" in os.environ else handling(_interrupt):
@@ -101,6 +101,15 @@ def _refuse_empty(arguments: list[str]) -> None:
                 f"the argument {option if equals else 'after ' + before} is empty, maybe as a shell variable is not "
                 "set; a value is needed, and . is the current folder"
             )
+
+
+def _with_resume_value(arguments: list[str]) -> list[str]:
+    """Replaces `--resume` without one of its values by `--resume=on`: typer has no option with an optional value."""
+    following = [*arguments[1:], ""]
+    return [
+        "--resume=on" if argument == "--resume" and after not in {"on", "off", "auto"} else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _expand_home(argument: str) -> str:

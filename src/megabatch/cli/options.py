@@ -21,6 +21,7 @@ Choice = TypeVar("Choice", bound=str)
 
 SET_HELP = "KEY=VALUE of the recipe, as peak_lr=2; repeatable. `megabatch recipes NAME` shows every key."
 HINTS = typing.get_type_hints(Runtime)
+_SWITCHES = {False: "off", True: "on"}
 CACHE_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Runtime)}["cache"]
 
 
@@ -56,7 +57,7 @@ def _parameter(field: dataclasses.Field[Any], text: str) -> inspect.Parameter:
     default, kind = field.default, _plain_type(HINTS[field.name])
     if choices := _choices(field.name):
         text += f" One of {', '.join(choices)}."
-        kind = str
+        kind, default = str, _SWITCHES[default] if isinstance(default, bool) else default
     elif facts["none"]:
         kind, default = str, facts["none"]  # a number or that word; `_parse` tells them apart
     limits = {} if kind not in {int, float} else {"min": facts["least"], "max": facts["most"]}
@@ -72,13 +73,19 @@ def _plain_type(hint: Any) -> Any:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    return typing.get_args(HINTS[name]) if typing.get_origin(HINTS[name]) is Literal else ()
+    """Words of a field that is a Literal, or bool or a Literal."""
+    hint = HINTS[name]
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    words = [word for member in typing.get_args(hint) for word in typing.get_args(member)]
+    return (*_SWITCHES.values(), *words) if words else ()
 
 
 def _parse(field: dataclasses.Field[Any], value: Any) -> Any:
     option = f"--{field.name.replace('_', '-')}"
     if choices := _choices(field.name):
-        return require_choice(option, value, choices)
+        chosen = require_choice(option, value, choices)
+        return chosen == "on" if isinstance(field.default, bool) and chosen in _SWITCHES.values() else chosen
     if none := field.metadata["none"]:
         return None if value == none else _parse_number(option, value, field)
     return parse_data(value) if field.name == "data" else value

@@ -12,38 +12,50 @@ from rich.table import Table
 from rich.text import Text
 
 from megabatch import recipes as registry
-from megabatch.cli.options import SET_HELP, parse_settings
+from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.cli.output import make_console
 from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override
+from megabatch.recipe_file import to_toml
 
 MAX_TABLE_ROWS = 50
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Recipe to show with its schedule; default: list all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe, or recipe file (.toml), to show with its schedule; default: list all.")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the schedule to this .svg or .png file.")] = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="table, or toml: a file to edit and to train from.")
+    ] = "table",
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
 ) -> None:
-    """Lists the recipes, or shows one. One recipe is shown with every field and its schedule by epoch."""
+    """Lists the recipes, or shows one. One recipe is shown with every field and its schedule by epoch.
+
+    With --format toml it is written as a file: `megabatch recipes photos --format toml > mine.toml`.
+    """
     if markdown:
         from megabatch.recipes.markdown import as_markdown
 
         typer.echo(as_markdown(), nl=False)
         return
-    console = make_console()
+    chosen, console = require_choice("--format", output_format, ("table", "toml")), make_console()
     if name is None:
-        if plot or settings:
+        if plot or settings or chosen == "toml":
             raise typer.BadParameter(
-                "--plot and --set need the NAME of a recipe; `megabatch recipes fashion_mnist` works"
+                "--plot, --set and --format toml need the NAME of a recipe; `megabatch recipes fashion_mnist` works"
             )
         console.print(_list())
         return
     recipe = override(registry.get(name), parse_settings(settings or []))
     if plot:
         require_drawable(plot)
-    _show(console, recipe, name)
+    if chosen == "toml":
+        typer.echo(to_toml(recipe, registry.docstring(name)), nl=False)
+    else:
+        _show(console, recipe, name)
     if plot:
         plot_schedule(curve(recipe), plot, title=name)
         typer.echo(f"wrote the plot of the schedule to {plot}")
@@ -80,8 +92,9 @@ def _top1(value: float | None) -> str:
 
 def _show(console: Console, recipe: Recipe, name: str) -> None:
     """Prints the docstring, every field and the schedule."""
-    console.print(Text(registry.docstring(name)))
-    console.print()
+    if about := registry.docstring(name):
+        console.print(Text(about))
+        console.print()
     console.print(_fields(recipe))
     console.print()
     console.print(_schedule_table(list(schedule(recipe))))

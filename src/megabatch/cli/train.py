@@ -20,9 +20,10 @@ import typer
 from megabatch import recipes
 from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime_options
 from megabatch.errors import STOPPED, SettingsError
-from megabatch.files import create_unused
+from megabatch.files import create_unused, write_text
 from megabatch.observe.run_folder import holds_run, require_no_run
 from megabatch.recipe import Recipe, from_json, override
+from megabatch.recipe_file import SUFFIX
 from megabatch.runtime import Runtime
 from megabatch.train.recipe_warnings import warnings_for
 from megabatch.user_code import is_function, short_name
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 @runtime_options()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe, or recipe file (.toml); `megabatch recipes` lists them.")],
     runtime: Runtime,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     steps: Annotated[
@@ -49,7 +50,8 @@ def train(
     """Trains a recipe. The last line shows the top-1 accuracy and the report's path."""
     given = parse_settings(settings or [])
     chosen = _with_initial_weights(override(recipes.get(recipe), given | _model_setting(runtime, given)), runtime)
-    request = Request(steps, dry_run, quiet=quiet, may_drop_colour="image_channels" in given)
+    file = Path(recipe) if recipe.endswith(SUFFIX) else None
+    request = Request(steps, dry_run, file, quiet=quiet, may_drop_colour="image_channels" in given)
     _train(chosen, runtime, request)
 
 
@@ -59,6 +61,7 @@ class Request:
 
     steps: int | None
     dry_run: int | None
+    file: Path | None  # the recipe's
     quiet: bool
     may_drop_colour: bool
 
@@ -203,6 +206,8 @@ def _work(recipe: Recipe, runtime: Runtime, output: Path | None, request: Reques
         ) as run:
             for warning in [*warnings_for(fitted), *(image_remarks(fitted, data) if world.is_first else ())]:
                 run.log({"event": "warning", "text": warning})
+            if request.file and world.is_first:
+                write_text(folder / "recipe.toml", request.file.read_text(encoding="utf-8"))  # with its comments
             first_sample = run.state.samples_seen
             evaluation = run_loop(run)
             seconds = time.perf_counter() - started
@@ -265,8 +270,8 @@ def _run_folder(recipe: Recipe, runtime: Runtime, request: Request, *, launched:
 def _check_output(runtime: Runtime, *, may_start: bool = False) -> None:
     """Raises SettingsError if the run cannot start, or resume, in --output.
 
-    Under a launcher `--resume` accepts a folder without a run (`may_start`), so that one command both starts a job and
-    continues it after a requeue.
+    `--resume auto`, and under a launcher (`may_start`) also `--resume`, accept a folder without a run, so that one
+    command both starts a job and continues it after a requeue.
     """
     output = runtime.output
     if output is None:
@@ -275,8 +280,8 @@ def _check_output(runtime: Runtime, *, may_start: bool = False) -> None:
         return
     if output.exists() and not output.is_dir():
         raise SettingsError(f"--output {output} is a file; a new or empty folder works")
-    if runtime.resume and not may_start and not holds_run(output):
-        raise SettingsError(f"{output} holds no run to resume; without --resume a new run starts there")
+    if runtime.resume is True and not may_start and not holds_run(output):
+        raise SettingsError(f"{output} holds no run to resume; --resume auto, or no --resume, starts a new run there")
     if not runtime.resume:
         require_no_run(output)
 

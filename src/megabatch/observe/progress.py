@@ -63,6 +63,10 @@ class Progress:
             self._last_line_s = self._clock()
             self._line(f"{status}  {left}".rstrip())
 
+    def end_at(self, total_steps: int, total_epochs: float) -> None:
+        """Set where this process ends, if that is before the end of the recipe."""
+        self.total_steps, self.total_epochs = total_steps, total_epochs
+
     def evaluation(self, epoch: float, top1: float, top5: float | None = None, remark: str = "") -> None:
         """Show the accuracies, in [0, 1], of the evaluation at `epoch`, followed by `remark`."""
         self._top1 = top1
@@ -98,7 +102,7 @@ class Progress:
 
     def _status(self, step: int, epoch: float, loss: float, images_per_s: float) -> str:
         parts = [
-            f"epoch {epoch:.2f}/{self.total_epochs:g}",
+            f"epoch {epoch:.2f}/{self.total_epochs:.3g}",
             f"step {step:,}/{self.total_steps:,}",
             f"{images_per_s:,.0f} images/s",
             f"loss {loss:.3f}",

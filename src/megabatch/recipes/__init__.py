@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 from megabatch.errors import RecipeError
 from megabatch.recipe import Recipe, validate
+from megabatch.recipe_file import SUFFIX, read_toml
 from megabatch.recipe_text import as_text
 from megabatch.recipes import (
     akiba2017,
@@ -89,16 +91,18 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Recipe:
-    """Returns the recipe called `name`, validated.
+    """Returns the recipe called `name`, or the one in the TOML file `name`, which ends in .toml; validated.
 
     Raises:
-        RecipeError: no recipe has that name; the message suggests the nearest name.
+        RecipeError: no recipe has that name (the message suggests the nearest), or the file is not a valid recipe.
     """
-    return validate(_function(name)())
+    return read_toml(Path(name)) if name.endswith(SUFFIX) else validate(_function(name)())
 
 
 def docstring(name: str) -> str:
-    """Returns the recipe's docstring without indentation."""
+    """Returns the recipe's docstring without indentation; "" for a file."""
+    if name.endswith(SUFFIX):
+        return ""
     return inspect.getdoc(_function(name)) or ""
 
 

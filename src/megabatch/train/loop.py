@@ -41,11 +41,11 @@ def train(run: Run) -> Evaluation | None:
         saves = evaluates or _checkpoint_is_due(run, settings)
         stop, overdue = in_flight.settle(wait_for_all=saves)
         workers.after_step(before_checkpoint=saves or stop or overdue)
-        evaluation = evaluate_run(run) if evaluates else None
+        evaluation = _evaluate(run) if evaluates else None
         if saves or stop or overdue:
             _save(run, evaluation)
             bad_samples.synchronize()
-        if stop or ended:
+        if stop or ended or run.stops_early:
             break
     return evaluation
 
@@ -136,6 +136,20 @@ def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
     if step.scale or run.state.skipped_steps:
         event |= {"skipped_steps": run.state.skipped_steps}
     return event | step_measurements(step)
+
+
+def _evaluate(run: Run) -> Evaluation:
+    """Evaluates, and records the result for the recipe's rule of early stopping; equal on every worker."""
+    evaluation, state, recipe = evaluate_run(run), run.state, run.recipe
+    state.evaluated(evaluation.top1, min_rise=recipe.early_stop_min_rise)
+    if run.stops_early:
+        best = state.best_at / recipe.num_train_images
+        text = f"stopped early: no better top1 in {recipe.early_stop_epochs:g} epochs than {state.best_top1:.4f} "
+        text += f"at epoch {best:.2f}; the best checkpoint is kept"
+        run.log(
+            {"event": "early_stop", "step": state.step, "best_top1": state.best_top1, "best_epoch": best, "text": text}
+        )
+    return evaluation
 
 
 def _save(run: Run, evaluation: Evaluation | None) -> None:

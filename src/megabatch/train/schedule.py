@@ -112,6 +112,15 @@ def count_steps(recipe: Recipe) -> int:
     return steps
 
 
+def end_of_steps(recipe: Recipe, first: int, num_steps: int) -> int:
+    """Stream position after `num_steps` steps from position `first`, at most the end of the run."""
+    for _ in range(num_steps):
+        if first >= total_samples(recipe):
+            break
+        first += recipe.batch_at(first / recipe.num_train_images)
+    return min(first, total_samples(recipe))
+
+
 def apply_settings(groups: list[dict[str, Any]], settings: StepSettings) -> None:
     """Writes a step's rates into every parameter group (`optimizer.param_groups`).
 

@@ -113,6 +113,9 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     lr_factor: float = 1.0  # of all learning rates; lower after a rollback
+    best_top1: float = -1.0  # of the evaluations that count as better, at `best_at` samples
+    best_at: int = 0
+    evaluated_at: int = 0
     wire_scales: WireScales | None = None
     copies: WeightCopies = field(default_factory=WeightCopies)  # derived from the weights, so not checkpointed
     _saved_scales: dict[int, float] = field(default_factory=dict)
@@ -121,6 +124,12 @@ class TrainState:
         """Makes the exchange's scales part of the state, and restores those of a loaded checkpoint."""
         self.wire_scales = scales
         scales.load_state_dict(self._saved_scales)
+
+    def evaluated(self, top1: float, *, min_rise: float) -> None:
+        """Records an evaluation of the present weights for early stopping."""
+        self.evaluated_at = self.samples_seen
+        if top1 > self.best_top1 + (min_rise if self.best_at else 0.0):
+            self.best_top1, self.best_at = top1, self.samples_seen
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only, so that `torch.load(weights_only=True)` reads it back."""
@@ -134,6 +143,7 @@ class TrainState:
             "samples_seen": self.samples_seen,
             "skipped_steps": self.skipped_steps,
             "lr_factor": self.lr_factor,
+            "evaluations": [self.best_top1, self.best_at, self.evaluated_at],
             "wire_scales": self.wire_scales.state_dict() if self.wire_scales else {},
         }
 
@@ -164,6 +174,7 @@ class TrainState:
             raise ValueError(f"step, samples seen and skipped steps are {counts}")
         self.step, self.samples_seen, self.skipped_steps = counts
         self.skipped_in_a_row, self.lr_factor = 0, float(state.get("lr_factor", 1.0))
+        self.best_top1, self.best_at, self.evaluated_at = state.get("evaluations", (-1.0, 0, 0))
         self._saved_scales = state.get("wire_scales", {})
         if self.wire_scales:
             self.wire_scales.load_state_dict(self._saved_scales)
@@ -241,5 +252,11 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """True when every sample of the run has been trained on."""
-        return self.state.samples_seen >= total_samples(self.recipe)
+        """True when every sample of the run has been trained on, or the recipe's rule of early stopping applies."""
+        return self.state.samples_seen >= total_samples(self.recipe) or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        """True if the evaluations of the last `early_stop_epochs` epochs brought no better top-1."""
+        epochs = (self.state.evaluated_at - self.state.best_at) / self.recipe.num_train_images
+        return 0 < self.recipe.early_stop_epochs <= epochs + 1e-9

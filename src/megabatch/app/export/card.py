@@ -47,8 +47,8 @@ def model_card(model: Trained, folder: Path) -> str:
         "---\nlibrary_name: megabatch\npipeline_tag: image-classification\n---",
         f"# {recipe.name}: {recipe.model}, {info.num_classes} classes",
         f"{recipe.model} with {parameters:,} parameters, trained by megabatch. Input: images of "
-        f"{recipe.eval_resolution} x {recipe.eval_resolution} pixels, {recipe.image_channels} channel(s). Output: one logit per class; their "
-        "softmax are the probabilities.",
+        f"{recipe.eval_resolution} x {recipe.eval_resolution} pixels, {recipe.image_channels} channel(s). "
+        "Output: one logit per class; their softmax are the probabilities.",
         f"## Evaluation\n\nTop-1 on the evaluation set: {top1} (step {info.step:,}, epoch {info.epoch:.2f}). It says "
         "nothing about images unlike those of that set.",
         f"## Training\n\n{_training(recipe)}",

@@ -1,6 +1,5 @@
 """A trained model without megabatch's layers, with the facts that its use needs."""
 
-import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +78,7 @@ class Trained:
 
 def plain_network(recipe: Recipe) -> nn.Module:
     """The recipe's untrained network of torch.nn's layers, in evaluation mode; its state dict has the same keys."""
-    return make_model(recipe, functools.partial(nn.BatchNorm2d, eps=recipe.bn_eps)).eval()
+    return make_model(recipe).eval()
 
 
 def trained_model(info: CheckpointInfo, state: dict[str, Any]) -> Trained:
