@@ -16,6 +16,7 @@ from megabatch.cli.data import data_app
 from megabatch.cli.evaluate import evaluate
 from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
+from megabatch.cli.launch import launch_slurm
 from megabatch.cli.output import open_output
 from megabatch.cli.plan import plan
 from megabatch.cli.predict import predict
@@ -24,6 +25,7 @@ from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
 from megabatch.comm.local_workers import handling
 from megabatch.comm.worker_watch import start_beating
+from megabatch.comm.slurm import adopt_slurm_task
 from megabatch.errors import SettingsError
 from megabatch.files import raise_open_file_limit
 
@@ -51,6 +53,11 @@ bench_app.command("step")(bench_step)
 app.add_typer(bench_app, name="bench")
 
 
+launch_app = typer.Typer(help="Write files for schedulers of clusters.", no_args_is_help=True, rich_markup_mode=None)
+launch_app.command("slurm")(launch_slurm)
+app.add_typer(launch_app, name="launch")
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"megabatch {__version__}")
@@ -74,6 +81,7 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # a file in the current folder shadows no module of child processes
     sys.argv[1:] = [_expand_home(argument) for argument in _with_resume_value(sys.argv[1:])]
     try:
+        adopt_slurm_task()
         # A worker that waits for others in C++ code would not notice: there the signals keep their default action.
         with contextlib.nullcontext() if "RANK" in os.environ else handling(_interrupt):
             _refuse_empty(sys.argv[1:])
