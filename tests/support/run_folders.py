@@ -1,7 +1,7 @@
 """Run folders for tests of the report."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ def make_run(
     *,
     recipe: Recipe | None = None,
     start: dict[str, Any] | None = None,
-    timeline: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Creates a run folder with these events; the default recipe is fashion_mnist."""
     folder.mkdir(parents=True)
@@ -45,6 +44,4 @@ def make_run(
         log.write("run_start", recipe=chosen.name, workers=2, **(start or {}))
         for event in events:
             log.write(event["event"], **{key: value for key, value in event.items() if key != "event"})
-    if timeline:
-        (folder / "timeline.json").write_text(json.dumps({"traceEvents": list(timeline)}))
     return folder

@@ -24,8 +24,8 @@ from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
 from megabatch.comm.local_workers import handling
-from megabatch.comm.worker_watch import start_beating
 from megabatch.comm.slurm import adopt_slurm_task
+from megabatch.comm.worker_watch import start_beating
 from megabatch.errors import SettingsError
 from megabatch.files import raise_open_file_limit
 

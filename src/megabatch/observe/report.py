@@ -1,6 +1,8 @@
 """Writes a self-contained HTML page about one or several runs: curves, recipes, environments."""
 
 import dataclasses
+import datetime
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,25 +14,17 @@ import jinja2
 from markupsafe import Markup
 
 from megabatch.files import printable, write_text
-from megabatch.observe.curve import curve_text
-from megabatch.observe.figures import NUM_COLORS, Line, chart, span_kinds, timeline_chart
+from megabatch.observe.charts import charts
+from megabatch.observe.curve import curve_text, published_at
+from megabatch.observe.panels import PHASE_COLORS, breakdown, confusion, heat_map, timeline
 from megabatch.observe.progress import duration
 from megabatch.observe.run_folder import RunRecord, load_runs
 from megabatch.recipe import Recipe
 
+NUM_COLORS = 6
+PAGE = files("megabatch.observe") / "page"
 REQUIRED = dataclasses.MISSING
 EVALUATION_COLUMNS = {"epoch": ".4g", "step": ",", "top1": ".4f", "top5": ".4f", "loss": ".4f", "num_samples": ","}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its heading."""
-
-    title: str
-    note: str
-    svg: Markup
-    wide: bool = False
-    kinds: tuple[tuple[int, str], ...] = ()  # colour index and label, for a chart with its own legend
 
 
 @dataclass(frozen=True)
@@ -53,25 +47,44 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
     """
     runs = load_runs([folder.expanduser() for folder in run_folders])
     output = output.expanduser()
+    drawn, maps = charts(runs), [found for run in runs if (found := heat_map(run))]
     template = _environment().get_template("report.html")
     page = template.render(
         title=" · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
         runs=[_headline(run, index) for index, run in enumerate(runs)],
         several=len(runs) > 1,
-        figures=_figures(runs),
-        published=any(run.recipe and len(run.recipe.published_curve) > 1 for run in runs),
+        phases=[{"name": name, "color": color} for name, color in PHASE_COLORS.items()],
+        breakdowns=[found for run in runs if (found := breakdown(run))],
+        timelines=[found for run in runs if (found := timeline(run))],
+        confusions=[found for run in runs if (found := confusion(run))],
+        result_rows=_result_rows(runs),
+        charts=bool(drawn),
+        heat=bool(maps),
+        data=_json({"runs": [run.label for run in runs], "charts": drawn, "heat": maps}),
+        styles=_text_of("uPlot.min.css", "report.css"),
+        scripts=_text_of("uPlot.iife.min.js", "report.js"),
         evaluation_rows=[row for run in runs for row in _evaluation_rows(run)],
         recipe_rows=_recipe_rows(runs),
         environment_rows=_environment_rows(runs),
-        warnings=[(run.label, text) for run in runs for text in run.warnings],
+        warnings=[(run.label, printable(text)) for run in runs for text in [*run.warnings, *_bad_samples(run)]],
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page, errors="backslashreplace")
     return output
 
 
+def _text_of(*names: str) -> Markup:
+    """Returns files of the page, as they are: they hold no text from a run."""
+    return Markup("\n".join((PAGE / name).read_text(encoding="utf-8") for name in names))  # noqa: S704
+
+
+def _json(value: Any) -> Markup:
+    """Returns JSON that no text in it can end: `<` is escaped, so that there is no tag."""
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))  # noqa: S704
+
+
 def _environment() -> jinja2.Environment:
-    source = (files("megabatch.observe") / "report.html").read_text(encoding="utf-8")
+    source = (PAGE / "report.html").read_text(encoding="utf-8")
     return jinja2.Environment(
         loader=jinja2.DictLoader({"report.html": source}),
         autoescape=True,
@@ -97,11 +110,42 @@ def _headline(run: RunRecord, index: int) -> dict[str, Any]:
         "label": run.label,
         "color": index % NUM_COLORS,
         "model": run.recipe.model if run.recipe else "",
+        "origin": _origin(run),
+        "command": printable(str(run.start.get("command") or "")),
         "top1": f"{100 * run.top1:.2f}" if run.top1 is not None else None,
         "best": f"{100 * run.best_top1:.2f}" if run.best_top1 is not None and run.best_top1 != run.top1 else None,
         "remark": _remark(run),
         "facts": facts,
     }
+
+
+def _origin(run: RunRecord) -> str:
+    """Returns the start of the run in UTC and the commit."""
+    parts = []
+    if math.isfinite(run.started_s):
+        parts.append(f"started {datetime.datetime.fromtimestamp(run.started_s, datetime.UTC):%d %B %Y, %H:%M} UTC")
+    if commit := run.environment.get("git_commit"):
+        parts.append(f"commit {commit}")
+    return " · ".join(parts)
+
+
+def _bad_samples(run: RunRecord) -> list[str]:
+    event = run.bad_samples
+    if event is None:
+        return []
+    return [f"{event.get('num_bad_samples')} bad samples, replaced {event.get('num_replaced_samples')} times"]
+
+
+def _result_rows(runs: list[RunRecord]) -> list[Row]:
+    """Returns the results of several runs, one column each."""
+    cells = {
+        "top-1, last": [f"{100 * run.top1:.2f} %" if run.top1 is not None else "–" for run in runs],
+        "top-1, best": [f"{100 * run.best_top1:.2f} %" if run.best_top1 is not None else "–" for run in runs],
+        "updates": [_format(run.steps[-1].get("step") if run.steps else None, ",") for run in runs],
+        "images/s": [_format(run.images_per_s, ",.0f") for run in runs],
+        "training time": [duration(run.end["train_s"]) if run.end and run.end.get("train_s") else "–" for run in runs],
+    }
+    return [Row(name, tuple(values)) for name, values in cells.items()]
 
 
 def _batch(run: RunRecord) -> str:
@@ -116,89 +160,11 @@ def _remark(run: RunRecord) -> str:
     """Returns a comparison of the last evaluation with the published accuracy; may be empty."""
     if run.recipe is None or run.top1 is None:
         return ""
-    epoch = run.evaluation_column("epoch")[-1]
+    epoch = run.column("epoch", "evaluation")[-1]
     if math.isfinite(epoch) and (text := curve_text(run.recipe.published_curve, epoch, run.top1)):
         return text
     published = run.recipe.published_top1
     return f"published: {100 * published:.2f} % after {run.recipe.total_epochs:g} epochs" if published else ""
-
-
-def _figures(runs: list[RunRecord]) -> list[Figure]:
-    """Returns every chart that has data, followed by one timeline per run."""
-    candidates = [
-        ("Top-1 accuracy", "share of evaluation images whose most likely class is correct", _accuracy(runs)),
-        ("Training loss", "mean over the global batch; thin line: every update", _curve(runs, "loss", smooth=True)),
-        ("Learning rate", "per update", _curve(runs, "lr", from_zero=True)),
-        ("Momentum", "per update", _curve(runs, "momentum", only_if_changing=True)),
-        ("Global batch size", "images per update", _batches(runs)),
-        (
-            "Resolution",
-            "side of a training image in pixels",
-            _curve(runs, "resolution", steps=True, only_if_changing=True),
-        ),
-        ("Throughput", "images/s, all workers combined", _curve(runs, "images_per_s", smooth=True, from_zero=True)),
-        (
-            "Exposed communication",
-            "ms per update that do not overlap with computation",
-            _curve(runs, "exposed_ms", smooth=True, from_zero=True),
-        ),
-    ]
-    drawn = [Figure(title, note, Markup(svg)) for title, note, svg in candidates if svg]  # noqa: S704  (our own SVG)
-    return drawn + [figure for index, run in enumerate(runs) if (figure := _timeline(run, index))]
-
-
-def _timeline(run: RunRecord, index: int) -> Figure | None:
-    """Returns the timeline of one update, with its own legend; None without spans."""
-    spans = [dataclasses.astuple(span) for span in run.timeline]
-    svg = timeline_chart(spans, name=f"timeline-{index}")
-    if svg is None:
-        return None
-    kinds = tuple(enumerate(span_kinds(spans)[:NUM_COLORS]))
-    return Figure(f"One update of {run.label}", "", Markup(svg), wide=True, kinds=kinds)  # noqa: S704
-
-
-def _curve(
-    runs: list[RunRecord],
-    field: str,
-    *,
-    smooth: bool = False,
-    steps: bool = False,
-    from_zero: bool = False,
-    only_if_changing: bool = False,
-) -> str | None:
-    lines = [
-        Line(run.column("epoch"), run.column(field), index, steps=steps, smooth=smooth)
-        for index, run in enumerate(runs)
-    ]
-    changing = any(len({value for value in line.y if math.isfinite(value)}) > 1 for line in lines)
-    if only_if_changing and not changing:
-        return None
-    return chart(lines, name=field, from_zero=from_zero)
-
-
-def _batches(runs: list[RunRecord]) -> str | None:
-    """Draws the global batch size; the last update, which trains on the remaining data, repeats the value before it."""
-    lines = []
-    for index, run in enumerate(runs):
-        x, y = run.column("epoch"), run.column("global_batch_size")
-        shorter = len(y) > 1 and y[-1] < y[-2]
-        lines.append(Line(x, [*y[:-1], y[-2]] if shorter else y, index, steps=True))
-    return chart(lines, name="global_batch_size", from_zero=True)
-
-
-def _accuracy(runs: list[RunRecord]) -> str | None:
-    """Draws each run's evaluations over the published curves, with the target as a horizontal line."""
-    curves = {run.recipe.published_curve for run in runs if run.recipe and len(run.recipe.published_curve) > 1}
-    lines = [
-        Line([epoch for epoch, _ in curve], [top1 for _, top1 in curve], 0, dashed=True) for curve in sorted(curves)
-    ]
-    lines += [
-        Line(run.evaluation_column("epoch"), run.evaluation_column("top1"), index) for index, run in enumerate(runs)
-    ]
-    if all(run.top1 is None for run in runs):
-        return None
-    targets = {run.recipe.target_top1 for run in runs if run.recipe and run.recipe.target_top1}
-    return chart(lines, name="top1", percent=True, level=max(targets, default=None))
 
 
 def _evaluation_rows(run: RunRecord) -> list[tuple[str, tuple[str, ...]]]:
@@ -206,9 +172,11 @@ def _evaluation_rows(run: RunRecord) -> list[tuple[str, tuple[str, ...]]]:
     curve = run.recipe.published_curve if run.recipe else ()
     rows = []
     for event, top1, epoch in zip(
-        run.evaluations, run.evaluation_column("top1"), run.evaluation_column("epoch"), strict=True
+        run.evaluations, run.column("top1", "evaluation"), run.column("epoch", "evaluation"), strict=True
     ):
         remark = curve_text(curve, epoch, top1) if math.isfinite(top1 + epoch) else ""
+        if remark and (published := published_at(curve, epoch)) is not None:
+            remark += f", {100 * (top1 - published):+.2f} points"
         cells = [_format(event.get(field), form) for field, form in EVALUATION_COLUMNS.items()]
         rows.append((run.label, (*cells, remark)))
     return rows

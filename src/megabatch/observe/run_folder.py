@@ -1,9 +1,8 @@
-"""Run folders: claims one for a run, and reads its events as columns, recipe, environment and timeline."""
+"""Run folders: claims one for a run, and reads its events as columns, recipe and environment."""
 
 import contextlib
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError, UserError
-from megabatch.files import locked, printable, read_json
+from megabatch.files import locked
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
@@ -34,35 +33,45 @@ class Span:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The contents of a run folder; `label` is unique among the runs of a page."""
+    """The contents of a run folder; `label` is unique among the runs of a page.
+
+    Steps, evaluations and observations are the events of these kinds; `started_s` is the time of the first event.
+    """
 
     label: str
+    started_s: float
+    start: Event
     steps: list[Event]
     evaluations: list[Event]
+    observations: list[Event]
+    bad_samples: Event | None
     environment: dict[str, Any]
     warnings: list[str]
     end: Event | None
     recipe: Recipe | None
     timeline: list[Span]
 
-    def column(self, field: str) -> list[float]:
-        """Returns `field` of every step; NaN where it is not a number."""
-        return [_number(event.get(field)) for event in self.steps]
+    def column(self, field: str, kind: str = "step", key: str | None = None) -> list[float]:
+        """Returns `field`, or `field[key]`, of every event of a kind; NaN where it is not a number.
 
-    def evaluation_column(self, field: str) -> list[float]:
-        """Returns `field` of every evaluation; NaN where it is not a number."""
-        return [_number(event.get(field)) for event in self.evaluations]
+        `kind` is "step", "evaluation" or "observation".
+        """
+        events = {"step": self.steps, "evaluation": self.evaluations, "observation": self.observations}[kind]
+        values = (event.get(field) for event in events)
+        return [
+            _number(value if key is None else value.get(key) if isinstance(value, dict) else None) for value in values
+        ]
 
     @property
     def top1(self) -> float | None:
         """Top-1 of the last evaluation, in [0, 1]; None without one."""
-        values = [value for value in self.evaluation_column("top1") if math.isfinite(value)]
+        values = [value for value in self.column("top1", "evaluation") if math.isfinite(value)]
         return values[-1] if values else None
 
     @property
     def best_top1(self) -> float | None:
         """Highest top-1 of all evaluations, in [0, 1]; None without one."""
-        return max((value for value in self.evaluation_column("top1") if math.isfinite(value)), default=None)
+        return max((value for value in self.column("top1", "evaluation") if math.isfinite(value)), default=None)
 
     @property
     def images_per_s(self) -> float | None:
@@ -154,16 +163,20 @@ def _load(folder: Path) -> RunRecord:
     events = read_events(path)
     start = _last(events, "run_start") or {}
     recipe = read(folder / "recipe.json") if (folder / "recipe.json").is_file() else None
-    steps = _without_repeated_steps(events, "step")
+    observations = _without_repeated_steps(events, "observation")
     return RunRecord(
         label=recipe.name if recipe else str(start.get("recipe") or folder.resolve().name),
-        steps=steps,
+        started_s=_number(events[0].get("time_s")) if events else math.nan,
+        start=start,
+        steps=_without_repeated_steps(events, "step"),
+        observations=observations,
+        bad_samples=_last(events, "bad_samples"),
         evaluations=_without_repeated_steps(events, "evaluation"),
         environment=_flat({key: value for key, value in start.items() if key not in NOT_ENVIRONMENT}),
         warnings=[str(event.get("text", "")) for event in events if event["event"] == "warning"],
         end=_last(events, "run_end"),
         recipe=recipe,
-        timeline=_read_trace(folder / "timeline.json") or _spans_of_buckets(steps),
+        timeline=_middle_spans(observations),
     )
 
 
@@ -184,58 +197,14 @@ def _last(events: list[Event], kind: str) -> Event | None:
     return next((event for event in reversed(events) if event["event"] == kind), None)
 
 
-def _spans_of_buckets(steps: list[Event]) -> list[Span]:
-    """Returns the gradient exchange of the middle update; early updates are not typical: they compile and allocate."""
-    updates = [event["buckets"] for event in steps if event.get("buckets") and isinstance(event["buckets"], list)]
-    spans = []
-    for bucket in updates[len(updates) // 2] if updates else []:
-        try:
-            lane = f"bucket {bucket['index']}"
-            ready, sent, done = (float(bucket[name]) for name in ("ready_ms", "sent_ms", "done_ms"))
-        except (TypeError, KeyError, ValueError, OverflowError):
-            continue  # not written by this version
-        spans += [Span(lane, "waiting", ready, sent - ready), Span(lane, "exchange", sent, done - sent)]
-    return spans
-
-
-def _read_trace(path: Path) -> list[Span]:
-    """Returns the last update in a Chrome trace (its complete events, `ph` X); empty if there is no file."""
-    if not path.is_file():
-        return []
+def _middle_spans(observations: list[Event]) -> list[Span]:
+    """Returns the spans of the middle observed update; early updates are not typical: they compile and allocate."""
+    observed = [event["spans"] for event in observations if event.get("spans")]
+    middle = observed[len(observed) // 2] if observed else []
     try:
-        content = read_json(path)
-        listed = content.get("traceEvents", []) if isinstance(content, dict) else content
-        return _spans_of_last_update([event for event in listed if isinstance(event, dict) and event.get("ph") == "X"])
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is not a JSON trace ({error}); remove it to write the report without it") from None
-
-
-def _spans_of_last_update(events: list[Event]) -> list[Span]:
-    events = [event for event in events if "ts" in event]
-    events = [event for event in events if _step_of(event) == _step_of(events[-1])]
-    lanes: dict[Any, str] = {}  # a thread is named after its first event
-    for event in events:
-        lanes.setdefault(_thread(event), printable(str(event.get("name", ""))))
-    spans = []
-    for event in events:
-        start_ms, length_ms = float(event["ts"]) / 1e3, float(event.get("dur", 0)) / 1e3
-        if not math.isfinite(start_ms + length_ms):
-            raise ValueError("a time is not finite")
-        spans.append(Span(lanes[_thread(event)], _kind(event), start_ms, length_ms))
-    return spans
-
-
-def _step_of(event: dict[str, Any]) -> Any:
-    return event.get("args", {}).get("step")
-
-
-def _kind(event: dict[str, Any]) -> str:
-    """Returns the event's name without its number, so that all buckets have one kind."""
-    return re.sub(r"[ _]\d+$", "", printable(str(event.get("name", ""))))
-
-
-def _thread(event: dict[str, Any]) -> tuple[Any, Any]:
-    return event.get("pid"), event.get("tid")
+        return [Span(str(lane), str(name), _number(start), _number(length)) for lane, name, start, length in middle]
+    except (TypeError, ValueError):
+        return []  # not written by this version
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
