@@ -23,6 +23,7 @@ from megabatch.cli.predict import predict
 from megabatch.cli.recipes import recipes
 from megabatch.cli.report import report as write_report
 from megabatch.cli.train import train
+from megabatch.cli.watch import watch
 from megabatch.comm.local_workers import handling
 from megabatch.comm.slurm import adopt_slurm_task
 from megabatch.comm.worker_watch import start_beating
@@ -44,6 +45,7 @@ app.command()(export)
 app.command()(recipes)
 app.command()(plan)
 app.command("report")(write_report)
+app.command()(watch)
 app.add_typer(data_app, name="data")
 
 bench_app = typer.Typer(help="Measure parts of training here.", no_args_is_help=True, rich_markup_mode=None)

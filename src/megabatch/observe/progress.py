@@ -49,19 +49,29 @@ class Progress:
         self._live = Live(console=self._console, refresh_per_second=4) if shown else None
 
     def step(
-        self, step: int, epoch: float, loss: float, images_per_s: float, *, total_steps: int | None = None
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        images_per_s: float,
+        *,
+        total_steps: int | None = None,
+        detail: str = "",
     ) -> None:
-        """Show that `step` updates are complete, after `epoch` passes over the data."""
+        """Show that `step` updates are complete, after `epoch` passes over the data; `detail` on a line of its own."""
         self.total_steps = total_steps or self.total_steps
         self._pace.reached(epoch)
         if self._quiet:
             return
         status, left = self._status(step, epoch, loss, images_per_s), self._left()
         if self._live is not None:
-            self._live.update(_screen(min(1.0, epoch / self.total_epochs), left, status))
+            share = min(1.0, epoch / self.total_epochs) if self.total_epochs else 0.0
+            self._live.update(_screen(share, left, status, detail))
         elif self._clock() - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = self._clock()
             self._line(f"{status}  {left}".rstrip())
+            if detail:
+                self._line(f"  {detail}")
 
     def end_at(self, total_steps: int, total_epochs: float) -> None:
         """Set where this process ends, if that is before the end of the recipe."""
@@ -146,11 +156,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _screen(share: float, left: str, status: str) -> Group:
-    """Returns the bar with the time left and, below it, the status line; fits 80 columns."""
+def _screen(share: float, left: str, status: str, detail: str) -> Group:
+    """Returns the bar with the time left and, below it, the status line and `detail`; fits 80 columns."""
     top = Table.grid(expand=True, padding=(0, 2, 0, 0))
     top.add_column(ratio=1)
     top.add_column(no_wrap=True)
     top.add_column(no_wrap=True)
     top.add_row(ProgressBar(total=1.0, completed=share), f"{share:.0%}", left)
-    return Group(top, Text(status, no_wrap=True, overflow="ellipsis"))
+    lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in (status, detail) if line]
+    return Group(top, *lines)
