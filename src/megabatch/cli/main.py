@@ -13,6 +13,7 @@ from megabatch.cli.bench_allreduce import bench_allreduce
 from megabatch.cli.bench_input import bench_input
 from megabatch.cli.bench_step import bench_step
 from megabatch.cli.data import data_app
+from megabatch.cli.doctor import doctor
 from megabatch.cli.evaluate import evaluate
 from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
@@ -46,6 +47,7 @@ app.command()(recipes)
 app.command()(plan)
 app.command("report")(write_report)
 app.command()(watch)
+app.command()(doctor)
 app.add_typer(data_app, name="data")
 
 bench_app = typer.Typer(help="Measure parts of training here.", no_args_is_help=True, rich_markup_mode=None)

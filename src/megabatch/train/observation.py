@@ -161,7 +161,7 @@ def _memory(run: Run) -> dict[str, int]:
 
 def _spread(seconds: list[float]) -> dict[str, float]:
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
-    return {"median": round(statistics.median(seconds), 6), "max": round(seconds[slowest], 6), "slowest": slowest}
+    return {"median": round(statistics.median_low(seconds), 6), "max": round(seconds[slowest], 6), "slowest": slowest}
 
 
 def _trained(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
