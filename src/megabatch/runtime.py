@@ -17,6 +17,8 @@ BucketPlan = Literal["size", "cubic"]
 Decode = Literal["auto", "cpu", "gpu"]
 Fusion = Literal["auto", "plain"]
 Switch = Literal["auto", "on", "off"]
+Part = Literal["train", "val", "test"]
+EvaluationPart = Literal["auto", "train", "val", "test"]
 
 
 def _option(
@@ -38,6 +40,11 @@ class Runtime:
     )
     data: Path | str | None = _option(
         None, "Folder with train/ and val/, or URL of shards, instead of the recipe's data set."
+    )
+    train_split: Part = _option("train", "Part of --data to train on.")
+    val_split: EvaluationPart = _option("auto", "Part of --data to evaluate on; auto: val, or else test.")
+    val_fraction: float | None = _option(
+        None, "Share of each class of the training part to hold out and evaluate on.", least=0.001, most=0.9
     )
     output: Path | None = _option(None, "Run folder; default runs/RECIPE-TIME.")
     resume: bool | Literal["auto"] = _option(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -14,17 +15,21 @@ from megabatch.cores import usable_cores
 from megabatch.data.fetching import fetch
 from megabatch.data.jpeg.gpu import GpuDecoder, has_torchvision
 from megabatch.data.loading.eval_loader import EvalLoader
+from megabatch.data.loading.held_out import hold_out
 from megabatch.data.loading.order import shards_at_once
 from megabatch.data.loading.train_loader import TrainLoader, shard_sizes
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.data.sources.dataset import open_train_and_evaluation
 from megabatch.data.sources.folder import FolderSource
+from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.python_dataset import open_python
 from megabatch.data.sources.remote import RemoteShards, open_remote_shards
 from megabatch.errors import DataError, SettingsError
 from megabatch.files import cache_folder
 from megabatch.recipe import Recipe, validate
 from megabatch.runtime import Runtime
+from megabatch.user_code import is_function, short_name
 
 Source = ArraySource | EncodedSource
 
@@ -84,24 +89,73 @@ def open_evaluation_data(recipe: Recipe, runtime: Runtime) -> Data:
     if runtime.data is None or "://" in str(runtime.data):
         return open_data(recipe, runtime)
     _check_decode(runtime)
-    dataset = open_train_and_evaluation(runtime.data, train_needed=False)
+    if runtime.val_fraction is not None or is_function(runtime.data):
+        return _open(recipe, runtime, on_progress=None, probe=False)
+    dataset = open_train_and_evaluation(runtime.data, train_needed=False, **_parts(runtime))
     *_, evaluation = dataset.parts.values()
-    return Data(dataset.parts.get("train", evaluation), evaluation, _origin(Path(runtime.data)), dataset.notes)
+    train = dataset.parts.get(runtime.train_split, evaluation)
+    return Data(train, evaluation, _origin(Path(runtime.data)), dataset.notes)
+
+
+def _parts(runtime: Runtime) -> dict[str, Any]:
+    """The parts to open, as arguments of `open_train_and_evaluation`."""
+    evaluation = None if runtime.val_split == "auto" else runtime.val_split
+    return {"train": runtime.train_split, "evaluation": evaluation, "only_train": runtime.val_fraction is not None}
 
 
 def _open(recipe: Recipe, runtime: Runtime, *, on_progress: Callable[[str], None] | None, probe: bool) -> Data:
+    _check_parts(runtime)
     if runtime.data is None:
         fetched = fetch.fetch(recipe.dataset, cache=runtime.cache, on_progress=on_progress)
-        return Data(*fetch.load(recipe.dataset, cache=runtime.cache), fetched.source)
+        train, evaluation = fetch.load(recipe.dataset, cache=runtime.cache)
+        return _with_evaluation(runtime, train, evaluation, fetched.source, [])
+    if is_function(runtime.data):
+        return _open_function(str(runtime.data), runtime)
     if "://" in str(runtime.data):
         return _open_url(str(runtime.data), runtime)
     path = Path(runtime.data)
-    dataset = open_train_and_evaluation(path)
-    train, evaluation = dataset.parts.values()
-    for source in (train, evaluation) if probe else ():
+    dataset = open_train_and_evaluation(path, **_parts(runtime))
+    for source in dataset.parts.values() if probe else ():
         if isinstance(source, FolderSource):
             source.probe(sample=PROBED_FILES)
-    return Data(train, evaluation, _origin(path), dataset.notes)
+    first, *rest = dataset.parts.values()
+    return _with_evaluation(runtime, first, (rest or [first])[0], _origin(path), dataset.notes)
+
+
+def _with_evaluation(
+    runtime: Runtime, train: Source, evaluation: Source | None, origin: str, notes: Sequence[str]
+) -> Data:
+    """The data with its evaluation set, or with a held-out fraction of the training set in its place."""
+    if runtime.val_fraction is None:
+        if evaluation is None:
+            raise DataError(f"{origin} has no validation set; --val-fraction 0.1 holds out a tenth of train")
+        return Data(train, evaluation, origin, notes)
+    train, evaluation = hold_out(train, runtime.val_fraction)
+    if not len(evaluation):
+        raise DataError(f"{origin}: no class has two images, so that none can be held out; more images work")
+    note = f"{len(evaluation):,} of {len(train) + len(evaluation):,} training images are held out for evaluation"
+    return Data(train, evaluation, origin, [*notes, note])
+
+
+def _open_function(text: str, runtime: Runtime) -> Data:
+    parts = open_python(text)
+    if "train" not in parts:
+        raise DataError(f"--data {text}: 'train' gave None, needed: a data set with len() and [index]")
+    notes = agree_on_classes(parts, text, numbered=all(source.numbered for source in parts.values()))
+    return _with_evaluation(runtime, parts["train"], parts.get("val"), f"function {short_name(text)}", notes)
+
+
+def _check_parts(runtime: Runtime) -> None:
+    """Raises SettingsError for options of parts that the data set cannot follow."""
+    is_url, given = "://" in str(runtime.data), (runtime.train_split, runtime.val_split) != ("train", "auto")
+    if is_url and (given or runtime.val_fraction is not None):
+        raise SettingsError("--train-split, --val-split and --val-fraction need local data; a copy of the shards works")
+    if given and (runtime.data is None or is_function(runtime.data)):
+        raise SettingsError("--train-split and --val-split name parts of a folder or file; --data PATH works")
+    if runtime.val_fraction is not None and runtime.val_split != "auto":
+        raise SettingsError("--val-split and --val-fraction exclude each other; --val-fraction alone works")
+    if runtime.train_split == runtime.val_split:
+        raise SettingsError(f"--train-split and --val-split are both {runtime.val_split}; --val-fraction 0.1 works")
 
 
 def _origin(path: Path) -> str:

@@ -19,6 +19,9 @@ from megabatch.runtime import Runtime
     "precision",
     "device",
     "cache",
+    "train_split",
+    "val_split",
+    "val_fraction",
     workers="Local workers; auto: one.",
     model="FILE.py:FUNCTION that made the model; needed only for such a model, as it runs the file.",
 )

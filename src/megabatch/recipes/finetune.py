@@ -8,11 +8,12 @@ def finetune() -> Recipe:
 
     Command: megabatch train finetune --init-from WEIGHTS --data PATH
     Published: nothing; the accuracy depends on your images
-    Measured: not measured with this model; docs/models.md has a small net
+    Measured: not measured
 
     WEIGHTS is a run folder, a checkpoint, or a .safetensors or .pth file of timm or torchvision; `--model timm:NAME`
     trains another model. The last layer is new where the classes differ. Lower layers move slower, by `layer_decay`;
-    `--set freeze=backbone` trains only the last layer, which suits some tens of images per class.
+    `--set freeze=backbone` trains only the last layer, which suits some tens of images per class. docs/models.md
+    has results of a small net.
 
     Sources:
         read: layer-wise decay of the rate (Clark et al. 2020, arXiv:2003.10555).

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     MIX_ANGLE = 12
     MIX_TOP = 13
     MIX_LEFT = 14
+    HELD_OUT = 15
     CROP_AREA = 32  # a random resized crop draws up to ten pairs: streams 32..41 and 48..57
     CROP_ASPECT = 48
 

@@ -16,7 +16,8 @@ from megabatch.data.checking.check_file import BAD_KINDS, Finding, inspect_image
 from megabatch.data.jpeg.decode import MAX_PIXELS
 from megabatch.data.loading.prefetch import in_order
 from megabatch.data.sources.dataset import open_dataset
-from megabatch.data.sources.layout import IMAGE_SUFFIXES, Layout, find_layout, is_hidden
+from megabatch.data.sources.layout import IMAGE_SUFFIXES, METADATA_NAMES, Layout, find_layout, is_hidden
+from megabatch.data.sources.metadata import open_metadata
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.shards import ShardSource
@@ -177,6 +178,9 @@ def _list_archives(layout: Layout, problems: list[Problem]) -> list[_Image]:
 
 def _open_archive(file: Path, part: str) -> dict[str, EncodedSource]:
     """The sources in one file by part."""
+    if file.suffix in {".csv", ".jsonl"} or file.name in METADATA_NAMES:
+        found = open_metadata(file)
+        return {**found} if len(found) > 1 else dict(zip([part], found.values(), strict=True))
     if file.suffix == ".parquet":
         return {part: ParquetSource(file)}
     return {part: ShardSource(file)} if holds_labels(file) else {**open_folders_in_tar(file)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.layout import Layout, find_layout
+from megabatch.data.sources.metadata import open_metadata
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.shards import ShardSource
@@ -41,23 +42,34 @@ def open_dataset(path: Path | str, *, kind: str | None = None) -> DataSet:
     return _opened(layout, _openers(layout))
 
 
-def open_train_and_evaluation(path: Path | str, *, kind: str | None = None, train_needed: bool = True) -> DataSet:
-    """Opens train, and val or else test, as the two parts of a data set, in this order.
+def open_train_and_evaluation(
+    path: Path | str,
+    *,
+    kind: str | None = None,
+    train_needed: bool = True,
+    train: str = "train",
+    evaluation: str | None = None,
+    only_train: bool = False,
+) -> DataSet:
+    """Opens the part `train`, and `evaluation` (default: val or else test), as parts of a data set, in this order.
+
+    With `only_train` the evaluation set is not opened, and need not exist.
 
     Raises:
-        DataError: as `open_dataset`; or there is no val or test, or, with `train_needed`, no train or only one class.
+        DataError: as `open_dataset`; or a part is missing, or, with `train_needed`, there is only one class.
     """
     layout = find_layout(path, kind=kind)
     openers = _openers(layout)
-    evaluation = next((part for part in EVALUATION_PARTS if part in openers), "val")
-    wanted = ("train", evaluation) if train_needed or "train" in openers else (evaluation,)
+    chosen = evaluation or next((part for part in EVALUATION_PARTS if part in openers), "val")
+    wanted = (train,) if only_train else (train, chosen) if train_needed or train in openers else (chosen,)
     for part in wanted:
         if part not in openers:
             raise DataError(_missing(layout, part, list(openers)))
     dataset = _opened(layout, {part: openers[part] for part in wanted})
     if train_needed:
-        _refuse_one_class(layout, dataset.parts["train"].class_names)
-    if evaluation != "val":
+        _refuse_one_class(layout, dataset.parts[train].class_names)
+    if not evaluation and not only_train and chosen != "val":
+        evaluation = chosen
         dataset.notes.append(f"there is no val; {evaluation} is the evaluation set")
     return dataset
 
@@ -132,6 +144,12 @@ def _openers(layout: Layout) -> dict[str, Callable[[], EncodedSource]]:
         return {
             part: partial(FolderSource, paths[0], allow_empty=part != "train") for part, paths in layout.parts.items()
         }
+    if layout.kind == "metadata":
+        tables = {part: open_metadata(paths[0]) for part, paths in layout.parts.items()}
+        opened = (
+            tables["train"] if list(tables) == ["train"] else {p: next(iter(t.values())) for p, t in tables.items()}
+        )
+        return {part: partial(opened.__getitem__, part) for part in opened}
     if layout.kind == "parquet":
         return {part: partial(ParquetSource, paths) for part, paths in layout.parts.items()}
     if (
@@ -142,6 +160,16 @@ def _openers(layout: Layout) -> dict[str, Callable[[], EncodedSource]]:
         inside = open_folders_in_tar(layout.parts["train"][0])
         return {part: partial(inside.__getitem__, part) for part in inside}
     return {part: partial(_open_tars, part, paths) for part, paths in layout.parts.items()}
+
+
+def _listed(layout: Layout) -> Mapping[str, EncodedSource]:
+    """The sources of tables that list images: one table of all parts, or one per part."""
+    tables = {part: open_metadata(paths[0]) for part, paths in layout.parts.items()}
+    return (
+        next(iter(tables.values()))
+        if list(tables) == ["train"]
+        else {part: next(iter(table.values())) for part, table in tables.items()}
+    )
 
 
 def _open_tars(part: str, paths: Sequence[Path]) -> EncodedSource:
@@ -166,7 +194,8 @@ def _refuse_one_class(layout: Layout, names: Sequence[str]) -> None:
 def _missing(layout: Layout, part: str, found: Sequence[str]) -> str:
     form = {"folders": f"{part}/CLASS/1.jpg", "tars": f"{part}-000000.tar or {part}/0.tar"}
     needed = form.get(layout.kind, f"{part}-00000-of-00001.parquet")
-    return f"{layout.path} has no images for '{part}', only for {', '.join(found)}; needed: {needed}"
+    text = f"{layout.path} has no images for '{part}', only for {', '.join(found)}; needed: {needed}"
+    return f"{text}, or --val-fraction 0.1, which holds out a tenth of train" if part != "train" else text
 
 
 def _note_left_out(layout: Layout) -> list[str]:

@@ -36,7 +36,7 @@ class FolderSource:
         self.path = Path(path).expanduser()
         by_class = _images_by_class(self.path, allow_empty=allow_empty)
         self.class_names = tuple(by_class)
-        self._names = _PackedStrings([name for names in by_class.values() for name in names])
+        self._names = PackedStrings([name for names in by_class.values() for name in names])
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(by_class)), [len(n) for n in by_class.values()])
 
     def __len__(self) -> int:
@@ -83,11 +83,11 @@ def _class_folders(path: Path, root: str) -> list[str]:
     folders = [entry for entry in list_folder(path) if entry.is_dir()]
     for entry in folders:
         if entry.is_symlink():
-            _refuse_link_outside(entry.path, root)
+            refuse_link_outside(entry.path, root)
     return [entry.name for entry in folders]
 
 
-class _PackedStrings:
+class PackedStrings:
     """A list of strings in one block of memory: about 40 MB for a million file names instead of 110 MB."""
 
     def __init__(self, names: list[str]) -> None:
@@ -129,14 +129,14 @@ def _images_below(path: Path, class_name: str, root: str) -> Iterator[str]:
         folder = folders.pop()
         for entry in list_folder(path / folder):
             if entry.is_symlink():
-                _refuse_link_outside(entry.path, root)
+                refuse_link_outside(entry.path, root)
             if entry.is_dir(follow_symlinks=False):
                 folders.append(f"{folder}/{entry.name}")
             elif is_image(entry.name):
                 yield f"{folder}/{entry.name}"
 
 
-def _refuse_link_outside(link: str, root: str) -> None:
+def refuse_link_outside(link: str, root: str) -> None:
     """Refuses a link to outside of the data set, which could make any readable file a sample; others are allowed."""
     if os.path.commonpath([os.path.realpath(link), root]) != root:
         raise DataError(f"{link} is a symbolic link out of the data set; replace it by a copy of its target")

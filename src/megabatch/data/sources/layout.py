@@ -28,12 +28,13 @@ _PART_OF_WORD = {
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _ENDINGS = {"tars": (".tar", *COMPRESSED_ENDINGS), "parquet": (".parquet",)}
 _ALL_ENDINGS = tuple(ending for endings in _ENDINGS.values() for ending in endings)
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _NEEDED = "needed: train/CLASS/1.jpg and val/CLASS/1.jpg, or tar or parquet files named train-* and val-*"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A data set's files: `kind` is "folders", "tars" or "parquet".
+    """A data set's files: `kind` is "folders", "tars", "parquet" or "metadata" (tables that list image files).
 
     `parts` gives for each part its folder of class folders (one path) or its files, sorted. Without a name that tells
     parts apart, everything is train. `left_out` are archives and tables that are not read.
@@ -57,10 +58,12 @@ def find_layout(path: Path | str, *, kind: str | None = None) -> Layout:
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return Layout(path, "parquet" if path.suffix == ".parquet" else "tars", {"train": [path]})
+        return Layout(path, _kind_of_file(path), {"train": [path]})
     if not path.is_dir():
         what = f"{path} is neither a folder nor a plain file" if path.exists() else f"there is no {path}"
         raise DataError(f"{what}; {_NEEDED}")
+    if kind is None and (tables := _metadata(path)):
+        return Layout(path, "metadata", tables)
     split = _split_folders(path) if kind in {None, "folders"} else None
     if split is not None and len(split) > 1 and (kind or any(_has_image(folder) for (folder,) in split.values())):
         return Layout(path, "folders", split, [] if kind else _archives_beside(path))
@@ -68,6 +71,33 @@ def find_layout(path: Path | str, *, kind: str | None = None) -> Layout:
     if split is not None and files and not any(_has_image(folder) for (folder,) in split.values()):
         split = None  # train/ and val/ hold tars or parquet files
     return _choose(path, split, files, kind)
+
+
+def _kind_of_file(path: Path) -> str:
+    if path.name in METADATA_NAMES or path.suffix in {".csv", ".jsonl"}:
+        return "metadata"
+    return "parquet" if path.suffix == ".parquet" else "tars"
+
+
+def _metadata(path: Path) -> dict[str, Sequence[Path]]:
+    """Tables that list images, by part: one in `path`, or one in the folder of each part.
+
+    Where images are in two or more class folders, a table beside these says something else of them.
+    """
+    folders = [("train", path), *((part, path / name) for name in subfolders(path) if (part := part_of(name)))]
+    tables = {
+        part: [folder / name]
+        for part, folder in folders
+        for name in METADATA_NAMES
+        if (folder / name).is_file() and not _is_classified(folder)
+    }
+    return {part: tables[part] for part in PARTS if part in tables}
+
+
+def _is_classified(path: Path) -> bool:
+    """True if the images of a data set or part are in two or more class folders."""
+    places = [path / name for name in subfolders(path) if part_of(name)] or [path]
+    return all(len(subfolders(place)) > 1 and not _images_in(place) for place in places)
 
 
 def is_hidden(name: str) -> bool:

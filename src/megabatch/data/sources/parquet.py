@@ -118,6 +118,13 @@ def _pyarrow() -> ModuleType:
     return module
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a small parquet file, by column name; DataError if it cannot be read."""
+    with _refusing_damage(f"{path} is not a readable parquet file"), _open(path) as file:
+        rows: list[dict[str, Any]] = file.read().to_pylist()
+    return rows
+
+
 @contextlib.contextmanager
 def _refusing_damage(text: str) -> Iterator[None]:
     """Raises what pyarrow raises for damaged files as a DataError that begins with `text`."""
