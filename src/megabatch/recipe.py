@@ -22,6 +22,7 @@ Stem = Literal["auto", "small", "large"]
 Freeze = Literal["none", "backbone"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
+AutoAugment = Literal["none", "randaugment", "trivialaugment"]
 Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup", "muon", "shampoo"]
 MomentumForm = Literal["outside", "inside", "inside_corrected"]
 TrustDenominator = Literal["sum", "update", "gradient"]
@@ -99,6 +100,10 @@ class Recipe:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     color_jitter: float = 0.0  # brightness and contrast are scaled by a factor in [1 - j, 1 + j]
+    auto_augment: AutoAugment = "none"
+    rand_num_ops: int = 2  # randaugment only
+    rand_magnitude: float = 9.0  # randaugment only; 0 to 30
+    random_erasing: float = 0.0  # probability that a rectangle is set to the mean
     augmentation_ends_epoch: float | None = None  # only flips from this epoch on (Fujitsu, MLPerf v0.6)
     shard_local: bool = False  # shuffle within windows of a few shards, for remote or slow storage
 
@@ -256,6 +261,9 @@ def validate(recipe: Recipe) -> Recipe:
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
     aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
     _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
+    _require(1 <= recipe.rand_num_ops <= 8, recipe, "rand_num_ops", "1 to 8", 2)
+    _require(0 <= recipe.rand_magnitude <= 30, recipe, "rand_magnitude", "0 to 30", 9)
+    _require(0 <= recipe.random_erasing <= 1, recipe, "random_erasing", "in [0, 1]", 0.25)
     for field, example in (("trust_coefficient", 0.001), ("root_every_steps", 10)):
         _require(getattr(recipe, field) > 0, recipe, field, "above 0", example)
     for field in ("pixel_mean", "pixel_std"):

@@ -112,3 +112,17 @@ def square_boxes(sides: Float64, size: int, tops: Float64, lefts: Float64) -> In
 
 def _between(low: float, high: float, fraction: Float64) -> Float64:
     return low + (high - low) * fraction
+
+
+def erasing_boxes(height: int, width: int, area: Float64, aspect: Float64, top: Float64, left: Float64) -> Int64:
+    """Boxes [n, 4] = (top, left, bottom, right) of random erasing, from four uniform numbers [n] in [0, 1) each.
+
+    The area is uniform in [0.02, 1/3] of the image, the logarithm of height / width in that of [0.3, 1 / 0.3] (Zhong et
+    al. 2017, arXiv:1708.04896, algorithm 1); sides are cut to the image's instead of drawn again.
+    """
+    areas = (0.02 + area * (1 / 3 - 0.02)) * height * width
+    ratios = np.exp((2 * aspect - 1) * math.log(1 / 0.3))
+    rows = np.clip(np.rint(np.sqrt(areas * ratios)), 1, height)
+    columns = np.clip(np.rint(np.sqrt(areas / ratios)), 1, width)
+    tops, lefts = np.floor(top * (height - rows + 1)), np.floor(left * (width - columns + 1))
+    return np.stack([tops, lefts, tops + rows, lefts + columns], axis=1).astype(np.int64)

@@ -38,8 +38,16 @@ class Stream(IntEnum):
     MIX_TOP = 13
     MIX_LEFT = 14
     HELD_OUT = 15
+    ERASE = 16
+    ERASE_AREA = 17
+    ERASE_ASPECT = 18
+    ERASE_TOP = 19
+    ERASE_LEFT = 20
     CROP_AREA = 32  # a random resized crop draws up to ten pairs: streams 32..41 and 48..57
     CROP_ASPECT = 48
+    AUTO_OPERATION = 64  # up to eight operations: streams 64..71, 72..79 and 80..87
+    AUTO_STRENGTH = 72
+    AUTO_SIGN = 80
 
 
 def mix_bits(value: UInt64) -> UInt64:

@@ -60,7 +60,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 def jitter(images: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
     """Scales float images in [0, 255] by `brightness`, then around their mean grey by `contrast`, both [n]; clamps."""
     brighter = (images * brightness.view(-1, 1, 1, 1)).clamp_(0, 255)
-    grey = _mean_grey(brighter)
+    grey = mean_grey(brighter)
     factor = contrast.view(-1, 1, 1, 1)
     return torch.lerp(grey, brighter, factor).clamp_(0, 255)
 
@@ -126,12 +126,16 @@ def _resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) 
     return (weights / weights.sum(2, keepdim=True)).float()
 
 
-def _mean_grey(images: Tensor) -> Tensor:
-    """[n, 1, 1, 1]: the mean of the grey image."""
-    means = images.mean((2, 3), keepdim=True)
+def grey_of(images: Tensor) -> Tensor:
+    """[n, 1, H, W]: the grey image, by the weights of `_LUMA` for three channels, else the mean of the channels."""
     if images.shape[1] != 3:
-        return means.mean(1, keepdim=True)
-    return (means * means.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        return images.mean(1, keepdim=True)
+    return (images * images.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def mean_grey(images: Tensor) -> Tensor:
+    """[n, 1, 1, 1]: the mean of the grey image."""
+    return grey_of(images.mean((2, 3), keepdim=True))
 
 
 def _inside(boxes: Tensor, images: Tensor) -> Tensor:

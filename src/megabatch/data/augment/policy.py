@@ -8,13 +8,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megabatch.data.augment import crops
+from megabatch.data.augment import automatic, crops
 from megabatch.data.augment import ops as augment
 from megabatch.data.augment.hashing import Stream, symmetric_beta, uniform
 from megabatch.errors import DataError
 
 Int64 = NDArray[np.int64]
 AugmentationKind = Literal["none", "pad_crop", "random_resized_crop"]
+AutoAugmentKind = Literal["none", "randaugment", "trivialaugment"]
+
+STRENGTHS = 30
+"""Largest strength of RandAugment and TrivialAugment; strengths are whole numbers from 0 to it."""
 
 
 class Samples(NamedTuple):
@@ -45,6 +49,10 @@ class Policy:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     color_jitter: float = 0.0
+    auto_augment: AutoAugmentKind = "none"
+    rand_num_ops: int = 2
+    rand_magnitude: float = 9
+    random_erasing: float = 0.0
 
     @property
     def mixes(self) -> bool:
@@ -55,7 +63,7 @@ class Policy:
     def only_flips(self) -> bool:
         """True if a crop is only mirrored before normalisation: neither shifted nor recoloured."""
         moves = self.augmentation == "pad_crop" and self.crop_padding > 0
-        return not moves and not self.color_jitter
+        return not moves and not self.color_jitter and self.auto_augment == "none"
 
     def boxes(self, samples: Samples, heights: Int64, widths: Int64) -> Int64:
         """Crop box of each image, [n, 4] = (top, left, height, width): random, or central without augmentation."""
@@ -100,6 +108,24 @@ class Policy:
         moves = (_to(values, images) for values in (rows, columns, self.flips(samples)))
         return augment.shift_and_flip(images, *moves)
 
+    def auto_augmented(self, images: Tensor, samples: Samples) -> Tensor:
+        """Applies the operations of RandAugment or TrivialAugment to pixels in [0, 255], drawn per sample."""
+        if self.auto_augment == "none":
+            return images
+        images = images.float().contiguous()
+        is_rand = self.auto_augment == "randaugment"
+        ranges = automatic.RANDAUGMENT if is_rand else automatic.TRIVIALAUGMENT
+        for number in range(self.rand_num_ops if is_rand else 1):
+            drawn = self._uniform(samples, Stream.AUTO_OPERATION + number) * len(automatic.OPERATIONS)
+            chosen = np.where(samples.augmented, drawn.astype(np.int64), 0)
+            level = np.full(len(chosen), float(self.rand_magnitude))
+            if not is_rand:
+                level = np.floor(self._uniform(samples, Stream.AUTO_STRENGTH + number) * (STRENGTHS + 1))
+            sign = np.where(self._uniform(samples, Stream.AUTO_SIGN + number) < 0.5, -1, 1)
+            strengths = (sign * level / STRENGTHS).astype(np.float32)
+            images = automatic.apply_each(images, _to(chosen, images), _to(strengths, images), ranges)
+        return images
+
     def recolor(self, images: Tensor, samples: Samples) -> Tensor:
         """Scales brightness and contrast of pixels in [0, 255] by `color_jitter`."""
         if not self.color_jitter:
@@ -117,6 +143,18 @@ class Policy:
         sides = np.where(samples.augmented, float(self.cutout_size), 0.0)
         tops, lefts = self._uniform(samples, Stream.CUTOUT_TOP), self._uniform(samples, Stream.CUTOUT_LEFT)
         return augment.erase(images, _to(crops.square_boxes(sides, images.shape[2], tops, lefts), images))
+
+    def randomly_erased(self, images: Tensor, samples: Samples) -> Tensor:
+        """Sets a rectangle of some normalised images to zero, the mean, in place."""
+        if not self.random_erasing:
+            return images
+        erased = samples.augmented & (self._uniform(samples, Stream.ERASE) < self.random_erasing)
+        numbers = [
+            self._uniform(samples, stream)
+            for stream in (Stream.ERASE_AREA, Stream.ERASE_ASPECT, Stream.ERASE_TOP, Stream.ERASE_LEFT)
+        ]
+        boxes = crops.erasing_boxes(images.shape[2], images.shape[3], *numbers)
+        return augment.erase(images, _to(boxes * erased[:, None], images))
 
     def mix(self, images: Tensor, partners: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         """Returns images mixed with their partners by mixup or cutmix, and the weight [n] of each image's own label.

@@ -54,6 +54,12 @@ _RULES = {
     "mixup_alpha": _Rule(_is_nonnegative, "a finite number, 0 or more", 0.2),
     "cutmix_alpha": _Rule(_is_nonnegative, "a finite number, 0 or more", 1.0),
     "color_jitter": _Rule(lambda value: 0 <= value < 1, "a number in [0, 1)", 0.4),
+    "auto_augment": _Rule(
+        lambda value: value in {"none", "randaugment", "trivialaugment"}, "none, randaugment or trivialaugment", "none"
+    ),
+    "rand_num_ops": _Rule(lambda value: value in range(1, 9), "a whole number from 1 to 8", 2),
+    "rand_magnitude": _Rule(lambda value: 0 <= value <= 30, "a number from 0 to 30", 9),
+    "random_erasing": _Rule(lambda value: 0 <= value <= 1, "a probability in [0, 1]", 0.25),
     "augmentation_ends_epoch": _Rule(
         lambda value: value is None or _is_nonnegative(value), "None or a finite number of epochs, 0 or more", None
     ),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megabatch.data.augment import ops as augment
-from megabatch.data.augment.policy import AugmentationKind, Policy, Samples
+from megabatch.data.augment.policy import AugmentationKind, AutoAugmentKind, Policy, Samples
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_range
@@ -59,6 +59,13 @@ class TrainLoader(BaseLoader):
             outside the requested range is loaded as well. If both are above 0, each sample uses either with
             probability 1/2.
         color_jitter: j in [0, 1); brightness and contrast are scaled by factors drawn from [1 - j, 1 + j].
+        auto_augment: "randaugment", `rand_num_ops` of 14 operations at strength `rand_magnitude` (Cubuk et al. 2019,
+            arXiv:1909.13719); "trivialaugment", one operation of random strength in wide ranges (Mueller and Hutter
+            2021, arXiv:2103.10158); or "none". Applied after crop and flip, drawn per sample.
+        rand_num_ops: operations per image, 1 to 8.
+        rand_magnitude: strength of all operations, from 0 to 30.
+        random_erasing: probability, in [0, 1], that a rectangle of 2 % to a third of the image, with an aspect from 0.3
+            to 3.3, is set to the mean (Zhong et al. 2017, arXiv:1708.04896).
         augmentation_ends_epoch: fractional epoch, 0 or more, from which only flips remain and crops are central; None
             for never.
         shuffle: False reads samples in index order.
@@ -100,6 +107,10 @@ class TrainLoader(BaseLoader):
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         color_jitter: float = 0.0,
+        auto_augment: AutoAugmentKind = "none",
+        rand_num_ops: int = 2,
+        rand_magnitude: float = 9,
+        random_erasing: float = 0.0,
         augmentation_ends_epoch: float | None = None,
         shuffle: bool = True,
         shard_local: bool = False,
@@ -129,6 +140,10 @@ class TrainLoader(BaseLoader):
             mixup_alpha=mixup_alpha,
             cutmix_alpha=cutmix_alpha,
             color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            rand_num_ops=rand_num_ops,
+            rand_magnitude=rand_magnitude,
+            random_erasing=random_erasing,
         )
         check_arguments(**dataclasses.asdict(self._policy), augmentation_ends_epoch=augmentation_ends_epoch)
         self._shard_sizes = shard_sizes(source) if shard_local else None
@@ -216,11 +231,12 @@ class TrainLoader(BaseLoader):
 
     def _augmented(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int = 0) -> Batch:
         """Returns the batch made of cropped and flipped images in [0, 255]."""
-        return self._mixed(self._normalize(self._policy.recolor(images, samples)), samples, requested, num_replaced)
+        images = self._policy.recolor(self._policy.auto_augmented(images, samples), samples)
+        return self._mixed(self._normalize(images), samples, requested, num_replaced)
 
     def _mixed(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int) -> Batch:
-        """Returns the batch made of normalised images: cutout, then mixup or cutmix with the partners."""
-        images = self._policy.cut_out(images, samples)
+        """Returns the batch made of normalised images: erasing, then mixup or cutmix with the partners."""
+        images = self._policy.randomly_erased(self._policy.cut_out(images, samples), samples)
         labels, count = self._labels(samples.indices), requested.stop - requested.start
         if not self._policy.mixes:
             return Batch(images, labels, count, num_replaced=num_replaced)
