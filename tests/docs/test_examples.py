@@ -1,5 +1,7 @@
 """Every file of examples/ runs, and the lines that the documentation shows are lines of these files."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from limits import HANG_S
+from public_models import importable
 from tiny_run import tiny_recipe
 from torch.optim import SGD
 
@@ -22,6 +25,7 @@ from megabatch.train.checkpoint import write_checkpoint
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 ARGUMENTS = {"load_checkpoint.py": ["run", "my_photos"], "train_loader.py": ["my_photos"]}
+NEEDED = {"accelerate_lars.py": ["accelerate"], "lightning_lars.py": ["lightning"], "timm_net.py": ["timm"]}
 ON_FOUR_RANKS = {"shampoo.py", "torus_ddp.py"}
 SHOWN = re.compile(r"\(\S*examples/(?P<file>\w+\.py)\)(?:(?!```).)*?```python\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -44,11 +48,17 @@ def write_run():
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - ON_FOUR_RANKS))
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")  # Lightning, on a machine with Slurm
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # in Lightning
 def test_an_example_runs(name, monkeypatch, capsys):
     if name == "load_checkpoint.py":
         write_run()
+    for library in NEEDED.get(name, []):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
     monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS.get(name, [])])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with importable() if "timm" in NEEDED.get(name, []) else contextlib.nullcontext():
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out
 
 
@@ -61,6 +71,10 @@ def test_an_example_runs_on_four_ranks(name):
         [*command, str(EXAMPLES / name)], env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_example_has_fewer_than_forty_lines():
+    assert all(len(path.read_text().splitlines()) < 40 for path in EXAMPLES.glob("*.py"))
 
 
 def shown_blocks():

@@ -92,3 +92,38 @@ def test_groups_agree_with_the_rows_for_scattered_hosts():
     results = run_threads(4, places_by_group)
     assert [sums for sums, _ in results] == [[3, 1], [3, 1], [3, 5], [3, 5]]
     assert all(all(own) for _, own in results)
+
+
+def test_a_grid_can_be_made_before_the_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert make_grid(shape=(2, 3)).rows == ((0, 1), (2, 3), (4, 5))
+    with pytest.raises(SettingsError, match=r"no process group; shape=\(2, 2\) or world_size=4 works"):
+        make_grid()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert make_grid().shape == (2, 2)
+
+
+def index_in_a_grid(grid):
+    return grid.position, grid.index("column")
+
+
+def test_a_grid_that_was_made_early_finds_its_rank_later():
+    grids = [make_grid(shape=(2, 2)) for _ in range(4)]
+    assert run_threads(4, lambda: index_in_a_grid(grids[dist.get_rank()])) == [
+        ((0, 0), 0),
+        ((1, 0), 0),
+        ((0, 1), 1),
+        ((1, 1), 1),
+    ]
+
+
+def test_a_grid_of_more_ranks_than_the_job_is_refused_at_its_first_group():
+    grid = make_grid(shape=(2, 2))
+
+    def group():
+        try:
+            return grid.group("world")
+        except SettingsError as error:
+            return str(error)
+
+    assert run_threads(2, group) == ["the grid holds rank 3, and the job has 2 ranks; make_grid() after it fits"] * 2

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import logging
 import math
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -40,7 +41,7 @@ class Grid:
     ) -> None:
         self.rows = tuple(tuple(row) for row in rows)
         self.why = why
-        self._rank = dist.get_rank() if rank is None else rank
+        self._given_rank = rank
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._groups: dict[tuple[Axis, int], dist.ProcessGroup] = {}
         _check_rows(self.rows)
@@ -49,6 +50,11 @@ class Grid:
     def shape(self) -> tuple[int, int]:
         """(X, Y): number of ranks per row, number of ranks per column."""
         return len(self.rows[0]), len(self.rows)
+
+    @property
+    def _rank(self) -> int:
+        """This process's rank; read on use, so that a grid can be made before the process group."""
+        return dist.get_rank() if self._given_rank is None else self._given_rank
 
     @property
     def num_ranks(self) -> int:
@@ -79,7 +85,16 @@ class Grid:
         return tuple(sorted(rank for row in self.rows for rank in row))
 
     def group(self, axis: Axis, lane: int = 0) -> dist.ProcessGroup:
-        """Returns the process group along `axis`; all its ranks must create new lanes in the same order."""
+        """Returns the process group along `axis`; all its ranks must create new lanes in the same order.
+
+        Raises:
+            SettingsError: the grid names ranks that the job does not have.
+        """
+        if (highest := max(self.ranks("world"))) >= dist.get_world_size():
+            raise SettingsError(
+                f"the grid holds rank {highest}, and the job has {dist.get_world_size()} ranks; "
+                "make_grid() after it fits"
+            )
         if (axis, lane) not in self._groups:
             self._groups[axis, lane] = self._make_group(axis)
         return self._groups[axis, lane]
@@ -123,7 +138,8 @@ def make_grid(
     ordered by host. Rows and columns as in Mikami et al. 2018, arXiv:1811.05233. Creates no process group yet.
 
     Args:
-        world_size: number of ranks; None takes that of `torch.distributed`'s default group.
+        world_size: number of ranks; None takes that of `torch.distributed`'s default group or, before it is made, of
+            `shape` or the launcher's WORLD_SIZE.
         shape: ranks per row and ranks per column; their product must be `world_size`.
         local_world_size: ranks per host, as torchrun's LOCAL_WORLD_SIZE.
         hosts: host name of every rank, in rank order.
@@ -132,11 +148,22 @@ def make_grid(
     Raises:
         SettingsError: `shape`, `hosts` or `local_world_size` do not fit the number of ranks.
     """
-    world_size = dist.get_world_size() if world_size is None else world_size
+    world_size = _world_size(shape) if world_size is None else world_size
     rows, why = choose_rows(world_size, shape=shape, local_world_size=local_world_size, hosts=hosts)
     grid = Grid(rows, timeout_s=timeout_s, why=why)
     log.info("%r", grid)
     return grid
+
+
+def _world_size(shape: tuple[int, int] | None) -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    known = math.prod(shape) if shape else os.environ.get("WORLD_SIZE")
+    if known is None:
+        raise SettingsError(
+            "make_grid() was given no number of ranks and there is no process group; shape=(2, 2) or world_size=4 works"
+        )
+    return int(known)
 
 
 def choose_rows(

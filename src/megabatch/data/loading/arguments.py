@@ -69,6 +69,8 @@ _RULES = {
     "prefetch_batches": _Rule(_is_count, "a whole number, 1 or more", 4),
     "max_bad_share": _Rule(lambda value: 0 <= value <= 1, "a share of the data set in [0, 1]", 0.01),
     "resolution": _Rule(_is_count, "a whole number of pixels, 1 or more", 224),
+    "local_batch_size": _Rule(lambda value: value is None or _is_count(value), "None or a whole number, 1 or more", 64),
+    "world_size": _Rule(_is_count, "a whole number, 1 or more", 1),
     "batch_size": _Rule(_is_count, "a whole number, 1 or more", 64),
 }
 _PAIRS = (("min_crop_area", "max_crop_area"), ("min_crop_aspect", "max_crop_aspect"))

@@ -5,7 +5,7 @@ worker's rank, on earlier batches, or on where a run was stopped and resumed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.order import shards_ahead, stream_samples
 from megabatch.data.loading.reader import OnBadSample
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.errors import DataError
+from megabatch.errors import DataError, UserError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
@@ -34,6 +34,13 @@ class TrainLoader(BaseLoader):
         source, _ = open_folder("my_photos")
         loader = TrainLoader(source, seed=0, pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
         batch = loader.load(range(0, 64), resolution=224)  # or loader.batches([(range(0, 64), 224), ...])
+
+    With `local_batch_size` and `resolution` it can be iterated like a DataLoader; `state_dict` holds its position:
+
+        loader = TrainLoader(source, local_batch_size=64, resolution=224, seed=0, ...)
+        for epoch in range(90):
+            for batch in loader:  # len(loader) batches; those of the next epoch follow on
+                train_step(batch.images, batch.labels)
 
     `load` returns and `batches` yields a `Batch`, on `device`: `images` [n, image_channels, resolution, resolution] in
     `dtype`, each pixel (x / 255 - pixel_mean) / pixel_std; `labels` [n] int64; with mixup or cutmix also `mixed_labels`
@@ -68,6 +75,9 @@ class TrainLoader(BaseLoader):
             to 3.3, is set to the mean (Zhong et al. 2017, arXiv:1708.04896).
         augmentation_ends_epoch: fractional epoch, 0 or more, from which only flips remain and crops are central; None
             for never.
+        local_batch_size, resolution: images per batch and their side in pixels, for iteration.
+        rank, world_size: iteration deals each global batch of local_batch_size * world_size consecutive positions
+            among that many ranks; every sample is seen once per epoch by one of them.
         shuffle: False reads samples in index order.
         shard_local: shuffles within windows of a few shards, see `order.stream_samples`; needs a source in shards.
         pixel_mean, pixel_std: mean and standard deviation of each channel, [image_channels] values, of pixels divided
@@ -95,6 +105,10 @@ class TrainLoader(BaseLoader):
         source: Source,
         *,
         seed: int,
+        local_batch_size: int | None = None,
+        resolution: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         augmentation: AugmentationKind = "none",
         crop_padding: int = 4,
         min_crop_area: float = 0.08,
@@ -163,6 +177,47 @@ class TrainLoader(BaseLoader):
         )
         self._seed, self._shuffle = seed, shuffle
         self._ends_epoch = augmentation_ends_epoch
+        check_arguments(local_batch_size=local_batch_size, world_size=world_size, resolution=resolution or 1)
+        if not 0 <= rank < world_size:
+            raise UserError(
+                f"rank={rank} was given, needed: 0 to {world_size - 1}, as world_size={world_size}; 0 works"
+            )
+        self._local_batch_size, self._resolution = local_batch_size, resolution
+        self._rank, self._world_size = rank, world_size
+        self._samples_seen = 0
+
+    def __len__(self) -> int:
+        """Batches of one iteration: the samples of an epoch over the global batch, rounded down, at least 1."""
+        return max(1, len(self.source) // (self._shape[0] * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the next `len(self)` batches of this rank, from where the iteration before it, or `state_dict`, ended.
+
+        No sample is dropped: those that do not fill a batch at the end of an epoch begin the next iteration.
+        """
+        size, resolution = self._shape
+        first, step = self._samples_seen + self._rank * size, size * self._world_size
+        starts = range(first, first + len(self) * step, step)
+        for batch in self.batches((range(start, start + size), resolution) for start in starts):
+            self._samples_seen += step
+            yield batch
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        if self._local_batch_size is None or self._resolution is None:
+            raise UserError(
+                "iteration and len need local_batch_size and resolution; TrainLoader(..., local_batch_size=64, "
+                "resolution=224) works, as does batches() without them"
+            )
+        return self._local_batch_size, self._resolution
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: samples of all ranks in the batches that iteration has yielded. Any `world_size` may resume."""
+        return {"samples_seen": self._samples_seen}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Inverse of `state_dict`: the next iteration begins there."""
+        self._samples_seen = int(state["samples_seen"])
 
     def load(self, positions: range, *, resolution: int) -> Batch:
         """Returns the batch at consecutive stream positions; a pure function, callable from any thread.
