@@ -23,6 +23,7 @@ Freeze = Literal["none", "backbone"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
 AutoAugment = Literal["none", "randaugment", "trivialaugment"]
+Sampling = Literal["uniform", "balanced"]
 Optimizer = Literal["lars", "lamb", "sgd", "rmsprop_warmup", "muon", "shampoo"]
 MomentumForm = Literal["outside", "inside", "inside_corrected"]
 TrustDenominator = Literal["sum", "update", "gradient"]
@@ -105,6 +106,7 @@ class Recipe:
     rand_magnitude: float = 9.0  # randaugment only; 0 to 30
     random_erasing: float = 0.0  # probability that a rectangle is set to the mean
     augmentation_ends_epoch: float | None = None  # only flips from this epoch on (Fujitsu, MLPerf v0.6)
+    sampling: Sampling = "uniform"  # balanced: every class has equally many places in an epoch; small ones repeat
     shard_local: bool = False  # shuffle within windows of a few shards, for remote or slow storage
 
     # Batch
@@ -261,6 +263,8 @@ def validate(recipe: Recipe) -> Recipe:
     _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
     aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
     _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
+    global_order = recipe.sampling == "uniform" or not recipe.shard_local
+    _require(global_order, recipe, "sampling", "uniform with shard_local=true", "uniform")
     _require(1 <= recipe.rand_num_ops <= 8, recipe, "rand_num_ops", "1 to 8", 2)
     _require(0 <= recipe.rand_magnitude <= 30, recipe, "rand_magnitude", "0 to 30", 9)
     _require(0 <= recipe.random_erasing <= 1, recipe, "random_erasing", "in [0, 1]", 0.25)

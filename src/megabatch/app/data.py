@@ -242,6 +242,7 @@ def build_train_loader(
         rand_magnitude=recipe.rand_magnitude,
         random_erasing=recipe.random_erasing,
         augmentation_ends_epoch=recipe.augmentation_ends_epoch,
+        balanced=recipe.sampling == "balanced",
         shard_local=recipe.shard_local,
         pixel_mean=recipe.pixel_mean,
         pixel_std=recipe.pixel_std,

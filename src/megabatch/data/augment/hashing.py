@@ -43,6 +43,8 @@ class Stream(IntEnum):
     ERASE_ASPECT = 18
     ERASE_TOP = 19
     ERASE_LEFT = 20
+    SLOT_ORDER = 21
+    CLASS_ORDER = 22
     CROP_AREA = 32  # a random resized crop draws up to ten pairs: streams 32..41 and 48..57
     CROP_ASPECT = 48
     AUTO_OPERATION = 64  # up to eight operations: streams 64..71, 72..79 and 80..87

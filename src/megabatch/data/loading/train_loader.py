@@ -17,6 +17,7 @@ from megabatch.data.augment.policy import AugmentationKind, AutoAugmentKind, Pol
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_range
+from megabatch.data.loading.balanced import BalancedOrder
 from megabatch.data.loading.base_loader import BaseLoader, HostImages, Int64, Source
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
@@ -79,6 +80,7 @@ class TrainLoader(BaseLoader):
         rank, world_size: iteration deals each global batch of local_batch_size * world_size consecutive positions
             among that many ranks; every sample is seen once per epoch by one of them.
         shuffle: False reads samples in index order.
+        balanced: every class has as many positions as any other, and small classes repeat; see `BalancedOrder`.
         shard_local: shuffles within windows of a few shards, see `order.stream_samples`; needs a source in shards.
         pixel_mean, pixel_std: mean and standard deviation of each channel, [image_channels] values, of pixels divided
             by 255: means in [0, 1], standard deviations in (0, 1]. Not in units of bytes.
@@ -127,6 +129,7 @@ class TrainLoader(BaseLoader):
         random_erasing: float = 0.0,
         augmentation_ends_epoch: float | None = None,
         shuffle: bool = True,
+        balanced: bool = False,
         shard_local: bool = False,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -176,6 +179,11 @@ class TrainLoader(BaseLoader):
             gpu_decoder=gpu_decoder,
         )
         self._seed, self._shuffle = seed, shuffle
+        self._balanced: BalancedOrder | None = None
+        if balanced:
+            if not shuffle or shard_local:
+                raise UserError("balanced=True sets the order; shuffle=True and shard_local=False work with it")
+            self._balanced = BalancedOrder(np.asarray(torch.as_tensor(source.labels).cpu()), seed=seed)
         self._ends_epoch = augmentation_ends_epoch
         check_arguments(local_batch_size=local_batch_size, world_size=world_size, resolution=resolution or 1)
         if not 0 <= rank < world_size:
@@ -301,17 +309,23 @@ class TrainLoader(BaseLoader):
         )
 
     def _samples(self, positions: range) -> Samples:
-        epochs, indices = stream_samples(
-            positions.start,
-            len(positions),
+        epochs, indices = self._stream(positions.start, len(positions))
+        if self._ends_epoch is None:
+            return Samples(epochs, indices, np.ones(len(positions), dtype=np.bool_))
+        return Samples(epochs, indices, np.asarray(positions, dtype=np.float64) < self._ends_epoch * len(self.source))
+
+    def _stream(self, first: int, count: int) -> tuple[Int64, Int64]:
+        """Epochs (or passes of a balanced order) and indices of the samples."""
+        if self._balanced is not None:
+            return self._balanced.samples(first, count)
+        return stream_samples(
+            first,
+            count,
             num_samples=len(self.source),
             seed=self._seed,
             shuffle=self._shuffle,
             shard_sizes=self._shard_sizes,
         )
-        if self._ends_epoch is None:
-            return Samples(epochs, indices, np.ones(len(positions), dtype=np.bool_))
-        return Samples(epochs, indices, np.asarray(positions, dtype=np.float64) < self._ends_epoch * len(self.source))
 
     def _boxes(self, samples: Samples, chunk: slice | Int64, heights: Int64, widths: Int64) -> Int64:
         return self._policy.boxes(samples.part(chunk), heights, widths)
