@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness import Work, compare, record, table, write_lines
+from megabatch.bench.timing import Work, compare, record, table, write_lines
 from megabatch.comm.exchange.algorithms import ALGORITHMS
 from megabatch.comm.exchange.grid import make_grid
 from megabatch.comm.exchange.state import ExchangeState

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import harness
-from harness import Timing, Work, record, table, write_lines
+import megabatch.bench.timing as harness
+from megabatch.bench.timing import Timing, Work, record, table, write_lines
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.resnet import Norm

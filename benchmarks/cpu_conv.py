@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import batch_norm
-import harness
-from harness import Timing, Work, record, table, write_lines
+import megabatch.bench.timing as harness
+from megabatch.bench.timing import Timing, Work, record, table, write_lines
 from megabatch.host_memory import keep_freed_memory
 from megabatch.kernels.cpu import conv as cpu_conv
 from megabatch.nn.resnet import resnet18, resnet50

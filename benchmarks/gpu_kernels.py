@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import megabatch.kernels.bottleneck.conv1x1 as conv
 from gpu_session import Session, guarded
-from harness import Work, compare
+from megabatch.bench.timing import Work, compare
 from megabatch.kernels.crop_resize import crop_and_resize
 from megabatch.kernels.loss import cross_entropy_with_gradient
 from megabatch.kernels.norm.batch_norm import fused_bn_act

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import Timing, Work, compare
+from megabatch.bench.timing import Timing, Work, compare
 from megabatch.train.cuda_graph import CudaRecorder
 
 MILLI = 1e-3

@@ -20,7 +20,7 @@ from gpu_models import (
 )
 from gpu_session import Session, free, graph_of, guarded
 from gpu_traffic import Kernel, Traffic, by_kind
-from harness import measure
+from megabatch.bench.timing import measure
 from megabatch.kernels.dispatch import Backend
 from megabatch.nn.fused.fuse import Fusion, set_fusion
 from megabatch.nn.loss import cross_entropy_sum

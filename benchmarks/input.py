@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harness import Timing, record, write_lines
 from input_peers import BATCH, PEERS, WORKERS, Job, Pass
+from megabatch.bench.timing import Timing, record, write_lines
 from megabatch.data.augment.crops import random_resized_crop_boxes
 from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.jpeg.decode import decode, decode_crop

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from harness import write_lines
+from megabatch.bench.timing import write_lines
 from megabatch.observe.environment import describe
 
 _MIB = 1 << 20

@@ -16,7 +16,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from harness import Timing, record, write_lines
+from megabatch.bench.timing import Timing, record, write_lines
 from megabatch.data.augment.crops import random_resized_crop_boxes
 from megabatch.data.jpeg import library as jpeg_library
 from megabatch.data.jpeg.decode import MAX_PIXELS, image_size

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_session import graph_of
-from harness import Timing, Work, compare, record, table, write_lines
+from megabatch.bench.timing import Timing, Work, compare, record, table, write_lines
 from megabatch.errors import UserError
 from megabatch.optim.lamb import LAMB
 from megabatch.optim.lars import LARS

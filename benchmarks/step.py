@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import Timing, record, table, write_lines
+from megabatch.bench.timing import Timing, record, table, write_lines
 from step_cases import SETTINGS, cases, missing
 
 BASELINE = "plain eager fp32"

@@ -7,6 +7,7 @@ import torch
 from command_line import error_line, megabatch, megabatch_process
 
 from megabatch import recipes
+from megabatch.bench.timing import Timing
 from megabatch.cli.bench_step import Measured, Variant, table, variants_to_measure
 from megabatch.runtime import Runtime
 
@@ -66,8 +67,8 @@ def test_micro_batches_hold_whole_spans():
 
 
 def test_a_variant_that_fails_comes_last_with_its_error():
-    good = Measured(Variant("slow", Runtime(), "--precision fp32"), 8, (0.2, 0.2, 0.2))
-    better = Measured(Variant("quick", Runtime(), "--precision bf16"), 8, (0.1, 0.1, 0.1))
+    good = Measured(Variant("slow", Runtime(), "--precision fp32"), 8, Timing((0.2, 0.2, 0.2)))
+    better = Measured(Variant("quick", Runtime(), "--precision bf16"), 8, Timing((0.1, 0.1, 0.1)))
     broken = Measured(Variant("compiled", Runtime(), "--compile"), error="no compiler")
     lines = table([broken, good, better], 16, "photos").splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["quick", "slow", "compiled"]

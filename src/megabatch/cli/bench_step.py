@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from megabatch.runtime import Runtime
 
 if TYPE_CHECKING:
     from megabatch.bench.synthetic_step import SyntheticStep
+    from megabatch.bench.timing import Timing
     from megabatch.comm.launch import World
 
 
@@ -34,17 +33,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each step of a variant, or the `error` with which it failed."""
+    """Time of a variant's step, or the `error` with which it failed."""
 
     variant: Variant
     micro_batch_size: int = 0
-    seconds: tuple[float, ...] = ()
+    timing: "Timing | None" = None
     error: str | None = None
 
     @property
     def median_s(self) -> float:
         """Median seconds of a step; infinite if the variant failed."""
-        return statistics.median(self.seconds) if self.seconds else float("inf")
+        return self.timing.median_s if self.timing else float("inf")
 
 
 def bench_step(
@@ -105,9 +104,9 @@ def variants_to_measure(recipe: Recipe, images: int, *, device: str, compiled: b
 def measure(
     recipe: Recipe, images: int, variants: Sequence[Variant], world: "World", *, seconds: float
 ) -> list[Measured]:
-    """Returns the measured seconds of each variant.
+    """Returns the measured time of each variant's step.
 
-    On a CPU the variants alternate step by step, so that a disturbance affects all of them. On a GPU they run one after
+    On a CPU the variants are interleaved, so that a disturbance affects all of them. On a GPU they run one after
     another, because each may need all of the memory.
     """
     groups = [list(variants)] if world.device.type == "cpu" else [[variant] for variant in variants]
@@ -120,16 +119,16 @@ def table(measured: Sequence[Measured], images: int, recipe: str) -> str:
     ranked = sorted(measured, key=lambda row: row.median_s)
     lines = [f"{'variant':34} {'images/s':>10} {'median ms':>10}  {'quartiles':>19} {'micro-batch':>11}"]
     for row in ranked:
-        if not row.seconds:
+        if row.timing is None:
             lines.append(f"{row.variant.name:34} failed: {row.error}"[:160])
             continue
-        first, third = _quartiles(row.seconds)
+        first, third = row.timing.quartiles_s
         spread = f"{1e3 * first:.1f} .. {1e3 * third:.1f}"
         lines.append(
             f"{row.variant.name:34} {images / row.median_s:10,.0f} {1e3 * row.median_s:10.1f}  {spread:>19} "
             f"{row.micro_batch_size:>11}"
         )
-    if ranked[0].seconds:
+    if ranked[0].timing:
         lines.append(f"fastest: {ranked[0].variant.name}; megabatch train {recipe} {ranked[0].variant.options}")
     return "\n".join(lines)
 
@@ -140,7 +139,7 @@ def as_json(measured: Sequence[Measured], recipe: Recipe, images: int) -> dict[s
 
     rows = [
         {"variant": row.variant.name, "options": row.variant.options, "micro_batch_size": row.micro_batch_size}
-        | {"error": row.error, "seconds": list(row.seconds)}
+        | {"error": row.error, "seconds": row.timing.seconds if row.timing else ()}
         for row in measured
     ]
     return {"recipe": recipe.name, "model": recipe.model, "images": images, "variants": rows, "environment": describe()}
@@ -155,6 +154,8 @@ def _variant(name: str, **changes: Any) -> Variant:
 def _measure_group(
     recipe: Recipe, images: int, variants: Sequence[Variant], world: "World", seconds: float
 ) -> Iterator[Measured]:
+    from megabatch.bench.timing import compare
+
     with contextlib.ExitStack() as stack:
         ready: dict[str, SyntheticStep] = {}
         errors: dict[str, str] = {}
@@ -164,10 +165,10 @@ def _measure_group(
                 ready[variant.name] = stack.enter_context(_warm_step(recipe, images, variant, world))
             except (RuntimeError, SettingsError) as error:  # no compiler, or out of memory
                 errors[variant.name] = " ".join(str(error).split())[:300]
-        seconds_by_name = _alternate(ready, seconds)
+        timings = compare({name: step.run_step for name, step in ready.items()}, warmup=0, repeats=3, seconds=seconds)
     for variant in variants:
         if variant.name in ready:
-            yield Measured(variant, ready[variant.name].micro_batch_size, tuple(seconds_by_name[variant.name]))
+            yield Measured(variant, ready[variant.name].micro_batch_size, timings[variant.name])
         else:
             yield Measured(variant, error=errors[variant.name])
 
@@ -180,20 +181,3 @@ def _warm_step(recipe: Recipe, images: int, variant: Variant, world: "World") ->
         for _ in range(2 if world.device.type == "cpu" else 5):  # compiled at the second, captured at the fourth
             step.run_step()
         yield step
-
-
-def _alternate(steps: "dict[str, SyntheticStep]", seconds: float) -> dict[str, list[float]]:
-    """Runs the steps in turn for `seconds`, at least three times each; returns the seconds of every run by name."""
-    seconds_by_name: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while steps and (time.perf_counter() < end or len(next(iter(seconds_by_name.values()))) < 3):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step.run_step()
-            seconds_by_name[name].append(time.perf_counter() - started)
-    return seconds_by_name
-
-
-def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
-    return first, third

@@ -1,4 +1,4 @@
-"""Timing that can be compared: interleaved in one run, as medians with quartiles, one JSON line per measurement."""
+"""Timing for comparisons: interleaved in one run, median and quartiles, one JSON line per measurement."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat, in the order they were run."""
+    """Seconds of each repeat, in the order of the runs."""
 
     seconds: tuple[float, ...]
 
@@ -31,12 +31,12 @@ class Timing:
 
     @property
     def min_s(self) -> float:
-        """The fastest repeat: what the work costs when nothing else runs, if there was such a moment."""
+        """Shortest repeat, the one least disturbed by other work."""
         return min(self.seconds)
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
-        """First and third quartile; both the only value where there is one repeat."""
+        """First and third quartile; of one repeat both are its value."""
         if len(self.seconds) == 1:
             return self.seconds[0], self.seconds[0]
         first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -44,34 +44,43 @@ class Timing:
 
 
 def measure(work: Work, warmup: int = 3, repeats: int = 20, *, queued: int = 0) -> Timing:
-    """Times `work` alone. To compare two works use `compare`: a shared machine is never twice the same."""
+    """Times `work` alone; `compare` times several, which on a shared machine is the only fair comparison."""
     return compare({"work": work}, warmup=warmup, repeats=repeats, queued=queued)["work"]
 
 
 def compare(
-    works: Mapping[str, Work], *, warmup: int = 3, repeats: int = 20, seed: int = 0, queued: int = 0
+    works: Mapping[str, Work],
+    *,
+    warmup: int = 3,
+    repeats: int = 20,
+    seconds: float = 0.0,
+    seed: int = 0,
+    queued: int = 0,
 ) -> dict[str, Timing]:
-    """Times all works in one run, interleaved: in every round each runs once, in an order drawn anew.
+    """Times all works interleaved: each runs once per round, in a random order.
 
-    So that a slow moment of the machine meets all of them, and none always runs in the same other's leftover cache.
-    On a GPU a repeat lasts from an idle device to an idle device again. With `queued` it is the mean of that many runs
-    behind another one that is not timed: the launch of a CUDA graph on an idle device takes 8 to 15 us.
+    So a disturbance of the machine affects all of them, and none always finds the same other's data in the caches.
+    There are at least `repeats` rounds, and more until `seconds` have passed. On a GPU a repeat lasts from an idle
+    device to an idle device. With `queued` it is the mean of that many runs behind one that is not timed: the launch of
+    a CUDA graph on an idle device takes 8 to 15 us.
     """
     for _ in range(warmup):
         for work in works.values():
             work()
     generator = random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
+    found: dict[str, list[float]] = {name: [] for name in works}
+    end_s, num_rounds = time.perf_counter() + seconds, 0
+    while works and (num_rounds < repeats or time.perf_counter() < end_s):
         order = list(works)
         generator.shuffle(order)
         for name in order:
-            seconds[name].append(_seconds_of(works[name], queued))
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            found[name].append(_seconds_of(works[name], queued))
+        num_rounds += 1
+    return {name: Timing(tuple(values)) for name, values in found.items()}
 
 
 def ratio(timing: Timing, baseline: Timing) -> dict[str, float]:
-    """How many times longer than `baseline`: of the medians, of the minima, and quartiles of the rounds' own ratios."""
+    """Time divided by the baseline's: of the medians, of the minima, and quartiles of the ratios within a round."""
     rounds = Timing(tuple(a / b for a, b in zip(timing.seconds, baseline.seconds, strict=True)))
     first, third = rounds.quartiles_s
     return {
@@ -112,7 +121,7 @@ def record(
 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON line per record, making the folder."""
+    """Writes one JSON line per record; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(values) + "\n" for values in records))
 
@@ -137,7 +146,8 @@ def _seconds_of(work: Work, queued: int) -> float:
         work()
         return time.perf_counter() - start
     torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    begin, end = events
     if queued:
         work()
     begin.record()
@@ -145,7 +155,7 @@ def _seconds_of(work: Work, queued: int) -> float:
         work()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / max(1, queued) / 1e3
+    return float(begin.elapsed_time(end)) / max(1, queued) / 1e3
 
 
 def _version(package: str) -> str | None:
