@@ -65,7 +65,7 @@ def race(model: str, names: Sequence[str], *, repeats: int) -> tuple[dict[str, T
         print(f"warming up: {name}", file=sys.stderr, flush=True)
         try:
             contenders[name] = Contender(name, model)
-        except RuntimeError as error:  # torch.compile's max pooling fails on AVX2 (torch 2.13)
+        except RuntimeError as error:  # torch.compile may fail
             print(f"left out: {error}", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     generator = random.Random(0)

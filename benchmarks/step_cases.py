@@ -8,6 +8,7 @@ settings: ours is set up as `megabatch train` does it, the others as a script wi
 import contextlib
 import functools
 import importlib
+import os
 import resource
 import sys
 import time
@@ -185,6 +186,8 @@ def serve(case: str, model: str) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # torch.compile writes wrong code if it finds more (torch 2.13)
+        importlib.import_module("torch._inductor.config").cpp.simdlen = 256
     if len(sys.argv) > 3:
         SETTINGS[sys.argv[2]]["batch"] = int(sys.argv[3])
     serve(*sys.argv[1:3])

@@ -21,4 +21,9 @@ settings.register_profile(
 )
 settings.load_profile("megabatch")
 
+if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":  # torch.compile writes wrong code if it finds more (torch 2.13)
+    import torch._inductor.config
+
+    torch._inductor.config.cpp.simdlen = 256
+
 pytest_plugins = ["interpreted"]
