@@ -271,7 +271,7 @@ def _has_bad_gradient(run: Run, like: Tensor) -> Tensor:
     if not gradients or not _waits_for_finite(run) or run.state.precision.loss_scale is not None:
         return torch.zeros_like(like)
     peaks = torch.stack([peak.float() for peak in torch._foreach_norm(gradients, torch.inf)])
-    return torch.ones_like(like) - peaks.isfinite().all()
+    return (~peaks.isfinite().all()).to(like).view(1)
 
 
 def _parameters(run: Run) -> list[torch.nn.Parameter]:
