@@ -29,6 +29,20 @@ def test_an_error_that_cannot_be_left_is_printed_by_the_worker(tmp_path, monkeyp
     assert not hand_to_parent(DataError("x"))
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_stuck_process_ends_with_its_error_handed_over_or_on_stderr(tmp_path, is_local):
+    code = "from megabatch.comm.worker_errors import end_process as end; from megabatch.errors import PeerError\n"
+    code += (
+        "import threading; threading.Timer(0.1, end, [PeerError('rank 3 is silent')]).start(); threading.Event().wait()"
+    )
+    environment = os.environ | {"RANK": "2", FOLDER_VARIABLE: str(tmp_path) if is_local else ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("" if is_local else "megabatch (worker 2): rank 3 is silent\n")
+    assert [str(error) for error in read_errors(tmp_path)] == ["rank 3 is silent"] * is_local
+
+
 def test_the_cause_is_invalid_input_else_the_first_that_names_no_other_worker():
     lost, diverged, data = PeerError("rank 1 is lost"), DivergedError("not finite"), DataError("no images")
     assert find_cause([lost, diverged, data]) is data

@@ -49,8 +49,13 @@ def report(error: MegabatchError) -> int:
         rank = os.environ.get("RANK", "0")
         is_other = rank.isdecimal() and int(rank) > 0 and "WORLD_SIZE" in os.environ
         who = f"megabatch (worker {rank})" if is_other else "megabatch"
-        sys.stderr.write(f"{who}: {shorten(printable(' '.join(str(error).split())))}\n")
+        sys.stderr.write(f"{who}: {one_line(str(error))}\n")
     return 2 if isinstance(error, UserError) else 1
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, and not longer than a terminal shows well."""
+    return shorten(printable(" ".join(text.split())))
 
 
 def shorten(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from megabatch import recipes
+from megabatch.cli.failure import one_line
 from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime_options
 from megabatch.errors import STOPPED, SettingsError
 from megabatch.files import create_unused, write_text
@@ -119,7 +120,7 @@ def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
             max_restarts=runtime.max_restarts,
             min_workers=runtime.min_workers,
             progress=lambda: _newest_step(folder),
-            announce=lambda text: typer.echo(f"megabatch: {text}", err=True),
+            announce=lambda text: typer.echo(f"megabatch: {one_line(text)}", err=True),
         )
         code = run_local_workers(
             num_workers, arguments, recovery=recovery, silent_s=runtime.peer_timeout_s, grace_s=runtime.grace_s

@@ -66,30 +66,50 @@ def run_local_workers(
         MegabatchError: the error that ended the workers.
     """
     recovery = recovery or Recovery()
-    workers, left, is_repeated = num_workers, recovery.max_restarts, False
+    budget = _Budget(recovery, num_workers)
     while True:
         before = recovery.progress()
-        code, error, was_killed = _run_once(workers, arguments, silent_s=silent_s, grace_s=grace_s)
+        code, error, was_killed = _run_once(budget.num_workers, arguments, silent_s=silent_s, grace_s=grace_s)
         progressed = recovery.progress() != before
-        if progressed:
-            workers, left, is_repeated = num_workers, recovery.max_restarts, False
-        # An unknown error may be one of the program, which each restart would repeat.
-        is_lost = code == 1 and (was_killed or (progressed and (error is None or isinstance(error, PeerError))))
-        if left == 0 or not is_lost:
+        if not budget.allows_restart(code, error, was_killed=was_killed, progressed=progressed):
             break
-        left -= 1
-        if is_repeated:
-            workers = max(min(workers, recovery.min_workers or workers), workers - 1)
-        is_repeated = True
         if "--resume" not in arguments:
             arguments = [*arguments, "--resume"]
-        recovery.announce(
-            f"{error or 'a worker failed'}; {workers} worker(s) restart from the newest checkpoint "
-            f"({recovery.max_restarts - left} of at most {recovery.max_restarts} restarts without a new one)"
-        )
+        recovery.announce(f"{error or 'a worker failed'}; {budget}")
     if code and error is not None:
         raise error
     return code
+
+
+class _Budget:
+    """The restarts that are left, and the number of workers of the next group."""
+
+    def __init__(self, recovery: Recovery, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._recovery = recovery
+        self._all_workers = num_workers
+        self._spent = 0
+
+    def allows_restart(self, code: int, error: MegabatchError | None, *, was_killed: bool, progressed: bool) -> bool:
+        """Spends a restart after the end of a group of workers; False if none is left or none would help."""
+        if progressed:
+            self.num_workers, self._spent = self._all_workers, 0
+        # An unknown error may be one of the program, which each restart would repeat.
+        is_lost = code == 1 and (was_killed or (progressed and (error is None or isinstance(error, PeerError))))
+        if not is_lost or self._spent == self._recovery.max_restarts:
+            return False
+        self._spent += 1
+        fewest = self._recovery.min_workers or self._all_workers
+        if self._spent > 1 and self.num_workers > fewest:
+            self.num_workers -= 1
+        return True
+
+    def __str__(self) -> str:
+        most = self._recovery.max_restarts
+        return (
+            f"{self.num_workers} worker(s) restart from the newest checkpoint "
+            f"({self._spent} of at most {most} restarts without a new one)"
+        )
 
 
 def _run_once(
