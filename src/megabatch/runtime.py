@@ -19,6 +19,7 @@ Fusion = Literal["auto", "plain"]
 Switch = Literal["auto", "on", "off"]
 Part = Literal["train", "val", "test"]
 EvaluationPart = Literal["auto", "train", "val", "test"]
+Track = Literal["auto", "none", "tensorboard", "wandb", "mlflow"]
 
 
 def _option(
@@ -125,6 +126,9 @@ class Runtime:
         "Interval between checkpoints, besides those at evaluations: as 100steps, 2epochs, 90s, 10min, 1h; or never.",
     )
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", least=1)
+    track: Track = _option(
+        "auto", "Tracker that gets all numbers, besides events.jsonl; auto: TensorBoard if installed."
+    )
 
     def __post_init__(self) -> None:
         """Expands `~` in paths; raises SettingsError for an interval of another form."""

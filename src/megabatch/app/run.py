@@ -60,7 +60,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
-        log = open_run_log(recipe, folder, world=world, quiet=quiet, resume=bool(runtime.resume), stack=stack)
+        log = open_run_log(recipe, runtime, folder, world=world, quiet=quiet, stack=stack)
         announce_measuring(log, world, stack)
         if runtime.resume:
             runtime = with_earlier_choices(runtime, folder, world=world)

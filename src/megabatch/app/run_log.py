@@ -15,9 +15,10 @@ from megabatch.files import write_text
 from megabatch.kernels import tuning
 from megabatch.observe.curve import Curve, against_curve, curve_text
 from megabatch.observe.environment import command_line, describe
-from megabatch.observe.events import SCHEMA, EventLog
+from megabatch.observe.events import SCHEMA, EventLog, EventWriter
 from megabatch.observe.progress import Progress
 from megabatch.observe.run_folder import EVENTS_FILE, claimed
+from megabatch.observe.trackers import open_tracker
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
@@ -32,7 +33,7 @@ class RunLog:
 
     folder: Path
     progress: Progress
-    events: EventLog | None
+    writers: Sequence[EventWriter] = ()
     quiet: bool = False
     published_curve: Curve = ()
 
@@ -49,9 +50,8 @@ class RunLog:
         """Writes one event and prints its main numbers."""
         if event["event"] == "evaluation":
             event = event | self._against_curve(event["epoch"], event["top1"])
-        if self.events:
-            kind = event["event"]
-            self.events.write(kind, **{key: value for key, value in event.items() if key != "event"})
+        for writer in self.writers:
+            writer.write(**event)
         if event["event"] == "step":
             self.progress.step(event["step"], event["epoch"], event["loss"], event["images_per_s"])
         elif event["event"] == "evaluation":
@@ -70,19 +70,28 @@ class RunLog:
 
 
 def open_run_log(
-    recipe: Recipe, folder: Path, *, world: World, quiet: bool, resume: bool, stack: contextlib.ExitStack
+    recipe: Recipe, runtime: Runtime, folder: Path, *, world: World, quiet: bool, stack: contextlib.ExitStack
 ) -> RunLog:
     """Opens the log on rank 0, a silent one on other ranks; closed with `stack`.
 
     Raises:
-        SettingsError: another process is writing to the folder, or it holds a run and `resume` is not set.
+        SettingsError: another process is writing to the folder, it holds a run and `runtime.resume` is not set, or
+            the tracker cannot start.
     """
-    on_rank0(lambda: stack.enter_context(claimed(folder, resume=resume)), world)
+    on_rank0(lambda: stack.enter_context(claimed(folder, resume=runtime.resume)), world)
+    writers: list[EventWriter] = []
+    on_rank0(lambda: writers.extend(_open_writers(recipe, runtime, folder, stack)), world)
     progress = Progress(count_steps(recipe), recipe.total_epochs, enabled=world.is_first, quiet=quiet)
-    events = None
-    if world.is_first:
-        events = stack.enter_context(EventLog(folder / EVENTS_FILE))
-    return RunLog(folder, stack.enter_context(progress), events, quiet, recipe.published_curve)
+    return RunLog(folder, stack.enter_context(progress), writers, quiet, recipe.published_curve)
+
+
+def _open_writers(recipe: Recipe, runtime: Runtime, folder: Path, stack: contextlib.ExitStack) -> list[EventWriter]:
+    """Opens events.jsonl and the tracker, if there is one; closed with `stack`."""
+    writers: list[EventWriter] = [stack.enter_context(EventLog(folder / EVENTS_FILE))]
+    if tracker := open_tracker(runtime.track, folder, fields_as_json(recipe)):
+        stack.callback(tracker.close)
+        writers.append(tracker)
+    return writers
 
 
 def announce_measuring(log: RunLog, world: World, stack: contextlib.ExitStack) -> None:
