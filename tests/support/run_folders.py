@@ -41,7 +41,7 @@ def make_run(
     chosen = recipe or recipes.get("fashion_mnist")
     (folder / "recipe.json").write_text(json.dumps(fields_as_json(chosen)))
     with EventLog(folder / "events.jsonl") as log:
-        log.write("run_start", recipe=chosen.name, workers=2, **(start or {}))
+        log.write("run_start", recipe=chosen.name, **({"workers": 2} | (start or {})))
         for event in events:
             log.write(event["event"], **{key: value for key, value in event.items() if key != "event"})
     return folder

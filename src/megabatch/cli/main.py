@@ -18,6 +18,7 @@ from megabatch.cli.evaluate import evaluate
 from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.launch import launch_slurm
+from megabatch.cli.mllog import mllog
 from megabatch.cli.output import open_output
 from megabatch.cli.plan import plan
 from megabatch.cli.predict import predict
@@ -48,6 +49,7 @@ app.command()(plan)
 app.command("report")(write_report)
 app.command()(watch)
 app.command()(doctor)
+app.command()(mllog)
 app.add_typer(data_app, name="data")
 
 bench_app = typer.Typer(help="Measure parts of training here.", no_args_is_help=True, rich_markup_mode=None)
