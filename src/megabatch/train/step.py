@@ -260,9 +260,11 @@ def _skipping(optimizer: torch.optim.Optimizer, overflow: Tensor | None) -> Iter
 def _sum_over_workers(run: Run, sums: Tensor, clock: StepClock, exchange: dict[str, Any]) -> Tensor:
     """Over all workers, float64: the fields of `PendingStep.scalars`, then those of `rank_slots`."""
     is_overdue = run.world.is_first and run.checkpoint_is_overdue()
-    flags = sums.new_tensor([float(run.stop_requested()), float(is_overdue)])
-    slots = sums.new_tensor(rank_slots(run.world, clock, exchange))
-    return sum_over_workers(torch.cat([sums, flags, _has_bad_gradient(run, sums[:1]), slots]), run.world)
+    flags = [torch.full_like(sums[:1], float(flag)) for flag in (run.stop_requested(), is_overdue)]
+    parts = [sums, *flags, _has_bad_gradient(run, sums[:1])]
+    if slots := rank_slots(run.world, clock, exchange):  # on a CPU: to a GPU, the copy would wait for the device
+        parts.append(sums.new_tensor(slots))
+    return sum_over_workers(torch.cat(parts), run.world)
 
 
 def _has_bad_gradient(run: Run, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class StepClock:
 
     def spans(self) -> list[PhaseSpan]:
         """The intervals in order; waits for the device."""
-        if self._marks and isinstance(last := self._marks[-1][1], torch.cuda.Event):
+        if self._marks and not isinstance(last := self._marks[-1][1], float):
             last.synchronize()
         offsets = [0.0, *(seconds_between(self.start, at) for _, at in self._marks)]
         return [
