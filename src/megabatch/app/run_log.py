@@ -78,7 +78,7 @@ def open_run_log(
         SettingsError: another process is writing to the folder, it holds a run and `runtime.resume` is not set, or
             the tracker cannot start.
     """
-    on_rank0(lambda: stack.enter_context(claimed(folder, resume=runtime.resume)), world)
+    on_rank0(lambda: stack.enter_context(claimed(folder, resume=bool(runtime.resume))), world)
     writers: list[EventWriter] = []
     on_rank0(lambda: writers.extend(_open_writers(recipe, runtime, folder, stack)), world)
     progress = Progress(count_steps(recipe), recipe.total_epochs, enabled=world.is_first, quiet=quiet)

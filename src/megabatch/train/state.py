@@ -174,6 +174,8 @@ class TrainState:
             raise ValueError(f"step, samples seen and skipped steps are {counts}")
         self.step, self.samples_seen, self.skipped_steps = counts
         self.skipped_in_a_row, self.lr_factor = 0, float(state.get("lr_factor", 1.0))
+        if not 0 < self.lr_factor <= 1:
+            raise ValueError(f"the factor of the learning rates is {self.lr_factor}")
         self.best_top1, self.best_at, self.evaluated_at = state.get("evaluations", (-1.0, 0, 0))
         self._saved_scales = state.get("wire_scales", {})
         if self.wire_scales:
