@@ -74,7 +74,10 @@ class Runtime:
     weight_copies: bool = _option(True, "In bf16 and fp16 the optimizer writes 16-bit weights, so no step casts them.")
     keep_memory: bool = _option(True, "On a CPU, keep freed memory for the next step.")
     threads: int | None = _option(
-        None, "CPU threads per worker; default OMP_NUM_THREADS, else the cores divided among workers.", least=1
+        None,
+        "CPU threads per worker; default OMP_NUM_THREADS, else the cores divided among workers.",
+        least=1,
+        most=4096,
     )
 
     all_reduce: AllReduce = _option("auto", "All-reduce algorithm of the gradient exchange.")
@@ -118,7 +121,9 @@ class Runtime:
     )
     decode: Decode = _option("auto", "JPEG decoder; auto: the GPU if a worker has few cores, else the cores.")
     decoded_cache_gib: float = _option(0.0, "GiB of each GPU's memory that cache images it has decoded.", least=0)
-    decode_threads: int | None = _option(None, "Threads per worker that decode images; default one per core.", least=1)
+    decode_threads: int | None = _option(
+        None, "Threads per worker that decode images; default one per core.", least=1, most=4096
+    )
     prefetch_batches: int = _option(4, "Batches that the loader prefetches.", least=1)
 
     checkpoint_every: str = _option(

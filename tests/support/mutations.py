@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +128,7 @@ def run_cases(name: str, count: int, case: Callable[[random.Random], bool]) -> C
     `MOST_MEMORY_BYTES` fail the test with the seed. With MEGABATCH_FUZZ_RECORD the result is appended to that file.
     """
     outcomes: Counter[str] = Counter()
-    before, started = _peak_bytes(), time.perf_counter()
+    before = _peak_bytes()
     old = signal.signal(signal.SIGALRM, _hang)
     try:
         for seed in range(count):
@@ -146,7 +145,7 @@ def run_cases(name: str, count: int, case: Callable[[random.Random], bool]) -> C
         signal.signal(signal.SIGALRM, old)
     added = _peak_bytes() - before
     assert added < MOST_MEMORY_BYTES, f"{name}: {added:,} bytes of memory"
-    record({"name": name, "count": count, **outcomes, "added_bytes": added, "wall_s": time.perf_counter() - started})
+    record({"name": name, "count": count, **outcomes, "added_bytes": added})
     return outcomes
 
 
