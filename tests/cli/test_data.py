@@ -8,7 +8,7 @@ import typer
 from photographs import encode, photograph
 from typer.testing import CliRunner, Result
 
-from megabatch.cli.bench_input import bench_input
+from megabatch.cli.bench.input import bench_input
 from megabatch.cli.data import data_app
 from megabatch.errors import DataError
 

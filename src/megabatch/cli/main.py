@@ -9,9 +9,9 @@ from types import FrameType
 import typer
 
 from megabatch import __version__
-from megabatch.cli.bench_allreduce import bench_allreduce
-from megabatch.cli.bench_input import bench_input
-from megabatch.cli.bench_step import bench_step
+from megabatch.cli.bench.allreduce import bench_allreduce
+from megabatch.cli.bench.input import bench_input
+from megabatch.cli.bench.step import bench_step
 from megabatch.cli.data import data_app
 from megabatch.cli.doctor import doctor
 from megabatch.cli.evaluate import evaluate

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch import recipes
-from megabatch.cli.bench_allreduce import parse_shape
+from megabatch.cli.bench.allreduce import parse_shape
 from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.cli.plan_output import Answer, print_answer
 from megabatch.cli.plan_output import as_json as answer_as_json

@@ -7,11 +7,11 @@ import sys
 import pytest
 from limits import HANG_S
 
-from megabatch.cli.bench_allreduce import parse_shape
+from megabatch.cli.bench.allreduce import parse_shape
 from megabatch.comm.autotune.choose import choose, read_table
 from megabatch.errors import SettingsError
 
-MAIN = "import typer; from megabatch.cli.bench_allreduce import bench_allreduce; typer.run(bench_allreduce)"
+MAIN = "import typer; from megabatch.cli.bench.allreduce import bench_allreduce; typer.run(bench_allreduce)"
 
 
 def run_under_torchrun(folder, *arguments):

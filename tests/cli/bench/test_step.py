@@ -8,7 +8,7 @@ from command_line import error_line, megabatch, megabatch_process
 
 from megabatch import recipes
 from megabatch.bench.timing import Timing
-from megabatch.cli.bench_step import Measured, Variant, table, variants_to_measure
+from megabatch.cli.bench.step import Measured, Variant, table, variants_to_measure
 from megabatch.runtime import Runtime
 
 QUICK = ["--set", "width=8", "--set", "bn_span=4", "--set", "resolution=0:8", "--batch", "16", "--seconds", "0.1"]
