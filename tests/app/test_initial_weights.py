@@ -76,6 +76,14 @@ def test_a_run_from_given_weights_names_what_was_loaded(tmp_path):
     assert "initial weights: 54 tensors loaded, the last layer is new (fc.weight [4, 32], in the file [7, 32]" in events
 
 
+def test_the_last_layer_of_a_run_with_other_class_names_is_not_taken(tmp_path):
+    run_tiny(tmp_path, tiny_recipe(total_epochs=0.5, warmup_epochs=0.1))
+    assert "fc.weight" in read_weights(tmp_path)
+    assert "fc.weight" in read_weights(tmp_path, ("a", "b", "c", "d"))
+    others = read_weights(tmp_path, ("cat", "dog", "cow", "hen"))
+    assert set(read_weights(tmp_path)) - set(others) == {"fc.weight", "fc.bias"}
+
+
 def test_the_average_of_a_run_is_taken_where_it_has_one(tmp_path):
     recipe = tiny_recipe(total_epochs=0.5, warmup_epochs=0.1, ema_half_life_epochs=0.2)
     live = run_tiny(tmp_path, recipe)["weights"]

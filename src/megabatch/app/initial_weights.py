@@ -1,7 +1,7 @@
 """Weights that a run starts from: reads `--init-from` and fits its tensors to a model."""
 
 import pickle  # only its error class: torch.load raises it for what is not plain tensors
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ def weights_digest(path: Path) -> str:
     return (info.sha256 if info else sha256_of(_existing(path)))[:16]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, class_names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Tensors by name, on the CPU: of a run folder, a checkpoint, a .safetensors file, or a state dict of torch.save.
 
-    Of a run that averaged its weights, the average. Code in a file is not run (`weights_only`).
+    Of a run that averaged its weights, the average; of a run with other classes than `class_names`, all but the last
+    layer. Code in a file is not run (`weights_only`).
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no tensors by name.
@@ -50,7 +51,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     info = find_checkpoint(path)
     if info is not None:
         state = load_state(info)
-        return dict(state["module"]) | (state["average"]["tensors"] if state["average"] else {})
+        tensors = dict(state["module"]) | (state["average"]["tensors"] if state["average"] else {})
+        is_other = class_names is not None and info.class_names not in {None, tuple(class_names)}
+        last = list(state["module"])[-1].rpartition(".")[0]
+        return {name: tensor for name, tensor in tensors.items() if not (is_other and name.rpartition(".")[0] == last)}
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     return _without_prefix(read(_existing(path)))
 
@@ -67,7 +71,7 @@ def match_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Matched:
         if given is not None and given.shape == own.shape:
             found[name] = given
         elif given is not None or not name.endswith(".num_batches_tracked"):  # which old files lack
-            shapes = f"{list(own.shape)}, in the file {list(given.shape) if given is not None else 'missing'}"
+            shapes = f"{list(own.shape)}, {'not given' if given is None else f'in the file {list(given.shape)}'}"
             (new if name in head else wrong).append(f"{name} {shapes}")
     if wrong:
         raise CheckpointError(

@@ -66,7 +66,7 @@ def open_run(
             runtime = with_earlier_choices(runtime, folder, world=world)
         precision = measured_precision(recipe, runtime, world=world, micro_batch_size=wished)
         runtime = measured_layout(recipe, runtime, precision, world=world, warn=log.warn)
-        initial = read_weights(runtime.init_from) if runtime.init_from else None
+        initial = read_weights(runtime.init_from, data.train.class_names) if runtime.init_from else None
         sizes: dict[str, Any] = {"world": world, "micro_batch_size": wished}
         state = build_state(recipe, runtime, precision, **sizes, capturable=capture.chosen, initial=initial)
         resumed = None
