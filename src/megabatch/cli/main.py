@@ -36,7 +36,6 @@ app = typer.Typer(
     name="megabatch",
     help="Trains image classifiers to full accuracy with extremely large minibatches. Batch sizes are global, always.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -119,10 +118,10 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def _with_resume_value(arguments: list[str]) -> list[str]:
     """Replaces `--resume` without one of its values by `--resume=on`: typer has no option with an optional value."""
-    following = [*arguments[1:], ""]
+    following = [*arguments[1:], ""]  # one more than none, if there are no arguments
     return [
         "--resume=on" if argument == "--resume" and after not in {"on", "off", "auto"} else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in zip(arguments, following, strict=False)
     ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from megabatch import recipes
 from megabatch.errors import RecipeError, SettingsError
 from megabatch.runtime import Device, Runtime
 
@@ -115,6 +116,11 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
             raise RecipeError(f"--set {key} was given twice ({settings[key]} and {value}); give it once")
         settings[key] = value
     return settings
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Returns the recipes whose names begin with `incomplete`, for shell completion."""
+    return [name for name in recipes.names() if name.startswith(incomplete)]
 
 
 def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megabatch import recipes as registry
-from megabatch.cli.options import SET_HELP, parse_settings, require_choice
+from megabatch.cli.options import SET_HELP, complete_recipe, parse_settings, require_choice
 from megabatch.cli.output import make_console
 from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override
@@ -23,7 +23,11 @@ MAX_TABLE_ROWS = 50
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe, or recipe file (.toml), to show with its schedule; default: list all.")
+        str | None,
+        typer.Argument(
+            help="Recipe, or recipe file (.toml), to show with its schedule; default: list all.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the schedule to this .svg or .png file.")] = None,

@@ -19,7 +19,7 @@ import typer
 
 from megabatch import recipes
 from megabatch.cli.failure import one_line
-from megabatch.cli.options import SET_HELP, find_device, parse_settings, runtime_options
+from megabatch.cli.options import SET_HELP, complete_recipe, find_device, parse_settings, runtime_options
 from megabatch.errors import STOPPED, SettingsError
 from megabatch.files import create_unused, write_text
 from megabatch.observe.run_folder import holds_run, require_no_run
@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 
 @runtime_options()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe, or recipe file (.toml); `megabatch recipes` lists them.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe, or recipe file (.toml); `megabatch recipes` lists them.", autocompletion=complete_recipe
+        ),
+    ],
     runtime: Runtime,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     steps: Annotated[
