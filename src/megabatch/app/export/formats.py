@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def _read_torch_export(_: Trained, path: Path) -> Logits:
 def _write_onnx(model: Trained, path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _needs(package, "onnx")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # a missing torchvision
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations within the exporter
         program = torch.onnx.export(_program(model), input_names=["images"], output_names=["logits"], verbose=False)
