@@ -20,7 +20,7 @@ from megabatch.observe.run_folder import claimed
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter, newest_intact
 
-RUNTIME = Runtime(precision="fp32", micro_batch_size=8, checkpoint_every_steps=1)
+RUNTIME = Runtime(precision="fp32", micro_batch_size=8, checkpoint_every="1steps")
 
 
 def write(writer, step):

@@ -15,7 +15,7 @@ from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
 from megabatch.train import step as step_module
 
-RUNTIME = Runtime(precision="fp32", micro_batch_size=8, checkpoint_every_steps=1)
+RUNTIME = Runtime(precision="fp32", micro_batch_size=8, checkpoint_every="1steps")
 BAD_STEP = 4
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_goes_back_without_end_stops(tmp_path, monkeypatch):
 
 def test_without_a_checkpoint_the_run_says_how_to_get_one(tmp_path, monkeypatch):
     spoil(monkeypatch, "loss")
-    with pytest.raises(DivergedError, match="no checkpoint to go back to, --checkpoint-every-steps 100"):
+    with pytest.raises(DivergedError, match="no checkpoint to go back to, --checkpoint-every 100steps"):
         run_tiny(tmp_path, tiny_recipe(on_non_finite="rollback"), runtime=Runtime(precision="fp32", micro_batch_size=8))
 
 

@@ -32,7 +32,7 @@ def roll_back(run: Run, reason: DivergedError) -> None:
     )
     if found is None:
         raise DivergedError(
-            f"{reason}; there is no checkpoint to go back to, --checkpoint-every-steps 100 writes one every 100 updates"
+            f"{reason}; there is no checkpoint to go back to, --checkpoint-every 100steps writes one every 100 updates"
         ) from reason
     state.load_state_dict(found[1])
     state.lr_factor = factor
