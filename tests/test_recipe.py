@@ -13,10 +13,10 @@ from megabatch.recipe import (
     from_json,
     override,
     read,
-    validate,
     value_at,
 )
 from megabatch.recipe_text import COMMON_NAMES
+from megabatch.recipe_validation import validate
 
 
 @pytest.fixture

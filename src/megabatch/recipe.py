@@ -5,7 +5,6 @@ A recipe is written for a global batch and runs on any number of workers: no fie
 """
 
 import dataclasses
-import itertools
 import json
 import typing
 from collections.abc import Mapping
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megabatch import model_names
 from megabatch.errors import RecipeError
 from megabatch.files import read_json
 from megabatch.recipe_text import as_text, conforms, parse, suggestion
+from megabatch.recipe_validation import validate
 
 Stem = Literal["auto", "small", "large"]
 Freeze = Literal["none", "backbone"]
@@ -44,18 +43,6 @@ DESCRIPTIVE_FIELDS = frozenset(
     | {"on_non_finite", "rollback_checkpoints", "rollback_lr_factor", "early_stop_epochs", "early_stop_min_rise"}
 )
 """Fields in which a resumed run may differ: they change no weights up to the checkpoint that it resumes from."""
-
-MOST_STEPS = 10**9
-"""Most updates of a run."""
-_MOST = {
-    "num_train_images": 10**12,
-    "num_classes": 10**7,
-    "image_channels": 1024,
-    "width": 1 << 16,
-    "eval_resolution": 65_500,
-    "total_epochs": 10**6,
-}
-"""Largest value of fields that decide how much memory or time a run takes before its first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,106 +206,6 @@ def parse_settings(settings: Mapping[str, str], current: Recipe | None = None) -
     return changes
 
 
-def validate(recipe: Recipe) -> Recipe:
-    """Returns `recipe` itself if its values are consistent.
-
-    Raises:
-        RecipeError: names the first invalid field and a value that works.
-    """
-    for field in (
-        "rollback_checkpoints",
-        "global_batch_size",
-        "bn_span",
-        "num_train_images",
-        "num_classes",
-        "image_channels",
-        "width",
-    ):
-        _require(getattr(recipe, field) >= 1, recipe, field, "at least 1", 1)
-    for field, most in _MOST.items():
-        _require(getattr(recipe, field) <= most, recipe, field, f"at most {most:,}", 1)
-    for field in ("total_epochs", "eval_every_epochs", "poly_power", "lr_reference_batch_size", "bn_eps"):
-        _require(getattr(recipe, field) > 0, recipe, field, "above 0", 1)
-    for field in ("weight_decay", "peak_lr", "warmup_epochs", "warmup_start_lr", "end_lr", "ema_half_life_epochs"):
-        _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
-    for field in ("early_stop_epochs", "early_stop_min_rise"):
-        _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
-    for field in ("mixup_alpha", "cutmix_alpha", "trust_eps", "cutout_size", "crop_padding", "sgd_lr_factor"):
-        _require(getattr(recipe, field) >= 0, recipe, field, "0 or more", 0)
-    for field in ("momentum", "label_smoothing", "color_jitter", "beta2"):
-        _require(0 <= getattr(recipe, field) < 1, recipe, field, "in [0, 1)", 0.1)
-    for field in (
-        "stats_momentum",
-        "eval_crop_ratio",
-        "max_crop_area",
-        "min_crop_area",
-        "layer_decay",
-        "rollback_lr_factor",
-    ):
-        _require(0 < getattr(recipe, field) <= 1, recipe, field, "in (0, 1]", 0.1)
-    if fault := model_names.fault(recipe.model):
-        raise RecipeError(f"model={recipe.model} was given, needed: {fault}")
-    has_stems = recipe.stem == "auto" or recipe.model in model_names.STEMMED
-    _require(has_stems, recipe, "stem", f"auto, as {recipe.model} has one stem", "auto")
-    _require(recipe.min_crop_area <= recipe.max_crop_area, recipe, "min_crop_area", "at most max_crop_area", 0.08)
-    aspects = 0 < recipe.min_crop_aspect <= recipe.max_crop_aspect
-    _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
-    global_order = recipe.sampling == "uniform" or not recipe.shard_local
-    _require(global_order, recipe, "sampling", "uniform with shard_local=true", "uniform")
-    _require(1 <= recipe.rand_num_ops <= 8, recipe, "rand_num_ops", "1 to 8", 2)
-    _require(0 <= recipe.rand_magnitude <= 30, recipe, "rand_magnitude", "0 to 30", 9)
-    _require(0 <= recipe.random_erasing <= 1, recipe, "random_erasing", "in [0, 1]", 0.25)
-    for field, example in (("trust_coefficient", 0.001), ("root_every_steps", 10)):
-        _require(getattr(recipe, field) > 0, recipe, field, "above 0", example)
-    for field in ("pixel_mean", "pixel_std"):
-        _require(
-            len(getattr(recipe, field)) == recipe.image_channels,
-            recipe,
-            field,
-            f"one value per image channel ({recipe.image_channels})",
-            ",".join(["0.5"] * recipe.image_channels),
-        )
-    mean, std = (",".join([value] * recipe.image_channels) for value in ("0.5", "0.25"))
-    _require(all(0 <= m <= 1 for m in recipe.pixel_mean), recipe, "pixel_mean", "of pixels in [0, 1]", mean)
-    _require(all(0 < s <= 1 for s in recipe.pixel_std), recipe, "pixel_std", "in (0, 1], of pixels in [0, 1]", std)
-    for field in ("resolution", "batch_sizes", "lr_factors", "published_curve"):
-        _check_by_epoch(recipe, field)
-    _require(bool(recipe.resolution), recipe, "resolution", "not empty", "0:224")
-    sides = [side for _, side in recipe.resolution]
-    _require(max(sides) <= _MOST["eval_resolution"], recipe, "resolution", "at most 65,500 pixels", 224)
-    num_images = recipe.total_epochs * recipe.num_train_images
-    _require(num_images >= 1, recipe, "total_epochs", "long enough for one image", 1)
-    is_finite = num_images <= MOST_STEPS * recipe.smallest_batch
-    _require(is_finite, recipe, "total_epochs", f"at most {MOST_STEPS:,} updates, or a larger batch", 1)
-    has_factors = recipe.decay not in {"step", "piecewise"} or bool(recipe.lr_factors)
-    _require(has_factors, recipe, "lr_factors", f"given when decay={recipe.decay}", "0:1,30:0.1")
-    total = recipe.total_epochs
-    shorter = f"shorter than total_epochs={total:g}"
-    _require(recipe.warmup_epochs < total, recipe, "warmup_epochs", shorter, f"{total / 5:g}")
-    _check_batches(recipe)
-    return recipe
-
-
-def _check_batches(recipe: Recipe) -> None:
-    batches = [
-        ("global_batch_size=", recipe.global_batch_size),
-        ("max_global_batch_size=", recipe.max_global_batch_size),
-    ]
-    batches += [("batch_sizes=0:", int(size)) for _, size in recipe.batch_sizes]
-    for key, batch in batches:
-        if batch % recipe.bn_span:
-            good = max(recipe.bn_span, round(batch / recipe.bn_span) * recipe.bn_span)
-            raise RecipeError(
-                f"a global batch of {batch} images does not divide into batch-norm spans of bn_span={recipe.bn_span}; "
-                f"{key}{good} works"
-            )
-    if recipe.max_global_batch_size and recipe.batch_sizes:
-        raise RecipeError(
-            "batch_sizes (a fixed schedule) and max_global_batch_size (growth by noise scale) contradict each other; "
-            "max_global_batch_size=0 keeps the schedule"
-        )
-
-
 def fields_as_json(recipe: Recipe) -> dict[str, Any]:
     """Returns every field as a JSON value (tuples become lists); `from_json` is the inverse."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
@@ -393,22 +280,6 @@ def _fit_warmup(recipe: Recipe, changes: dict[str, Any]) -> dict[str, Any]:
     for field in ("resolution", "batch_sizes", "lr_factors"):
         changes.setdefault(field, tuple((epoch * ratio, value) for epoch, value in getattr(recipe, field)))
     return changes
-
-
-def _check_by_epoch(recipe: Recipe, field: str) -> None:
-    pairs: ByEpoch = getattr(recipe, field)
-    epochs = [epoch for epoch, _ in pairs]
-    ascending = all(a < b for a, b in itertools.pairwise(epochs))
-    starts_at_0 = field == "published_curve" or not pairs or epochs[0] == 0
-    _require(ascending and starts_at_0, recipe, field, "ascending epochs that start at 0", "0:1,30:2")
-    positive = all(value >= (0 if field in {"lr_factors", "published_curve"} else 1) for _, value in pairs)
-    _require(positive, recipe, field, "values of at least 1 (rates and accuracies: 0)", "0:1,30:2")
-
-
-def _require(holds: bool, recipe: Recipe, field: str, needed: str, example: object) -> None:
-    if not holds:
-        given = getattr(recipe, field)
-        raise RecipeError(f"{field}={as_text(given)} was given, needed: {needed}; {field}={example} works")
 
 
 def _parse(key: str, text: str, hint: Any, current: Recipe | None) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import RecipeError
-from megabatch.recipe import Recipe, parse_settings, validate
+from megabatch.recipe import Recipe, parse_settings
+from megabatch.recipe_validation import validate
 
 SUFFIX = ".toml"
 _FIELD = re.compile(r"    (\w+): [^#]*(#.*)?$")

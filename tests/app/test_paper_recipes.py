@@ -12,7 +12,8 @@ from tiny_run import run_tiny
 from megabatch import recipes
 from megabatch.app.data import Data
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.recipe import override, validate
+from megabatch.recipe import override
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 from megabatch.train.schedule import settings_at
 

@@ -287,7 +287,7 @@ def test_an_overflowing_loss_scale_skips_the_step_and_shrinks(tmp_path, monkeypa
     def too_large(runtime, device):
         return Precision("fp16", device, init_scale=2.0**40)
 
-    monkeypatch.setattr("megabatch.app.precision.choose_precision", too_large)
+    monkeypatch.setattr("megabatch.app.measured.precision.choose_precision", too_large)
     result = run_tiny(tmp_path, tiny_recipe(), runtime=Runtime(precision="fp16", micro_batch_size=8), max_steps=3)
     steps = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "step"]
     assert steps[0]["skipped_steps"] == 1

@@ -213,7 +213,7 @@ def test_skipped_steps_keep_the_schedule_and_too_many_in_a_row_stop_the_run(tmp_
     def too_large(runtime, device):
         return Precision("fp16", device, loss_scale=2.0**40)
 
-    monkeypatch.setattr("megabatch.app.precision.choose_precision", too_large)
+    monkeypatch.setattr("megabatch.app.measured.precision.choose_precision", too_large)
     recipe = tiny_recipe(total_epochs=20.0)
     with pytest.raises(DivergedError, match="25 steps in a row"):
         run_tiny(tmp_path, recipe, runtime=Runtime(precision="fp16", micro_batch_size=24))
@@ -230,7 +230,8 @@ def test_a_captured_step_in_fp16_skips_an_overflow_without_the_host(tmp_path, mo
     recipe = tiny_recipe(num_train_images=480, total_epochs=1.0, ema_half_life_epochs=0.3)
     runtime = Runtime(precision="fp16", micro_batch_size=24)
     monkeypatch.setattr(
-        "megabatch.app.precision.choose_precision", lambda _, device: Precision("fp16", device, init_scale=2.0**24)
+        "megabatch.app.measured.precision.choose_precision",
+        lambda _, device: Precision("fp16", device, init_scale=2.0**24),
     )
     plain = run_tiny(tmp_path / "plain", recipe, runtime=runtime)
     monkeypatch.setattr("megabatch.app.run.build_state", functools.partial(build_state_fused, build_state))

@@ -7,7 +7,7 @@ import torch
 from tiny_run import tiny_recipe
 
 from megabatch import recipes
-from megabatch.app.layout import measured_layout
+from megabatch.app.measured.layout import measured_layout
 from megabatch.app.model import unsafe_convolution
 from megabatch.app.resolve import check
 from megabatch.comm.launch import World

@@ -15,7 +15,8 @@ import torch
 from tiny_run import run_tiny, tiny_data
 
 from megabatch import recipes
-from megabatch.recipe import Recipe, override, validate
+from megabatch.recipe import Recipe, override
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 
 GOLDEN = Path(__file__).with_name("loss_curves.json")

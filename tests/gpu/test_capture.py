@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_run import tiny_data, tiny_recipe
 
-from megabatch.app import micro_batch
-from megabatch.app.micro_batch import fit_micro_batch
+from megabatch.app.measured import micro_batch
+from megabatch.app.measured.micro_batch import fit_micro_batch
 from megabatch.app.model import build_model
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World

@@ -8,10 +8,10 @@ import torch
 from stand_in_gpu import CUDA, StandInGpu
 from tiny_run import tiny_recipe
 
-from megabatch.app import precision as module
-from megabatch.app.precision import measured_precision
+from megabatch.app.measured import precision as module
+from megabatch.app.measured.precision import measured_precision
+from megabatch.app.measured.trial import GradientTrial
 from megabatch.app.resolve import choose_micro_batch
-from megabatch.app.trial import GradientTrial
 from megabatch.comm.launch import World
 from megabatch.kernels import tuning
 from megabatch.runtime import Runtime

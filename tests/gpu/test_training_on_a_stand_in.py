@@ -31,7 +31,7 @@ from megabatch.kernels import tuning
 from megabatch.nn.batch_norm.evaluation_statistics import finish_step
 from megabatch.nn.resnet import BlurConv2d, Bottleneck, ResNet
 from megabatch.observe.events import read_events
-from megabatch.recipe import validate
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 from megabatch.train import step as train_step
 from megabatch.train.cuda_graph import CapturedStep

@@ -10,7 +10,8 @@ from limits import HANG_S
 
 from megabatch import recipes
 from megabatch.errors import RecipeError
-from megabatch.recipe import fields_as_json, from_json, override, validate
+from megabatch.recipe import fields_as_json, from_json, override
+from megabatch.recipe_validation import validate
 
 NAMES = recipes.names()
 IMAGENET = (1_281_167, 1000)

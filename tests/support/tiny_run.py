@@ -11,7 +11,8 @@ from megabatch.app.data import Data
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.recipe import Recipe, validate
+from megabatch.recipe import Recipe
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 from megabatch.train.loop import train
 

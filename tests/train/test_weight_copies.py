@@ -107,7 +107,7 @@ def test_in_fp16_too_with_the_same_steps_left_out(tmp_path, monkeypatch, micro_b
     def too_large_at_first(runtime, device):
         return Precision("fp16", device, init_scale=2.0**24)
 
-    monkeypatch.setattr("megabatch.app.precision.choose_precision", too_large_at_first)
+    monkeypatch.setattr("megabatch.app.measured.precision.choose_precision", too_large_at_first)
     recipe = tiny_recipe(total_epochs=4.0)
     assert_same_run(*both_ways(tmp_path, recipe, Runtime(precision="fp16", micro_batch_size=micro_batch_size)))
     steps = [

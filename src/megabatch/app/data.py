@@ -27,7 +27,8 @@ from megabatch.data.sources.python_dataset import open_python
 from megabatch.data.sources.remote import RemoteShards, open_remote_shards
 from megabatch.errors import DataError, SettingsError
 from megabatch.files import cache_folder
-from megabatch.recipe import Recipe, validate
+from megabatch.recipe import Recipe
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 from megabatch.user_code import is_function, short_name
 

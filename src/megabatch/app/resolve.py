@@ -17,7 +17,8 @@ from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.cpu import conv as cpu_conv
 from megabatch.kernels.dispatch import has_triton
 from megabatch.model_names import is_own
-from megabatch.recipe import Recipe, validate
+from megabatch.recipe import Recipe
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 from megabatch.train.precision import LARGEST_SCALE, Precision, fastest_precision
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megabatch.app.choices import keep_choices, with_earlier_choices
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
 from megabatch.app.initial_weights import match_weights, read_weights
-from megabatch.app.layout import measured_layout
-from megabatch.app.micro_batch import fit_micro_batch
-from megabatch.app.precision import measured_precision
+from megabatch.app.measured.choices import keep_choices, with_earlier_choices
+from megabatch.app.measured.layout import measured_layout
+from megabatch.app.measured.micro_batch import fit_micro_batch
+from megabatch.app.measured.precision import measured_precision
 from megabatch.app.resolve import (
     check,
     choose_capture,

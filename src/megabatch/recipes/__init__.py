@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megabatch.errors import RecipeError
-from megabatch.recipe import Recipe, validate
+from megabatch.recipe import Recipe
 from megabatch.recipe_file import SUFFIX, read_toml
 from megabatch.recipe_text import as_text
+from megabatch.recipe_validation import validate
 from megabatch.recipes import (
     akiba2017,
     best_accuracy,

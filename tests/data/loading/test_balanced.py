@@ -12,7 +12,7 @@ from tiny_run import run_tiny, tiny_recipe
 from megabatch import ArraySource, TrainLoader
 from megabatch.data.loading.balanced import BalancedOrder
 from megabatch.errors import RecipeError, UserError
-from megabatch.recipe import validate
+from megabatch.recipe_validation import validate
 from megabatch.runtime import Runtime
 
 LABELS = np.array([0] * 30 + [1] * 5 + [3] * 12)

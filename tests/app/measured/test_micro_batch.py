@@ -11,8 +11,8 @@ from ranks import run_processes
 from tiny_run import tiny_recipe
 from torch import nn
 
-from megabatch.app import micro_batch
-from megabatch.app.micro_batch import activation_bytes, fit_micro_batch, largest_that_fits
+from megabatch.app.measured import micro_batch
+from megabatch.app.measured.micro_batch import activation_bytes, fit_micro_batch, largest_that_fits
 from megabatch.comm.launch import World
 from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision

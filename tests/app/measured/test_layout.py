@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_run import run_tiny, tiny_recipe
 
-from megabatch.app import layout
-from megabatch.app.choices import CHOICES_FILE
-from megabatch.app.layout import WAYS, measured_layout
-from megabatch.app.trial import GradientTrial
+from megabatch.app.measured import layout
+from megabatch.app.measured.choices import CHOICES_FILE
+from megabatch.app.measured.layout import WAYS, measured_layout
+from megabatch.app.measured.trial import GradientTrial
 from megabatch.comm.launch import World
 from megabatch.errors import CheckpointError
 from megabatch.kernels import tuning

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
+from megabatch.app.measured.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.app.resolve import choose_precision
-from megabatch.app.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.kernels import tuning
 from megabatch.recipe import Recipe

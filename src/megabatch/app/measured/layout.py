@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megabatch.app.measured.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.app.model import unsafe_convolution
 from megabatch.app.resolve import choose_micro_batch
-from megabatch.app.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.kernels import tuning
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
