@@ -176,6 +176,12 @@ class Recipe:
         """Largest global batch size that the run can reach, in images, `max_global_batch_size` included."""
         return max(*self._scheduled_batches(), self.max_global_batch_size)
 
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a whole run: at `offset + k every` epochs between start and end, and at the end."""
+        between = int((self.total_epochs - self.eval_offset_epochs - 1e-9) / self.eval_every_epochs)
+        return between + (self.eval_offset_epochs > 0) + 1
+
     def _scheduled_batches(self) -> list[int]:
         return [int(size) for _, size in self.batch_sizes] or [self.global_batch_size]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megabatch import recipes
-from megabatch.app.dry_run import NUM_EVAL_IMAGES, _num_evaluations, check_dry_run, estimate, open_dry_data
+from megabatch.app.dry_run import NUM_EVAL_IMAGES, check_dry_run, estimate, open_dry_data
 from megabatch.data.sources.made import MadePhotos
 from megabatch.errors import DataError, SettingsError
 from megabatch.runtime import Runtime
@@ -54,7 +54,7 @@ def test_evaluations_are_counted_as_the_loop_makes_them(total, every, offset, nu
     changed = dataclasses.replace(
         RECIPE, total_epochs=float(total), eval_every_epochs=float(every), eval_offset_epochs=float(offset)
     )
-    assert _num_evaluations(changed) == number
+    assert changed.num_evaluations == number
 
 
 def test_only_recipes_without_data_of_their_own_get_made_photographs(tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabatch import recipes
+from megabatch.app import dry_run
 from megabatch.errors import SettingsError
 from megabatch.plan.convergence import epochs_to_target, num_updates, tree_time_s
 from megabatch.plan.exchange import Exchange
@@ -15,6 +16,7 @@ from megabatch.plan.hardware import load_hardware
 from megabatch.plan.planner import TIE, Choices, best, exchanges, with_global_batch, within
 from megabatch.plan.predict import Job, Phase, job_of, predict
 from megabatch.plan.what_if import what_if
+from megabatch.train.schedule import count_steps
 
 HARDWARE = load_hardware()
 POD = HARDWARE.find_cluster("dgx_h100")
@@ -142,3 +144,14 @@ def test_the_log_p_model_is_that_of_you_et_al():
         updates=10, compute_s=1.0, num_workers=1024, latency_s=0.1, num_bytes=100.0, bytes_per_s=1000.0
     )
     assert seconds == pytest.approx(10 * (1 + 10 * (0.1 + 0.1)))
+
+
+@pytest.mark.parametrize("name", sorted(recipes.names()))
+def test_a_plan_has_the_updates_evaluations_and_images_of_a_run(name):
+    recipe = recipes.get(name)
+    job = job_of(recipe)
+    updates = sum(num_updates(phase.epochs, job.num_images, phase.global_batch_size) for phase in job.phases)
+    assert abs(updates - count_steps(recipe)) <= len(job.phases)  # each phase rounds its last update
+    assert job.num_evaluations == recipe.num_evaluations
+    if recipe.dataset == "imagenet":
+        assert job.num_eval_images == dry_run.NUM_EVAL_IMAGES

@@ -55,21 +55,15 @@ def estimate(recipe: Recipe, folder: Path, *, is_made: bool) -> str:
     images_per_s = statistics.median(event["images_per_s"] for event in steps)
     train_s = _relative_work(recipe, steps[-1]["resolution"]) * recipe.num_train_images / images_per_s
     each_s = evaluation["seconds"] * (NUM_EVAL_IMAGES / evaluation["num_samples"] if is_made else 1.0)
-    num_evaluations = _num_evaluations(recipe)
-    total_s = train_s + num_evaluations * each_s
+    total_s = train_s + recipe.num_evaluations * each_s
     step_s = statistics.median(event["global_batch_size"] / event["images_per_s"] for event in steps)
     return (
         f"dry run: {len(steps)} steps of {steps[-1]['global_batch_size']:,} images, median {step_s:.3f} s a step, "
         f"{images_per_s:,.0f} images/s; one evaluation {each_s:.1f} s\n"
-        f"a whole run of {recipe.total_epochs:g} epochs: {duration(train_s)} of training and {num_evaluations} "
+        f"a whole run of {recipe.total_epochs:g} epochs: {duration(train_s)} of training and "
+        f"{recipe.num_evaluations} "
         f"evaluations, {duration(total_s)} in all"
     )
-
-
-def _num_evaluations(recipe: Recipe) -> int:
-    """Evaluations at `offset + k every` epochs, after the start and before the end, and the one at the end."""
-    between = int((recipe.total_epochs - recipe.eval_offset_epochs - 1e-9) / recipe.eval_every_epochs)
-    return between + (recipe.eval_offset_epochs > 0) + 1
 
 
 def _relative_work(recipe: Recipe, resolution: int) -> float:

@@ -112,7 +112,6 @@ def predict(job: Job, num_workers: int, cluster: Cluster, hardware: Hardware) ->
 def job_of(recipe: Recipe, exchange: Exchange | None = None) -> Job:
     """Returns the job of a recipe: its phases, evaluations and published accuracy."""
     stem = {"auto": None, "small": True, "large": False}[recipe.stem]
-    evaluations = recipe.total_epochs / recipe.eval_every_epochs
     return Job(
         phases=tuple(_phases(recipe)),
         exchange=exchange or Exchange(),
@@ -123,7 +122,7 @@ def job_of(recipe: Recipe, exchange: Exchange | None = None) -> Job:
         width=recipe.width,
         small_stem=stem,
         bn_span=recipe.bn_span,
-        num_evaluations=evaluations,
+        num_evaluations=recipe.num_evaluations,
         num_eval_images=NUM_EVAL_IMAGES.get(recipe.dataset, recipe.num_train_images // 10),
         eval_resolution=recipe.eval_resolution,
         top1=recipe.published_top1,
