@@ -22,7 +22,7 @@ from PIL import Image
 import megabatch.cli.train as train_verb
 from megabatch import recipes
 from megabatch.app.load import load_model
-from megabatch.cli.train import _run_folder
+from megabatch.cli.train import Request, _run_folder
 from megabatch.errors import STOPPED
 from megabatch.observe.events import read_events
 from megabatch.observe.run_folder import claimed
@@ -164,7 +164,8 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_verb, "datetime", Mock(now=lambda: datetime(2026, 11, 27, 12, 0, 0)))
     recipe = recipes.get("fashion_mnist")
-    with _run_folder(recipe, Runtime()) as first, _run_folder(recipe, Runtime()) as second:
+    request = Request(steps=None, dry_run=None, file=None, quiet=False, may_drop_colour=False)
+    with _run_folder(recipe, Runtime(), request) as first, _run_folder(recipe, Runtime(), request) as second:
         (first / "events.jsonl").write_text("{}\n")
         assert (first, second) == (Path("runs/fashion_mnist-20261127-120000"), Path(f"{first}-2"))
     assert first.exists()
@@ -255,7 +256,7 @@ with _stop_on_signal({grace_s}, is_first=True) as stop_requested:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested()
         time.sleep(2.5)
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(900)
     finally:
         print("cleaned up", flush=True)

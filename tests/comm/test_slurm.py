@@ -39,7 +39,7 @@ def test_a_task_of_several_is_a_worker(environment, monkeypatch):
     environment(**TASK)
     adopt_slurm_task()
     assert started_by_launcher()
-    assert read_launcher() == Launched(rank=3, world_size=5, local_rank=1, local_world_size=2, num_restarts=0)
+    assert read_launcher() == Launched(rank=3, world_size=5, local_rank=1, local_world_size=2)
     assert os.environ["MASTER_ADDR"] == "gpu007"
     assert 12_000 <= int(os.environ["MASTER_PORT"]) < 30_000
 

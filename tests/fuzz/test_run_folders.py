@@ -1,4 +1,4 @@
-"""Mutated events, recipes and timelines of run folders: a report, or UserError."""
+"""Mutated events and recipes of run folders: a report, or UserError."""
 
 import json
 
@@ -12,11 +12,11 @@ from megabatch.observe.report import write_report
 
 @pytest.mark.parametrize("count", slow_except([10, 300], 10))
 def test_mutated_run_folders(count, tmp_path):
-    span = {"ph": "X", "ts": 0, "dur": 5, "name": "bucket 1", "pid": 1, "tid": 2, "args": {"step": 1}}
-    bucket = {"index": 0, "ready_ms": 1.0, "sent_ms": 2.0, "done_ms": 3.0}
-    events = [step_event(step, buckets=[bucket]) for step in range(1, 5)]
+    spans = [["step", "forward", 0.0, 10.0], ["bucket 0", "exchange", 10.0, 5.0]]
+    events = [step_event(step, phases_s={"input": 0.1, "forward": 0.2}) for step in range(1, 5)]
+    events += [{"event": "observation", "step": step, "epoch": step / 10, "spans": spans} for step in (1, 2)]
     events += [evaluation_event(4, 0.9), {"event": "warning", "text": "x"}, {"event": "run_end", "train_s": 3.0}]
-    run = make_run(tmp_path / "run", events, start={"cpu": "A"}, timeline=[span] * 3)
+    run = make_run(tmp_path / "run", events, start={"cpu": "A"})
     good = {path: path.read_text() for path in run.iterdir()}
 
     def case(rng):

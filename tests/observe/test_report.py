@@ -119,8 +119,8 @@ def test_names_in_any_bytes_leave_a_page_in_utf8(tmp_path: Path) -> None:
 def test_control_characters_of_names_are_escapes_in_the_page(tmp_path: Path) -> None:
     hostile = "\x1b[2J\x00\u202ecat"
     recipe = dataclasses.replace(recipes.get("fashion_mnist"), name=hostile, dataset=hostile)
-    spans = [{"ph": "X", "ts": 0, "dur": 5, "name": hostile}]
-    run = make_run(tmp_path / "run", [step_event(1)], recipe=recipe, start={"cpu": hostile}, timeline=spans)
+    observed = {"event": "observation", "step": 1, "epoch": 0.1, "spans": [[hostile, hostile, 0.0, 5.0]]}
+    run = make_run(tmp_path / "run", [step_event(1), observed], recipe=recipe, start={"cpu": hostile})
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "\\x1b[2J\\x00\\u202ecat" in page
     assert page.replace("\n", "").isprintable()

@@ -23,8 +23,8 @@ def spoil(monkeypatch, where, *, times=10**6, first_step=BAD_STEP):
     """From `first_step` on, `times` steps have a NaN in their loss sum or, on this rank, in a gradient."""
     compute, left = step_module._gradients, [times]
 
-    def spoiled(run, settings, batches):
-        loss_sum = compute(run, settings, batches)
+    def spoiled(run, settings, *rest):
+        loss_sum = compute(run, settings, *rest)
         if settings.step >= first_step and left[0]:
             left[0] -= 1
             if where == "loss":
