@@ -1,132 +1,143 @@
-"""How fast one GPU trains ResNet-50 here, kernel by kernel and as whole steps, in under nine minutes.
+"""How fast one GPU trains ResNet-50 here beside torch.compile of torchvision's, and where the time goes: two calls.
 
-    PYTHONPATH=src python benchmarks/gpu.py --output benchmarks/out [--section NAME ...] [--quick] [--device cpu|cuda]
+    python benchmarks/gpu.py --call 1 --output DIR [--limit 320] [--quick] [--device cuda|cpu] [--job NAME ...]
+    python benchmarks/gpu.py --call 2 --output DIR
 
-Needs torch, Triton and, for the peer and for JPEGs, torchvision; no data. Whether gradients are right comes first, then
-whole steps, then their parts; last what torch.compile takes minutes for. All results go to `gpu.json` as they come.
+Call one: ceilings, tests on the GPU, and steps of the peer and of ours. Call two: profile, optimizers, JPEGs, single
+kernels by shape. If ours is below 1.10 x the peer in call one, call two is the profile and the Gram products only.
+Without `--call` both run. Needs torch and Triton, for the peer torchvision, no data.
 
-Cases that do not fit into the time left are skipped, each with a line of the table. One that fails costs no other: a
-second process does the work, and where that loses the GPU or hangs, another goes on behind the section. This one keeps
-the time and prints the table last. With `--quick` sizes are tiny, to see that everything runs; on a CPU that is all
-there is.
+This process imports no torch. Each job is a process of its own, with a limit; what dies, hangs or loses the GPU costs
+no other. Results are JSON lines in DIR/JOB.jsonl, written at once; output of a job is in DIR/JOB.log. After `--limit`
+seconds all is killed, the table is printed, also to DIR/table-CALL.txt, and the exit code is 0. Both calls need the
+same DIR; DIR/cache holds compiled kernels. With `--quick` sizes are tiny, to see that all runs.
 
-Times are medians with quartiles. Kernels and optimizers are timed as replays of CUDA graphs, interleaved with what they
-replace. `of copy` is bytes that must be moved, over time, as a share of what a plain copy of 1 GiB reaches.
+Times are medians with quartiles, on a GPU of replays of CUDA graphs. `of copy` is bytes that must be moved per time, as
+a share of what a plain copy of 1 GiB reaches.
 """
 
 import argparse
-import json
-import subprocess
+import importlib.util
+import os
+import shutil
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from gpu_report import table
+from gpu_report import is_behind, table
+from gpu_schedule import Job, Result, Schedule, read_lines
 
-LIMIT_S = 500.0
-GRACE_S = 25.0
-"""What is under way at the limit may end; then the table is printed without it."""
-USUAL_S = 60.0
-WORKER = Path(__file__).with_name("gpu_worker.py")
-BAD_OPTIONS = 2
+LIMIT_S = 320.0
+HERE = Path(__file__).parent
 
-SECTIONS: dict[str, tuple[float, str]] = {
-    "environment": (USUAL_S, ""),
-    "ceilings": (USUAL_S, ""),
-    "gradients": (200.0, "compiles about 25 kernels and times them by shape: a minute or two"),
-    "step": (300.0, "times kernels for each batch size"),
-    "profile": (USUAL_S, ""),
-    "choices": (USUAL_S, ""),
-    "optimizers": (USUAL_S, "compiles 10 kernels"),
-    "loss": (USUAL_S, ""),
-    "batch_norm": (USUAL_S, ""),
-    "stem": (USUAL_S, ""),
-    "input": (USUAL_S, ""),
-    "conv1x1": (150.0, "compiles 13 tilings of each convolution"),
-    "compiled": (400.0, "torch.compile: about a minute a case"),
+
+def peer(count: int) -> Job:
+    """Compiles beside others, is measured alone."""
+    return Job(f"peer-{count}", ("gpu_steps.peer", str(count)), 130, beside=True, waits=True)
+
+
+def ours(dtype: str, count: int) -> Job:
+    """All ways of our step."""
+    return Job(f"ours-{dtype}-{count}", ("gpu_steps.ours", dtype, str(count)), 45)
+
+
+CALLS: dict[int, tuple[Job, ...]] = {
+    1: (
+        Job("ceilings", ("gpu_kernels.ceilings",), 40),
+        peer(1024),
+        peer(32),
+        peer(256),
+        Job("compile-float16", ("gpu_steps.compile_kernels", "float16"), 130, beside=True, needs=("triton",)),
+        Job("compile-bfloat16", ("gpu_steps.compile_kernels", "bfloat16"), 130, beside=True, needs=("triton",)),
+        Job("tests", ("gpu_checks.tests",), 130, beside=True, needs=("pytest", "xdist", "pytest_timeout")),
+        ours("float16", 32),
+        ours("float16", 1024),
+        ours("float16", 256),
+        ours("bfloat16", 32),
+        ours("bfloat16", 1024),
+        Job("product", ("gpu_steps.product",), 60),
+    ),
+    2: (
+        Job("profile", ("gpu_steps.profile",), 60, always=True),
+        Job("gram", ("gpu_kernels.gram_products",), 40, always=True),
+        Job("optimizers", ("gpu_kernels.optimizers",), 30),
+        Job("jpeg", ("gpu_checks.jpeg",), 90),
+        Job("stem", ("gpu_kernels.stem",), 40),
+        Job("conv1x1", ("gpu_kernels.convolutions",), 60),
+        Job("sanitizer", ("gpu_checks.sanitizer",), 90, needs=("compute-sanitizer",)),
+    ),
 }
-"""In the order in which they run: seconds after which one is given up as hanging, and why it may take long."""
-
-
-@dataclass
-class Watch:
-    """What is known of the process that works."""
-
-    process: subprocess.Popen[bytes]
-    running: Path
-    section: str = ""
-    begun_s: float = 0.0
-
-    def look(self, start_s: float) -> None:
-        """Notes and says when another section has begun."""
-        section = self.running.read_text() if self.running.exists() else ""
-        if section != self.section:
-            self.section, self.begun_s = section, time.monotonic()
-            words = f"[{self.begun_s - start_s:4.0f} s] {section:<12} {SECTIONS[section][1]}"
-            print(words.rstrip(), file=sys.stderr, flush=True)
-
-    def hangs(self) -> bool:
-        """Whether the section takes longer than it ever should."""
-        return bool(self.section) and time.monotonic() - self.begun_s > SECTIONS[self.section][0]
 
 
 def main() -> None:
-    """Runs the sections asked for, writes `gpu.json` and `gpu.txt`, prints the table last."""
-    start_s, options = time.monotonic(), _options()
+    """Runs the calls asked for; prints a table after each, whatever became of its jobs."""
+    options = _options()
     options.output.mkdir(parents=True, exist_ok=True)
-    results = options.output / "gpu.json"
-    results.write_text("[]")
-    names = ["environment", *(options.section or [name for name in SECTIONS if name != "environment"])]
-    while names:
-        code, name, reason = _work(options, names, start_s)
-        if code == BAD_OPTIONS:
-            raise SystemExit(BAD_OPTIONS)
-        if reason:
-            _add(results, {"section": name or names[0], "case": "whole section", "error": reason})
-        names = [] if code == 0 else names[names.index(name) + 1 if name in names else 1 :]
-    text = table(json.loads(results.read_text()))
-    (options.output / "gpu.txt").write_text(text + "\n")
-    print(text, flush=True)
+    _set_environment(options.output)
+    for call in (options.call,) if options.call else tuple(CALLS):
+        jobs = _jobs(call, options)
+        for job in jobs:
+            (options.output / f"{job.name}.jsonl").unlink(missing_ok=True)
+            (options.output / f"{job.name}.log").unlink(missing_ok=True)
+        present = [job for job in jobs if not (lacks := missing(job)) or _skip(options.output, job, lacks)]
+        Schedule(options.output, lambda job: command(job, options), options.limit).run(present)
+        text = table(_results(options.output, jobs))
+        (options.output / f"table-{call}.txt").write_text(text + "\n")
+        print(text, flush=True)
 
 
-def _work(options: argparse.Namespace, names: list[str], start_s: float) -> tuple[int, str, str | None]:
-    """Exit code of a process that runs these sections, 0 too if time is over; its last section; what went wrong."""
-    end_s = start_s + options.limit
-    running = options.output / "running"
-    running.unlink(missing_ok=True)
-    words = ["--output", str(options.output), "--device", options.device, "--limit", str(end_s - time.monotonic())]
-    words += ["--quick"] if options.quick else []
-    command = [sys.executable, str(WORKER), *words, *names]
-    watch = Watch(subprocess.Popen(command), running)
-    try:
-        while (code := watch.process.poll()) is None:
-            watch.look(start_s)
-            if time.monotonic() > end_s + GRACE_S:
-                return 0, watch.section, "the time was over"
-            if watch.hangs():
-                return 1, watch.section, "took too long and was given up; sections behind it went on"
-            time.sleep(0.1)
-    finally:
-        watch.process.kill()
-        watch.process.wait()
-    watch.look(start_s)
-    return code, watch.section, f"the process ended with code {code}" if code else None
+def command(job: Job, options: argparse.Namespace) -> list[str]:
+    """Words that start the job's process."""
+    flags = ["--quick"] if options.quick else []
+    flags += ["--warm"] if job.waits else []
+    given = ["--name", job.name, "--output", str(options.output), "--device", options.device]
+    return [sys.executable, str(HERE / "gpu_job.py"), *given, *flags, *job.words]
 
 
-def _add(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps([*json.loads(path.read_text()), result], indent=1) + "\n")
+def missing(job: Job) -> list[str]:
+    """The modules and programs that the job needs and that are not here."""
+    return [name for name in job.needs if not importlib.util.find_spec(name) and not shutil.which(name)]
+
+
+def _jobs(call: int, options: argparse.Namespace) -> list[Job]:
+    jobs = [job for job in CALLS[call] if not options.job or job.name in options.job]
+    if call == 1 or options.quick or not is_behind(_results(options.output, CALLS[1])):
+        return jobs
+    return [job for job in jobs if job.always]
+
+
+def _skip(folder: Path, job: Job, lacks: list[str]) -> bool:
+    with (folder / f"{job.name}.jsonl").open("a") as file:
+        file.write(f'{{"case": "whole job", "skipped": "needs {", ".join(lacks)}"}}\n')
+    return False
+
+
+def _results(folder: Path, jobs: Sequence[Job]) -> list[Result]:
+    return [result for job in jobs for result in read_lines(folder / f"{job.name}.jsonl")]
+
+
+def _set_environment(output: Path) -> None:
+    """For the jobs: the package from this checkout, caches that both calls share, few compiling threads each."""
+    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(output.resolve() / "cache" / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(output.resolve() / "cache" / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json and gpu.txt")
-    parser.add_argument("--section", action="append", choices=tuple(SECTIONS)[1:], help="may be given several times")
+    names = [job.name for jobs in CALLS.values() for job in jobs]
+    parser.add_argument("--output", type=Path, required=True, help="folder of results; the same for both calls")
+    parser.add_argument("--call", type=int, choices=tuple(CALLS), help="default: both, one after the other")
+    parser.add_argument("--job", action="append", choices=names, help="only this; may be given several times")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, not how fast")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds; cases that do not fit are skipped")
-    return parser.parse_args()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of one call (default 320)")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.quick:
+        parser.error("a CPU runs with --quick alone: the sizes are those of a GPU")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
-"""Results of `gpu.py` as lines of text; imports no torch."""
+"""Results of `gpu.py` as lines of text, and what they say about call two. Imports no torch."""
 
 from collections.abc import Sequence
-from typing import Any
 
-Result = dict[str, Any]
+from gpu_schedule import Result
+
+AHEAD = 1.10
+"""Least ratio of our images/s to the peer's for which single kernels are worth their time on the GPU."""
+SHARES = (
+    ("of_copy_rate", "of copy"),
+    ("of_product_rate", "of a product"),
+    ("of_fused_floor", "of the fused floor"),
+    ("share", "of the step"),
+)
+COUNTS = ("passed", "failed", "skipped_tests", "compiled", "peak_gib")
 
 
 def table(results: Sequence[Result]) -> str:
-    """All results, one a line, and what was fastest last."""
-    return "\n".join([*map(line, results), "", *fastest(results)])
+    """All results, one a line, and the steps of each batch last, fastest first."""
+    return "\n".join([*(line(result) for result in results if not result.get("begun")), "", *fastest(results)])
 
 
 def line(result: Result) -> str:
     """One result as a line of the table."""
-    start = f"{result['section']:<11} {result['case']:<62}"
+    start = f"{result['job']:<18} {result['case']:<58}"
     for problem in ("error", "skipped"):
         if problem in result:
-            return f"{start} {problem}: {result[problem]}"[:180]
-    parts = [f"{result['way']}"] if "way" in result else []
+            return f"{start} {problem}: {' '.join(str(result[problem]).split())}"[:240]
+    parts = [f"{result[name]:g} {name.removesuffix('_tests')}" for name in COUNTS if name in result]
+    if "way" in result:
+        parts.append(str(result["way"]))
     if "bytes_per_image" in result:
         parts.append(f"{result['bytes_per_image'] / 1e6:.1f} MB an image")
     if "total_ms" in result:
@@ -25,26 +36,36 @@ def line(result: Result) -> str:
     if "median_ms" in result:
         first, third = result["quartiles_ms"]
         parts.append(f"{result['median_ms']:9.3f} ms ({first:.3f} .. {third:.3f})")
+    if "bytes_per_s" in result:
+        parts.append(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s")
     if "images_per_s" in result:
         parts.append(f"{result['images_per_s']:,.0f} images/s")
-    for name, words in (
-        ("of_copy_rate", "of copy"),
-        ("of_product_rate", "of a product"),
-        ("of_fused_floor", "of the fused floor"),
-        ("share", "of the step"),
-    ):
-        if name in result:
-            parts.append(f"{100 * result[name]:.1f} % {words}")
-    if "of_all" in result:
-        parts.append(f"relative error {result['of_all']:.2e}, median tensor {result['median']:.2e}")
-    return f"{start} {'  '.join(parts)}"
+    parts += [f"{100 * result[name]:.1f} % {words}" for name, words in SHARES if name in result]
+    return f"{start} {'  '.join(parts)}".rstrip()
 
 
 def fastest(results: Sequence[Result]) -> list[str]:
-    """The table's first lines: each batch's ways, fastest first."""
+    """Each batch's steps, fastest first, as a ratio to the peer's fastest."""
     lines = []
-    steps = [r for r in results if r["section"] in {"step", "compiled"} and "images_per_s" in r]
-    for count in sorted({r["batch"] for r in steps}):
-        ranked = sorted((r for r in steps if r["batch"] == count), key=lambda r: -r["images_per_s"])
-        lines += [f"{r['case']:<48} {r['images_per_s']:10,.0f} images/s" for r in ranked]
+    steps = [result for result in results if "batch" in result and "images_per_s" in result]
+    for count in sorted({result["batch"] for result in steps}):
+        base = best(steps, "peer", count)
+        for result in sorted((r for r in steps if r["batch"] == count), key=lambda r: -r["images_per_s"]):
+            ratio = f"{result['images_per_s'] / base:6.2f} x peer" if base else ""
+            lines.append(f"{result['case']:<62} {result['images_per_s']:10,.0f} images/s {ratio}".rstrip())
     return lines
+
+
+def best(results: Sequence[Result], job: str, count: int) -> float:
+    """Most images/s of jobs whose name begins with `job` at this batch; 0 without a result."""
+    found = [r for r in results if r.get("batch") == count and r["job"].startswith(job)]
+    return max((r["images_per_s"] for r in found if "images_per_s" in r), default=0.0)
+
+
+def is_behind(results: Sequence[Result]) -> bool:
+    """True if our fastest step is below `AHEAD` x the peer's, at the largest batch that has both; False without one."""
+    for count in sorted({result["batch"] for result in results if "batch" in result}, reverse=True):
+        own, peer = best(results, "ours", count), best(results, "peer", count)
+        if own and peer:
+            return own < AHEAD * peer
+    return False

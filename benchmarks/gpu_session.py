@@ -1,8 +1,8 @@
-"""What the sections of `gpu.py` share: device, time limit, timing by graph replay, and the list of results."""
+"""What the jobs of `gpu.py` share: device, results, timing by graph replay, and cases that fail alone."""
 
-import functools
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_schedule import read_lines
 from megabatch.bench.timing import Timing, Work, compare
 from megabatch.train.cuda_graph import CudaRecorder
 
@@ -22,83 +23,89 @@ QUEUED = 3
 
 
 class LostError(Exception):
-    """The GPU answers this process no more: an illegal access stays with it to its end."""
+    """The GPU no longer answers this process: an illegal access stays with it to its end."""
 
 
 @dataclass
 class Session:
-    """One run. Results are kept as JSON values and written after each, so that nothing is lost if a later one fails."""
+    """One job: `name`.jsonl in `output` receives each result at once."""
 
+    name: str
     device: torch.device
     quick: bool
     output: Path
-    limit_s: float
-    start_s: float = field(default_factory=time.monotonic)
-    results: list[dict[str, Any]] = field(default_factory=list)
+    begun: set[str] = field(default_factory=set)
     ceilings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reads the cases that an earlier process of this job began, and the ceilings."""
+        self.begun = {result["case"] for result in read_lines(self._path(".jsonl")) if result.get("begun")}
+        for result in read_lines(self.output / "ceilings.jsonl"):
+            self.ceilings |= {key: result[key] for key in ("copy_bytes_per_s", "flop_per_s") if key in result}
 
     @property
     def is_cuda(self) -> bool:
-        """Whether graphs, events and the kernels are there."""
+        """True where graphs, events and kernels can run."""
         return self.device.type == "cuda"
 
-    def remaining_s(self) -> float:
-        """Seconds left."""
-        return self.limit_s - (time.monotonic() - self.start_s)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit type of measurements by shape."""
+        return torch.float16 if self.is_cuda else torch.bfloat16
 
-    def has_time_for(self, section: str, case: str, seconds: float) -> bool:
-        """Whether that many seconds are left; a case that is left out is a result too."""
-        if self.remaining_s() >= seconds:
-            return True
-        self.add(section, case, skipped=f"{seconds:.0f} s needed, {self.remaining_s():.0f} s left")
-        return False
-
-    def add(self, section: str, case: str, timing: Timing | None = None, **facts: Any) -> None:
-        """Keeps one result and writes all."""
-        values: dict[str, Any] = {"section": section, "case": case, **facts}
+    def add(self, case: str, timing: Timing | None = None, **facts: Any) -> None:
+        """Appends one result."""
+        values: dict[str, Any] = {"job": self.name, "case": case, **facts}
         if timing is not None:
             first, third = timing.quartiles_s
             values |= {"median_ms": timing.median_s / MILLI, "quartiles_ms": [first / MILLI, third / MILLI]}
-        self.results.append(values)
-        self.write()
+        with self._path(".jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
 
-    def load(self) -> None:
-        """Takes over what an earlier process found."""
-        path = self.output / "gpu.json"
-        self.results = json.loads(path.read_text()) if path.exists() else []
-        names = {"bytes_per_s": "copy_bytes_per_s", "flop_per_s": "flop_per_s"}
-        for result in self.results:
-            if result["section"] == "ceilings":
-                self.ceilings |= {names[name]: result[name] for name in names if name in result}
+    def guarded(self, case: str, run: Callable[[], object]) -> None:
+        """Runs one case unless it was begun before; an error becomes its result.
 
-    def write(self) -> None:
-        """All results so far as one JSON file."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        put(self.output / "gpu.json", json.dumps(self.results, indent=1) + "\n")
+        Raises:
+            LostError: the GPU no longer answers this process.
+        """
+        if case in self.begun:
+            return
+        self.begun.add(case)
+        self.add(case, begun=True)
+        try:
+            run()
+        except LostError:
+            raise
+        except Exception as error:  # the other cases are still worth their time
+            self.add(case, error=f"{type(error).__name__}: {error}"[:500])
+            if self.is_cuda and not _answers():
+                raise LostError from error
+        free()
 
-    def time(self, section: str, case: str, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
-        """Each work timed, interleaved; on a GPU as replays of a CUDA graph, so that launches cost nothing.
+    def time(self, works: Mapping[str, Work], *, replays: int = 1) -> dict[str, Timing]:
+        """Times works, interleaved; on a GPU as replays of a CUDA graph, without the cost of launches from Python.
 
         A work that fails becomes a result, and the others are timed.
         """
         ready: dict[str, Work] = {}
-
-        def prepare(name: str) -> None:
-            if self.is_cuda:
-                ready[name] = graph_of(works[name], replays)
-            else:
-                works[name]()
-                ready[name] = works[name]
-
-        for name in works:
-            guarded(self, section, f"{case}, {name}" if case else name, functools.partial(prepare, name))
-        repeats = 3 if self.quick else 20
-        timings = compare(ready, warmup=2 if self.quick else 3, repeats=repeats, queued=QUEUED if self.is_cuda else 0)
+        for name, work in works.items():
+            try:
+                if self.is_cuda:
+                    ready[name] = graph_of(work, replays)
+                else:
+                    work()
+                    ready[name] = work
+            except Exception as error:  # e.g. a tiling that needs more shared memory than there is
+                self.add(name, error=f"{type(error).__name__}: {error}"[:500])
+                if self.is_cuda and not _answers():
+                    raise LostError from error
+        repeats = 1 if self.quick else 20
+        timings = compare(ready, warmup=0 if self.quick else 3, repeats=repeats, queued=QUEUED if self.is_cuda else 0)
         scale = replays if self.is_cuda else 1
         return {name: Timing(tuple(s / scale for s in timing.seconds)) for name, timing in timings.items()}
 
     def bandwidth(self, num_bytes: float, timing: Timing) -> dict[str, float]:
-        """Bytes that must be moved, at what rate that was, and which share of a plain copy's rate."""
+        """Bytes that must be moved, their rate, and its share of a plain copy's rate."""
         rate = num_bytes / timing.median_s
         facts = {"bytes": num_bytes, "bytes_per_s": rate}
         if "copy_bytes_per_s" in self.ceilings:
@@ -111,6 +118,18 @@ class Session:
         values = torch.randn(count, pixels, pixels, channels, generator=generator, device=self.device)
         return values.to(dtype).permute(0, 3, 1, 2)
 
+    def wait_for_go(self) -> None:
+        """Says that the job is ready and waits for its turn; ends the process if its parent is gone."""
+        parent = os.getppid()
+        self._path(".ready").touch()
+        while not self._path(".go").exists():
+            if os.getppid() != parent:
+                os._exit(1)
+            time.sleep(0.02)
+
+    def _path(self, ending: str) -> Path:
+        return self.output / (self.name + ending)
+
 
 def graph_of(work: Work, replays: int = 1) -> Work:
     """A replay of `replays` runs of `work` in one CUDA graph; three runs outside come first."""
@@ -121,36 +140,12 @@ def graph_of(work: Work, replays: int = 1) -> Work:
 
 
 def free() -> None:
-    """Gives memory of what came before back."""
+    """Releases memory of earlier cases."""
     gc.collect()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def put(path: Path, text: str) -> None:
-    """Writes a file at once: who watches this process, or ends it, finds a whole one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def guarded(session: Session, section: str, case: str, run: Callable[[], None]) -> None:
-    """Runs one case; a failure becomes its result, and the next case runs, unless the GPU is lost to this process.
-
-    Raises:
-        LostError: it is; the result is noted.
-    """
-    try:
-        run()
-    except LostError:
-        raise
-    except Exception as error:  # whatever one case meets, the others are still worth their time
-        session.add(section, case, error=f"{type(error).__name__}: {error}"[:500])
-        if session.is_cuda and not _answers():
-            raise LostError from error
-    free()
 
 
 def _answers() -> bool:

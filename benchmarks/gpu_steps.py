@@ -1,36 +1,41 @@
-"""Sections of `gpu.py` about whole training steps: their speed, their kernels, and their gradients."""
+"""Jobs of `gpu.py` about whole training steps: the peer's, ours, the product's, and a profile of ours."""
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpu_models import (
-    Half,
-    Step,
-    fusion_here,
-    half_step,
-    has_torchvision,
-    our_model,
-    plain_step,
-    torchvision_model,
-)
-from gpu_session import Session, free, graph_of, guarded
-from gpu_traffic import Kernel, Traffic, by_kind
+from gpu_models import Half, Step, half_step, has_torchvision, our_model, plain_step, torchvision_model
+from gpu_session import Session, graph_of
+from gpu_traffic import LIBRARY, Kernel, Traffic, by_kind, kernel_choices
+from megabatch import recipes
 from megabatch.bench.timing import measure
-from megabatch.kernels.dispatch import Backend
-from megabatch.nn.fused.fuse import Fusion, set_fusion
-from megabatch.nn.loss import cross_entropy_sum
+from megabatch.cli.bench_step import Variant
+from megabatch.cli.bench_step import measure as measure_variants
+from megabatch.comm.launch import join
+from megabatch.kernels.tuning import Table, table, use_table
+from megabatch.nn.fused.fuse import Fusion
+from megabatch.recipe import override
+from megabatch.runtime import Runtime
 
-BATCHES = (1024, 32, 256, 64, 16)
-COMPILE_S, EAGER_S, OTHERS_S = 75.0, 15.0, 150.0
-"""Seconds that a case may take at most, and that sections after the steps are left; with less a case is skipped."""
 PASSES = 9
 ELEMENTS = 11.1e6
 """Convolution outputs of one image at 224 px, and how often a fully fused step must move them (docs/decisions/0005)."""
+BATCHES = (32, 1024)
+MEMORY_SHARES = {1024: 0.55, 256: 0.2, 32: 0.06}
+"""Of the GPU's memory, for the warm-ups of the peer beside one another and beside the tests."""
+WAYS: dict[str, tuple[Fusion, Mapping[str, str] | None]] = {
+    "library": ("auto", LIBRARY),
+    "kernels": ("auto", kernel_choices()),
+    "gram": ("gram", LIBRARY),
+    "measured": ("auto", None),
+}
+"""1x1 convolutions by the library between our passes, by our kernels, by the Gram matrix, and by the fastest measured:
+fusion, and choices of `tuning.Table`."""
 
 
 def batch(session: Session, count: int) -> tuple[Tensor, Tensor]:
@@ -41,112 +46,156 @@ def batch(session: Session, count: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def step_speed(session: Session) -> None:
-    """Images a second for each way of taking a step but torch.compile, the largest batch first."""
-    _speeds(session, compiled=False)
-
-
-def compiled_step_speed(session: Session) -> None:
-    """The same of torch.compile, which takes a minute a case."""
+def peer(session: Session, size: str) -> None:
+    """torchvision's ResNet-50, or ours plain without torchvision, by torch.compile: warms up, waits, is measured."""
+    count = 2 if session.quick else int(size)
+    make, name = (torchvision_model, "torchvision") if has_torchvision() else (our_model, "ours plain")
+    compiler = "inductor" if session.is_cuda else "eager"  # compiling for a CPU takes minutes and says nothing here
+    model, data = make(session.device, quick=session.quick), batch(session, count)
+    step = plain_step(model, *data, session.dtype, compiler=compiler)
     if session.is_cuda:
-        _speeds(session, compiled=True)
-    else:
-        session.add("compiled", "all", skipped="minutes of compiling on a CPU tell nothing about a GPU")
+        torch.cuda.set_per_process_memory_fraction(MEMORY_SHARES[int(size)])
+    with contextlib.suppress(torch.OutOfMemoryError):  # compiled all the same; alone it has all memory
+        for _ in range(2):
+            step()
+    if session.is_cuda:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    session.wait_for_go()
+    case = f"{name} compiled, {session.dtype}, batch {size}"
+    session.guarded(case, functools.partial(_timed, session, case, int(size), count, step, eager=True))
 
 
-def _speeds(session: Session, *, compiled: bool) -> None:
-    section, needed = ("compiled", COMPILE_S) if compiled else ("step", EAGER_S + OTHERS_S)
-    for count in (2,) if session.quick else BATCHES:
-        for name, make in _ways(session, count, compiled=compiled):
-            case = f"{name}, batch {count}"
-            if session.has_time_for(section, case, 0.0 if session.quick else needed):
-                guarded(session, section, case, lambda c=case, n=count, m=make: _timed(session, section, c, n, m))
+def ours(session: Session, dtype: str, size: str) -> None:
+    """Our step by each of `WAYS`, as one CUDA graph."""
+    count, type_here = 2 if session.quick else int(size), getattr(torch, dtype) if session.is_cuda else torch.bfloat16
+    measured = table()
+
+    def run(case: str, fusion: Fusion, fixed: Mapping[str, str] | None) -> None:
+        use_table(measured if fixed is None else Table(fixed=fixed))
+        _timed(session, case, int(size), count, our_step(session, count, fusion, type_here))
+
+    for way, (fusion, fixed) in WAYS.items():
+        case = f"ours {way}, {dtype}, batch {size}"
+        session.guarded(case, functools.partial(run, case, fusion, fixed))
 
 
-def _ways(session: Session, count: int, *, compiled: bool) -> Iterator[tuple[str, Callable[[], Step]]]:
-    """Name and maker of each step."""
-    dtype = torch.float16 if session.is_cuda else torch.bfloat16
-
-    def own(fusion: Fusion) -> nn.Module:
-        model = our_model(session.device, quick=session.quick)
-        set_fusion(model, fusion)
-        return model
-
-    def plain(model: nn.Module, backend: Backend = "reference") -> Step:
-        return plain_step(model, *batch(session, count), dtype, compiled=compiled, backend=backend)
-
-    kind = "compiled" if compiled else "eager"
-    fusion = fusion_here(session.device)
-    if not compiled:
-        yield "ours fused, 16-bit weights, LARS", lambda: fused_step(session, count)
-        yield "ours fused", lambda: plain(own(fusion), "auto")
-    if has_torchvision():
-        yield f"torchvision {kind}", lambda: plain(torchvision_model(session.device, quick=session.quick))
-    yield f"ours {kind}", lambda: plain(own("plain"))
-
-
-def fused_step(session: Session, count: int) -> Step:
-    """The fastest step there is here."""
-    dtype = torch.float16 if session.is_cuda else torch.bfloat16
-    half = Half(our_model(session.device, quick=session.quick), dtype, fusion_here(session.device))
+def our_step(session: Session, count: int, fusion: Fusion, dtype: torch.dtype) -> Step:
+    """Weights in 16 bit, the fused loss and LARS."""
+    half = Half(our_model(session.device, quick=session.quick), dtype, fusion)
     images, labels = batch(session, count)
     return half_step(half, images.to(dtype), labels)
 
 
-def _timed(session: Session, section: str, case: str, count: int, make: Callable[[], Step]) -> None:
-    """The step as it is and, on a GPU, as one CUDA graph."""
+def _timed(session: Session, case: str, size: int, count: int, step: Step, *, eager: bool = False) -> None:
+    """The step of `count` images as one CUDA graph; on a CPU, and with `eager` also on a GPU, as it is."""
+    if eager or not session.is_cuda:
+        _add(session, case, size, count, step)
     if session.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    step = make()
-    _add(session, section, case, count, step)
-    if session.is_cuda:
-        case = f"{case}, one graph"
-        guarded(session, section, case, lambda: _add(session, section, case, count, graph_of(step)))
+        _add(session, f"{case}, one graph" if eager else case, size, count, graph_of(step))
 
 
-def _add(session: Session, section: str, case: str, count: int, work: Step) -> None:
+def _add(session: Session, case: str, size: int, count: int, work: Step) -> None:
     queued = 1 if session.is_cuda else 0
-    timing = measure(work, warmup=1 if session.quick else 5, repeats=2 if session.quick else 15, queued=queued)
+    timing = measure(work, warmup=0 if session.quick else 5, repeats=1 if session.quick else 15, queued=queued)
     rate = count / timing.median_s
-    facts: dict[str, Any] = {"batch": count, "images_per_s": rate}
+    facts: dict[str, Any] = {"batch": size, "images_per_s": rate}
     if session.is_cuda:
         facts["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if "copy_bytes_per_s" in session.ceilings and not session.quick:
         facts["of_fused_floor"] = rate * PASSES * ELEMENTS * 2 / session.ceilings["copy_bytes_per_s"]
-    session.add(section, case, timing, **facts)
+    session.add(case, timing, **facts)
+
+
+def compile_kernels(session: Session, dtype: str) -> None:
+    """Compiles, on one core, each kernel that a step of ours may launch or try, for the cache on disk."""
+    from gpu_instructions import compiled
+
+    for count in (2,) if session.quick else (1024, 32, 256):
+        for gram in (False, True):
+            case = f"kernels, {dtype}, batch {count}{', Gram' if gram else ''}"
+            session.guarded(case, functools.partial(_compiled, session, case, compiled, count, gram, dtype))
+
+
+def _compiled(session: Session, case: str, compiled: Any, count: int, gram: bool, dtype: str) -> None:
+    every = Table(fixed=LIBRARY) if session.quick else Table(timer=_called)
+    kernels = compiled(count, 32 if session.quick else 224, getattr(torch, dtype), every, gram=gram)
+    session.add(case, compiled=len(kernels))
+
+
+def _called(work: Any) -> float:
+    """Stands for a timer: the candidate is run, so that its kernels are compiled."""
+    work()
+    return 1.0
+
+
+def product(session: Session) -> None:
+    """The step of `megabatch train`, as `megabatch bench step` runs it, in both 16-bit types."""
+    with join(device=session.device.type) as world:
+        for size in BATCHES:
+            for precision in ("fp16", "bf16") if session.is_cuda else ("bf16",):
+                case = f"megabatch bench step, {precision}, batch {size}"
+                session.guarded(case, functools.partial(_product, session, case, size, precision, world))
+
+
+def _product(session: Session, case: str, size: int, precision: Any, world: Any) -> None:
+    count = 4 if session.quick else size
+    small = {"model": "resnet18", "resolution": "0:32"} if session.quick else {}
+    recipe = override(recipes.get("goyal2017_8k"), {"bn_span": str(count), "global_batch_size": str(count), **small})
+    variant = Variant(case, Runtime(precision=precision), "")
+    (row,) = measure_variants(recipe, count, [variant], world, seconds=0.1 if session.quick else 4.0)
+    if row.timing is None:
+        raise RuntimeError(row.error)
+    session.add(case, row.timing, batch=size, images_per_s=count / row.median_s)
 
 
 def profile(session: Session) -> None:
-    """What the fused step spends its time on: each kind of kernel with its bytes and its share of the GPU's limits."""
-    count = 2 if session.quick else 1024
-    step = fused_step(session, count)
+    """Our fastest measured step by kernel: calls, time, bytes, share of the copy rate, gaps; and what was chosen."""
+    for size in reversed(BATCHES):
+        for way in ("measured", "gram"):
+            case = f"{way}, batch {size}"
+            session.guarded(case, functools.partial(_profile, session, case, 2 if session.quick else size, way))
+    for path in sorted((session.output / "kernels").glob("*.json")):
+        for key, way in json.loads(path.read_text()).items():
+            session.add(key, way=way)
+
+
+def _profile(session: Session, case: str, count: int, way: str) -> None:
+    fusion, fixed = WAYS[way]
+    use_table(Table(session.output / "kernels") if fixed is None else Table(fixed=fixed))
+    step = our_step(session, count, fusion, session.dtype)
     for _ in range(3 if session.is_cuda else 1):
         step()
     with Traffic() as traffic:
         step()
     moved = traffic.total_bytes()
-    floor = moved / session.ceilings["copy_bytes_per_s"] if "copy_bytes_per_s" in session.ceilings else None
-    session.add("profile", "all that the step moves", bytes=moved, bytes_per_image=moved / count, floor_s=floor)
-    kernels = _kernel_times(step) if session.is_cuda else {}
-    for kind, seconds in sorted(by_kind(kernels).items(), key=lambda item: -item[1].seconds):
-        _add_kind(session, traffic, kind, seconds, sum(kernel.seconds for kernel in kernels.values()))
-    for kind in sorted(set(traffic.work) - set(by_kind(kernels))):
-        session.add("profile", f"{kind}, not timed", calls=traffic.work[kind].calls, bytes=traffic.work[kind].bytes)
-    longest = sorted(kernels.items(), key=lambda item: -item[1].seconds)[:25]
-    for name, kernel in longest:
-        session.add("profile", f"kernel {name[:80]}", calls=kernel.calls, total_ms=1e3 * kernel.seconds)
+    session.add(f"{case}, all that the step moves", bytes=moved, bytes_per_image=moved / count)
+    if not session.is_cuda:
+        return
+    kernels, gaps_s, total_s = _kernel_times(graph_of(step))
+    session.add(f"{case}, gaps between kernels", calls=1, total_ms=1e3 * gaps_s, share=gaps_s / total_s)
+    for kind, kernel in sorted(by_kind(kernels).items(), key=lambda item: -item[1].seconds):
+        _add_kind(session, traffic, f"{case}, {kind}", kind, kernel, total_s)
+    for name, kernel in sorted(kernels.items(), key=lambda item: -item[1].seconds)[:25]:
+        session.add(f"{case}, kernel {name[:80]}", calls=kernel.calls, total_ms=1e3 * kernel.seconds)
 
 
-def _kernel_times(step: Step) -> dict[str, Kernel]:
-    """Calls and seconds of each GPU kernel of one step."""
+def _kernel_times(step: Step) -> tuple[dict[str, Kernel], float, float]:
+    """Calls and seconds of each GPU kernel of one step, seconds without any kernel, and seconds in all."""
+    step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
     rows = [row for row in trace.key_averages() if row.device_time_total]
-    return {row.key: Kernel(row.count, row.device_time_total / 1e6) for row in rows}
+    kernels = {row.key: Kernel(row.count, row.device_time_total / 1e6) for row in rows}
+    ranges = [event.time_range for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    total_s = (max(r.end for r in ranges) - min(r.start for r in ranges)) / 1e6
+    return kernels, total_s - sum(kernel.seconds for kernel in kernels.values()), total_s
 
 
-def _add_kind(session: Session, traffic: Traffic, kind: str, kernel: Kernel, total_s: float) -> None:
+def _add_kind(session: Session, traffic: Traffic, case: str, kind: str, kernel: Kernel, total_s: float) -> None:
     """One kind with what it moved and multiplied, as shares of a copy's and of a product's rate."""
     facts: dict[str, Any] = {"calls": kernel.calls, "total_ms": 1e3 * kernel.seconds, "share": kernel.seconds / total_s}
     work = traffic.work.get(kind)
@@ -157,68 +206,4 @@ def _add_kind(session: Session, traffic: Traffic, kind: str, kernel: Kernel, tot
             facts["of_copy_rate"] = rate / session.ceilings["copy_bytes_per_s"]
         if "flop_per_s" in session.ceilings:
             facts["of_product_rate"] = work.flop / kernel.seconds / session.ceilings["flop_per_s"]
-    session.add("profile", kind, **facts)
-
-
-def choices(session: Session) -> None:
-    """Which way the fused steps took for each part and shape, by measuring here."""
-    found = {
-        key: way for path in sorted(tables(session).glob("*.json")) for key, way in json.loads(path.read_text()).items()
-    }
-    for key, way in found.items():
-        session.add("choices", key, way=way)
-    if not found:
-        session.add("choices", "of convolutions", skipped="nothing was measured: that needs a GPU")
-
-
-def tables(session: Session) -> Path:
-    """Where the choices of this run are kept, so that each run measures for itself."""
-    return session.output / "kernels"
-
-
-def gradients(session: Session) -> None:
-    """Relative error of every gradient against float64: the fused step's and plain autocast's, on the same inputs."""
-    dtype = torch.float16 if session.is_cuda else torch.bfloat16
-    count, pixels = (4, 64) if session.quick else (16, 128)
-    images = session.images(count, 3, pixels, torch.float32).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(count, device=session.device)
-    exact = _gradients(session, images.double(), labels, "plain", torch.float64)
-    plain = _gradients(session, images, labels, "plain", dtype)
-    free()
-    ours = _gradients(session, images, labels, fusion_here(session.device), dtype)
-    for name, found in (("plain autocast", plain), ("fused", ours)):
-        errors = {key: _error(found[key], exact[key]) for key in exact}
-        parts = {key: ".".join(key.split(".")[:2]) if key.startswith("layer") else key.split(".")[0] for key in exact}
-        blocks = {
-            part: _error(*(_flat({key: g[key] for key in exact if parts[key] == part}) for g in (found, exact)))
-            for part in dict.fromkeys(parts.values())
-        }
-        median = sorted(errors.values())[len(errors) // 2]
-        facts = {"of_all": _error(_flat(found), _flat(exact)), "median": median, "blocks": blocks, "tensors": errors}
-        session.add("gradients", f"{name}, {dtype}, against float64", **facts)
-
-
-def _gradients(
-    session: Session, images: Tensor, labels: Tensor, fusion: Fusion, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Of the mean loss. Branches begin small: at 0 nothing would pass them, at 1 rounding grows from block to block."""
-    model = our_model(session.device, quick=session.quick, last_norm=0.2).to(images.dtype)
-    set_fusion(model, fusion)
-    with torch.autocast(session.device.type, dtype=dtype, enabled=dtype != torch.float64):
-        logits = model(images)
-    backend: Backend = "reference" if fusion == "plain" else "auto"
-    return _backward(model, cross_entropy_sum(logits, labels, label_smoothing=0.1, backend=backend) / len(labels))
-
-
-def _backward(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    scale = 256.0
-    (loss * scale).backward()
-    return {name: p.grad.double() / scale for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
-
-
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+    session.add(case, **facts)

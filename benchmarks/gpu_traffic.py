@@ -57,6 +57,8 @@ PASSES: dict[tuple[ModuleType, str], str] = {
     (fused_stem, "fused_bn_relu_pool"): "pool_kernel",
 }
 """Functions and the kernel that does their work."""
+LIBRARY = {**dict.fromkeys((*residual.TASKS, *residual.GRADIENTS), tuning.PLAIN), fused_stem.TASK: "4"}
+"""Fixed choices of `tuning.Table`: torch's convolutions between our passes, four channels of the stem's images."""
 FLOP: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "forward_kernel": lambda args: 2 * args[0].numel() * len(args[1]),
     "data_gradient_kernel": lambda args: 2 * args[2].numel() * len(args[1]),
@@ -205,19 +207,13 @@ class Step(NamedTuple):
 
 def count_step(count: int, pixels: int, *, kernels: bool) -> Step:
     """Of a fused ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
-    ways = {task: tilings[0].name() for task, tilings in _tilings().items()} if kernels else {}
-    ways |= dict.fromkeys(residual.GRADIENTS, products.TOGETHER) if kernels else {}
-    tuning.use_table(tuning.Table(fixed={**ways, fused_stem.TASK: "4"}))
-    with FakeTensorMode(), _recorded() as launches, Traffic() as traffic:
-        model = _half(resnet50(norm=functools.partial(SpanBatchNorm2d, span=count)))
-        collect_statistics(model)
-        set_fusion(model, "triton")
-        images = torch.empty(count, 3, pixels, pixels, dtype=torch.float16)
-        images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.empty(count, dtype=torch.int64)
+    launches: Counter[str] = Counter()
+    tuning.use_table(tuning.Table(fixed=kernel_choices() if kernels else LIBRARY))
+    with redirected(lambda kernel, *_: launches.update([kernel.__name__])), Traffic() as traffic:
+        step = fake_step(count, pixels)
         launches.clear()
         traffic.operations.clear()
-        cross_entropy_sum(model(images), labels, label_smoothing=0.1, backend="triton").backward()
+        step()
     tuning.use_table(None)
     missed = [kind for kind in PASSES.values() if traffic.work[kind].calls != launches[kind]]
     if missed:
@@ -227,6 +223,25 @@ def count_step(count: int, pixels: int, *, kernels: bool) -> Step:
     for name, number in traffic.operations.items():
         launches[CONVOLUTIONS if name.startswith("convolution") else OTHERS] += number
     return Step(launches, traffic.work)
+
+
+def fake_step(count: int, pixels: int, *, dtype: torch.dtype = torch.float16, gram: bool = False) -> Callable[[], None]:
+    """Forward and backward of a fused ResNet-50 on tensors without values; to be called within `redirected`."""
+    model = _half(resnet50(norm=functools.partial(SpanBatchNorm2d, span=count)), dtype)
+    collect_statistics(model)
+    set_fusion(model, "gram" if gram else "triton")
+    for part in model.modules():
+        if hasattr(part, "backend"):
+            part.backend = "triton"
+    images = torch.empty(count, 3, pixels, pixels, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    labels = torch.empty(count, dtype=torch.int64)
+    return lambda: cross_entropy_sum(model(images), labels, label_smoothing=0.1, backend="triton").backward()
+
+
+def kernel_choices() -> dict[str, str]:
+    """As `LIBRARY`, with our kernels for 1x1 convolutions, which apply batch norm's backward as they read."""
+    fixed = {task: tilings[0].name() for task, tilings in _tilings().items()}
+    return {**LIBRARY, **fixed, **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}
 
 
 def _tilings() -> dict[str, tuple[conv1x1.Tiling, ...]]:
@@ -239,30 +254,26 @@ def _tilings() -> dict[str, tuple[conv1x1.Tiling, ...]]:
 
 
 @contextmanager
-def _recorded() -> Iterator[Counter[str]]:
-    """Triton's launches are counted by name, and not done."""
+def redirected(launch: Callable[[Any, tuple[Any, ...], dict[str, Any]], object]) -> Iterator[None]:
+    """Tensors have no values, and a launch of a Triton kernel is `launch(kernel, arguments, options)` instead."""
     from triton.runtime.jit import JITFunction
 
-    launches: Counter[str] = Counter()
-
-    def record(self: Any, *_: Any, **__: Any) -> None:
-        launches.update([self.__name__])
-
     with (
-        patch.object(JITFunction, "run", record),
+        FakeTensorMode(),
+        patch.object(JITFunction, "run", lambda kernel, *args, **options: launch(kernel, args, options)),
         patch.object(dispatch, "interprets", lambda: True),
         patch.object(tiles, "_resident_programs", lambda _: RESIDENT_PROGRAMS),
     ):
-        yield launches
+        yield
 
 
-def _half(model: nn.Module) -> nn.Module:
+def _half(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """With convolutions and the last layer in 16 bit, filters with the channels last."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
-                small = parameter.detach().to(torch.float16).contiguous(memory_format=layout)
+                small = parameter.detach().to(dtype).contiguous(memory_format=layout)
                 layer.register_parameter(name, nn.Parameter(small))
     return model
 
