@@ -142,8 +142,9 @@ def pool_gradient_sums_kernel(
 ):
     """Backward, first pass: sums of dz and of dz (x - mean) rstd over one part. One program walks down one part.
 
-    dz is gathered from the windows and not written. partials (spans, parts, 2, columns), float32; the others as in
-    `pool_kernel`, but num_rows, span_rows and parts count rows of x.
+    dz is dpooled at the pixels that are their windows' maxima, so both sums run over windows: a quarter of the pixels,
+    with x read at the stored position. partials (spans, parts, 2, columns), float32; the others, also num_rows,
+    span_rows and parts, as in `pool_kernel`.
     """
     column, column_mask = _program_columns(columns, block_columns)
     first, count = _part_rows(num_rows, span_rows, rows_per_part, columns, block_columns)
@@ -154,14 +155,18 @@ def pool_gradient_sums_kernel(
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
         offset, mask = _tile_offsets(column, column_mask, done, count, columns, block_rows)
+        position = tl.load(positions + first * columns + offset, mask=mask, other=NOWHERE).to(tl.int32)
+        has_gradient = position != NOWHERE
+        gradient = tl.load(dpooled + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
+        gradient = tl.where(has_gradient, gradient, 0.0)
         row = (first + done + tl.arange(0, block_rows)).to(tl.int32)
-        gradient = _gather_gradient(
-            dpooled, positions, row, mask, column, height, width, pooled_height, pooled_width, columns, block_rows
-        )
-        values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
+        top = row // pooled_width % pooled_height * 2 - 1
+        corner = (row // (pooled_height * pooled_width) * height + top) * width + row % pooled_width * 2 - 1
+        pixel = corner[:, None] + position // 3 * width + position % 3
+        values = tl.load(x + pixel.to(tl.int64) * columns + column[None, :], mask=has_gradient, other=0.0)
         sums += gradient
-        products += gradient * tl.where(mask, (values - mu[None, :]) * inv_std[None, :], 0.0)
-    total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
+        products += gradient * (values.to(tl.float32) - mu[None, :])
+    total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0) * inv_std
     _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns)
 
 

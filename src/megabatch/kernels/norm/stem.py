@@ -80,23 +80,24 @@ class _NormReluPool(torch.autograd.Function):
         mean, rstd, weight, bias = norm.in_rows()
         kernels = load("kernels.norm._stem_triton")
         rows, gradient, sizes, cut = rows_of(x), rows_of(dy), _sizes(x), passes.cut_rows(x.shape, ctx.span)
-        partials = rows.new_empty(cut.spans, cut.parts, 2, cut.columns, dtype=torch.float32)
+        pooled = passes.cut_rows(dy.shape, ctx.span)
+        partials = rows.new_empty(pooled.spans, pooled.parts, 2, pooled.columns, dtype=torch.float32)
         dx = torch.empty_like(rows)
-        # As in a plain batch norm: sums of dz and dz h first, then dx. dz is gathered from the windows in both passes.
+        # As in a plain batch norm: sums of dz and dz h first, over windows, then dx, with dz gathered from the windows.
         with on_device(x):
-            kernels.pool_gradient_sums_kernel[cut.reductions()](
+            kernels.pool_gradient_sums_kernel[pooled.reductions()](
                 gradient,
                 positions,
                 rows,
                 partials,
                 mean,
                 rstd,
-                cut.num_rows,
-                cut.span_rows,
-                cut.rows_per_part,
-                cut.parts,
+                pooled.num_rows,
+                pooled.span_rows,
+                pooled.rows_per_part,
+                pooled.parts,
                 *sizes,
-                **_tile(cut),
+                **_tile(pooled),
             )
             sums = passes.add_parts(partials)
             kernels.pool_input_gradient_kernel[_grid(cut)](
