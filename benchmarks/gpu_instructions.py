@@ -122,15 +122,18 @@ def weighted(code: Sequence[Instruction], trips: Sequence[float]) -> float:
     """Instructions that one warp runs; `trips` of the outermost loops, those within them, and so on.
 
     A loop is what lies between a branch and an earlier target, unless it moves nothing: then it waits for a barrier.
+    What follows the last EXIT is left out: rare cases, such as waiting again, and padding.
     """
+    exits = [i for i, c in enumerate(code) if c.operation.startswith("EXIT")]
+    main = code[: exits[-1] + 1] if exits else code
     ends: dict[int, int] = {}
-    for c in code:
+    for c in main:
         if c.target is not None and c.target < c.address:
             ends[c.target] = max(c.address, ends.get(c.target, 0))
-    inside = {first: [c for c in code if first <= c.address <= end] for first, end in ends.items()}
+    inside = {first: [c for c in main if first <= c.address <= end] for first, end in ends.items()}
     loops = [(first, ends[first]) for first, body in inside.items() if any(_MOVES.match(c.operation) for c in body)]
     return sum(
-        prod(trips[: sum(first <= c.address <= end for first, end in loops)]) for c in code if c.operation != "NOP"
+        prod(trips[: sum(first <= c.address <= end for first, end in loops)]) for c in main if c.operation != "NOP"
     )
 
 

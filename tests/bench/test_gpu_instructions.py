@@ -1,4 +1,4 @@
-"""Counting machine instructions in a disassembly: loops by their trips, spins on a barrier once."""
+"""Counting machine instructions in a disassembly: loops by their trips, waits for a barrier once."""
 
 import importlib
 from pathlib import Path
@@ -15,8 +15,10 @@ SASS = """
         /*0050*/                   SYNCS.PHASECHK.TRANS64 P0, [UR4] ;       /* 0x0 */
         /*0060*/              @!P0 BRA 0x50 ;                               /* 0x0 */
         /*0070*/                   EXIT ;                                   /* 0x0 */
-        /*0080*/                   BRA 0x80;                                /* 0x0 */
-        /*0090*/                   NOP;                                     /* 0x0 */
+        /*0080*/                   SYNCS.PHASECHK.TRANS64 P0, [UR4] ;       /* 0x0 */
+        /*0090*/                   BRA 0x10;                                /* 0x0 */
+        /*00a0*/                   BRA 0xa0;                                /* 0x0 */
+        /*00b0*/                   NOP;                                     /* 0x0 */
 """
 
 
@@ -29,7 +31,7 @@ def counting(monkeypatch):
 def test_instructions_of_loops_count_once_per_trip(counting):
     code = counting.instructions(SASS)
     assert [c.operation.split(".")[0] for c in code][:3] == ["MOV", "LDG", "HGMMA"]
-    # Outside: MOV, the two of the spin, EXIT and the branch to itself. The outer loop holds two more, the inner two.
-    assert counting.weighted(code, (1, 1)) == 9
-    assert counting.weighted(code, (10, 1)) == 5 + 10 * (2 + 2)
-    assert counting.weighted(code, (10, 4)) == 5 + 10 * (2 + 4 * 2)
+    # Outside: MOV, the two that wait for a barrier, EXIT. The outer loop holds two more, the inner one two.
+    assert counting.weighted(code, (1, 1)) == 8
+    assert counting.weighted(code, (10, 1)) == 4 + 10 * (2 + 2)
+    assert counting.weighted(code, (10, 4)) == 4 + 10 * (2 + 4 * 2)
