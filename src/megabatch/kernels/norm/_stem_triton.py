@@ -194,7 +194,7 @@ def pool_input_gradient_kernel(
     """Backward, second pass: dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n). One program writes one tile.
 
     dz is gathered a second time: reading the pooled gradient, a quarter of x's size, costs less than writing and
-    reading dz. sums (spans, 2, columns); the others as in `pool_gradient_sums_kernel`.
+    reading dz. sums (spans, 2, columns); num_rows and span_rows count rows of x; the others as in `pool_kernel`.
     """
     column, column_mask = _program_columns(columns, block_columns)
     first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
