@@ -69,8 +69,8 @@ def test_own_time_ends_with_the_last_forward():
         own.mark()
         time.sleep(0.05)
         own.finish()
-    assert own.take_mean_s() < 0.05
-    assert own.take_mean_s() == 0.0
+    assert own.mean_s() < 0.05
+    assert own.mean_s() == 0.0
 
 
 RUNTIME = Runtime(precision="fp32", micro_batch_size=8, compare_every_steps=2)
@@ -118,7 +118,7 @@ def slow_run(folder):
 
     forward_loss, gradients.forward_loss = gradients.forward_loss, slow
     try:
-        run_tiny(folder, tiny_recipe(), runtime=RUNTIME, max_steps=4)
+        run_tiny(folder, tiny_recipe(total_epochs=5.0, eval_every_epochs=1e3), runtime=RUNTIME, max_steps=20)
     finally:
         gradients.forward_loss = forward_loss
 
@@ -127,7 +127,7 @@ def slow_run(folder):
 def test_a_slow_worker_is_named_once_and_workers_with_equal_weights_go_on(tmp_path):
     run_processes(3, slow_run, tmp_path / "run")
     events = read_events(tmp_path / "run" / "events.jsonl")
-    assert [event["step"] for event in events if event["event"] == "workers"] == [2, 4]
+    assert [event["step"] for event in events if event["event"] == "workers"] == list(range(2, 21, 2))
     assert {event["slowest_rank"] for event in events if event["event"] == "workers"} == {2}
     warnings = [event["text"] for event in events if event["event"] == "warning" and "is slow" in event["text"]]
     assert len(warnings) == 1

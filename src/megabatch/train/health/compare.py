@@ -25,6 +25,8 @@ from megabatch.train.state import Run
 SAMPLES_PER_TENSOR = 64
 SLOW_FACTOR, SLOW_S = 1.5, 0.005
 """A worker is slow if its own time exceeds the median of the others by this factor and by this many seconds."""
+LEAST_STEPS = 10
+"""Fewer steps do not show that a worker is slow: the first ones allocate and wait for the first images."""
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that a change of one bit always changes the sum
 
 
@@ -38,6 +40,7 @@ class RankComparison:
         self._run = run
         self._pending: tuple[int, Readback] | None = None
         self._slow: int | None = None
+        self._is_long = False  # the last own times are means of enough steps
 
     def after_step(self, *, before_checkpoint: bool) -> None:
         """Compares if it is time to. A collective: all workers call it after the same steps.
@@ -59,7 +62,10 @@ class RankComparison:
         run, state = self._run, self._run.state
         rows = torch.zeros(run.world.world_size, 4, dtype=torch.int64, device=run.world.device)
         rows[run.world.rank, 0] = weights_hash(state.module, state.step // run.compare_every_steps)
-        own = [state.samples_seen, state.step, round(1e6 * run.own_time.take_mean_s())]
+        own = [state.samples_seen, state.step, round(1e6 * run.own_time.mean_s())]
+        self._is_long = run.own_time.num_steps >= LEAST_STEPS
+        if self._is_long:
+            run.own_time.reset()
         rows[run.world.rank, 1:] = torch.tensor(own, device=rows.device)
         return rows
 
@@ -76,7 +82,7 @@ class RankComparison:
         """Logs the slowest worker, and warns when it becomes slow."""
         slowest = max(range(len(own_s)), key=own_s.__getitem__)
         median_s = statistics.median(own_s[:slowest] + own_s[slowest + 1 :])  # type: ignore[operator]
-        is_slow = own_s[slowest] > max(SLOW_FACTOR * median_s, median_s + SLOW_S)
+        is_slow = self._is_long and own_s[slowest] > max(SLOW_FACTOR * median_s, median_s + SLOW_S)
         slowest_ms, median_ms = 1e3 * own_s[slowest], 1e3 * median_s
         facts = {"slowest_rank": slowest, "slowest_own_ms": slowest_ms, "median_own_ms": median_ms, "is_slow": is_slow}
         self._run.log({"event": "workers", "step": step} | facts)
@@ -86,7 +92,8 @@ class RankComparison:
                 f"others {median_ms:.1f} ms (median), and wait. Its cores, disk or GPU may be shared or throttled"
             )
             self._run.log({"event": "warning", "text": text})
-        self._slow = slowest if is_slow else None
+        if self._is_long:
+            self._slow = slowest if is_slow else None
 
 
 def weights_hash(module: nn.Module, offset: int) -> Tensor:

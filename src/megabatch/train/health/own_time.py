@@ -8,7 +8,7 @@ class OwnTime:
 
     def __init__(self) -> None:
         self._started = self._marked = self._sum_s = 0.0
-        self._steps = 0
+        self.num_steps = 0
 
     def start(self) -> None:
         """Starts a step."""
@@ -21,10 +21,12 @@ class OwnTime:
     def finish(self) -> None:
         """Ends a step."""
         self._sum_s += self._marked - self._started
-        self._steps += 1
+        self.num_steps += 1
 
-    def take_mean_s(self) -> float:
-        """Mean of the steps since the last call, in seconds; 0 without steps."""
-        mean_s = self._sum_s / max(1, self._steps)
-        self._sum_s, self._steps = 0.0, 0
-        return mean_s
+    def mean_s(self) -> float:
+        """Mean of the `num_steps` steps since `reset`, in seconds; 0 without steps."""
+        return self._sum_s / max(1, self.num_steps)
+
+    def reset(self) -> None:
+        """Forgets the steps so far."""
+        self._sum_s, self.num_steps = 0.0, 0
