@@ -12,7 +12,7 @@ from torch import nn
 from megabatch.errors import DesyncError
 from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
-from megabatch.train.health import compare
+from megabatch.train.health import compare, own_time
 from megabatch.train.health.compare import refuse_different, weights_hash
 from megabatch.train.health.own_time import OwnTime
 
@@ -61,16 +61,20 @@ def test_equal_values_are_accepted():
     refuse_different("weights", [3, 3, 3], 1)
 
 
-def test_own_time_ends_with_the_last_forward():
+def test_own_time_ends_with_the_last_forward(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(own_time.time, "perf_counter", lambda: next(clock))
     own = OwnTime()
-    for _ in range(2):
-        own.start()
-        time.sleep(0.02)
-        own.mark()
-        time.sleep(0.05)
-        own.finish()
-    assert own.mean_s() < 0.05
-    assert own.mean_s() == 0.0
+    own.start()
+    own.mark()
+    own.mark()
+    own.finish()
+    own.start()
+    own.mark()
+    own.finish()
+    assert (own.mean_s(), own.num_steps) == ((3.0 + 4.0) / 2, 2)
+    own.reset()
+    assert (own.mean_s(), own.num_steps) == (0.0, 0)
 
 
 RUNTIME = Runtime(precision="fp32", micro_batch_size=8, compare_every_steps=2)
