@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megabatch.cli.bench_step import Variant
-from megabatch.cli.bench_step import measure as measure_variants
 from torch import Tensor
 
 from gpu_models import Half, Step, half_step, has_torchvision, our_model, plain_step, torchvision_model
@@ -16,6 +14,8 @@ from gpu_session import Session, graph_of
 from gpu_traffic import LIBRARY, Kernel, Traffic, by_kind, kernel_choices
 from megabatch import recipes
 from megabatch.bench.timing import measure
+from megabatch.cli.bench.step import Variant
+from megabatch.cli.bench.step import measure as measure_variants
 from megabatch.comm.launch import join
 from megabatch.kernels.tuning import Table, table, use_table
 from megabatch.nn.fused.fuse import Fusion
