@@ -1,6 +1,7 @@
 """Settings for every test, made before torch is imported."""
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -11,6 +12,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # `pytest -n auto` starts a process for each core, which then has no core for a second thread.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A suite in the background, or under nohup, ignores these, and so would the processes that it starts.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # What is fastest here decides how sums are rounded; tests that measure say so.
 os.environ.setdefault("MEGABATCH_MEASURE", "0")

@@ -104,8 +104,7 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_part(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_verb_after_it_has_removed_its_temporary_files(number, tmp_path):
     code = f"""
-import os, signal, time
-signal.signal({int(number)}, signal.SIG_DFL)  # a suite under nohup ignores SIGHUP
+import os, time
 import megabatch.cli.main as command
 from megabatch.files import replacing
 from pathlib import Path
