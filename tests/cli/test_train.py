@@ -17,7 +17,7 @@ import pytest
 import torch
 from command_line import error_line, megabatch, megabatch_process
 from limits import HANG_S
-from PIL import Image
+from plain_photos import write_plain_photos
 
 import megabatch.cli.train as train_verb
 from megabatch import recipes
@@ -35,14 +35,7 @@ QUICK = [*SMALL, "--set", "global_batch_size=16", "--set", "total_epochs=2", "--
 @pytest.fixture
 def photos(tmp_path):
     """Two classes of plain colours, twelve training and four test photographs each."""
-    for split, count in (("train", 12), ("val", 4)):
-        for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                shade = tuple(min(255, channel + 3 * number) for channel in color)
-                Image.new("RGB", (40, 30), shade).save(folder / f"{number:03d}.jpg")
-    return tmp_path / "photos"
+    return write_plain_photos(tmp_path / "photos", train=12)
 
 
 def refused(folder, *arguments):

@@ -17,7 +17,7 @@ from fault_runs import (
     run_campaign,
     run_with_faults,
 )
-from PIL import Image
+from plain_photos import write_plain_photos
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.observe.events import read_events
@@ -29,15 +29,9 @@ SETTINGS += ["total_epochs=300", "eval_every_epochs=100000"]
 @pytest.fixture
 def arguments(tmp_path):
     """Arguments of a run over 48 photographs that makes 900 steps."""
-    for split, count in (("train", 24), ("val", 4)):
-        for name, color in (("blue", (20, 40, 200)), ("red", (200, 30, 20))):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                shade = tuple(min(255, channel + 3 * number) for channel in color)
-                Image.new("RGB", (40, 30), shade).save(folder / f"{number:03d}.jpg")
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    given = ["photos", "--data", str(tmp_path / "photos"), "--precision", "fp32", "--workers", "2", *settings]
+    photos = write_plain_photos(tmp_path / "photos", train=24)
+    given = ["photos", "--data", str(photos), "--precision", "fp32", "--workers", "2", *settings]
     return [*given, "--checkpoint-every", "20steps", "--peer-timeout-s", "5"]
 
 

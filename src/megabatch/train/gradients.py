@@ -25,14 +25,13 @@ from megabatch.train.weight_copies import WeightCopies
 class Objective:
     """Loss of a step: mean cross entropy over `global_count` samples, computed in `precision`.
 
-    Forward reads the 16-bit `copies` in place of their weights; `after_forward` is called after each.
+    Forward reads the 16-bit `copies` in place of their weights.
     """
 
     global_count: int
     label_smoothing: float
     precision: Precision
     copies: WeightCopies = field(default_factory=WeightCopies)
-    after_forward: Callable[[], None] = lambda: None
 
 
 class NoiseSample(NamedTuple):
@@ -133,7 +132,6 @@ def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> tuple[
     """
     with objective.precision.autocast():
         logits = model(batch.images)
-    objective.after_forward()
     loss = cross_entropy_sum(
         logits,
         batch.labels,

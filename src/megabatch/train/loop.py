@@ -32,15 +32,16 @@ def train(run: Run) -> Evaluation | None:
     in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
     for settings, batches in _steps(run):
         try:
-            in_flight.add(start_step(run, settings, batches))
+            step = start_step(run, settings, batches)
         except NonFiniteStepError as error:
             roll_back(run, error)
             continue
+        in_flight.add(step)
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run, settings)
         stop, overdue = in_flight.settle(wait_for_all=saves)
-        workers.after_step(before_checkpoint=saves or stop or overdue)
+        workers.after_step(step.clock.own_s, before_checkpoint=saves or stop or overdue)
         evaluation = _evaluate(run) if evaluates else None
         if saves or stop or overdue:
             _save(run, evaluation)

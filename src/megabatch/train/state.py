@@ -18,7 +18,6 @@ from megabatch.interval import Interval
 from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
-from megabatch.train.health.own_time import OwnTime
 from megabatch.train.precision import Precision
 from megabatch.train.schedule import StepSettings, settings_at, total_samples
 from megabatch.train.weight_copies import WeightCopies
@@ -224,7 +223,6 @@ class Run:
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
     num_rollbacks: int = 0
     compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
-    own_time: OwnTime = field(default_factory=OwnTime)
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
 
     def settings_at(self, step: int, first: int) -> StepSettings:

@@ -75,13 +75,11 @@ def start_step(run: Run, settings: StepSettings, batches: Iterator[Batch]) -> Pe
             asks for a rollback.
     """
     started = time.perf_counter()
-    run.own_time.start()
     state, clock = run.state, StepClock(run.world.device)
     apply_settings(state.optimizer.param_groups, settings)
     state.copies.refresh()
     captured = _captures(run, settings)
     sums = (_replay if captured else _gradients)(run, settings, batches, clock)
-    run.own_time.finish()
     exchange = run.exchange_report() if run.exchange_report else {}
     scalars = Readback(_sum_over_workers(run, sums, clock, exchange))
     pending = PendingStep(settings, started, clock, scalars, exchange=exchange)
@@ -222,8 +220,7 @@ def _accumulate(
 
 
 def _objective(run: Run, count: int) -> Objective:
-    after_forward = run.own_time.mark
-    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies, after_forward)
+    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies)
 
 
 def _update(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Divides the seconds of a training step among its phases: input, forward, backward, exchange, update."""
 
 import itertools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,14 @@ class StepClock:
         self._device = device
         self.start = stamp(device)
         self._marks: list[tuple[str, Stamp]] = []
+        self._host_start_s = time.perf_counter()
+        self.own_s = 0.0  # of the host, from the start to the last mark of input or forward: without waits for workers
 
     def mark(self, phase: str) -> None:
         """Ends an interval of `phase`, which began at the mark before."""
         self._marks.append((phase, stamp(self._device)))
+        if phase in {"input", "forward"}:
+            self.own_s = time.perf_counter() - self._host_start_s
 
     def spans(self) -> list[PhaseSpan]:
         """The intervals in order; waits for the device."""

@@ -12,9 +12,10 @@ from torch import nn
 from megabatch.errors import DesyncError
 from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
-from megabatch.train.health import compare, own_time
+from megabatch.train import step_clock
+from megabatch.train.health import compare
 from megabatch.train.health.compare import refuse_different, weights_hash
-from megabatch.train.health.own_time import OwnTime
+from megabatch.train.step_clock import StepClock
 
 
 def net():
@@ -62,19 +63,13 @@ def test_equal_values_are_accepted():
 
 
 def test_own_time_ends_with_the_last_forward(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 10.0, 14.0])
-    monkeypatch.setattr(own_time.time, "perf_counter", lambda: next(clock))
-    own = OwnTime()
-    own.start()
-    own.mark()
-    own.mark()
-    own.finish()
-    own.start()
-    own.mark()
-    own.finish()
-    assert (own.mean_s(), own.num_steps) == ((3.0 + 4.0) / 2, 2)
-    own.reset()
-    assert (own.mean_s(), own.num_steps) == (0.0, 0)
+    now = iter([0.0, 1.0, 3.0, 10.0])
+    monkeypatch.setattr(step_clock, "stamp", lambda _: 0.0)
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: next(now))
+    clock = StepClock(torch.device("cpu"))
+    for phase in ("input", "forward", "backward", "forward", "backward", "exchange", "update"):
+        clock.mark(phase)
+    assert clock.own_s == 10.0
 
 
 RUNTIME = Runtime(precision="fp32", micro_batch_size=8, compare_every_steps=2)

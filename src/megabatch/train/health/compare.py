@@ -40,10 +40,11 @@ class RankComparison:
         self._run = run
         self._pending: tuple[int, Readback] | None = None
         self._slow: int | None = None
+        self._own_s: list[float] = []  # of the steps since the last comparison of enough of them
         self._is_long = False  # the last own times are means of enough steps
 
-    def after_step(self, *, before_checkpoint: bool) -> None:
-        """Compares if it is time to. A collective: all workers call it after the same steps.
+    def after_step(self, own_s: float, *, before_checkpoint: bool) -> None:
+        """Compares if it is time to; `own_s` is this worker's own time. A collective, after the same steps on all.
 
         Raises:
             DesyncError: weights or positions differ; the same error on every worker.
@@ -51,6 +52,7 @@ class RankComparison:
         run = self._run
         if run.world.world_size == 1 or not run.compare_every_steps:
             return
+        self._own_s.append(own_s)
         self._read()
         if before_checkpoint or run.state.step % run.compare_every_steps == 0:
             self._pending = (run.state.step, Readback(sum_over_workers(self._rows(), run.world)))
@@ -62,10 +64,10 @@ class RankComparison:
         run, state = self._run, self._run.state
         rows = torch.zeros(run.world.world_size, 4, dtype=torch.int64, device=run.world.device)
         rows[run.world.rank, 0] = weights_hash(state.module, state.step // run.compare_every_steps)
-        own = [state.samples_seen, state.step, round(1e6 * run.own_time.mean_s())]
-        self._is_long = run.own_time.num_steps >= LEAST_STEPS
+        own = [state.samples_seen, state.step, round(1e6 * statistics.fmean(self._own_s))]
+        self._is_long = len(self._own_s) >= LEAST_STEPS
         if self._is_long:
-            run.own_time.reset()
+            self._own_s.clear()
         rows[run.world.rank, 1:] = torch.tensor(own, device=rows.device)
         return rows
 
