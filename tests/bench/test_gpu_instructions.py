@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 SASS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000014a02 */
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
         /*0010*/                   LDG.E.128 R4, [R2.64] ;                  /* 0x0000000602047981 */
         /*0020*/                   HGMMA.64x64x16.F32 R24, gdesc[UR8] ;     /* 0x0 */
         /*0030*/              @P1  BRA 0x20 ;                               /* 0x0 */

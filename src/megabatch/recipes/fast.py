@@ -12,7 +12,7 @@ def fast_16() -> Recipe:
 
     Sources:
         read (libffcv/ffcv-imagenet, its ResNet-50 configurations and training script): batch 8 x 512, rate rising
-            linearly from 0.00014 to 1.7 at epoch 2 and falling linearly to 0, momentum 0.9, weight decay 1e-4
+            linearly from 0.00017 to 1.7 at epoch 2 and falling linearly to 0, momentum 0.9, weight decay 1e-4
             but not on batch norm, label smoothing 0.1, 160 pixels until epoch 11, a ramp to 192 at epoch 13,
             evaluation at 256, blur-pool, batch norm over one GPU's 512 images, accuracy and time.
         departs: evaluation uses one view, not two, which costs a few tenths of a point; biases are not decayed

@@ -58,7 +58,7 @@ class IndexedShards:
         return self._read_at(self.shard_of(index), int(self._offsets[index]), int(self.sizes[index]))
 
     def name(self, index: int) -> str:
-        """Returns shard and member, for example `train-000003.tar:dog/0014.jpg`."""
+        """Returns shard and member, for example `train-000003.tar:dog/0017.jpg`."""
         shard = self.shard_of(index)
         member = self._index_of(shard).name(index - int(self._first[shard]))
         return f"{self._shard_names[shard]}:{member}"
