@@ -28,8 +28,10 @@ Settings = dict[str, str]
 Range = tuple[float, float]  # of a logarithmic draw
 
 COMMON: Settings = {"augmentation": "none", "zero_gamma": "false", "bn_span": "128", "eval_every_epochs": "1000"}
+COMMON |= {"eval_stats": "precise"}  # after so few updates running averages still hold statistics of older weights
+STATISTICS_IMAGES = 16_384
 LINEAR: Settings = {"decay": "poly", "poly_power": "1"}
-MUON: Settings = {"optimizer": "muon", "nesterov": "true", "normalize_weights": "true", "sgd_lr_factor": "2"}
+MUON: Settings = {"optimizer": "muon", "nesterov": "true", "normalize_weights": "true", "sgd_lr_factor": "4"}
 METHODS: dict[str, tuple[Settings, dict[str, Range]]] = {
     "SGD, linear scaling": (
         LINEAR | {"optimizer": "sgd", "lr_scaling": "linear"},
@@ -48,7 +50,7 @@ METHODS: dict[str, tuple[Settings, dict[str, Range]]] = {
         {"optimizer": "lars", "trust_coefficient": "0.02", "batch_size_rule": "fixed"},
         {"peak_lr": (0.3, 6.0), "weight_decay": (1e-5, 2e-3)},
     ),
-    "Muon": (LINEAR | MUON, {"peak_lr": (0.05, 0.8), "weight_decay": (1e-5, 2e-3)}),
+    "Muon": (LINEAR | MUON, {"peak_lr": (0.03, 0.4), "weight_decay": (1e-5, 2e-3)}),
     "Shampoo": (
         LINEAR | {"optimizer": "shampoo", "graft": "lars", "trust_coefficient": "0.02"},
         {"peak_lr": (0.3, 6.0), "weight_decay": (1e-5, 2e-3)},
@@ -71,6 +73,7 @@ def draw(method: str, batch: int, epochs: float, trial: int) -> Settings:
     warmup = drawn.pop("warmup_share") * epochs
     settings = COMMON | fixed | {name: f"{value:.4g}" for name, value in drawn.items()}
     settings |= {"global_batch_size": str(batch), "total_epochs": f"{epochs:g}"}
+    settings["precise_batches"] = str(max(1, STATISTICS_IMAGES // batch))
     if settings.get("warmup") != "none":
         settings["warmup_epochs"] = f"{warmup:.4g}"
     if method == "LARS, batch-size control":  # half the batch in the first third, twice the batch at the end
