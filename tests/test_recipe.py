@@ -62,7 +62,7 @@ def test_override_parses_each_type(recipe):
         ("resolution", "5:28", "start at 0"),
         ("pixel_mean", "124", "needed: of pixels in [0, 1]; pixel_mean=0.5 works"),
         ("pixel_std", "58", "in (0, 1]"),
-        ("stem", "large", "needed: auto, as resnet8 has one stem; stem=auto works"),
+        ("stem", "large", "needed: one of resnet8: auto, pooled; stem=auto works"),
         ("min_crop_aspect", "0", "above 0 and at most max_crop_aspect"),
         ("root_every_steps", "0", "needed: above 0; root_every_steps=10 works"),
         ("sgd_lr_factor", "-1", "0 or more"),

@@ -7,8 +7,10 @@ from megabatch.user_code import is_function, short_name
 MODELS = ("resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn")
 """Models of `megabatch.nn`."""
 
-STEMMED = frozenset({"resnet18", "resnet34", "resnet50"})
-"""Models with a choice of stem."""
+STEMS = dict.fromkeys(("resnet18", "resnet34", "resnet50"), ("auto", "small", "large")) | {
+    "resnet8": ("auto", "pooled")
+}
+"""Stems of the models that have a choice."""
 
 LIBRARIES = ("timm", "torchvision")
 _FORMS = f"{', '.join(MODELS)}, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION with --model"

@@ -17,7 +17,7 @@ from megabatch.files import read_json
 from megabatch.recipe_text import as_text, conforms, parse, suggestion
 from megabatch.recipe_validation import validate
 
-Stem = Literal["auto", "small", "large"]
+Stem = Literal["auto", "small", "large", "pooled"]
 Freeze = Literal["none", "backbone"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
@@ -57,7 +57,7 @@ class Recipe:
 
     # Model
     model: str  # resnet8, 18, 34, 50, alexnet, alexnet_bn, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION
-    stem: Stem = "auto"  # ResNet-18, 34, 50; small: 3x3 of stride 1, large: 7x7 and pooling; auto: small up to 64 px
+    stem: Stem = "auto"  # ResNet-18 to 50: small (3x3, auto up to 64 px), large (7x7, pooled); resnet8: auto, pooled
     initialization: Initialization = "he_fan_out"
     zero_gamma: bool = True  # the last batch norm of a residual block starts at 0 (Goyal et al. 2017, 5.1)
     blur_pool: bool = False  # antialiased downsampling (Zhang 2019)
@@ -77,6 +77,7 @@ class Recipe:
     resolution_ramp: bool = False  # True: linear between entries, in multiples of 32; False: jumps
     eval_resolution: int = 224
     eval_crop_ratio: float = 0.875  # side of the centre crop / shorter side of the image
+    eval_flip: bool = False  # evaluate the mean of the logits of an image and its mirror image
     augmentation: Augmentation = "random_resized_crop"
     crop_padding: int = 4  # pad_crop only
     min_crop_area: float = 0.08

@@ -82,8 +82,8 @@ def validate(recipe: AnyRecipe) -> AnyRecipe:
 def _check_model(recipe: "Recipe") -> None:
     if fault := model_names.fault(recipe.model):
         raise RecipeError(f"model={recipe.model} was given, needed: {fault}")
-    has_stems = recipe.stem == "auto" or recipe.model in model_names.STEMMED
-    _require(has_stems, recipe, "stem", f"auto, as {recipe.model} has one stem", "auto")
+    stems = model_names.STEMS.get(recipe.model, ("auto",))
+    _require(recipe.stem in stems, recipe, "stem", f"one of {recipe.model}: {', '.join(stems)}", "auto")
 
 
 def _check_images(recipe: "Recipe") -> None:

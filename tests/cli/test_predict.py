@@ -15,10 +15,10 @@ from tiny_run import run_tiny, tiny_data, tiny_recipe
 from megabatch.app.load import load_model
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A trained run, and its evaluation images as PNG files in a folder."""
-    folder, recipe = tmp_path_factory.mktemp("predict"), tiny_recipe()
+@pytest.fixture(scope="module", params=[False, True], ids=["one view", "two views"])
+def run(request, tmp_path_factory):
+    """A trained run, and its evaluation images as PNG files in a folder; "two views" has eval_flip=true."""
+    folder, recipe = tmp_path_factory.mktemp("predict"), tiny_recipe(eval_flip=request.param)
     trained = run_tiny(folder / "run", recipe)
     images = tiny_data(recipe).evaluation
     (folder / "images").mkdir()
@@ -49,7 +49,10 @@ def test_probabilities_are_the_softmax_of_the_loaded_model_on_normalised_pixels(
     folder, _, data = run
     recipe, model = tiny_recipe(), load_model(folder / "run")
     pixels = data.images[:3].float() / 255
-    logits = model((pixels - recipe.pixel_mean[0]) / recipe.pixel_std[0])
+    pixels = (pixels - recipe.pixel_mean[0]) / recipe.pixel_std[0]
+    logits = model(pixels)
+    if json.loads((folder / "run" / "recipe.json").read_text())["eval_flip"]:
+        logits = (logits + model(pixels.flip(3))) / 2
     expected = logits.double().softmax(1).sort(1, descending=True)
     paths = [folder / "images" / f"{index:03}.png" for index in range(3)]
     done = predict(folder, *paths, "--format", "jsonl", "--top", 4)

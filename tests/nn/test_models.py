@@ -106,6 +106,7 @@ def test_stages_have_the_published_resolutions(blur_pool: bool) -> None:
     assert spatial_sizes(resnet18(blur_pool=blur_pool).eval(), 224) == [56, 28, 14, 7]
     assert spatial_sizes(resnet18(blur_pool=blur_pool, small_stem=True).eval(), 32) == [32, 16, 8, 4]
     assert spatial_sizes(resnet8(blur_pool=blur_pool).eval(), 28) == [14, 7, 4]
+    assert spatial_sizes(resnet8(blur_pool=blur_pool, pooled_stem=True).eval(), 28) == [14, 7, 4]
 
 
 def test_images_of_up_to_64_pixels_get_the_small_stem() -> None:

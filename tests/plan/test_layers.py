@@ -8,17 +8,24 @@ from megabatch import create_model
 from megabatch.errors import UserError
 from megabatch.plan.layers import forward_flops, layers_of, num_parameters, scaling_ratio
 
-CASES = [("resnet50", 224, 3), ("resnet18", 32, 3), ("resnet34", 96, 3), ("resnet8", 28, 1), ("alexnet_bn", 227, 3)]
+CASES = [
+    ("resnet50", 224, 3, "large"),
+    ("resnet18", 32, 3, "small"),
+    ("resnet34", 96, 3, "large"),
+    ("resnet8", 28, 1, "auto"),
+    ("resnet8", 28, 1, "pooled"),
+    ("alexnet_bn", 227, 3, "auto"),
+    ("alexnet", 227, 3, "auto"),
+]
 
 
-@pytest.mark.parametrize(("name", "side", "channels"), [*CASES, ("alexnet", 227, 3)])
-def test_parameters_tensors_and_operations_are_those_of_the_model(name, side, channels):
-    stem = {"stem": "small" if side <= 64 else "large"} if name in {"resnet18", "resnet34", "resnet50"} else {}
+@pytest.mark.parametrize(("name", "side", "channels", "stem"), CASES)
+def test_parameters_tensors_and_operations_are_those_of_the_model(name, side, channels, stem):
     with torch.device("meta"):
-        model = create_model(name, num_classes=10, in_channels=channels, **stem).eval()
+        model = create_model(name, num_classes=10, in_channels=channels, stem=stem).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, channels, side, side))
-    layers = layers_of(name, resolution=side, num_classes=10, in_channels=channels)
+    layers = layers_of(name, resolution=side, num_classes=10, in_channels=channels, stem=stem)
     assert num_parameters(layers) == sum(weight.numel() for weight in model.parameters())
     assert sum(layer.num_tensors for layer in layers) == len(list(model.parameters()))
     assert forward_flops(layers) == counter.get_total_flops()

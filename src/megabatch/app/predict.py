@@ -19,7 +19,7 @@ from megabatch.errors import DataError, SettingsError
 from megabatch.recipe import from_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
-from megabatch.train.evaluate import eval_block_size
+from megabatch.train.evaluate import eval_block_size, logits_of
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def predict(
         first = 0
         with torch.inference_mode(), _none_readable(loader, source):
             for batch in loader.batches(0, len(source), eval_block_size(recipe)):
-                with precision.autocast():
-                    logits = model(batch.images)
+                logits = logits_of(model, batch.images, precision, flip=recipe.eval_flip)
                 top = logits.double().softmax(1).topk(num_classes)
                 yield from _rows(source, names, loader, first, top.values, top.indices)
                 first += batch.count

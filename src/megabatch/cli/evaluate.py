@@ -80,6 +80,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
             world=world,
             precision=choose_precision(runtime, world.device),
             block_size=eval_block_size(recipe),
+            flip=recipe.eval_flip,
             confusion=counts if details or confusion else None,
         )
         if world.is_first:

@@ -23,7 +23,7 @@ def create_model(
     blur_pool: bool = False,
     width: int = 16,
     image_size: int = 224,
-    stem: Literal["auto", "small", "large"] = "auto",
+    stem: Literal["auto", "small", "large", "pooled"] = "auto",
 ) -> nn.Module:
     """Returns a new model, with weights drawn from torch's global generator, in float32 on the CPU.
 
@@ -46,7 +46,8 @@ def create_model(
         image_size: pixels per side; stem="auto" is the small stem up to 64, else the large one. The model accepts
             other sizes as well.
         stem: of ResNet-18, 34 and 50. "small" is a 3x3 convolution of stride 1 without pooling, "large" a 7x7 one of
-            stride 2 with max pooling; weights of one do not fit the other.
+            stride 2 with max pooling; weights of one do not fit the other. "pooled" is for resnet8: a 3x3 convolution
+            of stride 1 and 2x2 max pooling in place of a stride of 2.
 
     Raises:
         UserError: `name` is none of the six.
@@ -61,6 +62,7 @@ def create_model(
                 norm=norm,
                 zero_gamma=zero_gamma,
                 blur_pool=blur_pool,
+                pooled_stem=stem == "pooled",
             )
         case "resnet18" | "resnet34" | "resnet50":
             make = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}[name]

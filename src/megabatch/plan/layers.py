@@ -37,7 +37,7 @@ def layers_of(
     num_classes: int = 1000,
     in_channels: int = 3,
     width: int = 16,
-    small_stem: bool | None = None,
+    stem: str = "auto",
 ) -> tuple[Layer, ...]:
     """Returns the layers of `model` in forward order.
 
@@ -47,8 +47,9 @@ def layers_of(
         return tuple(_alexnet(resolution, num_classes, in_channels, norm=model == "alexnet_bn"))
     if model not in BLOCKS:
         raise UserError(f"model {model!r} is unknown, needed one of {', '.join([*BLOCKS, 'alexnet', 'alexnet_bn'])}")
-    small = resolution <= SMALL_STEM_PIXELS if small_stem is None else small_stem
-    return tuple(_resnet(model, resolution, num_classes, in_channels, width, small_stem=small))
+    if stem == "auto":
+        stem = "strided" if model == "resnet8" else "small" if resolution <= SMALL_STEM_PIXELS else "large"
+    return tuple(_resnet(model, resolution, num_classes, in_channels, width, stem))
 
 
 def forward_flops(layers: tuple[Layer, ...]) -> float:
@@ -66,14 +67,13 @@ def scaling_ratio(layers: tuple[Layer, ...]) -> float:
     return forward_flops(layers) / num_parameters(layers)
 
 
-def _resnet(model: str, side: int, num_classes: int, channels: int, width: int, *, small_stem: bool) -> Iterator[Layer]:
+def _resnet(model: str, side: int, num_classes: int, channels: int, width: int, stem: str) -> Iterator[Layer]:
     first = width if model == "resnet8" else 64
-    kernel, stride = (3, 2) if model == "resnet8" else (3, 1) if small_stem else (7, 2)
-    stem = _convolution("conv1", channels, first, kernel, stride, side)
-    yield stem
+    kernel, stride = {"strided": (3, 2), "large": (7, 2)}.get(stem, (3, 1))
+    yield _convolution("conv1", channels, first, kernel, stride, side)
     side, channels = -(-side // stride), first
-    if model != "resnet8" and not small_stem:
-        side = -(-side // 2)  # max pooling
+    if stem in {"large", "pooled"}:
+        side = side // 2 if stem == "pooled" else -(-side // 2)
     for index, num_blocks in enumerate(BLOCKS[model]):
         for block in range(num_blocks):
             stride = 2 if block == 0 and index > 0 else 1

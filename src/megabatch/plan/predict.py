@@ -38,9 +38,10 @@ class Job:
     num_classes: int = 1000
     in_channels: int = 3
     width: int = 16
-    small_stem: bool | None = None
+    stem: str = "auto"
     bn_span: int = 1  # up to the images of a worker: no collectives
     num_evaluations: float = 0.0
+    eval_views: int = 1
     num_eval_images: int = 50_000
     eval_resolution: int = 224
     top1: float | None = None  # expected after these epochs
@@ -111,7 +112,6 @@ def predict(job: Job, num_workers: int, cluster: Cluster, hardware: Hardware) ->
 
 def job_of(recipe: Recipe, exchange: Exchange | None = None) -> Job:
     """Returns the job of a recipe: its phases, evaluations and published accuracy."""
-    stem = {"auto": None, "small": True, "large": False}[recipe.stem]
     return Job(
         phases=tuple(_phases(recipe)),
         exchange=exchange or Exchange(),
@@ -120,9 +120,10 @@ def job_of(recipe: Recipe, exchange: Exchange | None = None) -> Job:
         num_classes=recipe.num_classes,
         in_channels=recipe.image_channels,
         width=recipe.width,
-        small_stem=stem,
+        stem=recipe.stem,
         bn_span=recipe.bn_span,
         num_evaluations=recipe.num_evaluations,
+        eval_views=1 + recipe.eval_flip,
         num_eval_images=NUM_EVAL_IMAGES.get(recipe.dataset, recipe.num_train_images // 10),
         eval_resolution=recipe.eval_resolution,
         top1=recipe.published_top1,
@@ -148,7 +149,7 @@ def _layers(job: Job, resolution: int) -> tuple[Layer, ...]:
         num_classes=job.num_classes,
         in_channels=job.in_channels,
         width=job.width,
-        small_stem=job.small_stem,
+        stem=job.stem,
     )
 
 
@@ -156,4 +157,4 @@ def _evaluation_s(job: Job, num_workers: int, cluster: Cluster, hardware: Hardwa
     """Seconds of one evaluation: forward passes of each worker's share of the images."""
     speed = speed_of(cluster.stack, hardware)
     batch = math.ceil(job.num_eval_images / num_workers)
-    return sum(speed.forward_s(layer, batch) for layer in _layers(job, job.eval_resolution))
+    return job.eval_views * sum(speed.forward_s(layer, batch) for layer in _layers(job, job.eval_resolution))

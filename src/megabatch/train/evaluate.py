@@ -31,9 +31,12 @@ def evaluate(
     world: World,
     precision: Precision,
     block_size: int = 256,
+    flip: bool = False,
     confusion: Tensor | None = None,
 ) -> Evaluation:
     """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker.
+
+    With `flip`, logits are averaged over each image and its mirror image.
 
     `confusion`, [classes, classes] int64 on the device, receives the number of samples by label and predicted class.
     """
@@ -43,7 +46,7 @@ def evaluate(
     first, last = share_of_blocks(data.num_samples, block_size, rank=world.rank, world_size=world.world_size)
     with torch.inference_mode():
         for batch in data.batches(first, last, block_size):
-            counts += _count(module, batch, precision, confusion)
+            counts += _count(module, batch, precision, flip=flip, confusion=confusion)
     module.train(was_training)
     if confusion is not None:
         sum_over_workers(confusion, world)
@@ -58,9 +61,15 @@ def share_of_blocks(num_samples: int, block_size: int, *, rank: int, world_size:
     return min(first, num_samples), min(last, num_samples)
 
 
-def _count(module: nn.Module, batch: Batch, precision: Precision, confusion: Tensor | None) -> Tensor:
+def logits_of(module: nn.Module, images: Tensor, precision: Precision, *, flip: bool) -> Tensor:
+    """Logits [N, K] of images [N, C, H, W], the mean of those of the images and their mirror images with `flip`."""
     with precision.autocast():
-        logits = module(batch.images)
+        logits: Tensor = module(images)
+        return (logits + module(images.flip(3))) / 2 if flip else logits
+
+
+def _count(module: nn.Module, batch: Batch, precision: Precision, *, flip: bool, confusion: Tensor | None) -> Tensor:
+    logits = logits_of(module, batch.images, precision, flip=flip)
     if confusion is not None:
         cells = batch.labels * len(confusion) + logits.argmax(1)
         confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
@@ -87,6 +96,7 @@ def evaluate_run(run: Run) -> Evaluation:
             world=run.world,
             precision=state.precision,
             block_size=block_size,
+            flip=run.recipe.eval_flip,
             confusion=confusion,
         )
     state.module.train()

@@ -34,6 +34,7 @@ def small_alexnet_bn(**options: Any) -> nn.Module:
 
 NETS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(resnet8, width=8),
+    "resnet8, pooled stem": functools.partial(resnet8, width=8, pooled_stem=True),
     "basic blocks": functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), num_classes=10),
     "bottlenecks": functools.partial(ResNet, Bottleneck, (2, 1, 1, 1), num_classes=10),
     "bottlenecks, blurred": functools.partial(ResNet, Bottleneck, (1, 1, 1, 1), num_classes=10, blur_pool=True),

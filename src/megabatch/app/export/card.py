@@ -49,7 +49,8 @@ def model_card(model: Trained, folder: Path) -> str:
         f"{recipe.model} with {parameters:,} parameters, trained by megabatch. Input: images of "
         f"{recipe.eval_resolution} x {recipe.eval_resolution} pixels, {recipe.image_channels} channel(s). "
         "Output: one logit per class; their softmax are the probabilities.",
-        f"## Evaluation\n\nTop-1 on the evaluation set: {top1} (step {info.step:,}, epoch {info.epoch:.2f}). It says "
+        f"## Evaluation\n\nTop-1 on the evaluation set: {top1} (step {info.step:,}, epoch {info.epoch:.2f})"
+        f"{', of the mean of the logits of an image and its mirror image' if recipe.eval_flip else ''}. It says "
         "nothing about images unlike those of that set.",
         f"## Training\n\n{_training(recipe)}",
         f"## Preprocessing\n\n```json\n{steps}\n```\n\n`model.onnx` and `model.pt2` divide and normalise the pixels "

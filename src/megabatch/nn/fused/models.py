@@ -47,7 +47,7 @@ class FusedResNet8(ResNet8):
     backend: Backend
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.bn1, convolve(self.conv1, x, self.backend), backend=self.backend)
+        x = norm_act(self.bn1, self.pool(convolve(self.conv1, x, self.backend)), backend=self.backend)
         return global_average_then_linear(self.layer3(self.layer2(self.layer1(x))), self.fc)
 
 
