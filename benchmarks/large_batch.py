@@ -1,12 +1,13 @@
 """Accuracy at large batches with one tuning budget for every optimizer, on real Fashion-MNIST.
 
     python benchmarks/large_batch.py --output DIR [--method NAME ...] [--batch N ...] [--epochs E ...]
-                                     [--trials 8] [--seeds 5] [--parallel 2]
+                                     [--trials 8] [--seeds 5] [--parallel 2] [--ablate]
 
 For each method, batch size and number of epochs: `--trials` random draws of the same number of hyper-parameters, each
 trained on 50,000 training images and judged on the other 10,000 (never on the test set); then the best draw is trained
 on all 60,000 images with `--seeds` seeds and judged on the test set. Every run is one line of DIR/runs.jsonl; a run
-that is there is not repeated, so the benchmark may be stopped and started again. `--parallel` processes run at a time,
+that is there is not repeated, so the benchmark may be stopped and started again. `--ablate` also trains each method's
+best draw with one of `ABLATIONS` changed, with the same seeds. `--parallel` processes run at a time,
 with one thread each on a CPU. Prints the table and writes DIR/summary.json and DIR/accuracy.png.
 """
 
@@ -58,6 +59,18 @@ METHODS: dict[str, tuple[Settings, dict[str, Range]]] = {
 }
 SHARED: dict[str, Range] = {"warmup_share": (0.05, 0.3), "label_smoothing": (0.01, 0.2)}
 """Drawn for every method besides its own two, so that each tunes four numbers."""
+
+ABLATIONS: dict[str, Settings] = {
+    "no warm-up": {"warmup": "none", "warmup_epochs": "0"},
+    "no label smoothing": {"label_smoothing": "0"},
+    "decay of norms and biases": {"decay_norm_and_bias": "true"},
+    "zero gamma": {"zero_gamma": "true"},
+    "spans of 16": {"bn_span": "16"},
+    "spans of 1,024": {"bn_span": "1024"},
+    "span of the whole batch": {"bn_span": "BATCH"},
+    "running averages of statistics": {"eval_stats": "running_all_reduced"},
+    "statistics of the last batch": {"eval_stats": "last_batch"},
+}
 
 HELD_OUT = 10_000
 
@@ -170,27 +183,48 @@ def study(
     runs: Runs, method: str, batch: int, epochs: float, *, trials: int, seeds: int, parallel: int
 ) -> dict[str, Any]:
     """Tunes one method, then trains its best draw with every seed; returns a row of the table."""
-
-    def all_of(requests: Iterable[tuple[Settings, bool]]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(parallel) as pool:
-            return list(pool.map(lambda request: runs.get(request[0], held_out=request[1]), requests))
-
-    tried = all_of((draw(method, batch, epochs, trial), True) for trial in range(trials))
+    draws = (draw(method, batch, epochs, trial) for trial in range(trials))
+    tried = _all_of(runs, draws, parallel, held_out=True)
     best = max(tried, key=lambda row: row["top1"])["settings"]
-    final = all_of((best | {"seed": str(seed)}, False) for seed in range(seeds))
-    top1 = [row["top1"] for row in final]
     return {
         "method": method,
         "batch": batch,
         "epochs": epochs,
-        "updates": max(row["updates"] for row in final),
         "trials": trials,
+        **_over_seeds(runs, best, seeds, parallel),
+        "held_out": sorted((row["top1"] for row in tried), reverse=True),
+    }
+
+
+def ablate(runs: Runs, row: Mapping[str, Any], *, seeds: int, parallel: int) -> list[dict[str, Any]]:
+    """Trains the settings of `row`, from `study`, with each change of `ABLATIONS`; returns rows of the table."""
+    facts = {key: row[key] for key in ("batch", "epochs", "trials")}
+    rows = []
+    for name, changes in ABLATIONS.items():
+        settings = row["settings"] | changes
+        if settings["bn_span"] == "BATCH":
+            settings["bn_span"] = str(row["batch"])
+        results = _over_seeds(runs, settings, seeds, parallel)
+        rows.append({"method": f"{row['method']}, {name}", **facts, **results})
+    return rows
+
+
+def _over_seeds(runs: Runs, settings: Settings, seeds: int, parallel: int) -> dict[str, Any]:
+    """Accuracy on the test set after training on all training images, with seeds 0 to `seeds` - 1."""
+    final = _all_of(runs, (settings | {"seed": str(seed)} for seed in range(seeds)), parallel, held_out=False)
+    top1 = [row["top1"] for row in final]
+    return {
+        "updates": max(row["updates"] for row in final),
         "top1": top1,
         "mean": statistics.mean(top1),
         "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
-        "settings": best,
-        "held_out": sorted((row["top1"] for row in tried), reverse=True),
+        "settings": settings,
     }
+
+
+def _all_of(runs: Runs, requests: Iterable[Settings], parallel: int, *, held_out: bool) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(lambda settings: runs.get(settings, held_out=held_out), requests))
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -234,6 +268,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8, help="random draws of each method")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--ablate", action="store_true", help="also train the best draws with one setting changed")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
     if options.run:
@@ -243,15 +278,16 @@ def main() -> None:
     if options.output is None:
         parser.error("--output is needed: the folder for runs.jsonl, summary.json and accuracy.png")
     options.output.mkdir(parents=True, exist_ok=True)
-    runs, rows = Runs(options.output / "runs.jsonl"), []
-    budget = {"trials": options.trials, "seeds": options.seeds, "parallel": options.parallel}
+    runs, rows, ablations = Runs(options.output / "runs.jsonl"), [], []
+    again = {"seeds": options.seeds, "parallel": options.parallel}
     for epochs in options.epochs:
         for batch in options.batch:
             for method in options.method:
-                rows.append(study(runs, method, batch, epochs, **budget))
+                rows.append(study(runs, method, batch, epochs, trials=options.trials, **again))
+                ablations += ablate(runs, rows[-1], **again) if options.ablate else []
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    print(table(rows))
-    (options.output / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(table([*rows, *ablations]))
+    (options.output / "summary.json").write_text(json.dumps([*rows, *ablations], indent=1) + "\n")
     plot(rows, options.output / "accuracy.png")
 
 

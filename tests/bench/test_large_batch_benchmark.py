@@ -60,6 +60,12 @@ def test_the_best_draw_on_held_out_images_is_trained_with_every_seed_and_nothing
     again = large_batch.study(large_batch.Runs(tmp_path / "runs.jsonl"), "LARS", 8192, 10.0, **budget)
     assert again == row
     assert len(calls) == 9
+    ablations = large_batch.ablate(large_batch.Runs(tmp_path / "runs.jsonl"), row, seeds=3, parallel=2)
+    assert len(calls) == 9 + 3 * len(large_batch.ABLATIONS)
+    for ablation, changes in zip(ablations, large_batch.ABLATIONS.values(), strict=True):
+        changed = {key for key, value in ablation["settings"].items() if row["settings"].get(key) != value}
+        assert changed <= changes.keys()
+        override(recipes.get("fashion_mnist"), ablation["settings"])
     assert "| LARS | 8,192 | 10 | 74 |" in large_batch.table([row])
     large_batch.plot([row], tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
