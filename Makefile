@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard src/megabatch/*/*/
 .PHONY: demo test test-all faults fuzz coverage check bench docs clean
 
 demo: $(VENV)/.ready
-	$(BIN)/megabatch train fashion_mnist --workers 2
+	$(BIN)/megabatch train fashion_mnist_2048 --workers 2
 
 # Without the tests marked slow: minutes on two slow cores.
 test: $(VENV)/.ready-dev

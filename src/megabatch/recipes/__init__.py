@@ -36,6 +36,7 @@ from megabatch.recipes import (
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion_mnist": fashion_mnist.fashion_mnist,
+    "fashion_mnist_2048": fashion_mnist.fashion_mnist_2048,
     "cifar10": cifar10.cifar10,
     "photos": photos.photos,
     "finetune": finetune.finetune,

@@ -1,4 +1,6 @@
-"""High accuracy in a minute on two CPU cores; `make demo` trains this recipe."""
+"""Fashion-MNIST on two CPU cores: high accuracy, and a large batch in a third of the arithmetic, as in `make demo`."""
+
+import dataclasses
 
 from megabatch.recipe import Recipe
 
@@ -42,4 +44,36 @@ def fashion_mnist() -> Recipe:
         trust_coefficient=0.02,
         weight_decay=5e-4,
         warmup_epochs=2,
+    )
+
+
+def fashion_mnist_2048() -> Recipe:
+    """Eight-layer residual net on Fashion-MNIST at batch 2,048 with Muon, in 170 updates (this project).
+
+    Command: megabatch train fashion_mnist_2048
+    Published: nothing
+    Measured: top-1 0.9200 (mean of seeds 0 to 4; 0.9191 to 0.9228)
+
+    Sources:
+        read: the data as in `fashion_mnist`.
+        chosen: a pooled stem, which raised top-1 on held-out images from 0.915 to 0.918 for 3 % more multiply-adds;
+            5.8 epochs, a third of the multiply-adds of `fashion_mnist`
+            (benchmarks/records/2026-11-28_2cores_demo_2048).
+        chosen, by trials with the strided stem (benchmarks/records/2026-11-28_2cores_muon_trials): Muon with peak rate
+            0.1 and four times that for the tensors that step by SGD, linear decay, normalised filters, no weight decay.
+    """
+    return dataclasses.replace(
+        fashion_mnist(),
+        name="fashion_mnist_2048",
+        stem="pooled",
+        global_batch_size=2048,
+        total_epochs=5.8,
+        optimizer="muon",
+        nesterov=True,
+        normalize_weights=True,
+        sgd_lr_factor=4.0,
+        peak_lr=0.1,
+        weight_decay=0.0,
+        warmup_epochs=1.2,
+        poly_power=1.0,
     )
