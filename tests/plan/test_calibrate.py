@@ -73,8 +73,9 @@ def test_files_that_are_no_measurements_are_refused(tmp_path):
     path = tmp_path / "empty.json"
     path.write_text("{}")
     assert "not a file of `megabatch bench step" in error_line(megabatch("plan", "--calibrate", path))
-    path.write_text("no json")
-    assert "--calibrate" in error_line(megabatch("plan", "--calibrate", path))
+    for text in ("no json", "[" * 100_000, "[]", '{"tables": [1]}'):
+        path.write_text(text)
+        assert "--calibrate" in error_line(megabatch("plan", "--calibrate", path))
     with pytest.raises(SettingsError, match="no measured variant"):
         step_row({"variants": [{"seconds": []}], "images": 8, "model": "resnet8", "recipe": "x"})
 

@@ -13,6 +13,7 @@ from megabatch.cli.options import SET_HELP, parse_settings, require_choice
 from megabatch.cli.plan_output import Answer, print_answer
 from megabatch.cli.plan_output import as_json as answer_as_json
 from megabatch.errors import SettingsError
+from megabatch.files import read_json
 from megabatch.plan import CHANGES
 from megabatch.recipe import Recipe, override
 
@@ -129,13 +130,14 @@ def _calibrated(files: Sequence[Path]) -> str:
     rows, links = [], None
     for path in files:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = read_json(path)
+            tables = content.get("tables")
+            world = max(tables, key=lambda name: len(tables[name]["rows"])) if tables else ""
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"--calibrate {path}: {error}; needed a file of `megabatch bench step --output`"
             ) from error
-        if "tables" in content:
-            world = max(content["tables"], key=lambda name: len(content["tables"][name]["rows"]))
+        if world:
             links = fit_links(world, read_table(path, world))
             typer.echo(f"{path}: {world}, median error of the fit {links.error:.1%}", err=True)
         else:

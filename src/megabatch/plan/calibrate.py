@@ -79,8 +79,8 @@ def step_row(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         medians = [statistics.median(it["seconds"]) for it in content["variants"] if it["seconds"]]
-        images, model = int(content["images"]), str(content["model"])
-    except (KeyError, TypeError, ValueError) as error:
+        images, model, recipe = int(content["images"]), str(content["model"]), str(content["recipe"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SettingsError(f"not a file of `megabatch bench step --output FILE` ({error})") from error
     if not medians:
         raise SettingsError("the file of `megabatch bench step` has no measured variant; measure again")
@@ -89,7 +89,7 @@ def step_row(content: Mapping[str, Any]) -> dict[str, Any]:
         "batch": images,
         "images_per_s": images / min(medians),
         "model": model,
-        "source": f"megabatch bench step {content['recipe']}",
+        "source": f"megabatch bench step {recipe}",
     }
 
 

@@ -58,7 +58,10 @@ def test_tables_of_several_worlds_share_a_file_and_are_read_back_as_written(tmp_
     assert read_table(path, "gloo, ranks per host 3") == []
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "tables": 3}', '{"format": 9, "tables": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[" * 100_000, '{"format": 1, "tables": 3}', '{"format": 9, "tables": {}}', "\xff"],
+)
 def test_a_corrupt_table_is_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "table.json"
     path.write_text(content, encoding="latin-1")

@@ -99,7 +99,9 @@ def test_a_table_that_cannot_be_used_is_refused(flat, text, said):
         open_train_and_evaluation(flat)
 
 
-def test_rows_that_are_no_json_are_refused(flat):
-    (flat / "train" / "metadata.csv").rename(flat / "train" / "metadata.jsonl")
+@pytest.mark.parametrize("text", ["no json", "[" * 100_000])
+def test_rows_that_are_no_json_are_refused(flat, text):
+    (flat / "train" / "metadata.csv").unlink()
+    (flat / "train" / "metadata.jsonl").write_text(text)
     with pytest.raises(DataError, match="cannot be read as a table"):
         open_train_and_evaluation(flat)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
-from megabatch.files import write_text
+from megabatch.files import read_json, write_text
 from megabatch.runtime import Runtime
 
 CHOICES_FILE = "choices.json"
@@ -41,11 +41,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         known = {"precision": ("fp32", "bf16", "fp16"), "channels_last": (True, False), "fusion": ("auto", "plain")}
         if all(values[name] in choices for name, choices in known.items()) and isinstance(values["device"], str):
             return dict(values)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     raise CheckpointError(
         f"{path} is damaged: needed what the run chose, as JSON; delete it to choose again, after which the run may "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError
-from megabatch.files import cache_folder, write_text
+from megabatch.files import cache_folder, read_json, write_text
 
 FORMAT = 1
 TIE = 0.05  # relative difference of medians below which two cells count as equally fast
@@ -99,7 +99,7 @@ def read_table(path: Path, world: str) -> list[Measured]:
     try:
         rows = _read(path).get(world, {"rows": []})["rows"]
         return [_measured(row) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SettingsError(f"{path} is not a table of measurements ({error}); delete it and tune again") from error
 
 
@@ -151,11 +151,11 @@ def _backend_first(row: Measured) -> tuple[bool, float]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise SettingsError(f"{path} has format {content['format']}, needed {FORMAT}; delete it and tune again")
         return dict(content["tables"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} is not a table of measurements ({error}); delete it and tune again") from error
 
 

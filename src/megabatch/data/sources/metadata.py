@@ -1,7 +1,6 @@
 """Images listed in a table, as in Hugging Face's ImageFolder layout: metadata.csv, .jsonl or .parquet beside them."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from megabatch.data.sources.labels import find_classes
 from megabatch.data.sources.layout import part_of
 from megabatch.data.sources.parquet import LABEL_COLUMNS, read_rows
 from megabatch.errors import DataError
+from megabatch.files import parse_json
 
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "image")
 
@@ -62,7 +62,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             if file.suffix == ".csv":
                 return list(csv.DictReader(opened))
-            return [json.loads(line) for line in opened if line.strip()]
+            return [parse_json(line) for line in opened if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{file} cannot be read as a table: {error}; a metadata.csv with a header works") from error
 
