@@ -44,9 +44,15 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "megabatch"
     except (RuntimeError, KeyError):
         folder = Path(tempfile.gettempdir()) / f"megabatch-{os.getuid()}"
-        if os.path.lexists(folder) and folder.lstat().st_uid != os.getuid():
-            raise SettingsError(f"{folder} belongs to another user; XDG_CACHE_HOME=/path/of/yours works") from None
+        if os.path.lexists(folder):
+            require_own(folder, "XDG_CACHE_HOME=/path/of/yours")
         return folder
+
+
+def require_own(folder: Path, instead: str) -> None:
+    """Raises SettingsError if `folder` belongs to another user, who could put anything there; `instead` works."""
+    if folder.lstat().st_uid != os.getuid():
+        raise SettingsError(f"{folder} belongs to another user; {instead} works") from None
 
 
 def create_unused(path: Path) -> Path:

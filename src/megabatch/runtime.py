@@ -95,6 +95,12 @@ class Runtime:
     compare_every_steps: int = _option(
         100, "Updates between comparisons of the workers' weights, data position and time; 0 for none.", least=0
     )
+    memory_copy_every_steps: int = _option(
+        0,
+        "Updates between copies of the state in the memory of each host, from which a job continues that has lost a "
+        "host and its disk; 0 for none.",
+        least=0,
+    )
     timeout_s: float = _option(300.0, "Seconds after which a collective times out.", least=1)
     peer_timeout_s: float = _option(
         30.0, "Seconds without a sign of life after which a worker counts as lost; at most --timeout-s.", least=1

@@ -30,6 +30,7 @@ from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.health.memory_copies import MemoryCopies, remove_copies, remove_outdated_copies
 from megabatch.train.state import Run
 from megabatch.train.step import captured_work
 
@@ -60,6 +61,9 @@ def open_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(cudnn_measures(runtime, world.device))
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
+        has_copies = runtime.memory_copy_every_steps > 0 and world.local_rank == 0
+        if has_copies:
+            remove_outdated_copies(folder, resume=bool(runtime.resume))
         log = open_run_log(recipe, runtime, folder, world=world, quiet=quiet, stack=stack)
         announce_measuring(log, world, stack)
         if runtime.resume:
@@ -71,7 +75,7 @@ def open_run(
         state = build_state(recipe, runtime, precision, **sizes, capturable=capture.chosen, initial=initial)
         resumed = None
         if runtime.resume:
-            resumed, data = resume(state, recipe, data, folder, world=world, log=log)
+            resumed, data = resume(state, recipe, data, folder, world=world, log=log, with_copies=has_copies)
         check_same_weights(state.module, world)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
@@ -98,6 +102,8 @@ def open_run(
             checkpoints=_open_checkpoints(recipe, runtime, data, folder, log=log, stack=stack)
             if world.is_first
             else None,
+            memory_copies=_open_copies(recipe, data, folder, stack) if has_copies else None,
+            memory_copy_every_steps=runtime.memory_copy_every_steps,
             checkpoint_every=parse_interval("--checkpoint-every", runtime.checkpoint_every),
             compare_every_steps=runtime.compare_every_steps,
             max_steps=max_steps,
@@ -108,6 +114,8 @@ def open_run(
             run.captured = CapturedStep(work, on_failure=_fall_back_uncaptured(log, runtime))
             stack.callback(setattr, run, "captured", None)  # breaks a reference cycle that holds graph memory
         yield run
+    if has_copies:
+        remove_copies(folder)
 
 
 def _open_checkpoints(
@@ -123,6 +131,12 @@ def _open_checkpoints(
     )
     stack.callback(writer.wait)
     return writer
+
+
+def _open_copies(recipe: Recipe, data: Data, folder: Path, stack: contextlib.ExitStack) -> MemoryCopies:
+    copies = MemoryCopies(folder, fields_as_json(recipe), class_names=tuple(data.train.class_names))
+    stack.callback(copies.wait)
+    return copies
 
 
 def _fall_back_uncaptured(log: RunLog, runtime: Runtime) -> Callable[[Exception], None] | None:

@@ -20,6 +20,7 @@ from megabatch.optim.ema import WeightAverage
 from megabatch.recipe import Recipe, differing_fields, from_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo, agree_on_checkpoint
+from megabatch.train.health.memory_copies import copies_folder
 from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
 from megabatch.train.weight_copies import WeightCopies
@@ -65,14 +66,22 @@ def _copies(runtime: Runtime, precision: Precision, module: nn.Module) -> Weight
 
 
 def resume(
-    state: TrainState, recipe: Recipe, data: Data, folder: Path, *, world: World, log: RunLog
+    state: TrainState,
+    recipe: Recipe,
+    data: Data,
+    folder: Path,
+    *,
+    world: World,
+    log: RunLog,
+    with_copies: bool = False,
 ) -> tuple[CheckpointInfo | None, Data]:
-    """Loads the newest intact checkpoint, the same one on every worker.
+    """Loads the newest intact checkpoint, the same one on every worker; `with_copies` also those in hosts' memory.
 
     Returns its description, or None if there is none, and `data` with labels numbered as in that checkpoint.
     """
 
-    found = agree_on_checkpoint(folder / "checkpoints", world, on_damaged=log.warn)
+    folders = [folder / "checkpoints"] + ([copies_folder(folder)] if with_copies else [])
+    found = agree_on_checkpoint(folders, world, on_damaged=log.warn)
     if found is None:
         if holds_run(folder):
             log.warn("no checkpoint to resume from; the run starts at step 0")

@@ -154,10 +154,15 @@ def sum_over_workers(values: torch.Tensor, world: World) -> torch.Tensor:
 
 def broadcast_from_rank0(value: T, world: World) -> T:
     """Returns rank 0's `value` on every worker. It is pickled: workers of one run trust one another."""
+    return broadcast_from(0, value, world)
+
+
+def broadcast_from(rank: int, value: T, world: World) -> T:
+    """Returns the `value` of `rank` on every worker. It is pickled: workers of one run trust one another."""
     if world.world_size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=rank)
     return values[0]
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 
+from megabatch.comm.worker_watch import RUN_ID
 from megabatch.errors import SettingsError
 
 _ALONE = "unset RANK and WORLD_SIZE to run without a launcher"
@@ -35,6 +36,12 @@ def started_by_launcher() -> bool:
             f"{given}={os.environ[given]} is set without {missing}; torchrun sets both; unset {given} to run without"
         )
     return has_rank
+
+
+def job_id() -> str:
+    """Id that torchrun's --rdzv-id gave the job, the same on all hosts and after restarts; "" without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if run_id.startswith(RUN_ID) else run_id
 
 
 def read_launcher() -> Launched:

@@ -12,14 +12,14 @@ import copy
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megabatch.comm.launch import World, broadcast_from_rank0
+from megabatch.comm.launch import World, all_gather_objects, broadcast_from
 from megabatch.errors import CheckpointError
 from megabatch.files import create_unused, read_json, replacing, sha256_of, write_text
 from megabatch.train.plain_tensors import read_tensors
@@ -166,12 +166,17 @@ def list_checkpoints(folder: Path, *, on_damaged: Callable[[str], None] | None =
 
 
 def agree_on_checkpoint(
-    folder: Path, world: World, *, back: int = 0, on_damaged: Callable[[str], None] | None = None
+    folders: Sequence[Path], world: World, *, back: int = 0, on_damaged: Callable[[str], None] | None = None
 ) -> tuple[CheckpointInfo, dict[str, Any]] | None:
-    """`newest_intact` of rank 0, read by every worker from the same folder. A collective."""
-    found = newest_intact(folder, back=back, on_damaged=on_damaged) if world.is_first else None
-    step = broadcast_from_rank0(found[0].step if found else None, world)
-    return found or (None if step is None else open_checkpoint(checkpoint_path(folder, step)))
+    """The newest of all workers' `newest_intact` of `folders`, on every worker. A collective.
+
+    Workers that do not find it in their own folders receive it from the first worker that does.
+    """
+    each = (newest_intact(folder, back=back, on_damaged=on_damaged) for folder in folders)
+    found = max(filter(None, each), key=lambda one: one[0].step, default=None)
+    steps = all_gather_objects(found[0].step if found else -1, world)
+    newest = max(steps)
+    return found if min(steps) == newest else broadcast_from(steps.index(newest), found, world)
 
 
 def newest_intact(

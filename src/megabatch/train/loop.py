@@ -40,11 +40,14 @@ def train(run: Run) -> Evaluation | None:
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
         saves = evaluates or _checkpoint_is_due(run, settings)
-        stop, overdue = in_flight.settle(wait_for_all=saves)
-        workers.after_step(step.clock.own_s, before_checkpoint=saves or stop or overdue)
+        copies = run.memory_copy_every_steps > 0 and run.state.step % run.memory_copy_every_steps == 0
+        stop, overdue = in_flight.settle(wait_for_all=saves or copies)
+        saves = saves or stop or overdue
+        workers.after_step(step.clock.own_s, before_checkpoint=saves or copies)
         evaluation = _evaluate(run) if evaluates else None
-        if saves or stop or overdue:
-            _save(run, evaluation)
+        if saves or copies:
+            _save(run, evaluation, to_disk=saves, to_memory=copies)
+        if saves:
             bad_samples.synchronize()
         if stop or ended or run.stops_early:
             break
@@ -153,14 +156,20 @@ def _evaluate(run: Run) -> Evaluation:
     return evaluation
 
 
-def _save(run: Run, evaluation: Evaluation | None) -> None:
-    """Writes a checkpoint in the background, on rank 0. All workers take part: an optimizer may gather its state."""
-    run.last_checkpoint_at = time.monotonic()
+def _save(run: Run, evaluation: Evaluation | None, *, to_disk: bool, to_memory: bool) -> None:
+    """Writes the state in the background, to rank 0's disk and to the memory of each host.
+
+    All workers take part: an optimizer may gather its state.
+    """
     state, top1 = run.state, evaluation.top1 if evaluation else None
-    content = state.state_dict()
+    content, epoch = state.state_dict(), state.samples_seen / run.recipe.num_train_images
+    if to_memory and run.memory_copies is not None:
+        run.memory_copies.write(content, step=state.step, epoch=epoch, top1=top1)
+    if not to_disk:
+        return
+    run.last_checkpoint_at = time.monotonic()
     if run.checkpoints is None:
         return
-    epoch = state.samples_seen / run.recipe.num_train_images
     run.checkpoints.write(content, step=state.step, epoch=epoch, top1=top1)
     name = checkpoint_path(run.checkpoints.folder, state.step).name
     run.log({"event": "checkpoint", "step": state.step, "path": f"checkpoints/{name}"})

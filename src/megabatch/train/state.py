@@ -18,6 +18,7 @@ from megabatch.interval import Interval
 from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
+from megabatch.train.health.memory_copies import MemoryCopies
 from megabatch.train.precision import Precision
 from megabatch.train.schedule import StepSettings, settings_at, total_samples
 from megabatch.train.weight_copies import WeightCopies
@@ -216,6 +217,8 @@ class Run:
     log: Callable[[dict[str, Any]], None]  # writes one event
     stop_requested: Callable[[], bool]
     checkpoints: CheckpointWriter | None = None  # on rank 0
+    memory_copies: MemoryCopies | None = None  # on the first worker of each host
+    memory_copy_every_steps: int = 0  # steps between copies of the state in the memory of each host, 0 for none
     checkpoint_every: Interval = field(default_factory=Interval)
     last_checkpoint_at: float = field(default_factory=time.monotonic)  # or the run's start, on rank 0's clock
     max_steps: int | None = None

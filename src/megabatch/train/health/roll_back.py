@@ -25,7 +25,7 @@ def roll_back(run: Run, reason: DivergedError) -> None:
     failed, factor = state.step, state.lr_factor * recipe.rollback_lr_factor
     folder = on_rank0(lambda: _finished_folder(run), run.world)
     found = agree_on_checkpoint(
-        folder,
+        [folder],
         run.world,
         back=recipe.rollback_checkpoints - 1,
         on_damaged=lambda text: run.log({"event": "warning", "text": text}),
@@ -34,6 +34,8 @@ def roll_back(run: Run, reason: DivergedError) -> None:
         raise DivergedError(
             f"{reason}; there is no checkpoint to go back to, --checkpoint-every 100steps writes one every 100 updates"
         ) from reason
+    if run.memory_copies is not None:
+        run.memory_copies.clear()
     state.load_state_dict(found[1])
     state.lr_factor = factor
     run.num_rollbacks += 1
