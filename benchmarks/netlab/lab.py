@@ -115,6 +115,12 @@ class NetworkLab:
             self._forwarder.stdin.write(f"{round(1000 * delay_ms)}\n")
             self._forwarder.stdin.flush()
 
+    def connect(self, index: int, connected: bool) -> None:
+        """Connects the link of a host, or cuts it: both directions lose all packets. Links without a delay only."""
+        if self._delayed:
+            raise ValueError("links through the forwarder cannot be cut; build the lab with delay_ms=0")
+        _run("ip", "-n", self._switch, "link", "set", f"port{index}", "up" if connected else "down")
+
     def run_everywhere(
         self,
         command: Sequence[str],

@@ -86,33 +86,63 @@ def draw_faults(seed: int, count: int, *, num_workers: int, kinds: Sequence[str]
 class Job:
     """`megabatch train` in `folder`, started again until it succeeds; all its processes end with the `with` block."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], *, launcher: Sequence[str] = ()) -> None:
-        """`launcher`: words before `-m megabatch train`, such as torchrun's module and options."""
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        *,
+        launcher: Sequence[str] = (),
+        output: Path | None = None,
+        prefix: Sequence[str] = (),
+        enter: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> None:
+        """Starts the command.
+
+        Args:
+            folder: run folder, as this process sees it.
+            arguments: of `megabatch train`.
+            launcher: words before `-m megabatch train`, such as torchrun's module and options.
+            output: run folder, as the command sees it; default `folder`.
+            prefix: command that runs Python.
+            enter: called in the new process before the command.
+            environment: variables of the command.
+        """
         self.folder = folder
         self.exit_codes: list[int] = []
         self._launcher = launcher
-        self._arguments = arguments
+        self._command = [*prefix, sys.executable, *launcher, "-m", "megabatch", "train", *arguments]
+        self._command += ["--output", str(output or folder)]
         self._mark = uuid.uuid4().hex
+        self._environment = os.environ | {MARK: self._mark, "GLOO_SOCKET_IFNAME": "lo"} | environment
+        self._enter = enter
         self._log = folder.with_suffix(".log").open("ab")
         self._start()
 
     def _start(self) -> None:
         resume = ["--resume"] if self._launcher or holds_run(self.folder) else []
-        command = [sys.executable, *self._launcher, "-m", "megabatch", "train", *self._arguments]
-        command += ["--output", str(self.folder), *resume]
-        environment = os.environ | {MARK: self._mark, "GLOO_SOCKET_IFNAME": "lo"}
-        self._process = subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log)
+        self._process = subprocess.Popen(
+            [*self._command, *resume],
+            env=self._environment,
+            stdout=self._log,
+            stderr=self._log,
+            preexec_fn=self._enter,  # noqa: PLW1509 - this process has one thread
+        )
 
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
+        self.kill()
         self._process.wait()
+        self._log.close()
+
+    def kill(self) -> None:
+        """Kills all processes of this job."""
         for number in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        self._log.close()
 
     def has_succeeded(self) -> bool:
         """True after exit code 0; starts the command again after another one, except that of invalid input."""
@@ -148,10 +178,10 @@ class Job:
         path = self.folder / "events.jsonl"
         return [event for event in read_events(path) if event["event"] == kind] if path.is_file() else []
 
-    def is_training(self, starts: int) -> bool:
-        """True if a step was made after the run has started `starts` times."""
-        begun = self.events("run_start")[starts - 1 : starts]
-        return bool(begun) and any(step["time_s"] >= begun[0]["time_s"] for step in self.events("step"))
+    def is_training(self, since_s: float = 0.0) -> bool:
+        """True if the run has started, and made a step, after the time `since_s` (of `time.time`)."""
+        begun = [event["time_s"] for event in self.events("run_start") if event["time_s"] > since_s]
+        return bool(begun) and any(step["time_s"] >= begun[0] for step in self.events("step"))
 
 
 def wait_for(is_done: Callable[[], bool], what: str, timeout_s: float = HANG_S) -> float:
@@ -174,7 +204,7 @@ def run_with_faults(
     """Trains in `folder`; returns a recovery per fault, fewer if the run ends before, and the number of orphans."""
     recoveries: list[Recovery] = []
     with Job(folder, arguments, launcher=launcher) as job:
-        wait_for(lambda: job.has_succeeded() or job.is_training(1), "the start")
+        wait_for(lambda: job.has_succeeded() or job.is_training(), "the start")
         for fault in faults:
             recovery = inject(job, fault)
             if recovery is None:
@@ -192,10 +222,10 @@ def inject(job: Job, fault: Fault) -> Recovery | None:
     time.sleep(fault.delay_s)
     if job.has_succeeded():
         return None
-    steps, starts, num_codes = job.events("step"), len(job.events("run_start")), len(job.exit_codes)
+    steps, num_codes, since_s = job.events("step"), len(job.exit_codes), time.time()
     job.send(fault)
-    seconds = wait_for(lambda: job.has_succeeded() or job.is_training(starts + 1), str(fault))
-    if not job.is_training(starts + 1):
+    seconds = wait_for(lambda: job.has_succeeded() or job.is_training(since_s), str(fault))
+    if not job.is_training(since_s):
         return None
     return Recovery(fault, int(steps[-1]["step"]), seconds, tuple(job.exit_codes[num_codes:]))
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fault_runs import (
     run_campaign,
     run_with_faults,
 )
+from host_runs import HostFault, run_with_host_faults
+from lab import LabUnavailable, NetworkLab
 from plain_photos import write_plain_photos
 from tiny_run import run_tiny, tiny_recipe
 
@@ -79,3 +82,37 @@ def test_torchrun_restarts_workers_of_which_one_was_killed_or_terminated(argumen
     assert [(recovery.fault, recovery.exit_codes) for recovery in recoveries] == [(fault, ()) for fault in faults]
     assert num_orphans == 0
     assert set(count_samples(tmp_path / "run").tolist()) == {1}
+
+
+@pytest.fixture
+def two_hosts():
+    try:
+        with NetworkLab(2, rate_mbit=1000) as lab:
+            yield lab
+    except (LabUnavailable, subprocess.CalledProcessError, OSError) as missing:
+        pytest.skip(f"network namespaces cannot be made: {missing}")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_hosts_that_are_cut_off_or_killed_end_are_replaced_and_change_nothing(arguments, two_hosts, tmp_path):
+    shorter = [word.replace("epochs=300", "epochs=60") for word in arguments]  # 180 steps
+    run_with_host_faults(tmp_path / "unharmed", shorter, [], lab=two_hosts, say=print)
+    faults = [HostFault("cut link", 1, 0.5), HostFault("kill host", 0, 0.5)]
+    recoveries, num_orphans, run = run_with_host_faults(tmp_path / "run", shorter, faults, lab=two_hosts, say=print)
+    assert [recovery.fault for recovery in recoveries] == faults
+    assert judge(run, tmp_path / "unharmed-host0", num_orphans=num_orphans) == Verdict(0, 0, 0, ())
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_that_lost_a_host_and_its_disk_continues_from_the_memory_of_the_other(arguments, two_hosts, tmp_path):
+    changes = {"total_epochs=300": "total_epochs=60", "20steps": "never"}
+    copied = [*(changes.get(word, word) for word in arguments), "--memory-copy-every-steps", "10"]
+    run_with_host_faults(tmp_path / "unharmed", copied, [], lab=two_hosts, say=print)
+    faults = [HostFault("lose host and disk", host, 2.0) for host in (0, 1)]
+    recoveries, num_orphans, run = run_with_host_faults(
+        tmp_path / "run", copied, faults, lab=two_hosts, say=print, own_disks=True
+    )
+    assert all(recovery.from_step > 0 for recovery in recoveries)
+    assert judge(run, tmp_path / "unharmed-host0", num_orphans=num_orphans) == Verdict(0, 0, 0, ())
