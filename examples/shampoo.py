@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megabatch import Shampoo, learning_rate, param_groups
+from megabatch.comm.launch import shutdown_process_group
 
 TOTAL_STEPS = 60
 
@@ -33,4 +34,4 @@ state = optimizer.state_dict()  # on every worker: it gathers the preconditioner
 accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
 print(f"rank {rank}: accuracy {accuracy:.3f}")
 assert accuracy > 0.9
-dist.destroy_process_group()
+shutdown_process_group()

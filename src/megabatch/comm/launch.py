@@ -113,12 +113,20 @@ def _joining_failed(error: Exception, timeout_s: float) -> MegabatchError:
 def shutdown_process_group() -> None:
     """Waits until gloo's threads are idle, then destroys all process groups.
 
-    Use it in place of `torch.distributed.destroy_process_group` at the end of a process. A gloo thread may release the
-    tensors of its last collective while the interpreter shuts down, which aborts the process ("terminate called
-    without an active exception"; torch 2.13: about 1 in 30 short DistributedDataParallel runs on busy cores).
+    Use it in place of `torch.distributed.destroy_process_group` at the end of a process, see `wait_for_gloo`.
+    """
+    wait_for_gloo()
+    dist.destroy_process_group()
+
+
+def wait_for_gloo() -> None:
+    """Waits until gloo's threads are idle. Call it after the last collective of a process.
+
+    A gloo thread may release the tensors of its last collective while the interpreter shuts down, which aborts the
+    process ("terminate called without an active exception"; torch 2.13: about 1 in 30 short DistributedDataParallel
+    runs on busy cores).
     """
     _wait_for_threads("pt_gloo_runloop")
-    dist.destroy_process_group()
 
 
 def _wait_for_threads(name: str, *, tasks: Path = Path("/proc/self/task"), timeout_s: float = 5.0) -> None:

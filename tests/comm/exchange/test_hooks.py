@@ -16,6 +16,7 @@ from slow import slow_except
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megabatch.comm import launch
 from megabatch.comm.exchange.algorithms import ALGORITHMS
 from megabatch.comm.exchange.grid import Grid, make_grid
 from megabatch.comm.exchange.hooks import torus_hook
@@ -190,6 +191,13 @@ def close_and_count():
 
 def test_closing_a_state_ends_its_threads():
     assert run_threads(4, close_and_count) == [(9, 1)] * 4
+
+
+def test_closing_a_state_waits_until_the_threads_of_gloo_are_idle(monkeypatch):
+    states = iter(["R", "S", "R", "S", "S", "S"])
+    monkeypatch.setattr(launch, "_thread_states", lambda name, _: [next(states)] if "gloo" in name else [])
+    run_threads(1, lambda: ExchangeState(make_grid()).close())
+    assert list(states) == []
 
 
 def test_a_state_cannot_be_pickled_by_accident():

@@ -17,6 +17,7 @@ from megabatch.comm.exchange.pipeline import Failure, Pipeline, Streams, run_her
 from megabatch.comm.exchange.stages import Job
 from megabatch.comm.exchange.timeline import BucketTimes, Timeline, stamp
 from megabatch.comm.exchange.wire import FP16_SUM_MAX, WireScale, pack, unpack, wire_dtype
+from megabatch.comm.launch import wait_for_gloo
 from megabatch.errors import SettingsError
 
 
@@ -157,11 +158,15 @@ class ExchangeState:
             self.scales.load_state_dict({})
 
     def close(self) -> None:
-        """Stops the threads; the state must not be used afterwards."""
+        """Stops the threads, and waits until gloo's are idle: call it after the last collective, at a process's end.
+
+        The state must not be used afterwards.
+        """
         for pipelines in self._pipelines.values():
             for pipeline in pipelines:
                 pipeline.close()
         self._pipelines.clear()
+        wait_for_gloo()
 
     def _pipelines_of(self, algorithm: str) -> list[Pipeline]:
         if algorithm not in self._pipelines:
