@@ -60,6 +60,20 @@ def test_a_frozen_worker_is_killed_and_named_and_a_running_one_is_not(tmp_path):
             assert running.wait(HANG_S) == -signal.SIGKILL
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads CPU time from /proc")
+def test_a_worker_without_time_stamps_that_uses_cpu_time_is_not_killed_until_it_is_frozen(tmp_path):
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\nwhile True: pass"
+    path = tmp_path / "0.beat"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)]) as busy:
+        wait_for(lambda: path.exists() and path.read_text())
+        with WorkerWatch(tmp_path, timeout_s=2.0) as watch:
+            with pytest.raises(subprocess.TimeoutExpired):
+                busy.wait(5.0)
+            busy.send_signal(signal.SIGSTOP)
+            assert busy.wait(HANG_S) == -signal.SIGKILL
+        assert len(watch.silent) == 1
+
+
 def test_a_worker_that_ended_is_watched_no_longer(tmp_path):
     code = WORKER.replace("900", "0.5")
     subprocess.run([sys.executable, "-c", code], env=os.environ | {FOLDER_VARIABLE: str(tmp_path)}, check=True)

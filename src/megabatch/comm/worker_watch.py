@@ -1,8 +1,9 @@
 """Signs of life between local workers and the process that started them. No torch.
 
-Each worker changes the time stamp of a file once per second. The starting process kills a worker whose file stands
-still: a frozen process neither trains nor reacts to a signal other than SIGKILL. A worker whose parent has ended stops
-training with a checkpoint (`parent_has_died`), and ends after `ORPHAN_GRACE_S` at the latest.
+Each worker changes the time stamp of a file once per second. The starting process kills a worker whose file and CPU
+time stand still: a frozen process neither trains nor reacts to a signal other than SIGKILL. A worker that imports torch
+on busy cores changes no time stamp, as it holds the interpreter's lock, but uses CPU time. A worker whose parent has
+ended stops training with a checkpoint (`parent_has_died`), and ends after `ORPHAN_GRACE_S` at the latest.
 """
 
 import atexit
@@ -87,7 +88,7 @@ class WorkerWatch:
             _kill(path)
 
     def _run(self) -> None:
-        seen: dict[Path, tuple[int, float]] = {}  # time stamp, and when it was first seen, on this clock
+        seen: dict[Path, tuple[object, float]] = {}  # sign of life, and when it was first seen, on this clock
         looked_at = time.monotonic()
         while not self._end.wait(min(_BEAT_S, self._timeout_s / 4)):
             now = time.monotonic()
@@ -101,10 +102,19 @@ class WorkerWatch:
                     self.silent.append(f"worker {path.stem} was silent for {now - seen.pop(path)[1]:.0f} s")
                     _kill(path)
 
-    def _beats(self) -> Iterator[tuple[Path, int]]:
+    def _beats(self) -> Iterator[tuple[Path, tuple[int, int]]]:
         for path in self._folder.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):  # the worker has just ended
-                yield path, path.stat().st_mtime_ns
+                yield path, (path.stat().st_mtime_ns, _cpu_ticks(path.read_text()))
+
+
+def _cpu_ticks(number: str) -> int:
+    """CPU time of a process in the system's ticks (proc(5)); 0 where it cannot be read."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])  # in user and in kernel mode
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def _kill(path: Path) -> None:
