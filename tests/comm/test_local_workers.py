@@ -9,7 +9,7 @@ import pytest
 from limits import HANG_S
 
 from megabatch.comm import local_workers
-from megabatch.comm.local_workers import Recovery, _common_code, _killed, handling, run_local_workers
+from megabatch.comm.local_workers import Recovery, _killed, common_code, handling, run_local_workers
 from megabatch.comm.worker_errors import FOLDER_VARIABLE, find_cause, hand_to_parent, read_errors
 from megabatch.errors import STOPPED, DataError, DivergedError, MegabatchError, PeerError
 
@@ -117,7 +117,7 @@ def test_a_lost_worker_restarts_all_until_restarts_without_a_checkpoint_are_used
     [([1, 2, -15], 2), ([-9, 1], 1), ([-9, -15], 1), ([75, -15], STOPPED), ([-15, -1], STOPPED), ([-11], 1)],
 )
 def test_the_exit_code_of_workers_is_that_of_their_cause(exit_codes, code):
-    assert _common_code(exit_codes) == code
+    assert common_code(exit_codes) == code
 
 
 @pytest.mark.multiprocess

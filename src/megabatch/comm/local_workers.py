@@ -130,7 +130,7 @@ def _run_once(
                 elastic_launch(_launch_config(num_workers, grace_s), sys.executable)(*command)
             except ChildFailedError as failure:
                 exit_codes = {rank: worker.exitcode for rank, worker in failure.failures.items()}
-                code = _common_code(exit_codes.values())
+                code = common_code(exit_codes.values())
                 lost = ", ".join(watch.silent) or _killed(exit_codes)
             except SignalException:
                 return STOPPED, None, False
@@ -140,7 +140,7 @@ def _run_once(
     return code, error if code else None, bool(lost)
 
 
-def _common_code(exit_codes: Iterable[int]) -> int:
+def common_code(exit_codes: Iterable[int]) -> int:
     """Exit code of a group: workers that end because of another one's failure exit with other codes, or a signal."""
     found = set(exit_codes)
     were_stopped = all(-code in STOP_SIGNALS for code in found)
