@@ -18,6 +18,7 @@ from megabatch.cli.evaluate import evaluate
 from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.launch.kubernetes import launch_kubernetes
+from megabatch.cli.launch.ray import launch_ray
 from megabatch.cli.launch.slurm import launch_slurm
 from megabatch.cli.mllog import mllog
 from megabatch.cli.output import open_output
@@ -59,8 +60,9 @@ bench_app.command("step")(bench_step)
 app.add_typer(bench_app, name="bench")
 
 
-launch_app = typer.Typer(help="Write files for schedulers of clusters.", no_args_is_help=True, rich_markup_mode=None)
+launch_app = typer.Typer(help="Train on clusters.", no_args_is_help=True, rich_markup_mode=None)
 launch_app.command("kubernetes")(launch_kubernetes)
+launch_app.command("ray")(launch_ray)
 launch_app.command("slurm")(launch_slurm)
 app.add_typer(launch_app, name="launch")
 
