@@ -111,6 +111,7 @@ class Recipe:
 
     # Loss. A loss or gradient that is not finite ends the run, is left out, or goes back to an earlier checkpoint
     label_smoothing: float = 0.0
+    class_weight_power: float = 0.0  # loss of class c times n_c^-power, of mean 1; 1: n / (K n_c); docs/data.md
     on_non_finite: OnNonFinite = "stop"
     rollback_checkpoints: int = 1  # rollback: 1 is the newest checkpoint, 2 the one before it
     rollback_lr_factor: float = 0.5  # rollback: factor of all rates from there on

@@ -52,7 +52,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], object, str], ...] = (
         0.1,
         "stats_momentum eval_crop_ratio max_crop_area min_crop_area layer_decay rollback_lr_factor",
     ),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, 0.25, "random_erasing"),
+    ("in [0, 1]", lambda value: 0 <= value <= 1, 0.25, "random_erasing class_weight_power"),
     ("1 to 8", lambda value: 1 <= value <= 8, 2, "rand_num_ops"),
     ("0 to 30", lambda value: 0 <= value <= 30, 9, "rand_magnitude"),
     ("above 0", lambda value: value > 0, 0.001, "trust_coefficient"),
@@ -92,6 +92,8 @@ def _check_images(recipe: "Recipe") -> None:
     _require(aspects, recipe, "min_crop_aspect", "above 0 and at most max_crop_aspect", 0.75)
     global_order = recipe.sampling == "uniform" or not recipe.shard_local
     _require(global_order, recipe, "sampling", "uniform with shard_local=true", "uniform")
+    corrected_once = recipe.sampling == "uniform" or not recipe.class_weight_power
+    _require(corrected_once, recipe, "class_weight_power", "0 with sampling=balanced", 0)
     channels = recipe.image_channels
     middle, mean, std = (",".join([value] * channels) for value in ("0.5", "0.5", "0.25"))
     for field in ("pixel_mean", "pixel_std"):

@@ -72,6 +72,23 @@ def test_workers_train_what_one_worker_trains(tmp_path, world_size, changes):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("world_size", slow_except([2, 3], 3))
+def test_class_weights_train_the_same_on_any_workers_and_micro_batches(tmp_path, world_size):
+    recipe = tiny_recipe(class_weight_power=1.0)
+    data = tiny_data(recipe)
+    labels = data.train.labels
+    uneven = torch.where(labels == 3, torch.arange(len(labels)) % 4 // 3 * 3, labels)  # most of class 3 become class 0
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, labels=uneven))
+    alone = run_tiny(tmp_path / "alone", recipe, data=data)
+    whole = Runtime(precision="fp32", micro_batch_size=2 * recipe.bn_span)
+    together = run_processes(world_size, rank_runs, tmp_path / "together", recipe, {"runtime": whole, "data": data})
+    assert together[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert_same_weights(alone, together[0], rtol=1e-4, atol=1e-5)
+    unweighted = run_tiny(tmp_path / "unweighted", tiny_recipe(), data=data)
+    assert unweighted["losses"] != pytest.approx(alone["losses"], rel=1e-3)
+
+
+@pytest.mark.multiprocess
 def test_a_span_shared_by_workers_trains_what_one_worker_trains(tmp_path):
     recipe = tiny_recipe(bn_span=16)
     alone = run_tiny(tmp_path / "alone", recipe)

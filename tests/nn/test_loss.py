@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megabatch.nn.loss import correct_counts, cross_entropy_sum
+from megabatch.errors import UserError
+from megabatch.nn.loss import correct_counts, cross_entropy_sum, inverse_frequency_weights
 
 
 def example(count: int, classes: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,3 +110,55 @@ def test_a_model_that_returns_nan_or_constants_gets_no_credit() -> None:
     labels = torch.arange(10)
     assert correct_counts(torch.full((10, 10), float("nan")), labels).tolist() == [0, 0]
     assert correct_counts(torch.zeros(10, 10), labels).tolist() == [1, 5]
+
+
+def test_class_weights_multiply_the_loss_of_each_label() -> None:
+    logits, labels, mixed, mix = example(8)
+    v = torch.rand(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    firsts, seconds = by_hand(logits, labels, 0.1), by_hand(logits, mixed, 0.1)
+    weighted = math.fsum(v[label].item() * loss for label, loss in zip(labels.tolist(), firsts, strict=True))
+    options = {"label_smoothing": 0.1, "class_weights": v}
+    assert cross_entropy_sum(logits, labels, **options).item() == pytest.approx(weighted, rel=1e-12)
+    expected = math.fsum(
+        (mix[i] * v[labels[i]] * firsts[i] + (1 - mix[i]) * v[mixed[i]] * seconds[i]).item() for i in range(8)
+    )
+    loss = cross_entropy_sum(logits, labels, mixed_labels=mixed, mix_weight=mix, **options)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    ignored = torch.full_like(labels, -100)
+    assert cross_entropy_sum(logits, ignored, **options).item() == 0
+
+
+def test_class_weights_without_smoothing_are_those_of_torch() -> None:
+    logits, labels, _, _ = example(8)
+    v = torch.arange(1.0, 8, dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(logits, labels, weight=v, reduction="sum")
+    assert cross_entropy_sum(logits, labels, class_weights=v).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_parts_with_class_weights_add_up_to_the_whole() -> None:
+    logits, labels, _, _ = example(9)
+    v = inverse_frequency_weights(labels, 7, 1.0).double()
+    whole, parts = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (cross_entropy_sum(whole, labels, class_weights=v) / 9).backward()
+    for rows in ([0], [1, 2, 3, 4], [5, 6], [7, 8]):
+        (cross_entropy_sum(parts[rows], labels[rows], class_weights=v) / 9).backward()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_inverse_frequency_weights_have_mean_1_over_the_samples(power: float) -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])  # nothing of class 2
+    weights = inverse_frequency_weights(labels, 4, power)
+    assert weights[labels].mean().item() == pytest.approx(1, rel=1e-6)
+    assert weights[2] == 0
+    assert (weights[3] / weights[0]).item() == pytest.approx(6**power, rel=1e-6)
+    if power == 1:
+        assert weights.tolist() == pytest.approx([10 / (3 * 6), 10 / (3 * 3), 0, 10 / 3], rel=1e-6)
+
+
+def test_class_weights_that_cannot_be_used_are_refused() -> None:
+    logits, labels, _, _ = example(4)
+    with pytest.raises(UserError, match="one weight per class"):
+        cross_entropy_sum(logits, labels, class_weights=torch.ones(6))
+    with pytest.raises(UserError, match="backend=auto"):
+        cross_entropy_sum(logits, labels, class_weights=torch.ones(7), backend="triton")

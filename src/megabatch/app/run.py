@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megabatch.app.data import Data, build_eval_loader, build_train_loader
 from megabatch.app.exchange import build_exchange
 from megabatch.app.initial_weights import match_weights, read_weights
@@ -26,6 +28,7 @@ from megabatch.app.state import build_state, check_same_weights, resume
 from megabatch.comm.launch import World
 from megabatch.interval import parse_interval
 from megabatch.nn.fused.fuse import can_fuse
+from megabatch.nn.loss import inverse_frequency_weights
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -108,6 +111,7 @@ def open_run(
             compare_every_steps=runtime.compare_every_steps,
             max_steps=max_steps,
             exchange_report=exchange_report,
+            class_weights=_class_weights(recipe, data, world),
         )
         if capture.chosen:
             work = functools.partial(captured_work, run)
@@ -116,6 +120,14 @@ def open_run(
         yield run
     if has_copies:
         remove_copies(folder)
+
+
+def _class_weights(recipe: Recipe, data: Data, world: World) -> torch.Tensor | None:
+    """Weights of the classes in the loss, from the labels of the training data."""
+    if not recipe.class_weight_power:
+        return None
+    labels = torch.as_tensor(data.train.labels).cpu()
+    return inverse_frequency_weights(labels, recipe.num_classes, recipe.class_weight_power).to(world.device)
 
 
 def _open_checkpoints(

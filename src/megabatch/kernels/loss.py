@@ -21,6 +21,7 @@ def fused_cross_entropy_sum(
     label_smoothing: float = 0.0,
     mixed_labels: Tensor | None = None,
     mix_weight: Tensor | float | None = None,
+    class_weights: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Cross entropy summed over the samples (0-d, float32; float64 for float64 logits), differentiable in the logits.
@@ -33,14 +34,19 @@ def fused_cross_entropy_sum(
     and rounds it to the logits' dtype once, so that a loss scale is applied before rounding.
 
     Labels of -100 are ignored, as in torch. For a label outside [0, K) the reference raises torch's error; the kernel,
-    which cannot raise, returns NaN. Under torch.compile the reference is used.
+    which cannot raise, returns NaN. Under torch.compile, and with `class_weights`, the reference is used: the kernel
+    has no factor for a row's loss.
 
     Shapes: logits (N, K), labels and mixed_labels (N,) class indices in [0, K), mix_weight 0-d, (N,) or a number.
 
     Raises:
-        UserError: mixed_labels without mix_weight or the reverse, or tensors of wrong shapes.
+        UserError: mixed_labels without mix_weight or the reverse, tensors of wrong shapes, or class_weights with
+            backend="triton".
     """
     _check(logits, labels, mixed_labels, mix_weight)
+    if class_weights is not None:
+        _check_class_weights(logits, class_weights, backend)
+        return cross_entropy_reference(logits, labels, label_smoothing, mixed_labels, mix_weight, class_weights)
     if not _fits(logits, backend):
         return cross_entropy_reference(logits, labels, label_smoothing, mixed_labels, mix_weight)
     loss: Tensor = _CrossEntropy.apply(logits, labels, label_smoothing, mixed_labels, mix_weight)  # type: ignore[no-untyped-call]
@@ -82,15 +88,24 @@ def cross_entropy_reference(
     label_smoothing: float,
     mixed_labels: Tensor | None,
     mix_weight: Tensor | float | None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """`fused_cross_entropy_sum` in torch's own operations."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if mixed_labels is None or mix_weight is None:
-        return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        if class_weights is None:
+            return functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return _losses(logits, labels, label_smoothing, class_weights).sum()
     # The loss is linear in the target, so that of a mixed target is the mixture of two losses.
-    first = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    second = functional.cross_entropy(logits, mixed_labels, reduction="none", label_smoothing=label_smoothing)
+    first = _losses(logits, labels, label_smoothing, class_weights)
+    second = _losses(logits, mixed_labels, label_smoothing, class_weights)
     return (mix_weight * first + (1 - mix_weight) * second).sum()
+
+
+def _losses(logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    """Cross entropy of each sample, times the weight of its label, (N,); 0 for labels of -100."""
+    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return losses if class_weights is None else losses * class_weights.to(logits.dtype)[labels.clamp(min=0)]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -165,6 +180,14 @@ def _fits(logits: Tensor, backend: Backend) -> bool:
     if torch.compiler.is_compiling() or not use_triton(logits, backend):
         return False
     return logits.dtype != torch.float64 and 0 < logits.shape[1] <= MAX_CLASSES
+
+
+def _check_class_weights(logits: Tensor, class_weights: Tensor, backend: Backend) -> None:
+    if backend == "triton" or class_weights.shape != logits.shape[1:]:
+        raise UserError(
+            f"class_weights {tuple(class_weights.shape)}, logits {tuple(logits.shape)} and backend={backend} were "
+            "given, needed: one weight per class, and backend=auto or reference; class_weights=None works"
+        )
 
 
 def _check(logits: Tensor, labels: Tensor, mixed_labels: Tensor | None, mix_weight: Tensor | float | None) -> None:

@@ -16,6 +16,7 @@ def cross_entropy_sum(
     label_smoothing: float = 0.0,
     mixed_labels: Tensor | None = None,
     mix_weight: Tensor | float | None = None,
+    class_weights: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Returns the cross entropy summed over the samples, in nats; 0 for no samples. Differentiable.
@@ -29,21 +30,26 @@ def cross_entropy_sum(
     With `mixed_labels`, for mixup (Zhang et al. 2018, arXiv:1710.09412) and cutmix (Yun et al. 2019, arXiv:1905.04899),
     the loss of sample i is w_i loss(label_i) + (1 - w_i) loss(mixed_label_i), where w is `mix_weight`.
 
+    With `class_weights` v, each loss(label) is multiplied by v_label. Divide by the number of samples all the same, not
+    by the sum of their weights as torch's CrossEntropyLoss does: only then do parts of a batch add up to the whole.
+
     Args:
         logits: (N, K), any floating-point dtype.
         labels: (N,), class indices in [0, K); -100 leaves a sample out.
         label_smoothing: s, in [0, 1].
         mixed_labels: (N,), class indices in [0, K), or None.
         mix_weight: w, a number or (N,), in [0, 1]; needed with `mixed_labels`.
+        class_weights: v, (K,), or None for 1; as `inverse_frequency_weights` returns.
         backend: "auto" computes loss and gradient in one Triton kernel on a GPU where Triton is installed, and by
-            torch's operations elsewhere; "triton" and "reference" force one of the two.
+            torch's operations elsewhere; "triton" and "reference" force one of the two. The kernel has no factor for a
+            row's loss, so with `class_weights` "auto" is "reference".
 
     Returns:
         0-d tensor, float32 (float64 for float64 logits).
 
     Raises:
         UserError: the shapes do not agree, `mixed_labels` comes without `mix_weight`, or `backend` is unknown or
-            cannot run on this device.
+            cannot run on this device or with `class_weights`.
     """
     return fused_cross_entropy_sum(
         logits,
@@ -51,8 +57,24 @@ def cross_entropy_sum(
         label_smoothing=label_smoothing,
         mixed_labels=mixed_labels,
         mix_weight=mix_weight,
+        class_weights=class_weights,
         backend=backend,
     )
+
+
+def inverse_frequency_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
+    """Weights of the classes in a loss, (K,), float32, that lessen the effect of unequal class sizes.
+
+        v_c = n_c^(-power) n / sum_k n_k^(1 - power)
+
+    over the classes with n_c > 0 samples of n; 0 for the others. The mean over the n samples is 1, so that a learning
+    rate keeps its meaning. power=1 gives n / (K n_c): all classes count equally. power=0 gives 1.
+
+    Shapes: labels (n,), class indices in [0, K).
+    """
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    weights = torch.where(counts > 0, counts.clamp(min=1) ** -power, 0.0)
+    return (weights * (counts.sum() / (weights * counts).sum())).float()
 
 
 @torch.no_grad()

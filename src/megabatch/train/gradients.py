@@ -23,7 +23,7 @@ from megabatch.train.weight_copies import WeightCopies
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss of a step: mean cross entropy over `global_count` samples, computed in `precision`.
+    """Loss of a step: sum of the cross entropies, times `class_weights`, over `global_count`, computed in `precision`.
 
     Forward reads the 16-bit `copies` in place of their weights.
     """
@@ -32,6 +32,7 @@ class Objective:
     label_smoothing: float
     precision: Precision
     copies: WeightCopies = field(default_factory=WeightCopies)
+    class_weights: Tensor | None = None
 
 
 class NoiseSample(NamedTuple):
@@ -138,6 +139,7 @@ def forward_loss(model: nn.Module, batch: Batch, objective: Objective) -> tuple[
         label_smoothing=objective.label_smoothing,
         mixed_labels=batch.mixed_labels,
         mix_weight=batch.mix_weight,
+        class_weights=objective.class_weights,
     )
     return loss, (logits.detach().argmax(1) == batch.labels).sum()
 

@@ -226,6 +226,7 @@ class Run:
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
     num_rollbacks: int = 0
     compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
+    class_weights: torch.Tensor | None = None  # of the loss, on the device
     captured: CapturedStep | None = None  # of `captured_work` in train/step.py; None: steps run uncaptured
 
     def settings_at(self, step: int, first: int) -> StepSettings:

@@ -220,7 +220,8 @@ def _accumulate(
 
 
 def _objective(run: Run, count: int) -> Objective:
-    return Objective(count, run.recipe.label_smoothing, run.state.precision, run.state.copies)
+    state = run.state
+    return Objective(count, run.recipe.label_smoothing, state.precision, state.copies, run.class_weights)
 
 
 def _update(run: Run) -> None:

@@ -47,7 +47,8 @@ def describe_non_finite(run: Run, settings: StepSettings) -> str:
 
 def _search(run: Run, settings: StepSettings) -> str | None:
     """All micro-batches run, also after a finding: a layer may exchange statistics with other workers."""
-    objective = Objective(settings.count, run.recipe.label_smoothing, run.state.precision)
+    smoothing, weights = run.recipe.label_smoothing, run.class_weights
+    objective = Objective(settings.count, smoothing, run.state.precision, class_weights=weights)
     ranges = run.micro_batches(settings)
     text = None
     for positions, batch in zip(
