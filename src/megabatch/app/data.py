@@ -140,8 +140,6 @@ def _with_evaluation(
 
 def _open_function(text: str, runtime: Runtime) -> Data:
     parts = open_python(text)
-    if "train" not in parts:
-        raise DataError(f"--data {text}: 'train' gave None, needed: a data set with len() and [index]")
     notes = agree_on_classes(parts, text, numbered=all(source.numbered for source in parts.values()))
     return _with_evaluation(runtime, parts["train"], parts.get("val"), f"function {short_name(text)}", notes)
 

@@ -23,6 +23,9 @@ data_app = typer.Typer(
 )
 
 _MAX_LISTED = 200
+_DATA_SET = (
+    "Data set: a folder of class folders, of tars or of parquet files; one file; or FILE.py:FUNCTION, which is run."
+)
 
 
 @data_app.command()
@@ -40,9 +43,7 @@ def fetch(
 
 @data_app.command()
 def pack(
-    src: Annotated[
-        Path, typer.Argument(help="Data set: a folder of class folders, of tars or of parquet files; or one file.")
-    ],
+    src: Annotated[Path, typer.Argument(help=_DATA_SET)],
     dst: Annotated[Path, typer.Argument(help="Folder for the shards; an interrupted run is resumed.")],
     shard_mib: Annotated[float, typer.Option(help="Size of a shard in MiB.", min=0.001)] = 256,
     max_side: Annotated[int | None, typer.Option(help="Reduce longer sides to this many pixels.", min=1)] = None,
@@ -76,9 +77,7 @@ def pack(
 
 @data_app.command()
 def check(
-    path: Annotated[
-        Path, typer.Argument(help="Data set: a folder of class folders, of tars or of parquet files; or one file.")
-    ],
+    path: Annotated[Path, typer.Argument(help=_DATA_SET)],
     repair: Annotated[
         bool, typer.Option("--repair", help="Rewrite repairable files; keep each original as NAME.orig.")
     ] = False,

@@ -16,13 +16,16 @@ from megabatch.data.checking.check_file import BAD_KINDS, Finding, inspect_image
 from megabatch.data.jpeg.decode import MAX_PIXELS
 from megabatch.data.loading.prefetch import in_order
 from megabatch.data.sources.dataset import open_dataset
+from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.layout import IMAGE_SUFFIXES, METADATA_NAMES, Layout, find_layout, is_hidden
 from megabatch.data.sources.metadata import open_metadata
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.python_dataset import PythonSource, open_python
 from megabatch.data.sources.shards import ShardSource
 from megabatch.data.sources.tar_folder import holds_labels, open_folders_in_tar
 from megabatch.errors import DataError
+from megabatch.user_code import is_function, short_name
 
 OnProgress = Callable[[int, int], None]
 """Receives the number of images checked and the total."""
@@ -73,21 +76,26 @@ def check(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> CheckReport:
-    """Reads and decodes every image of a folder, of tar shards or of parquet files; reports all bad and odd ones.
+    """Reads and decodes every image of a data set of any kind; reports all bad and odd ones.
 
-    The data set is found as for training. No file is changed; `repair` and `exclude` do that. Decoding uses `workers`
-    threads (default: one per core) and under 1 kB per image.
+    The data set is found as for training; FILE.py:FUNCTION runs the file. No file is changed; `repair` and `exclude` do
+    that. Decoding uses `workers` threads (default: one per core) and under 1 kB per image.
 
     Raises:
         DataError: there is no data set at `path`, or it is unclear which files are meant.
     """
-    layout = find_layout(path)
-    path, is_folder = layout.path, layout.kind == "folders"
-    problems = [Problem(_below(left, path), "not read", f"beside the {layout.kind}") for left in layout.left_out]
-    images = (_list_folder if is_folder else _list_archives)(layout, problems)
-    problems += _class_in_one_part(images)
-    if not any(problem.is_bad for problem in problems):
-        problems += _of_the_whole(path)
+    problems: list[Problem] = []
+    if is_function(path):
+        path, is_folder = Path(path), False
+        images = _list_python(str(path), problems)
+    else:
+        layout = find_layout(path)
+        path, is_folder = layout.path, layout.kind == "folders"
+        problems += [Problem(_below(left, path), "not read", f"beside the {layout.kind}") for left in layout.left_out]
+        images = (_list_folder if is_folder else _list_archives)(layout, problems)
+        problems += _class_in_one_part(images)
+        if not any(problem.is_bad for problem in problems):
+            problems += _of_the_whole(path)
     duplicates = _Duplicates()
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or usable_cores()) as threads:
         warnings.simplefilter("ignore")  # Pillow warns about files that are reported here anyway
@@ -152,6 +160,18 @@ def _of_the_whole(path: Path) -> list[Problem]:
     return []
 
 
+def _list_python(text: str, problems: list[Problem]) -> list[_Image]:
+    """Images of a user's function; appends what training refuses to `problems`."""
+    parts = open_python(text)
+    images = [image for part, source in parts.items() for image in _list_source(source, text, part)]
+    problems += _class_in_one_part(images)
+    try:
+        agree_on_classes(parts, text, numbered=all(source.numbered for source in parts.values()))
+    except DataError as error:
+        problems.append(Problem(short_name(text), "refused data set", str(error)))
+    return images
+
+
 def _list_folder(layout: Layout, problems: list[Problem]) -> list[_Image]:
     """Images of the folders of parts, or of one folder of classes; appends to `problems`."""
     folders = {part: paths[0] for part, paths in layout.parts.items()}
@@ -191,7 +211,7 @@ def _list_source(source: EncodedSource, file: str, part: str) -> Iterator[_Image
     for i, member in enumerate(members):
         label = f"{file}:{member}" if isinstance(source, ShardSource) else member
         class_name = source.class_names[source.labels[i]]
-        is_row = isinstance(source, ParquetSource)
+        is_row = isinstance(source, ParquetSource | PythonSource)
         yield _Image(label, part, class_name, partial(source.read, i), has_ending=not is_row)
 
 

@@ -1,19 +1,27 @@
 """What `pack` reads: the parts of a data set of any layout, with keys and sizes."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.cores import usable_cores
 from megabatch.data.sources.dataset import open_dataset
 from megabatch.data.sources.folder import FolderSource
+from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.python_dataset import open_python
 from megabatch.data.sources.shards import ShardSource
 from megabatch.data.sources.tar_folder import TarFolderSource
+from megabatch.errors import DataError
+from megabatch.user_code import is_function
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,40 @@ class Part:
 
 
 def open_parts(path: Path) -> list[Part]:
-    """The parts of the data set at `path`; see `open_dataset`, which finds, checks and opens them."""
+    """The parts of the data set at `path`; see `open_dataset`, which finds, checks and opens them.
+
+    FILE.py:FUNCTION runs the file; each of its samples is read once here, for its size and key.
+    """
+    if is_function(path):
+        return _open_function(str(path))
     return [
         Part(name, source, _keys(source), _sizes(source), not isinstance(source, ParquetSource))
         for name, source in open_dataset(path).parts.items()
     ]
+
+
+def _open_function(text: str) -> list[Part]:
+    sources, parts = open_python(text), []
+    agree_on_classes(sources, text, numbered=all(source.numbered for source in sources.values()))
+    for name, source in sources.items():
+        with ThreadPoolExecutor(usable_cores()) as threads:
+            facts = list(threads.map(partial(_size_and_digest, source), range(len(source))))
+        sizes = np.array([size for size, _ in facts], dtype=np.int64)
+        paths = [
+            PurePosixPath(source.class_names[source.labels[i]], f"{i:08d}-{digest}.img")
+            for i, (_, digest) in enumerate(facts)
+        ]
+        parts.append(Part(name, source, [_portable_key(path) for path in paths], sizes, random_access=True))
+    return parts
+
+
+def _size_and_digest(source: EncodedSource, index: int) -> tuple[int, str]:
+    """Bytes of a sample, and the start of their SHA-256, so that a shard of other samples is not kept; 0 if bad."""
+    try:
+        data = source.read(index)
+    except DataError:
+        return 0, "unreadable"
+    return len(data), hashlib.sha256(data).hexdigest()[:12]
 
 
 def _sizes(source: EncodedSource) -> npt.NDArray[np.int64]:

@@ -80,6 +80,8 @@ def open_python(text: str) -> dict[str, PythonSource]:
             kind = type(dataset).__name__
             raise DataError(f"--data {text}: {part!r} gave {kind}, needed: a data set with len() and [index], or None")
         parts[part] = PythonSource(dataset, f"{Path(text).name} {part}")
+    if "train" not in parts:
+        raise DataError(f"--data {text}: 'train' gave None, needed: a data set with len() and [index]")
     return parts
 
 
