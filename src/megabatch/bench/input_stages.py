@@ -1,6 +1,7 @@
 """Measures the throughput of each input stage on one core, finds the bottleneck, and advises how to speed it up."""
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,13 @@ from megabatch.data.jpeg.decode import MAX_PIXELS, decode, decode_crop, image_si
 from megabatch.data.jpeg.formats import sniff
 from megabatch.data.jpeg.gpu import has_torchvision
 from megabatch.data.loading.train_loader import TrainLoader
+from megabatch.data.packing.shard import reencode
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels in [0, 1]
 _MIN_ROUNDS = 3
+NUM_REDUCED = 64
 
 READ, DECODE_CROP, AUGMENT, COPY = "read", "decode at the crop", "augment", "copy"
 WHOLE, CROP = "decode whole", "crop and resize"
@@ -263,16 +266,44 @@ def _advice_on_reading(read: Stage, source: EncodedSource) -> Iterator[str]:
 def _advice_on_decoding(samples: Sequence[_Sample], resolution: int) -> Iterator[str]:
     if not jpeg_library.is_available():
         yield HOW_TO_COMPILE
-    side = statistics.median(max(sample.height, sample.width) for sample in samples)
-    if side > 2.5 * resolution:
-        target = 50 * round(2.2 * resolution / 50)
-        yield f"half of the images have a side above {side:.0f}: `megabatch data pack --max-side {target}` reduces them"
+    if target := _smaller_side(samples, resolution):
+        yield f"most images are over twice as large: `megabatch data pack --max-side {target}` reduces them"
     others = sum(not _is_baseline(sample.data) for sample in samples) / len(samples)
     if others > 0.2:
         yield (
             f"{others:.0%} of the images are progressive JPEGs or other formats, which decode slowly: "
             "`megabatch data pack --quality 90` re-encodes them"
         )
+
+
+def _smaller_side(samples: Sequence[_Sample], resolution: int) -> int | None:
+    """Longest side that suffices for crops of `resolution`; None if half of the images are not much larger."""
+    side = statistics.median(max(sample.height, sample.width) for sample in samples)
+    return max(50, 50 * round(2.2 * resolution / 50)) if side > 2.5 * resolution else None
+
+
+def measure_reduction(source: EncodedSource, *, resolution: int, seconds: float) -> tuple[int, float] | None:
+    """Longest side to which `megabatch data pack` should reduce the images, and decoding time after it over before.
+
+    None if they are small already. Times `NUM_REDUCED` images on one core.
+
+    Raises:
+        DataError: no sample can be decoded.
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, min(NUM_REDUCED, len(source))).astype(np.int64))
+    samples = list(_decodable_samples(source, indices))
+    if not samples:
+        raise DataError(f"none of {len(indices)} samples can be decoded; `megabatch data check` gives the reasons")
+    side = _smaller_side(samples, resolution)
+    if side is None:
+        return None
+    smaller = [reencode(sample.data, max_side=side, quality=None) for sample in samples]
+    batch = np.empty((len(samples), resolution, resolution, 3), dtype=np.uint8)
+    before, after = (
+        _measure("", functools.partial(_decode_crops, group, _boxes(group), batch), len(group), seconds)
+        for group in (samples, [_Sample(data, *image_size(data)) for data in smaller])
+    )
+    return side, after.cpu_s / before.cpu_s
 
 
 def _advice_on_hardware() -> Iterator[str]:

@@ -16,17 +16,21 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
-from megabatch.train.state import Run
+from megabatch.train.state import Loader, Run
 from megabatch.train.step import PendingStep, start_step
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticStep:
-    """A training step that can be repeated; `run_step` computes loss and update as `megabatch train` does."""
+    """A training step that can be repeated; `run_step` computes loss and update as `megabatch train` does.
+
+    `loader` is the run's own, on the data given to `synthetic_step`.
+    """
 
     run: Run
     micro_batch_size: int
-    run_step: Callable[[], None]
+    run_step: Callable[[], object]
+    loader: Loader
 
 
 class SameBatches:
@@ -55,7 +59,7 @@ class SameBatches:
 
 @contextlib.contextmanager
 def synthetic_step(
-    recipe: Recipe, runtime: Runtime, *, world: World, global_batch_size: int
+    recipe: Recipe, runtime: Runtime, *, world: World, global_batch_size: int, data: Data | None = None
 ) -> Iterator[SyntheticStep]:
     """Yields the step of `megabatch train` with `recipe` and `runtime`, on `global_batch_size` random images.
 
@@ -69,7 +73,7 @@ def synthetic_step(
         batch_sizes=(),
         batch_size_rule="fixed",
         max_global_batch_size=0,
-        num_train_images=global_batch_size,
+        num_train_images=len(data.train) if data else global_batch_size,
         total_epochs=1e6,
         resolution=((0.0, pixels),),
         peak_lr=1e-5,
@@ -79,18 +83,12 @@ def synthetic_step(
         decay="constant",
         lr_factors=(),
     )
-    blank = torch.zeros(1, recipe.image_channels, 8, 8, dtype=torch.uint8)
-    source = ArraySource(
-        blank.expand(global_batch_size, -1, -1, -1),
-        torch.zeros(global_batch_size, dtype=torch.int64),
-        tuple(map(str, range(recipe.num_classes))),
-    )
     with (
         tempfile.TemporaryDirectory(prefix="megabatch-bench-") as folder,
         open_run(
             fixed,
             runtime,
-            Data(source, source, "random images"),
+            data or _random_images(recipe, global_batch_size),
             world=world,
             folder=Path(folder),
             stop_requested=lambda: False,
@@ -98,17 +96,26 @@ def synthetic_step(
         ) as run,
     ):
         assert isinstance(run.loader, TrainLoader)
-        run.loader = SameBatches(fixed, world.device, channels_last=run.loader.channels_last)
+        loader = run.loader
+        run.loader = SameBatches(fixed, world.device, channels_last=loader.channels_last)
         largest = max(len(positions) for positions in run.micro_batches(run.settings_at(0, 0)))
-        yield SyntheticStep(run, largest, lambda: _run_step(run))
+        yield SyntheticStep(run, largest, lambda: run_step(run), loader)
 
 
-def _run_step(run: Run) -> None:
+def _random_images(recipe: Recipe, count: int) -> Data:
+    blank = torch.zeros(1, recipe.image_channels, 8, 8, dtype=torch.uint8)
+    classes = tuple(map(str, range(recipe.num_classes)))
+    source = ArraySource(blank.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64), classes)
+    return Data(source, source, "random images")
+
+
+def run_step(run: Run) -> PendingStep:
+    """Runs one step of `run` on the batches of its loader, and waits for the device."""
     settings = run.settings_at(run.state.step, run.state.samples_seen)
     batches = run.loader.batches((positions, settings.resolution) for positions in run.micro_batches(settings))
-    pending: PendingStep = start_step(run, settings, batches)
-    if run.world.device.type == "cuda":
-        pending.loss()  # waits for the GPU
+    pending = start_step(run, settings, batches)
+    pending.loss()  # waits for a GPU
+    return pending
 
 
 def measured_batch_size(recipe: Recipe, wanted: int | None, *, images_at_224: int) -> int:

@@ -30,7 +30,7 @@ def train(run: Run) -> Evaluation | None:
     evaluation: Evaluation | None = None
     steps_before = run.state.step
     in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
-    for settings, batches in _steps(run):
+    for settings, batches in steps(run):
         try:
             step = start_step(run, settings, batches)
         except NonFiniteStepError as error:
@@ -95,7 +95,7 @@ class _InFlightSteps:
             self._run.log(observed)
 
 
-def _steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
+def steps(run: Run) -> Iterator[tuple[StepSettings, Iterator[Batch]]]:
     """Settings of each step with an iterator over its batches, which are prefetched across steps."""
     while not run.is_complete:
         planned_batch = run.state.batch_policy and run.state.batch_policy.global_batch_size
