@@ -1,6 +1,7 @@
 """`megabatch evaluate` on a checkpoint."""
 
 import dataclasses
+import json
 
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 from typer.testing import CliRunner
@@ -17,6 +18,17 @@ def test_evaluation_configures_the_allocator_as_training_does(tmp_path, monkeypa
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
     assert num_workers == [1]
     assert f"({trained['correct']} of 100)" in result.output
+
+
+def test_details_name_the_images_that_the_model_is_most_surely_wrong_about(tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    run_tiny(tmp_path, recipe, max_steps=1)
+    monkeypatch.setattr("megabatch.app.data.open_evaluation_data", lambda *_: tiny_data(recipe))
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--device", "cpu", "--details"])
+    rows = [line.split() for line in result.output.partition("surest mistakes")[2].splitlines()[1:]]
+    written = json.loads((tmp_path / "mistakes.json").read_text())["images"]
+    assert [" ".join(row[:2]) for row in rows] == [image["name"] for image in written]
+    assert all(row[2] != row[3] for row in rows)
 
 
 HOSTILE = "\x1b[2J\u202ecat\x07\n"

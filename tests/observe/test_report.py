@@ -88,7 +88,7 @@ def test_the_page_loads_no_other_file(tmp_path: Path) -> None:
     assert not {"link", "img", "iframe", "object"} & set(page.tags)
     assert not [value for _, name, value in page.attributes if name in LOADING]
     (policy,) = [value for tag, name, value in page.attributes if tag == "meta" and value.startswith("default-src")]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{1}{$"])
@@ -239,3 +239,27 @@ def test_steps_that_a_resumed_run_repeated_are_drawn_once(tmp_path: Path) -> Non
     (run,) = load_runs([make_run(tmp_path / "run", [*first, *again])])
     assert [event["step"] for event in run.steps] == list(range(1, 11))
     assert run.column("global_batch_size") == [1001, 1002, 1003, 1004] + [2000] * 6
+
+
+PICTURE = {"name": "a.jpg", "label": "cat", "predicted": "dog", "probability": 0.987}
+
+
+def test_pictures_that_the_model_is_surely_wrong_about_are_shown_if_they_are_pictures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [step_event(1), evaluation_event(1, 0.5)])
+    sound = "data:image/png;base64,iVBORw0KGgo="
+    hostile = [
+        'x" onerror="alert(1)',
+        "data:image/svg+xml;base64,AAAA",
+        "https://example.com/a.png",
+        sound + "A" * 64_000,
+    ]
+    images = [PICTURE | {"thumbnail": text} for text in [sound, *hostile]]
+    (run / "mistakes.json").write_text(json.dumps({"step": 1, "images": [*images, {}, "text"]}))
+    page = Page(write_report([run], tmp_path / "report.html"))
+    assert [value for tag, name, value in page.attributes if tag == "img" and name == "src"] == [sound]
+    assert ("b", "dog") in page.text
+    assert any("98.7 %" in text for _, text in page.text)
+    assert page.wrong == []
+    (run / "mistakes.json").write_text("{")
+    with pytest.raises(UserError, match="without it the report shows the rest"):
+        write_report([run], tmp_path / "report.html")

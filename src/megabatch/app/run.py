@@ -15,6 +15,7 @@ from megabatch.app.measured.choices import keep_choices, with_earlier_choices
 from megabatch.app.measured.layout import measured_layout
 from megabatch.app.measured.micro_batch import fit_micro_batch
 from megabatch.app.measured.precision import measured_precision
+from megabatch.app.mistakes import write_mistakes
 from megabatch.app.resolve import (
     check,
     choose_capture,
@@ -29,6 +30,8 @@ from megabatch.comm.launch import World
 from megabatch.interval import parse_interval
 from megabatch.nn.fused.fuse import can_fuse
 from megabatch.nn.loss import inverse_frequency_weights
+from megabatch.observe.device_use import DeviceUse
+from megabatch.observe.run_folder import MISTAKES_FILE
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -113,6 +116,11 @@ def open_run(
             exchange_report=exchange_report,
             class_weights=_class_weights(recipe, data, world),
         )
+        if world.is_first:
+            use = DeviceUse(world.device)
+            stack.callback(use.close)
+            run.device_use = use.read
+            run.show_mistakes = functools.partial(write_mistakes, folder / MISTAKES_FILE, data.evaluation)
         if capture.chosen:
             work = functools.partial(captured_work, run)
             run.captured = CapturedStep(work, on_failure=_fall_back_uncaptured(log, runtime))

@@ -3,12 +3,17 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megabatch.files import printable, replacing
+
+if TYPE_CHECKING:
+    from megabatch.app.data import Source
+    from megabatch.train.evaluate import Mistake
 
 MOST_COLUMNS = 20  # of a matrix that is printed
 Counts = Sequence[Sequence[int]]
@@ -21,6 +26,21 @@ def print_details(console: Console, counts: Counts, names: Sequence[str]) -> Non
     if len(names) <= MOST_COLUMNS:
         console.print()
         console.print(_matrix(counts, names))
+
+
+def print_mistakes(console: Console, mistakes: "Sequence[Mistake]", source: "Source") -> None:
+    """Prints the wrong predictions of the highest probability; nothing if there are none."""
+    from megabatch.app.mistakes import image_name
+
+    table = _table("surest mistakes", "label", "predicted", "probability")
+    for mistake in mistakes:
+        label, predicted = (printable(source.class_names[number]) for number in (mistake.label, mistake.predicted))
+        table.add_row(
+            Text(image_name(source, mistake.index)), Text(label), Text(predicted), f"{mistake.probability:.4f}"
+        )
+    if mistakes:
+        console.print()
+        console.print(table)
 
 
 def write_matrix(path: Path, counts: Counts, names: Sequence[str]) -> None:

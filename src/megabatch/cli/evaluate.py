@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megabatch.cli.confusion import print_details, write_matrix
+from megabatch.cli.confusion import print_details, print_mistakes, write_matrix
 from megabatch.cli.options import find_device, runtime_options
 from megabatch.cli.output import make_console
 from megabatch.files import printable
@@ -61,7 +61,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
     from megabatch.comm.launch import join
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
-    from megabatch.train.evaluate import eval_block_size
+    from megabatch.train.evaluate import Mistake, eval_block_size
     from megabatch.train.evaluate import evaluate as evaluate_model
 
     with join(device=runtime.device) as world, contextlib.ExitStack() as stack:
@@ -74,6 +74,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
         stack.callback(loader.close)
         names = info.names()
         counts = torch.zeros(len(names), len(names), dtype=torch.int64, device=world.device)
+        mistakes: list[Mistake] = []
         result = evaluate_model(
             load_for_evaluation(recipe, runtime, state, world=world),
             loader,
@@ -82,6 +83,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
             block_size=eval_block_size(recipe),
             flip=recipe.eval_flip,
             confusion=counts if details or confusion else None,
+            mistakes=mistakes if details else None,
         )
         if world.is_first:
             for remark in [*data.notes, *remarks]:
@@ -92,5 +94,6 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
             )
             if details:
                 print_details(make_console(), counts.tolist(), names)
+                print_mistakes(make_console(), mistakes, source)
             if confusion:
                 write_matrix(confusion, counts.tolist(), names)

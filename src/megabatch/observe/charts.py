@@ -32,6 +32,20 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         _chart("Loss scale", "of fp16", _each(runs, "step", "loss_scale"), stepped=True),
         _chart("Wait for input", "ms per update, rank 0", _each(runs, "step", "phases_s", "input", 1e3)),
         _chart("Exposed communication", "ms per update, rank 0", _each(runs, "step", "exposed_ms"), from_zero=True),
+        _chart(
+            "CPU use", "share of the usable cores, rank 0", _each(runs, "observation", "cpu_utilization"), percent=True
+        ),
+        _chart(
+            "GPU use",
+            "share of time with a kernel, rank 0",
+            _each(runs, "observation", "gpu_utilization"),
+            percent=True,
+        ),
+        _chart(
+            "GPU memory in use",
+            "GiB, all processes of rank 0's GPU",
+            _each(runs, "observation", "gpu_used_bytes", None, 2**-30),
+        ),
         _chart("Peak host memory", "GiB, rank 0", _each(runs, "observation", "peak_host_bytes", None, 2**-30)),
         _chart("Peak GPU memory", "GiB, rank 0", _each(runs, "observation", "peak_device_bytes", None, 2**-30)),
     ]

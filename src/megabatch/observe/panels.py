@@ -1,6 +1,7 @@
 """Panels of the report that need no chart: time of an update, its timeline, layers, confusion matrix."""
 
 import math
+import re
 import statistics
 from typing import Any
 
@@ -8,6 +9,9 @@ from megabatch.observe.run_folder import RunRecord
 
 PHASES = ("input", "forward", "backward", "exchange", "update", "other")
 PHASE_COLORS = {phase: index for index, phase in enumerate(PHASES)}
+THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*")
+MAX_THUMBNAIL = 64_000
+"""Characters of a thumbnail; longer ones, and texts of another form, are not shown."""
 MAX_COLUMNS = 60
 """Columns of a heat map: observations of a longer run are left out evenly."""
 
@@ -110,3 +114,20 @@ def confusion(run: RunRecord) -> dict[str, Any] | None:
     ]
     most = [text for _, text in sorted(pairs, reverse=True)[:3]]
     return {"label": run.label, "names": names, "rows": rows, "most": "; ".join(most) or "none"}
+
+
+def mistakes(run: RunRecord) -> dict[str, Any] | None:
+    """Returns the images of the last evaluation about which the model is most surely wrong; None without any."""
+    found = (run.mistakes or {}).get("images")
+    images = [
+        {key: str(image.get(key, "")) for key in ("name", "label", "predicted", "thumbnail")}
+        | {"probability": f"{100 * image['probability']:.1f} %"}
+        for image in (found if isinstance(found, list) else [])
+        if isinstance(image, dict) and _has_thumbnail(image) and isinstance(image.get("probability"), int | float)
+    ]
+    return {"label": run.label, "images": images} if images else None
+
+
+def _has_thumbnail(image: dict[str, Any]) -> bool:
+    text = str(image.get("thumbnail", ""))
+    return len(text) <= MAX_THUMBNAIL and THUMBNAIL.fullmatch(text) is not None

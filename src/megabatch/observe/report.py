@@ -16,7 +16,7 @@ from markupsafe import Markup
 from megabatch.files import printable, write_text
 from megabatch.observe.charts import charts
 from megabatch.observe.curve import curve_text, published_at
-from megabatch.observe.panels import PHASE_COLORS, breakdown, confusion, heat_map, timeline
+from megabatch.observe.panels import PHASE_COLORS, breakdown, confusion, heat_map, mistakes, timeline
 from megabatch.observe.progress import duration
 from megabatch.observe.run_folder import RunRecord, load_runs
 from megabatch.recipe import Recipe
@@ -57,6 +57,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         breakdowns=[found for run in runs if (found := breakdown(run))],
         timelines=[found for run in runs if (found := timeline(run))],
         confusions=[found for run in runs if (found := confusion(run))],
+        mistakes=[found for run in runs if (found := mistakes(run))],
         result_rows=_result_rows(runs),
         charts=bool(drawn),
         heat=bool(maps),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megabatch.errors import SettingsError, UserError
-from megabatch.files import locked
+from megabatch.files import locked, parse_json
 from megabatch.observe.events import Event, read_events
 from megabatch.recipe import Recipe, read
 
 EVENTS_FILE = "events.jsonl"
+MISTAKES_FILE = "mistakes.json"
 RELEASE_S = 45.0
 """Seconds that a resumed run waits for another process to end its writing to the folder."""
 NOT_ENVIRONMENT = frozenset({"event", "time_s", "schema", "recipe", "resumed_from_step", "command", "class_names"})
@@ -50,6 +51,7 @@ class RunRecord:
     end: Event | None
     recipe: Recipe | None
     timeline: list[Span]
+    mistakes: dict[str, Any] | None = None  # of the last evaluation, from `MISTAKES_FILE`
 
     def column(self, field: str, kind: str = "step", key: str | None = None) -> list[float]:
         """Returns `field`, or `field[key]`, of every event of a kind; NaN where it is not a number.
@@ -177,7 +179,18 @@ def _load(folder: Path) -> RunRecord:
         end=_last(events, "run_end"),
         recipe=recipe,
         timeline=_middle_spans(observations),
+        mistakes=_read_mistakes(folder / MISTAKES_FILE),
     )
+
+
+def _read_mistakes(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); without it the report shows the rest") from error
+    return value if isinstance(value, dict) else None
 
 
 def _without_repeated_steps(events: list[Event], kind: str) -> list[Event]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megabatch.comm.launch import World, sum_over_workers
+from megabatch.comm.launch import World, all_gather_objects, sum_over_workers
 from megabatch.data.loading.batch import Batch
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, finish_precise
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
@@ -22,6 +22,17 @@ from megabatch.train.state import EvalData, Evaluation, Run
 
 MOST_CONFUSION_CLASSES = 20
 """Most classes of a run whose evaluations count every pair of label and prediction."""
+MOST_MISTAKES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A sample whose most likely class, of softmax `probability`, is not its label; `index` in the evaluation set."""
+
+    index: int
+    label: int
+    predicted: int
+    probability: float
 
 
 def evaluate(
@@ -33,21 +44,30 @@ def evaluate(
     block_size: int = 256,
     flip: bool = False,
     confusion: Tensor | None = None,
+    mistakes: list[Mistake] | None = None,
 ) -> Evaluation:
     """Top-1, top-5 and mean loss of `module` over all of `data`, summed over workers; equal on every worker.
 
     With `flip`, logits are averaged over each image and its mirror image.
 
     `confusion`, [classes, classes] int64 on the device, receives the number of samples by label and predicted class.
+    `mistakes` receives the `MOST_MISTAKES` wrong predictions of the highest probability, most probable first.
     """
     counts = torch.zeros(4, dtype=torch.float64, device=world.device)  # samples, correct at 1, correct at 5, loss sum
     was_training = module.training
     module.eval()
     first, last = share_of_blocks(data.num_samples, block_size, rank=world.rank, world_size=world.world_size)
     with torch.inference_mode():
+        surest = []
         for batch in data.batches(first, last, block_size):
-            counts += _count(module, batch, precision, flip=flip, confusion=confusion)
+            logits = logits_of(module, batch.images, precision, flip=flip)
+            counts += _count(logits, batch, confusion)
+            if mistakes is not None:
+                surest.append(_surest_mistakes(logits, batch.labels, first))
+            first += batch.count
     module.train(was_training)
+    if mistakes is not None:
+        mistakes += _merged(surest, world)
     if confusion is not None:
         sum_over_workers(confusion, world)
     num, top1, top5, loss = sum_over_workers(counts, world).tolist()
@@ -68,8 +88,25 @@ def logits_of(module: nn.Module, images: Tensor, precision: Precision, *, flip: 
         return (logits + module(images.flip(3))) / 2 if flip else logits
 
 
-def _count(module: nn.Module, batch: Batch, precision: Precision, *, flip: bool, confusion: Tensor | None) -> Tensor:
-    logits = logits_of(module, batch.images, precision, flip=flip)
+def _surest_mistakes(logits: Tensor, labels: Tensor, first: int) -> Tensor:
+    """At most `MOST_MISTAKES` rows of index, label, predicted class and probability, which is -1 where it is right."""
+    probability, predicted = logits.double().softmax(1).max(1)
+    surest = torch.where(predicted == labels, -1.0, probability).topk(min(MOST_MISTAKES, len(labels)))
+    kept = surest.indices
+    return torch.stack([first + kept, labels[kept], predicted[kept], surest.values], dim=1)
+
+
+def _merged(rows: list[Tensor], world: World) -> list[Mistake]:
+    own = [row for row in torch.cat(rows).tolist() if row[3] >= 0] if rows else []
+    found = [_mistake(*row) for part in all_gather_objects(own, world) for row in part]
+    return sorted(found, key=lambda mistake: (-mistake.probability, mistake.index))[:MOST_MISTAKES]
+
+
+def _mistake(index: float, label: float, predicted: float, probability: float) -> Mistake:
+    return Mistake(int(index), int(label), int(predicted), probability)
+
+
+def _count(logits: Tensor, batch: Batch, confusion: Tensor | None) -> Tensor:
     if confusion is not None:
         cells = batch.labels * len(confusion) + logits.argmax(1)
         confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
@@ -87,8 +124,10 @@ def evaluate_run(run: Run) -> Evaluation:
             _recompute_statistics(run)
         block_size = eval_block_size(run.recipe)
         classes = run.recipe.num_classes
-        confusion = None
+        confusion: Tensor | None = None
+        mistakes: list[Mistake] | None = None
         if classes <= MOST_CONFUSION_CLASSES:
+            mistakes = []
             confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.world.device)
         result = evaluate(
             state.module,
@@ -98,6 +137,7 @@ def evaluate_run(run: Run) -> Evaluation:
             block_size=block_size,
             flip=run.recipe.eval_flip,
             confusion=confusion,
+            mistakes=mistakes,
         )
     state.module.train()
     counts: dict[str, Any] = {
@@ -106,9 +146,11 @@ def evaluate_run(run: Run) -> Evaluation:
         "loss": result.loss,
         "num_samples": result.num_samples,
     }
-    where = {"step": state.step, "epoch": state.samples_seen / run.recipe.num_train_images}
+    where: dict[str, Any] = {"step": state.step, "epoch": state.samples_seen / run.recipe.num_train_images}
     if confusion is not None:
         counts["confusion"] = confusion.tolist()
+    if mistakes is not None and run.show_mistakes:
+        run.show_mistakes(mistakes, where)
     run.log({"event": "evaluation"} | where | counts | {"seconds": time.perf_counter() - started})
     return result
 

@@ -96,7 +96,7 @@ def observation_event(run: Run, step: "PendingStep") -> dict[str, Any] | None:
     }
     if run.state.batch_policy is not None and (noise := getattr(run.state.batch_policy, "noise_scale", None)):
         event["noise_scale"] = noise.value
-    return event | _memory(run)
+    return event | _memory(run) | (run.device_use() if run.device_use else {})
 
 
 def _layers(

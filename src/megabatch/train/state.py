@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -224,6 +224,8 @@ class Run:
     max_steps: int | None = None
     observe_every_steps: int = 0  # steps between two events with the norms of all layers; 0: chosen from the recipe
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
+    show_mistakes: Callable[[Sequence[Any], Mapping[str, Any]], None] | None = None  # on rank 0, at an evaluation
+    device_use: Callable[[], dict[str, Any]] | None = None  # load of the processors for an event, on rank 0
     num_rollbacks: int = 0
     compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
     class_weights: torch.Tensor | None = None  # of the loss, on the device
