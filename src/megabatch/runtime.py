@@ -137,6 +137,12 @@ class Runtime:
         "Interval between checkpoints, besides those at evaluations: as 100steps, 2epochs, 90s, 10min, 1h; or never.",
     )
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, besides the best.", least=1)
+    trace_steps: int = _option(
+        0,
+        "Updates before the first evaluation to trace on all workers, with it and its checkpoint, in trace.json; "
+        "0 for none.",
+        least=0,
+    )
     track: Track = _option(
         "auto", "Tracker that gets all numbers, besides events.jsonl; auto: TensorBoard if installed."
     )

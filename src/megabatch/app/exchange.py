@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from megabatch.train.state import TrainState
 
 
 def build_exchange(
-    recipe: Recipe, state: TrainState, runtime: Runtime, folder: Path, *, world: World, stack: contextlib.ExitStack
+    recipe: Recipe, state: TrainState, runtime: Runtime, *, world: World, stack: contextlib.ExitStack
 ) -> tuple[nn.Module, Callable[[], dict[str, Any]] | None, list[str]]:
     """Returns the module to call in training, a step's exchange report or None, and the chosen exchange for the log.
 
@@ -59,8 +58,6 @@ def build_exchange(
     if timeline is None:
         return wrapped, None, choice
     timeline.finish_step()  # drops the rehearsal's buckets
-    if world.is_first:
-        stack.callback(timeline.to_chrome_trace, folder / "timeline.json")
     return wrapped, lambda: {**timeline.finish_step()}, choice
 
 

@@ -39,6 +39,7 @@ from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies, remove_copies, remove_outdated_copies
 from megabatch.train.state import Run
 from megabatch.train.step import captured_work
+from megabatch.train.trace import TRACE_FILE, Trace
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def open_run(
             resumed, data = resume(state, recipe, data, folder, world=world, log=log, with_copies=has_copies)
         check_same_weights(state.module, world)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
-        model, exchange_report, exchange = build_exchange(recipe, state, runtime, folder, world=world, stack=stack)
+        model, exchange_report, exchange = build_exchange(recipe, state, runtime, world=world, stack=stack)
         if world.is_first:
             keep_choices(runtime, folder, precision=precision.name, world=world)
             kernels = describe_kernels(runtime, precision, world.device, fusible=can_fuse(state.module))
@@ -115,6 +116,7 @@ def open_run(
             max_steps=max_steps,
             exchange_report=exchange_report,
             class_weights=_class_weights(recipe, data, world),
+            trace=Trace(folder / TRACE_FILE, num_steps=runtime.trace_steps) if runtime.trace_steps else None,
         )
         if world.is_first:
             use = DeviceUse(world.device)

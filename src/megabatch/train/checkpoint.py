@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class CheckpointWriter:
         self._remark = on_remark or (lambda _: None)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.last_write_s = (0.0, 0.0)  # start and end of the last write, on time.perf_counter
 
     def write(self, state: Mapping[str, Any], *, step: int, epoch: float, top1: float | None) -> None:
         """Copies `state` and writes it in the background."""
@@ -98,6 +100,7 @@ class CheckpointWriter:
             ) from error
 
     def _run(self, state: dict[str, Any], step: int, epoch: float, top1: float | None) -> None:
+        start = time.perf_counter()
         try:
             facts: dict[str, Any] = {"recipe": self.recipe, "class_names": self.class_names}
             for suffix in (".pt", ".json"):
@@ -106,6 +109,7 @@ class CheckpointWriter:
             remove_old(self.folder, keep=self.keep, newest=step, on_remark=self._remark)
         except Exception as error:  # noqa: BLE001 - carried to the caller by `wait`
             self._error = error
+        self.last_write_s = (start, time.perf_counter())
 
 
 def write_checkpoint(

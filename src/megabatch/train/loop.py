@@ -23,6 +23,7 @@ from megabatch.train.observation import observation_event, step_measurements
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
 from megabatch.train.step import NonFiniteStepError, PendingStep, count_skipped, require_finite, start_step
+from megabatch.train.trace import span, traced_layers, write_trace
 
 
 def train(run: Run) -> Evaluation | None:
@@ -31,11 +32,15 @@ def train(run: Run) -> Evaluation | None:
     steps_before = run.state.step
     in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
     for settings, batches in steps(run):
+        traced = run.trace is not None and run.trace.begins(_steps_to_evaluation(run, settings, steps_before))
         try:
-            step = start_step(run, settings, batches)
+            with traced_layers(run, traced=traced) as layers:
+                step = start_step(run, settings, batches)
         except NonFiniteStepError as error:
             roll_back(run, error)
             continue
+        if run.trace is not None and traced:
+            run.trace.add_step(step, layers)
         in_flight.add(step)
         ended = run.state.step - steps_before == run.max_steps
         evaluates = ended or _evaluation_is_due(run, settings)
@@ -44,11 +49,14 @@ def train(run: Run) -> Evaluation | None:
         stop, overdue = in_flight.settle(wait_for_all=saves or copies)
         saves = saves or stop or overdue
         workers.after_step(step.clock.own_s, before_checkpoint=saves or copies)
-        evaluation = _evaluate(run) if evaluates else None
+        with span(run, "evaluation", shown=evaluates):
+            evaluation = _evaluate(run) if evaluates else None
         if saves or copies:
-            _save(run, evaluation, to_disk=saves, to_memory=copies)
+            with span(run, "checkpoint"):
+                _save(run, evaluation, to_disk=saves, to_memory=copies)
         if saves:
             bad_samples.synchronize()
+            write_trace(run)
         if stop or ended or run.stops_early:
             break
     return evaluation
@@ -183,6 +191,15 @@ def _evaluation_is_due(run: Run, settings: StepSettings) -> bool:
     before = (settings.first / recipe.num_train_images - recipe.eval_offset_epochs) / recipe.eval_every_epochs
     after = (run.state.samples_seen / recipe.num_train_images - recipe.eval_offset_epochs) / recipe.eval_every_epochs
     return math.floor(after + 1e-9) > max(-1, math.floor(before + 1e-9))
+
+
+def _steps_to_evaluation(run: Run, settings: StepSettings, steps_before: int) -> int:
+    """Steps from this one to the next evaluation, both included; as planned, if the batch grows."""
+    recipe, images = run.recipe, run.recipe.num_train_images
+    passed = math.floor((settings.first / images - recipe.eval_offset_epochs) / recipe.eval_every_epochs + 1e-9)
+    due = recipe.eval_offset_epochs + max(0, passed + 1) * recipe.eval_every_epochs
+    left = math.ceil((min(due * images, total_samples(recipe)) - settings.first) / settings.count - 1e-9)
+    return left if run.max_steps is None else min(left, run.max_steps - (settings.step - steps_before))
 
 
 def _checkpoint_is_due(run: Run, settings: StepSettings) -> bool:

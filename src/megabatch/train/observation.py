@@ -71,7 +71,7 @@ def step_measurements(step: "PendingStep") -> dict[str, Any]:
         phases["backward"] -= exposed_s
         phases["exchange"] = phases.get("exchange", 0.0) + exposed_s
     event: dict[str, Any] = {"phases_s": {phase: round(seconds, 6) for phase, seconds in phases.items()}}
-    event |= {key: value for key, value in step.exchange.items() if key not in {"buckets", "first_ready_s"}}
+    event |= {key: value for key, value in step.exchange.items() if key not in {"buckets", "stages", "first_ready_s"}}
     slots = step.rank_slots()
     if slots:
         event |= {"ranks_input_s": _spread(slots[::2]), "ranks_compute_s": _spread(slots[1::2])}

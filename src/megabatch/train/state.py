@@ -21,6 +21,7 @@ from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies
 from megabatch.train.precision import Precision
 from megabatch.train.schedule import StepSettings, settings_at, total_samples
+from megabatch.train.trace import Trace
 from megabatch.train.weight_copies import WeightCopies
 
 
@@ -226,6 +227,7 @@ class Run:
     exchange_report: Callable[[], dict[str, Any]] | None = None  # of one step's gradient exchange, for its event
     show_mistakes: Callable[[Sequence[Any], Mapping[str, Any]], None] | None = None  # on rank 0, at an evaluation
     device_use: Callable[[], dict[str, Any]] | None = None  # load of the processors for an event, on rank 0
+    trace: Trace | None = None
     num_rollbacks: int = 0
     compare_every_steps: int = 0  # steps between comparisons of the workers, 0 for none
     class_weights: torch.Tensor | None = None  # of the loss, on the device

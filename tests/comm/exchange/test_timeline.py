@@ -1,6 +1,4 @@
-"""The timeline's arithmetic, on given stamps, and its trace."""
-
-import json
+"""The timeline's arithmetic, on given stamps."""
 
 import pytest
 import torch
@@ -36,22 +34,16 @@ def test_a_step_without_exchange_is_all_zero():
         "num_buckets": 0,
         "bytes_on_wire": 0,
         "buckets": [],
+        "stages": [],
     }
 
 
-def test_the_trace_holds_buckets_and_phases_of_the_last_steps(tmp_path):
-    timeline = Timeline(keep_steps=2)
-    for _ in range(5):
-        two_buckets(timeline)
-        timeline.finish_step()
-    timeline.to_chrome_trace(tmp_path / "trace.json", rank=3)
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    spans = [event for event in events if event["ph"] == "X"]
-    assert len(spans) == 2 * 2 * 2
-    assert {span["pid"] for span in spans} == {3}
-    first = next(span for span in spans if span["name"] == "bucket 0")
-    assert first["dur"] == pytest.approx(30_000, rel=1e-3)
-    assert {span["name"] for span in spans} == {"bucket 0", "bucket 1", "ReduceScatter row"}
+def test_the_stages_of_a_bucket_are_reported_and_forgotten():
+    timeline = Timeline()
+    two_buckets(timeline)
+    stages = [(0, "ReduceScatter row", 10.001, 10.030), (1, "ReduceScatter row", 10.021, 10.045)]
+    assert timeline.finish_step()["stages"] == stages
+    assert timeline.finish_step()["stages"] == []
 
 
 def test_stamps_on_the_host_grow():

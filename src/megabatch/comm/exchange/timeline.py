@@ -6,12 +6,10 @@ A bucket is ready when the last of its gradients exists. Once the last bucket is
 compute, so the rest of the exchange is not hidden by computation.
 """
 
-import json
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -44,7 +42,8 @@ class BucketReport(TypedDict):
 class StepReport(TypedDict):
     """The exchange of one step; `bytes_on_wire` are sent by this rank, by the stages' formulas.
 
-    `first_ready_s` is the moment from which the buckets' times count, on `time.perf_counter`.
+    `first_ready_s` is the moment from which the buckets' times count, on `time.perf_counter`. `stages` are the parts of
+    the exchange on a CPU: bucket, name, start and end on that clock.
     """
 
     first_ready_s: float
@@ -52,22 +51,19 @@ class StepReport(TypedDict):
     num_buckets: int
     bytes_on_wire: int
     buckets: list[BucketReport]
+    stages: list[tuple[int, str, float, float]]
 
 
 class Timeline:
     """Records the buckets of each step: pass one to `ExchangeState` or `wrap`, and call `finish_step` every step.
 
     On a GPU the stamps are CUDA events and `finish_step` synchronizes with the last of them; train without a timeline
-    to avoid that. The last `keep_steps` steps are kept for `to_chrome_trace`.
+    to avoid that.
     """
 
-    def __init__(self, *, keep_steps: int = 100) -> None:
-        self._keep_steps = keep_steps
-        self._steps: list[list[BucketTimes]] = []
+    def __init__(self) -> None:
         self._open: list[BucketTimes] = []
         self._lock = threading.Lock()
-        # Traces of several ranks are merged by wall-clock time.
-        self._wall_offset_s = time.time() - time.perf_counter()
 
     def ready(self, index: int, numel: int, sent_bytes: float, device: torch.device) -> BucketTimes:
         """Starts the record of a bucket whose gradients exist now, and returns it."""
@@ -81,9 +77,11 @@ class Timeline:
         with self._lock:
             step, self._open = self._open, []
         if not step:
-            return {"first_ready_s": 0.0, "exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": []}
+            return {
+                "first_ready_s": 0.0, "exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": [],
+                "stages": [],
+            }  # fmt: skip
         _settle(step)
-        self._steps = [*self._steps, step][-self._keep_steps :]
         start = min(_s(b.ready) for b in step)
         exposed = max(_s(b.done) for b in step) - max(_s(b.ready) for b in step)
         return {
@@ -92,29 +90,8 @@ class Timeline:
             "num_buckets": len(step),
             "bytes_on_wire": round(sum(b.sent_bytes for b in step)),
             "buckets": [_describe(bucket, start) for bucket in step],
+            "stages": [(bucket.index, name, first, last) for bucket in step for name, first, last in bucket.phases],
         }
-
-    def to_chrome_trace(self, path: Path | str, *, rank: int = 0) -> None:
-        """Writes the recorded steps as a trace for chrome://tracing or ui.perfetto.dev, one row per bucket."""
-        events: list[dict[str, Any]] = [
-            {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}: gradient exchange"}}
-        ]
-        for number, step in enumerate(self._steps):
-            for bucket in step:
-                events += self._events(bucket, rank, number)
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-
-    def _events(self, bucket: BucketTimes, rank: int, step: int) -> list[dict[str, Any]]:
-        common = {"ph": "X", "pid": rank, "tid": bucket.index, "cat": "gradients"}
-        arguments = {"step": step, "numel": bucket.numel, "sent_bytes": round(bucket.sent_bytes)}
-        spans = [(f"bucket {bucket.index}", _s(bucket.ready), _s(bucket.done)), *bucket.phases]
-        return [
-            {**common, "name": name, "ts": self._us(start), "dur": max(1e6 * (end - start), 0.0), "args": arguments}
-            for name, start, end in spans
-        ]
-
-    def _us(self, seconds: float) -> float:
-        return 1e6 * (seconds + self._wall_offset_s)
 
 
 def stamp(device: torch.device) -> Stamp:
