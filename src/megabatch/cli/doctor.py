@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import SET_HELP, complete_recipe, parse_settings, runtime_options
+from megabatch.cli.completion import complete_recipe
+from megabatch.cli.options import Settings, parse_settings, runtime_options
 from megabatch.errors import SettingsError
 from megabatch.recipe import Recipe, override
 from megabatch.runtime import Runtime
@@ -33,7 +34,7 @@ def doctor(
             autocompletion=complete_recipe,
         ),
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    settings: Settings = None,
     seconds: Annotated[float, typer.Option(help="Seconds of each measurement.", min=0.01)] = 2.0,
 ) -> None:
     """Checks the installation. Or names the bottleneck of a run, or of a recipe, and prints what to change."""

@@ -5,6 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from megabatch.cli.completion import complete_from
 from megabatch.cli.options import require_choice
 
 FORMATS = ("safetensors", "torchvision", "onnx", "torch-export")
@@ -14,7 +15,9 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder (its best checkpoint), or a step-*.pt file.")
     ],
-    output_format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")],
+    output_format: Annotated[
+        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", autocompletion=complete_from(FORMATS))
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder of the file; default RUN/export.")] = None,
 ) -> None:
     """Exports a trained model. Writes it in the format of other programs, with a model card.

@@ -12,6 +12,7 @@ from megabatch import __version__
 from megabatch.cli.bench.allreduce import bench_allreduce
 from megabatch.cli.bench.input import bench_input
 from megabatch.cli.bench.step import bench_step
+from megabatch.cli.completion import join_bash_words
 from megabatch.cli.data import data_app
 from megabatch.cli.doctor import doctor
 from megabatch.cli.evaluate import evaluate
@@ -89,6 +90,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat what an error says in one line
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # a file in the current folder shadows no module of child processes
     sys.argv[1:] = [_expand_home(argument) for argument in _with_resume_value(sys.argv[1:])]
+    join_bash_words(os.environ)
     try:
         adopt_slurm_task()
         # A worker that waits for others in C++ code would not notice: there the signals keep their default action.

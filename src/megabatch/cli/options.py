@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from megabatch import recipes
+from megabatch.cli.completion import complete_from, complete_model, complete_setting
 from megabatch.errors import RecipeError, SettingsError
 from megabatch.runtime import Device, Runtime
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Choice = TypeVar("Choice", bound=str)
 
 SET_HELP = "KEY=VALUE of the recipe, as peak_lr=2; repeatable. `megabatch recipes NAME` shows every key."
+Settings = Annotated[list[str] | None, typer.Option("--set", help=SET_HELP, autocompletion=complete_setting)]
 HINTS = typing.get_type_hints(Runtime)
+DEVICES = typing.get_args(Device)
 _SWITCHES = {False: "off", True: "on"}
 CACHE_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Runtime)}["cache"]
 
@@ -63,7 +65,8 @@ def _parameter(field: dataclasses.Field[Any], text: str) -> inspect.Parameter:
         kind, default = str, facts["none"]  # a number or that word; `_parse` tells them apart
     limits = {} if kind not in {int, float} else {"min": facts["least"], "max": facts["most"]}
     kind = kind | None if default is None else kind
-    annotation = Annotated[kind, typer.Option(help=text, **limits)]  # type: ignore[valid-type]
+    words = complete_model if field.name == "model" else complete_from(choices) if choices else None
+    annotation = Annotated[kind, typer.Option(help=text, autocompletion=words, **limits)]  # type: ignore[valid-type]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -116,11 +119,6 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
             raise RecipeError(f"--set {key} was given twice ({settings[key]} and {value}); give it once")
         settings[key] = value
     return settings
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Returns the recipes whose names begin with `incomplete`, for shell completion."""
-    return [name for name in recipes.names() if name.startswith(incomplete)]
 
 
 def require_choice(option: str, given: str, choices: Sequence[Choice]) -> Choice:

@@ -9,7 +9,8 @@ import typer
 
 from megabatch import recipes
 from megabatch.cli.bench.allreduce import parse_shape
-from megabatch.cli.options import SET_HELP, parse_settings, require_choice
+from megabatch.cli.completion import complete_from, complete_recipe
+from megabatch.cli.options import Settings, parse_settings, require_choice
 from megabatch.cli.plan_output import Answer, print_answer
 from megabatch.cli.plan_output import as_json as answer_as_json
 from megabatch.errors import SettingsError
@@ -20,26 +21,41 @@ from megabatch.recipe import Recipe, override
 if TYPE_CHECKING:
     from megabatch.plan.planner import Choices
 
+WIRES = ("fp16", "fp32", "bf16")
 ALGORITHMS = ("auto", "flat", "hierarchical", "torus", "split_torus")
 
 
 def plan(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them. Not with --calibrate.")
+        str | None,
+        typer.Argument(
+            help="Name of a recipe; `megabatch recipes` lists them. Not with --calibrate.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     cluster: Annotated[str, typer.Option(help="Name of a cluster; an unknown name lists all.")] = "dgx_h100",
     workers: Annotated[str, typer.Option(help="Numbers of devices, comma-separated.")] = "8,16,64,256",
-    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    settings: Settings = None,
     local_batch: Annotated[
         str | None,
         typer.Option(help="Images per worker, or auto: the global batch grows with the workers, and so do the epochs."),
     ] = None,
-    all_reduce: Annotated[str, typer.Option(help=f"One of {', '.join(ALGORITHMS)}; auto takes the fastest.")] = "auto",
+    all_reduce: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(ALGORITHMS)}; auto takes the fastest.", autocompletion=complete_from(ALGORITHMS)
+        ),
+    ] = "auto",
     shape: Annotated[str | None, typer.Option(help="Ranks per row x ranks per column; default: the fastest.")] = None,
     bucket_mib: Annotated[
         float | None, typer.Option(help="MiB per bucket of gradients; default: the fastest.", min=0.001)
     ] = None,
-    wire: Annotated[str, typer.Option(help="Data type of gradients in the exchange: fp32, fp16, bf16.")] = "fp16",
+    wire: Annotated[
+        str,
+        typer.Option(
+            help="Data type of gradients in the exchange: fp32, fp16, bf16.", autocompletion=complete_from(WIRES)
+        ),
+    ] = "fp16",
     price: Annotated[float | None, typer.Option(help="Price of a device-hour, in any currency.", min=0)] = None,
     budget: Annotated[float | None, typer.Option(help="Largest cost of the run; needs --price.", min=0)] = None,
     deadline_min: Annotated[float | None, typer.Option(help="Longest time of the run, in minutes.", min=0)] = None,
@@ -111,7 +127,7 @@ def _choices(
         algorithm={"auto": None, "flat": "nccl"}.get(algorithm, algorithm),
         shape=parse_shape(shape),
         bucket_mib=bucket_mib,
-        wire=require_choice("--wire", wire, ("fp16", "fp32", "bf16")),
+        wire=require_choice("--wire", wire, WIRES),
         local_batch=_local_batch(local_batch),
     )
 

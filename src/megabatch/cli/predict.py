@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
+from megabatch.cli.completion import complete_from
 from megabatch.cli.options import require_choice, runtime_options
 from megabatch.errors import SettingsError
 from megabatch.files import printable
@@ -28,7 +29,12 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Images, folders of images at any depth, or tars of images.")],
     runtime: Runtime,
     output_format: Annotated[
-        str, typer.Option("--format", help="csv: a line per image and class; jsonl: a JSON object per image.")
+        str,
+        typer.Option(
+            "--format",
+            help="csv: a line per image and class; jsonl: a JSON object per image.",
+            autocompletion=complete_from(get_args(Format)),
+        ),
     ] = "csv",
     top: Annotated[int, typer.Option(help="Number of most likely classes per image.", min=1)] = 1,
 ) -> None:

@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megabatch import recipes as registry
-from megabatch.cli.options import SET_HELP, complete_recipe, parse_settings, require_choice
+from megabatch.cli.completion import complete_from, complete_recipe
+from megabatch.cli.options import Settings, parse_settings, require_choice
 from megabatch.cli.output import make_console
 from megabatch.observe.schedule_plot import plot_schedule, require_drawable
 from megabatch.recipe import Recipe, override
 from megabatch.recipe_file import to_toml
 
+FORMATS = ("table", "toml")
 MAX_TABLE_ROWS = 50
 
 
@@ -29,10 +31,13 @@ def recipes(
             autocompletion=complete_recipe,
         ),
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    settings: Settings = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of the schedule to this .svg or .png file.")] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="table, or toml: a file to edit and to train from.")
+        str,
+        typer.Option(
+            "--format", help="table, or toml: a file to edit and to train from.", autocompletion=complete_from(FORMATS)
+        ),
     ] = "table",
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True)] = False,
 ) -> None:
@@ -45,7 +50,7 @@ def recipes(
 
         typer.echo(as_markdown(), nl=False)
         return
-    chosen, console = require_choice("--format", output_format, ("table", "toml")), make_console()
+    chosen, console = require_choice("--format", output_format, FORMATS), make_console()
     if name is None:
         if plot or settings or chosen == "toml":
             raise typer.BadParameter(

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from megabatch import recipes
+from megabatch.cli.completion import complete_recipe
 from megabatch.cli.failure import one_line
-from megabatch.cli.options import SET_HELP, complete_recipe, find_device, parse_settings, runtime_options
+from megabatch.cli.options import Settings, find_device, parse_settings, runtime_options
 from megabatch.errors import STOPPED, SettingsError
 from megabatch.files import create_unused, write_text
 from megabatch.observe.run_folder import holds_run, require_no_run
@@ -43,7 +44,7 @@ def train(
         ),
     ],
     runtime: Runtime,
-    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
+    settings: Settings = None,
     steps: Annotated[
         int | None, typer.Option(help="Number of updates after which to evaluate, save and stop.", min=1)
     ] = None,

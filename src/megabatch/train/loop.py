@@ -98,7 +98,7 @@ class _InFlightSteps:
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled_at)
         self._settled_at = now
-        self._run.log(_step_event(self._run, step, seconds))
+        self._run.log(step_event(self._run, step, seconds))
         if observed := observation_event(self._run, step):
             self._run.log(observed)
 
@@ -128,7 +128,8 @@ def _plan(run: Run) -> Iterator[StepSettings]:
         first = settings.next_sample
 
 
-def _step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
+def step_event(run: Run, step: PendingStep, seconds: float) -> dict[str, Any]:
+    """The event of a step that took `seconds`."""
     settings = step.settings
     event: dict[str, Any] = {
         "event": "step",

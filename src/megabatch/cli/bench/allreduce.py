@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from megabatch.cli.options import require_choice
+from megabatch.cli.completion import complete_from
+from megabatch.cli.options import DEVICES, require_choice
 from megabatch.comm.autotune.choose import tuning_file
 from megabatch.errors import SettingsError
 from megabatch.runtime import AllReduce, Wire
@@ -39,8 +40,12 @@ def bench_allreduce(
         int, typer.Option(help="Local workers; under torchrun, torchrun's workers are used.", min=2)
     ] = 2,
     sizes: Annotated[str, typer.Option("--mib", help="MiB of fp32 gradients, comma-separated.")] = "1,10,100",
-    algorithms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ALGORITHMS),
-    wires: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16.")] = "fp32",
+    algorithms: Annotated[
+        str, typer.Option(help="Comma-separated.", autocompletion=complete_from(ALGORITHMS))
+    ] = ",".join(ALGORITHMS),
+    wires: Annotated[
+        str, typer.Option(help="Comma-separated: fp32, fp16, bf16.", autocompletion=complete_from(WIRES))
+    ] = "fp32",
     buckets: Annotated[str, typer.Option("--bucket-mib", help="MiB per bucket, comma-separated.")] = "25",
     shape: Annotated[
         str | None, typer.Option(help="Ranks per row x ranks per column, for example 4x2; default: hosts are rows.")
@@ -52,7 +57,7 @@ def bench_allreduce(
     table: Annotated[
         Path | None, typer.Option(help="File for --tune; default allreduce.json in ~/.cache/megabatch.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete_from(DEVICES))] = "auto",
     timeout_s: Annotated[float, typer.Option(help="Seconds after which a collective times out.", min=1)] = 300.0,
 ) -> None:
     """Times the gradient exchange. Each algorithm, bucket size and wire is timed; the slowest worker counts."""
@@ -73,7 +78,7 @@ def bench_allreduce(
         if code := run_local_workers(workers, sys.argv[1:]):
             raise typer.Exit(code)
         return
-    with join(device=require_choice("--device", device, ("auto", "cpu", "cuda")), timeout_s=timeout_s) as world:
+    with join(device=require_choice("--device", device, DEVICES), timeout_s=timeout_s) as world:
         _measure(world, plan)
 
 

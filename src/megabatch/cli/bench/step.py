@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megabatch import recipes
-from megabatch.cli.options import SET_HELP, parse_settings, require_choice
+from megabatch.cli.completion import complete_from, complete_recipe
+from megabatch.cli.options import DEVICES, Settings, parse_settings, require_choice
 from megabatch.errors import SettingsError
 from megabatch.files import write_text
 from megabatch.recipe import Recipe, override
@@ -47,12 +48,14 @@ class Measured:
 
 
 def bench_step(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.")] = "fashion_mnist",
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.", autocompletion=complete_recipe)
+    ] = "fashion_mnist",
     batch: Annotated[
         int | None, typer.Option(help="Images per step; default: a batch that runs in a few seconds.", min=1)
     ] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete_from(DEVICES))] = "auto",
     seconds: Annotated[float, typer.Option(help="Seconds of measurement, after warm-up.", min=0.1)] = 30.0,
     compile_model: Annotated[
         bool,
@@ -67,7 +70,7 @@ def bench_step(
     from megabatch.comm.launch import join
 
     chosen = override(recipes.get(recipe), parse_settings(settings or []))
-    with join(device=require_choice("--device", device, ("auto", "cpu", "cuda"))) as world:
+    with join(device=require_choice("--device", device, DEVICES)) as world:
         images = measured_batch_size(chosen, batch, images_at_224=256 if world.device.type == "cuda" else 32)
         variants = variants_to_measure(chosen, images, device=world.device.type, compiled=compile_model)
         typer.echo(f"{chosen.name}: {chosen.model}, a step of {images} images, on {world.device.type}")
