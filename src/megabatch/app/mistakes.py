@@ -33,7 +33,7 @@ def write_mistakes(path: Path, source: Source, mistakes: Sequence[Mistake], wher
             continue
         images.append(
             {
-                "name": image_name(source, mistake.index),
+                "name": "/".join(image_name(source, mistake.index).split("/")[-2:]),  # reports are passed on
                 "label": source.class_names[mistake.label],
                 "predicted": source.class_names[mistake.predicted],
                 "probability": round(mistake.probability, 4),

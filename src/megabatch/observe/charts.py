@@ -33,7 +33,11 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         _chart("Wait for input", "ms per update, rank 0", _each(runs, "step", "phases_s", "input", 1e3)),
         _chart("Exposed communication", "ms per update, rank 0", _each(runs, "step", "exposed_ms"), from_zero=True),
         _chart(
-            "CPU use", "share of the usable cores, rank 0", _each(runs, "observation", "cpu_utilization"), percent=True
+            "CPU use",
+            "share of the usable cores, rank 0",
+            _each(runs, "observation", "cpu_utilization"),
+            percent=True,
+            from_zero=True,
         ),
         _chart(
             "GPU use",
