@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--fusion", choices=("reference", "auto", "gram", "triton"), default="reference")
+    parser.add_argument("--fusion", choices=("reference", "auto", "triton"), default="reference")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", choices=("cifar10", "fashion_mnist"), default="cifar10")
     options = parser.parse_args()

@@ -63,7 +63,7 @@ CALLS: dict[int, tuple[Job, ...]] = {
         Job("optimizers", ("gpu_kernels.optimizers",), 30),
         Job("jpeg", ("gpu_checks.jpeg",), 90),
         Job("stem", ("gpu_kernels.stem",), 40),
-        Job("conv1x1", ("gpu_kernels.convolutions",), 60),
+        Job("norms", ("gpu_kernels.batch_norm",), 40),
         Job("sanitizer", ("gpu_checks.sanitizer",), 90, needs=("compute-sanitizer",)),
     ),
 }

@@ -70,7 +70,7 @@ def _train_on_jpegs(session: Session, case: str, decode: str) -> None:
 def sanitizer(session: Session) -> None:
     """compute-sanitizer over single kernels at tiny sizes: invalid accesses, and races in shared memory."""
     for tool in ("memcheck", "racecheck"):
-        for function in ("stem", "batch_norm", "convolutions"):
+        for function in ("stem", "batch_norm", "gram_products"):
             case = f"{tool}, {function}"
             session.guarded(case, functools.partial(_sanitized, session, case, tool, function))
 

@@ -1,12 +1,12 @@
 """Machine instructions of our kernels for an H200, per KB that they move: counted without a GPU.
 
-    python benchmarks/gpu_instructions.py [--batch 1024] [--library] [--gram]
+    python benchmarks/gpu_instructions.py [--batch 1024]
 
 Compiles each launch of a fused ResNet-50's forward and backward in float16 for compute capability 9.0, disassembles it,
 and prints per kernel and shape: calls in a step, MB moved by all of them, and warp-instructions per KB. A call's
 instructions are those of its code times its warps and programs; those of loops count once per tile. Both sides of a
-branch count. Bytes are its tensors, each once. Of the tilings of a 1x1 convolution the one with the fewest instructions
-is taken; those of many channels are bound by arithmetic, not by instructions per KB.
+branch count. Bytes are its tensors, each once. Products of many channels are bound by arithmetic, not by instructions
+per KB.
 
 A multiprocessor of an H200 gets 32.3 KB a microsecond at the copy rate and can issue about 7,600 instructions in it:
 235 per KB is the ceiling at four instructions per cycle; a kernel that reaches two stays at the copy rate up to 120.
@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_traffic import LIBRARY, fake_step, redirected
+from gpu_traffic import FIXED, fake_step, num_bytes, redirected
 from megabatch.kernels import tuning
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
@@ -34,11 +34,10 @@ from compile_for_hopper import Hopper, tool
 
 CEILING, GOAL = 235, 120
 """Warp-instructions per KB: four a cycle, and two a cycle, at an H200's copy rate."""
-OUTER = (("rows_per_part", "block_rows"), ("row_tiles_per_part",), ("num_parts", "block_parts"))
+OUTER = (("rows_per_part", "block_rows"), ("num_parts", "block_parts"))
 """Arguments that give the length of a kernel's outer loop, and of one step of it."""
-INNER = {"forward_kernel": ("inputs", "block_inputs"), "data_gradient_kernel": ("outputs", "block_outputs")}
-"""The same of the loop within."""
-PRODUCTS = {*INNER, "weight_gradient_kernel"}
+ALGEBRA = {"fold_kernel", "filter_gradient_kernel", "correction_kernel"}
+"""Kernels on filters, whose instructions do not grow with the rows."""
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*?);", re.M)
 _MOVES = re.compile(r"LD|ST|UTMA|HGMMA|HMMA")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
@@ -54,19 +53,19 @@ class Launch(NamedTuple):
 
     def shape(self) -> str:
         """Channels, or input and output channels, and rows of the tile."""
-        names = ("columns", "inputs", "outputs")
+        names = ("inner", "other_inner", "inputs", "columns", "outputs")
         return " -> ".join(str(self.values[name]) for name in names if name in self.values)
 
     def num_bytes(self) -> int:
         """Bytes of the tensors that it reads or writes, each once."""
-        tensors = {id(t): t for value in self.values.values() if (t := _tensor_of(value)) is not None}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return num_bytes(self.values.values())
 
     def num_instructions(self) -> float:
         """Warp-instructions of all programs."""
-        outer = next((_trips(self.values, *pair) for pair in OUTER if set(pair) <= self.values.keys()), 1)
-        inner = _trips(self.values, *INNER[self.name]) if self.name in INNER else 1
-        per_warp = weighted(instructions(_disassembled(self.kernel.asm["cubin"])), (outer, inner))
+        trips = next((_trips(self.values, *pair) for pair in OUTER if set(pair) <= self.values.keys()), 1)
+        if "inner" in self.values:
+            trips = _trips(self.values, "inner", "block_inner")
+        per_warp = weighted(instructions(_disassembled(self.kernel.asm["cubin"])), (trips,))
         return per_warp * self.programs * int(self.kernel.metadata.num_warps)
 
 
@@ -78,8 +77,8 @@ class Instruction(NamedTuple):
     target: int | None
 
 
-def compiled(count: int, pixels: int, dtype: torch.dtype, choices: tuning.Table, *, gram: bool = False) -> list[Launch]:
-    """Compiles every kernel that the step launches with these choices, or that they try; returns the launches."""
+def compiled(count: int, pixels: int, dtype: torch.dtype) -> list[Launch]:
+    """Compiles every kernel that the step launches; returns the launches."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction, MockTensor
 
@@ -89,22 +88,16 @@ def compiled(count: int, pixels: int, dtype: torch.dtype, choices: tuning.Table,
     def launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         grid = options["grid"]
         mocks = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in args]
-        code = run(kernel, *mocks, **{**options, "warmup": True})
+        others = {name: MockTensor(a.dtype) if isinstance(a, Tensor) else a for name, a in options.items()}
+        code = run(kernel, *mocks, **{**others, "warmup": True})
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         sizes = grid(values) if callable(grid) else grid
         launches.append(Launch(kernel.__name__, values, prod(sizes), code))
 
-    def cost(work: Callable[[], object]) -> float:
-        before = len(launches)
-        work()
-        tried = launches[before:]
-        del launches[before:]
-        return sum(t.num_instructions() for t in tried) if any(t.name in PRODUCTS for t in tried) else float("inf")
-
     driver.set_active(Hopper())
-    tuning.use_table(choices or tuning.Table(timer=cost))
+    tuning.use_table(tuning.Table(fixed=FIXED))
     with redirected(launch):
-        fake_step(count, pixels, dtype=dtype, gram=gram)()
+        fake_step(count, pixels, dtype=dtype)()
     tuning.use_table(None)
     return launches
 
@@ -141,12 +134,6 @@ def _trips(values: Mapping[str, Any], length: str, step: str = "") -> float:
     return max(1.0, -(-values[length] // values.get(step, 1)))
 
 
-def _tensor_of(value: Any) -> Tensor | None:
-    """The tensor itself, or that of a descriptor."""
-    base = getattr(value, "base", value)
-    return base if isinstance(base, Tensor) else None
-
-
 @functools.cache
 def _disassembled(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
@@ -159,6 +146,8 @@ def table(launches: Sequence[Launch]) -> str:
     """One line per kernel and shape, most bytes first."""
     groups: dict[tuple[str, str], list[Launch]] = defaultdict(list)
     for launch in launches:
+        if launch.name in ALGEBRA:
+            continue
         groups[launch.name, launch.shape()].append(launch)
     rows = []
     for (name, shape), group in groups.items():
@@ -177,12 +166,8 @@ def main() -> None:
     """Prints the table of a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1024, help="images (default 1024)")
-    parser.add_argument("--library", action="store_true", help="1x1 convolutions by torch")
-    parser.add_argument("--gram", action="store_true", help="batch norm from the Gram matrix; implies --library")
     chosen = parser.parse_args()
-    choices = tuning.Table(fixed=LIBRARY) if chosen.library or chosen.gram else None
-    launches = compiled(chosen.batch, 224, torch.float16, choices, gram=chosen.gram)
-    sys.stdout.write(table(launches) + "\n")
+    sys.stdout.write(table(compiled(chosen.batch, 224, torch.float16)) + "\n")
 
 
 if __name__ == "__main__":

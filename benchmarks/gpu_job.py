@@ -26,10 +26,8 @@ def main() -> None:
     import torch
 
     from gpu_session import LostError, Session
-    from megabatch.kernels.tuning import Table, use_table
 
     torch.backends.cudnn.benchmark = True  # for torch's convolutions and ours alike
-    use_table(Table(options.output / "kernels"))
     session = Session(options.name, torch.device(options.device), options.quick, options.output)
     if not options.warm:
         session.wait_for_go()

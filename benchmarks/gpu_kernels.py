@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import megabatch.kernels.bottleneck.conv1x1 as conv
 from gpu_session import Session
 from megabatch.bench.timing import Work
+from megabatch.kernels.bottleneck import products
+from megabatch.kernels.bottleneck.products import Epilogue, Term
 from megabatch.kernels.dispatch import has_triton
 from megabatch.kernels.norm.batch_norm import fused_bn_act
-from megabatch.kernels.norm.passes import Normalisation
 from megabatch.kernels.norm.stem import fused_bn_relu_pool
 from megabatch.observe.environment import describe
 from megabatch.optim.lamb import LAMB
@@ -24,16 +24,8 @@ from optimizer import resnet50_shapes
 
 NORMS = ((64, 112, False), (64, 56, False), (256, 56, True), (512, 28, True), (1024, 14, True), (2048, 7, True))
 """Channels, pixels and whether a residual is added, of ResNet-50's batch norms."""
-CONVOLUTIONS = (
-    (64, 256, 56),
-    (256, 64, 56),
-    (128, 512, 28),
-    (512, 128, 28),
-    (256, 1024, 14),
-    (1024, 256, 14),
-    (512, 2048, 7),
-)
-"""Input channels, output channels and pixels of its 1x1 convolutions."""
+BOTTLENECKS = ((64, 56), (128, 28), (256, 14), (512, 7))
+"""Input channels, a quarter of the output channels, and pixels of the last 1x1 convolutions of its blocks."""
 
 
 def ceilings(session: Session) -> None:
@@ -184,79 +176,45 @@ def _stem_pooling(session: Session) -> None:
         session.add(f"batch norm, ReLU, pooling, {name}", timing, **session.bandwidth(moved, timing))
 
 
-def convolutions(session: Session) -> None:
-    """1x1 convolutions: forward, data gradient and weight gradient, the best tiling of each, against torch's steps."""
-    for inputs, outputs, pixels in CONVOLUTIONS[:1] if session.quick else CONVOLUTIONS:
-        case = f"{inputs} -> {outputs}, {pixels}^2"
-        session.guarded(case, functools.partial(_conv, session, inputs, outputs, pixels, case))
-
-
-def _conv(session: Session, inputs: int, outputs: int, pixels: int, case: str) -> None:
-    count, dtype = 2 if session.quick else 256, session.dtype
-    pixels = 8 if session.quick else pixels
-    x = session.images(count, inputs, pixels, dtype)
-    dy = session.images(count, outputs, pixels, dtype, seed=1)
-    weight = (torch.randn(outputs, inputs, device=session.device) / inputs**0.5).to(dtype)
-    filters = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    ones = torch.ones(1, inputs, device=session.device)
-    given = Normalisation(torch.zeros_like(ones), ones, ones[0], torch.zeros(inputs, device=session.device))
-    h = functional.relu(x)
-    size, rows = x.element_size(), x.numel() // inputs
-    kinds = {
-        "forward": (conv.FORWARD_TILINGS, rows * (inputs + outputs) * size),
-        "data gradient": (conv.DATA_GRADIENT_TILINGS, rows * (2 * inputs + outputs) * size),
-        "weight gradient": (conv.WEIGHT_GRADIENT_TILINGS, rows * (inputs + outputs) * size),
-    }
-
-    def work(kind: str, tiling: conv.Tiling) -> Work:
-        options: dict[str, Any] = {"span": count, "tiling": tiling}
-        if kind == "forward":
-            return lambda: conv.conv1x1_forward(x, weight, normalisation=given, **options)
-        if kind == "data gradient":
-            return lambda: conv.conv1x1_data_gradient(dy, weight, x, given, **options)
-        return lambda: conv.conv1x1_weight_gradient(dy, x, normalisation=given, **options)
-
-    backward = (dy, h, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    plain: dict[str, Work] = {
-        "forward": lambda: functional.conv2d(h, filters),
-        "data gradient": lambda: torch.ops.aten.convolution_backward(*backward, [True, False, False]),
-        "weight gradient": lambda: torch.ops.aten.convolution_backward(*backward, [False, True, False]),
-    }
-    for kind, (tilings, moved) in kinds.items():
-        start = f"{case}, {kind}"
-        works = {f"{start}, torch, convolution alone": plain[kind]}
-        for tiling in tilings[:1] if session.quick else tilings:
-            works[f"{start}, fused {tiling.name()}"] = work(kind, tiling)  # may need more shared memory than exists
-        for name, timing in session.time(works).items():
-            session.add(name, timing, **session.bandwidth(moved, timing))
-
-
 def gram_products(session: Session) -> None:
-    """Products of batch norm from the Gram matrix (kernels/gram.py) by the library, with its epilogues, and by ours."""
-    for inputs, outputs, pixels in [shape for shape in CONVOLUTIONS if shape[1] == 4 * shape[0]][: session.quick or 9]:
-        case = f"{inputs} -> {outputs}, {pixels}^2"
-        session.guarded(case, functools.partial(_gram, session, inputs, outputs, pixels, case))
+    """Products of batch norm from the Gram matrix (kernels/gram.py) by our kernels and by the library."""
+    for inputs, pixels in BOTTLENECKS[: 1 if session.quick else None]:
+        case = f"{inputs} -> {4 * inputs}, {pixels}^2"
+        session.guarded(case, functools.partial(_gram, session, inputs, pixels, case))
 
 
-def _gram(session: Session, inputs: int, outputs: int, pixels: int, case: str) -> None:
-    count, pixels = (2, 8) if session.quick else (256, pixels)
-    images = [session.images(count, channels, pixels, session.dtype) for channels in (inputs, outputs, outputs)]
-    h, g, r = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in images)  # rows of pixels
-    weight = (torch.randn(outputs, inputs, device=session.device) / inputs**0.5).to(session.dtype)
-    small, bias = torch.randn(inputs, inputs, device=session.device).to(session.dtype), weight[:, 0].contiguous()
-    works: dict[str, tuple[Work, int]] = {
-        "h^T h": (lambda: h.T @ h, inputs),
-        "g^T h": (lambda: g.T @ h, inputs + outputs),
-        "h W^T": (lambda: h @ weight.T, inputs + outputs),
-        "relu(h W^T + b), epilogue": (lambda: torch._addmm_activation(bias, h, weight.T), inputs + outputs),
-        "h W^T + r, epilogue": (lambda: torch.addmm(r, h, weight.T), inputs + 2 * outputs),
-        "g W": (lambda: g @ weight, inputs + outputs),
-        "g W + h M, epilogue": (lambda: torch.addmm(g @ weight, h, small), 4 * inputs + outputs),
+def _gram(session: Session, inputs: int, pixels: int, case: str) -> None:
+    (count, pixels), outputs = (2, 8) if session.quick else (256, pixels), 4 * inputs
+    channels = (inputs, outputs, outputs, inputs)
+    h, g, r, dy = (session.images(count, n, pixels, session.dtype).permute(0, 2, 3, 1).flatten(0, 2) for n in channels)
+    filters = (torch.randn(1, outputs, inputs, device=session.device) / inputs**0.5).to(session.dtype)
+    small = torch.randn(1, inputs, inputs, device=session.device).to(session.dtype)
+    bias, options = torch.zeros(1, outputs, device=session.device), {"span_rows": len(h)}
+    mask = torch.full((len(h), outputs // 8), 255, dtype=torch.uint8, device=session.device)
+    makers: dict[str, tuple[Callable[[bool], object], int]] = {
+        "h^T h": (lambda ours: products.gram(h, h, triton=ours, **options), inputs),
+        "g^T h": (lambda ours: products.gram(g, h, triton=ours, **options), inputs + outputs),
+        "relu(h V^T + b + r)": (
+            lambda ours: products.product(Term(h, filters.mT), Epilogue(bias, r, True), triton=ours, **options),
+            inputs + 2 * outputs,
+        ),
+        "masked dy A + dr": (
+            lambda ours: products.product(
+                Term(dy, filters.mT), Epilogue(addend=r, relu_mask=mask), triton=ours, **options
+            ),
+            inputs + 2 * outputs,
+        ),
+        "g V + h M + c": (
+            lambda ours: products.product(
+                Term(g, filters), Epilogue(bias[:, :inputs]), other=Term(h, small), triton=ours, **options
+            ),
+            2 * inputs + outputs,
+        ),
     }
-    if session.is_cuda:
-        kernel = functools.partial(conv.conv1x1_weight_gradient, span=count, dtype=torch.float32, backend="triton")
-        works["h^T h, our kernel"] = (lambda: kernel(images[0], images[0]), inputs)
-        works["g^T h, our kernel"] = (lambda: kernel(images[1], images[0]), inputs + outputs)
-    columns = {f"{case}, {name}": number for name, (_, number) in works.items()}
-    for name, timing in session.time({f"{case}, {name}": work for name, (work, _) in works.items()}).items():
+    works, columns = {}, {}
+    for name, (make, number) in makers.items():
+        for way, ours in (("ours", True), ("library", False))[0 if session.is_cuda else 1 :]:
+            works[f"{case}, {name}, {way}"] = functools.partial(make, ours)
+            columns[f"{case}, {name}, {way}"] = number
+    for name, timing in session.time(works).items():
         session.add(name, timing, **session.bandwidth(len(h) * columns[name] * h.element_size(), timing))

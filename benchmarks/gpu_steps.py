@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +9,12 @@ from torch import Tensor
 
 from gpu_models import Half, Step, half_step, has_torchvision, our_model, plain_step, torchvision_model
 from gpu_session import Session, graph_of
-from gpu_traffic import LIBRARY, Kernel, Traffic, by_kind, kernel_choices
+from gpu_traffic import Kernel, Traffic, by_kind
 from megabatch import recipes
 from megabatch.bench.timing import measure
 from megabatch.cli.bench.step import Variant
 from megabatch.cli.bench.step import measure as measure_variants
 from megabatch.comm.launch import join
-from megabatch.kernels.tuning import Table, table, use_table
 from megabatch.nn.fused.fuse import Fusion
 from megabatch.recipe import override
 from megabatch.runtime import Runtime
@@ -28,14 +25,7 @@ ELEMENTS = 11.1e6
 BATCHES = (32, 1024)
 MEMORY_SHARES = {1024: 0.55, 256: 0.2, 32: 0.06}
 """Of the GPU's memory, for the warm-ups of the peer beside one another and beside the tests."""
-WAYS: dict[str, tuple[Fusion, Mapping[str, str] | None]] = {
-    "library": ("auto", LIBRARY),
-    "kernels": ("auto", kernel_choices()),
-    "gram": ("gram", LIBRARY),
-    "measured": ("auto", None),
-}
-"""1x1 convolutions by the library between our passes, by our kernels, by the Gram matrix, and by the fastest measured:
-fusion, and choices of `tuning.Table`."""
+WAYS: tuple[Fusion, ...] = ("auto", "plain")
 
 
 def batch(session: Session, count: int) -> tuple[Tensor, Tensor]:
@@ -70,15 +60,13 @@ def peer(session: Session, size: str) -> None:
 def ours(session: Session, dtype: str, size: str) -> None:
     """Our step by each of `WAYS`, as one CUDA graph."""
     count, type_here = 2 if session.quick else int(size), getattr(torch, dtype) if session.is_cuda else torch.bfloat16
-    measured = table()
+    for fusion in WAYS:
+        case = f"ours {fusion}, {dtype}, batch {size}"
 
-    def run(case: str, fusion: Fusion, fixed: Mapping[str, str] | None) -> None:
-        use_table(measured if fixed is None else Table(fixed=fixed))
-        _timed(session, case, int(size), count, our_step(session, count, fusion, type_here))
+        def run(case: str = case, fusion: Fusion = fusion) -> None:
+            _timed(session, case, int(size), count, our_step(session, count, fusion, type_here))
 
-    for way, (fusion, fixed) in WAYS.items():
-        case = f"ours {way}, {dtype}, batch {size}"
-        session.guarded(case, functools.partial(run, case, fusion, fixed))
+        session.guarded(case, run)
 
 
 def our_step(session: Session, count: int, fusion: Fusion, dtype: torch.dtype) -> Step:
@@ -110,25 +98,17 @@ def _add(session: Session, case: str, size: int, count: int, work: Step) -> None
 
 
 def compile_kernels(session: Session, dtype: str) -> None:
-    """Compiles, on one core, each kernel that a step of ours may launch or try, for the cache on disk."""
+    """Compiles, on one core, each kernel that a step of ours launches, for the cache on disk."""
     from gpu_instructions import compiled
 
     for count in (2,) if session.quick else (1024, 32, 256):
-        for gram in (False, True):
-            case = f"kernels, {dtype}, batch {count}{', Gram' if gram else ''}"
-            session.guarded(case, functools.partial(_compiled, session, case, compiled, count, gram, dtype))
+        case = f"kernels, {dtype}, batch {count}"
 
+        def run(case: str = case, count: int = count) -> None:
+            kernels = compiled(count, 32 if session.quick else 224, getattr(torch, dtype))
+            session.add(case, compiled=len(kernels))
 
-def _compiled(session: Session, case: str, compiled: Any, count: int, gram: bool, dtype: str) -> None:
-    every = Table(fixed=LIBRARY) if session.quick else Table(timer=_called)
-    kernels = compiled(count, 32 if session.quick else 224, getattr(torch, dtype), every, gram=gram)
-    session.add(case, compiled=len(kernels))
-
-
-def _called(work: Any) -> float:
-    """Stands for a timer: the candidate is run, so that its kernels are compiled."""
-    work()
-    return 1.0
+        session.guarded(case, run)
 
 
 def product(session: Session) -> None:
@@ -152,25 +132,19 @@ def _product(session: Session, case: str, size: int, precision: Any, world: Any)
 
 
 def profile(session: Session) -> None:
-    """Our fastest measured step by kernel: calls, time, bytes, share of the copy rate, gaps; and what was chosen."""
+    """Our step by kernel: calls, time, bytes, share of the copy rate, gaps."""
     for size in reversed(BATCHES):
-        for way in ("measured", "gram"):
-            case = f"{way}, batch {size}"
-            session.guarded(case, functools.partial(_profile, session, case, 2 if session.quick else size, way))
-    for path in sorted((session.output / "kernels").glob("*.json")):
-        for key, way in json.loads(path.read_text()).items():
-            session.add(key, way=way)
+        case = f"batch {size}"
+        session.guarded(case, functools.partial(_profile, session, case, 2 if session.quick else size))
 
 
-def _profile(session: Session, case: str, count: int, way: str) -> None:
-    fusion, fixed = WAYS[way]
-    use_table(Table(session.output / "kernels") if fixed is None else Table(fixed=fixed))
-    step = our_step(session, count, fusion, session.dtype)
+def _profile(session: Session, case: str, count: int) -> None:
+    step = our_step(session, count, "auto", session.dtype)
     for _ in range(3 if session.is_cuda else 1):
         step()
     with Traffic() as traffic:
         step()
-    moved = traffic.total_bytes()
+    moved = traffic.total().bytes
     session.add(f"{case}, all that the step moves", bytes=moved, bytes_per_image=moved / count)
     if not session.is_cuda:
         return

@@ -1,15 +1,13 @@
-"""What one training step must move and multiply, counted as it runs, by kinds of kernels whose names a profile shows.
+"""What one training step must move, counted as it runs, by kinds of kernels whose names a profile shows.
 
-    python benchmarks/gpu_traffic.py [--batch 32] [--pixels 224] [--kernels]
+    python benchmarks/gpu_traffic.py [--batch 32] [--pixels 224] [--fusion triton]
 
-As a script it counts the launches and the bytes of a fused ResNet-50's forward and backward in 16 bit, one JSON line a
-kind of kernel, on any machine with Triton: on tensors that hold no values, so nothing is computed. `--kernels`: with
-kernels of ours for 1x1 convolutions wherever they fit, which also apply batch norm's backward as they read; else with
-torch's convolutions between our passes.
+As a script it counts the launches and the bytes of a ResNet-50's forward and backward in 16 bit, one JSON line a kind
+of kernel, on any machine with Triton: on tensors that hold no values, so nothing is computed. `--fusion plain` counts
+torch's operations alone.
 
-Each kernel's bytes are what its arguments say: every large tensor that it reads or writes, once. Those of torch's
-operations other than convolutions are not counted: they are what a fused step should have none of. Each operation of
-torch that computes is taken for one launch, and a convolution's backward for one a gradient.
+A launch moves each tensor that it is given once. torch's batch norm reads its inputs twice, for sums and for results.
+Each operation of torch that computes is taken for one launch, and a convolution's backward for one per gradient.
 """
 
 import argparse
@@ -17,11 +15,10 @@ import functools
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -31,54 +28,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabatch.kernels import dispatch, tuning
-from megabatch.kernels.bottleneck import conv1x1, products, residual, tiles
-from megabatch.kernels.norm import join as join_passes
-from megabatch.kernels.norm import passes as norm_passes
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.fused import stem as fused_stem
-from megabatch.nn.fused.fuse import set_fusion
+from megabatch.nn.fused.fuse import Fusion, set_fusion
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.nn.resnet import resnet50
 
 CONVOLUTIONS = "torch's convolutions"
 OTHERS = "other operations of torch"
-PASSES: dict[tuple[ModuleType, str], str] = {
-    (norm_passes, "moments"): "moments_kernel",
-    (norm_passes, "normalise"): "normalise_kernel",
-    (norm_passes, "gradient_sums"): "gradient_sums_kernel",
-    (norm_passes, "input_gradient"): "input_gradient_kernel",
-    (join_passes, "join"): "join_kernel",
-    (join_passes, "join_gradient"): "join_gradient_kernel",
-    (join_passes, "two_input_gradients"): "two_input_gradients_kernel",
-    (conv1x1, "conv1x1_forward"): "forward_kernel",
-    (conv1x1, "conv1x1_data_gradient"): "data_gradient_kernel",
-    (conv1x1, "conv1x1_weight_gradient"): "weight_gradient_kernel",
-    (fused_stem, "fused_bn_relu_pool"): "pool_kernel",
-}
-"""Functions and the kernel that does their work."""
-LIBRARY = {**dict.fromkeys((*residual.TASKS, *residual.GRADIENTS), tuning.PLAIN), fused_stem.TASK: "4"}
-"""Fixed choices of `tuning.Table`: torch's convolutions between our passes, four channels of the stem's images."""
-FLOP: dict[str, Callable[[tuple[Any, ...]], int]] = {
-    "forward_kernel": lambda args: 2 * args[0].numel() * len(args[1]),
-    "data_gradient_kernel": lambda args: 2 * args[2].numel() * len(args[1]),
-    "weight_gradient_kernel": lambda args: 2 * args[1].numel() * args[0].shape[1],
-}
-"""Floating-point operations by the positional arguments."""
-RESIDENT_PROGRAMS = 264
-"""Two on each of the 132 multiprocessors of an H200."""
-OURS = (
-    *PASSES.values(),
-    "statistics_kernel",
-    "keep_kernel",
-    "add_parts_kernel",
-    "cross_entropy_kernel",
-    "norms_kernel",
-    "update_kernel",
-    "pool_gradient_sums_kernel",
-    "pool_input_gradient_kernel",
-)
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device"}
+FIXED = {fused_stem.TASK: "4"}
+"""Fixed choices of `tuning.Table`: four channels of the stem's images."""
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device", "promote_types"}
+READ_TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+"""Operations that read their first arguments twice, and how many."""
 _OF_CONVOLUTIONS = re.compile(r"cudnn|cutlass|xmma|cask|implicit|conv|wgrad|dgrad|gemm|nchwToNhwc|nhwcToNchw", re.I)
 
 
@@ -99,158 +62,103 @@ class Work:
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered, notes what our passes and torch's convolutions do."""
+    """While it is entered, notes what our kernels and torch's operations do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.work: dict[str, Work] = defaultdict(Work)
-        self.operations: Counter[str] = Counter()
-        self._saved: list[tuple[ModuleType, str, Any]] = []
-        self._inside = False
+        self._patched: Any = None
 
     def __enter__(self) -> "Traffic":
-        for (module, name), kind in PASSES.items():
-            function = getattr(module, name)
-            counted = self._counted(function, kind)
-            for place, attribute in list(_places(function)):
-                self._saved.append((place, attribute, function))
-                setattr(place, attribute, counted)
+        from triton.runtime.jit import JITFunction
+
+        run = JITFunction.run
+
+        def counted(kernel: Any, *args: Any, **options: Any) -> Any:
+            self._add(kernel.__name__, args)
+            return run(kernel, *args, **options)
+
+        self._patched = patch.object(JITFunction, "run", counted)
+        self._patched.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for module, name, function in self._saved:
-            setattr(module, name, function)
+        self._patched.stop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if num_launches(func, args):
-            self.operations[func.overloadpacket.__name__] += num_launches(func, args)
-        if not self._inside and func is torch.ops.aten.convolution.default:
+        name = func.overloadpacket.__name__
+        if name == "convolution":
             self._add(CONVOLUTIONS, [*args[:2], out], _products(args[1], out))
-        if not self._inside and func is torch.ops.aten.convolution_backward.default:
+        elif name == "convolution_backward":
             for wanted, others, result in zip(args[10], (args[2], args[1]), out, strict=False):
                 if wanted:
                     self._add(CONVOLUTIONS, [args[0], others, result], _products(args[2], args[0]))
+        elif _launches(func):
+            self._add(OTHERS, [*args, *(kwargs or {}).values(), out])
+            self.work[OTHERS].bytes += num_bytes(args[: READ_TWICE.get(name, 0)])
         return out
 
-    def total_bytes(self) -> int:
+    def total(self) -> Work:
         """Of all kinds."""
-        return sum(work.bytes for work in self.work.values())
-
-    def _counted(self, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        """The function, noted as one call of `kind`; what it calls in its turn is not."""
-
-        @functools.wraps(function)
-        def counted(*args: Any, **options: Any) -> Any:
-            outer, self._inside = self._inside, True
-            out = function(*args, **options)
-            self._inside = outer
-            if not outer:
-                self._note(kind, args, options, out)
-            return out
-
-        return counted
-
-    def _note(self, kind: str, args: tuple[Any, ...], options: Mapping[str, Any], out: Any) -> None:
-        given = list(_tensors([*args, *options.values()]))
-        if kind == "pool_kernel":
-            x, y = given[0], out[0]
-            places = y.numel()  # one byte each
-            self.work["moments_kernel"].calls += 1
-            self.work["moments_kernel"].bytes += _size(x)
-            self._add(kind, [x, y], 0, places)
-            self._add("pool_gradient_sums_kernel", [x, y], 0, places)
-            self._add("pool_input_gradient_kernel", [x, x, y], 0, places)
-            return
-        self._add(kind, [*given, *_tensors([out])], FLOP[kind](args) if kind in FLOP else 0)
-
-    def _add(self, kind: str, tensors: Iterable[Tensor], flop: int, more_bytes: int = 0) -> None:
-        work = self.work[kind]
-        work.calls += 1
-        work.bytes += sum(map(_size, tensors)) + more_bytes
-        work.flop += flop
-
-
-def _places(function: Any) -> Iterator[tuple[ModuleType, str]]:
-    """Modules of megabatch that hold the function, and under which name: some import it by name."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megabatch."):
-            yield from ((module, attribute) for attribute, value in vars(module).items() if value is function)
-
-
-def num_launches(func: Any, args: tuple[Any, ...]) -> int:
-    """Kernels that an operation of torch is taken for."""
-    if func is torch.ops.aten.convolution_backward.default:
-        return sum(args[10])
-    is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
-    return 0 if is_view or func.overloadpacket.__name__ in ALLOCATIONS else 1
-
-
-class Step(NamedTuple):
-    """Of one forward and backward."""
-
-    launches: Counter[str]
-    work: Mapping[str, Work]
+        return Work(*(sum(getattr(work, what) for work in self.work.values()) for what in ("calls", "bytes", "flop")))
 
     def rows(self, count: int) -> Iterator[dict[str, Any]]:
         """Each kind with its launches and megabytes an image, and all together."""
-        for kind in sorted(self.launches.keys() | self.work.keys(), key=lambda kind: -self.launches[kind]):
-            moved = self.work[kind].bytes if kind in self.work else 0
-            yield {"kind": kind, "launches": self.launches[kind], "mb_per_image": round(moved / count / 1e6, 2)}
-        moved = sum(work.bytes for work in self.work.values())
-        yield {"kind": "all", "launches": self.launches.total(), "mb_per_image": round(moved / count / 1e6, 1)}
+        kinds = sorted(self.work.items(), key=lambda item: -item[1].bytes)
+        for kind, work in (*kinds, ("all", self.total())):
+            yield {"kind": kind, "launches": work.calls, "mb_per_image": round(work.bytes / count / 1e6, 2)}
+
+    def _add(self, kind: str, values: Iterable[Any], flop: int = 0) -> None:
+        work = self.work[kind]
+        work.calls += 1
+        work.bytes += num_bytes(values)
+        work.flop += flop
 
 
-def count_step(count: int, pixels: int, *, kernels: bool) -> Step:
-    """Of a fused ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
-    launches: Counter[str] = Counter()
-    tuning.use_table(tuning.Table(fixed=kernel_choices() if kernels else LIBRARY))
-    with redirected(lambda kernel, *_: launches.update([kernel.__name__])), Traffic() as traffic:
-        step = fake_step(count, pixels)
-        launches.clear()
-        traffic.operations.clear()
-        step()
+def num_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among these values, and of those of descriptors; one that is given twice counts once."""
+    tensors = [t for value in values if (t := getattr(value, "base", value)) is not None]
+    sizes: dict[int, int] = {}
+    for value in tensors:
+        for t in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(t, Tensor):
+                place = t.untyped_storage()._cdata
+                sizes[place] = max(sizes.get(place, 0), t.numel() * t.element_size())
+    return sum(sizes.values())
+
+
+def _launches(func: Any) -> bool:
+    is_view = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
+    return not is_view and func.overloadpacket.__name__ not in ALLOCATIONS
+
+
+def count_step(count: int, pixels: int, fusion: Fusion) -> Traffic:
+    """Of a ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
+    tuning.use_table(tuning.Table(fixed=FIXED))
+    with redirected(lambda *_: None):
+        step = fake_step(count, pixels, fusion=fusion)
+        with Traffic() as traffic:
+            step()
     tuning.use_table(None)
-    missed = [kind for kind in PASSES.values() if traffic.work[kind].calls != launches[kind]]
-    if missed:
-        raise RuntimeError(
-            f"launches of {', '.join(missed)} whose bytes are not counted; list their function in PASSES"
-        )
-    for name, number in traffic.operations.items():
-        launches[CONVOLUTIONS if name.startswith("convolution") else OTHERS] += number
-    return Step(launches, traffic.work)
+    return traffic
 
 
-def fake_step(count: int, pixels: int, *, dtype: torch.dtype = torch.float16, gram: bool = False) -> Callable[[], None]:
-    """Forward and backward of a fused ResNet-50 on tensors without values; to be called within `redirected`."""
-    model = _half(resnet50(norm=functools.partial(SpanBatchNorm2d, span=count)), dtype)
+def fake_step(
+    count: int, pixels: int, *, dtype: torch.dtype = torch.float16, fusion: Fusion = "triton"
+) -> Callable[[], None]:
+    """Forward and backward of a ResNet-50 on tensors without values; to be called within `redirected`."""
+    norm: Any = nn.BatchNorm2d if fusion == "plain" else functools.partial(SpanBatchNorm2d, span=count)
+    model = _half(resnet50(norm=norm), dtype)
     collect_statistics(model)
-    set_fusion(model, "gram" if gram else "triton")
-    for part in model.modules():
-        if hasattr(part, "backend"):
-            part.backend = "triton"
+    set_fusion(model, fusion)
     images = torch.empty(count, 3, pixels, pixels, dtype=dtype).contiguous(memory_format=torch.channels_last)
     labels = torch.empty(count, dtype=torch.int64)
     return lambda: cross_entropy_sum(model(images), labels, label_smoothing=0.1, backend="triton").backward()
-
-
-def kernel_choices() -> dict[str, str]:
-    """As `LIBRARY`, with our kernels for 1x1 convolutions, which apply batch norm's backward as they read."""
-    fixed = {task: tilings[0].name() for task, tilings in _tilings().items()}
-    return {**LIBRARY, **fixed, **dict.fromkeys(residual.GRADIENTS, products.TOGETHER)}
-
-
-def _tilings() -> dict[str, tuple[conv1x1.Tiling, ...]]:
-    kinds = {
-        "forward": conv1x1.FORWARD_TILINGS,
-        "data": conv1x1.DATA_GRADIENT_TILINGS,
-        "weight": conv1x1.WEIGHT_GRADIENT_TILINGS,
-    }
-    return {task: kinds[task.split()[1]] for task in residual.TASKS}
 
 
 @contextmanager
@@ -262,7 +170,6 @@ def redirected(launch: Callable[[Any, tuple[Any, ...], dict[str, Any]], object])
         FakeTensorMode(),
         patch.object(JITFunction, "run", lambda kernel, *args, **options: launch(kernel, args, options)),
         patch.object(dispatch, "interprets", lambda: True),
-        patch.object(tiles, "_resident_programs", lambda _: RESIDENT_PROGRAMS),
     ):
         yield
 
@@ -290,7 +197,7 @@ def by_kind(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
 
 def kind_of(name: str) -> str:
     """Of a kernel as the profiler names it."""
-    if name in OURS:
+    if re.fullmatch(r"[a-z_]+_kernel", name):
         return name
     return CONVOLUTIONS if _OF_CONVOLUTIONS.search(name) else OTHERS
 
@@ -300,26 +207,14 @@ def _products(weight: Tensor, y: Tensor) -> int:
     return 2 * y.numel() * weight.numel() // weight.shape[0]
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
-
-
 def main() -> None:
     """One line a kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
     parser.add_argument("--pixels", type=int, default=224, help="their height and width (default 224)")
-    parser.add_argument("--kernels", action="store_true", help="our kernels for 1x1 convolutions wherever they fit")
+    parser.add_argument("--fusion", choices=("plain", "triton"), default="triton")
     chosen = parser.parse_args()
-    for row in count_step(chosen.batch, chosen.pixels, kernels=chosen.kernels).rows(chosen.batch):
+    for row in count_step(chosen.batch, chosen.pixels, chosen.fusion).rows(chosen.batch):
         sys.stdout.write(json.dumps(row) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +9,10 @@ import torch
 from norm_cases import step_sums
 from torch import Tensor, nn
 
-from megabatch.kernels import tuning
-from megabatch.kernels.bottleneck import conv1x1, products, residual
-from megabatch.kernels.bottleneck.tiles import Tiling
 from megabatch.kernels.norm import passes as norm_passes
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused import gram
 from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import last_norms
 from megabatch.nn.loss import cross_entropy_sum
@@ -25,24 +22,13 @@ from megabatch.nn.small import resnet8
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 COUNT, SPAN = 5, 2
-TILING = Tiling(32, 16, 16, 4, 3)
 SLACK = 1.5  # mean over two networks: which ReLUs flip by rounding is random
-
-
-@pytest.fixture
-def convolution_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes kernels compute every part of a bottleneck that they can, with tiles for small networks."""
-    for name in ("FORWARD_TILINGS", "DATA_GRADIENT_TILINGS", "WEIGHT_GRADIENT_TILINGS"):
-        monkeypatch.setattr(conv1x1, name, (TILING,))
-    together = dict.fromkeys(residual.GRADIENTS, products.TOGETHER)
-    tuning.use_table(tuning.Table(fixed={**dict.fromkeys(residual.TASKS, TILING.name()), **together}))
-    yield
-    tuning.use_table(None)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_passes, "TILE", 1024)
+    monkeypatch.setattr(gram, "ROWS_PER_CHANNEL", 0)
 
 
 def thin_bottlenecks(norm: Any) -> nn.Module:
@@ -100,7 +86,6 @@ def mean_errors(make: Any, pixels: int, dtype: torch.dtype, seeds: tuple[int, ..
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("convolution_kernels")
 def test_bottlenecks_of_kernels_are_as_close_to_float64_as_plain_ones() -> None:
     for fused, plain in mean_errors(thin_bottlenecks, 24, torch.float16, seeds=(1, 2)):
         assert plain < 0.2  # otherwise the comparison would mean nothing

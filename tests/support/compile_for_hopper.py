@@ -2,7 +2,7 @@
 
     python tests/support/compile_for_hopper.py [--all]
 
---all compiles every tiling of the convolutions, and sizes of 1; the default is one tiling of each. Prints one JSON
+--all compiles bottlenecks of every width, and sizes of 1; the default is one width. Prints one JSON
 line per compiled variant: registers per thread, bytes spilled to local memory, bytes of shared memory, and the number
 of machine instructions of each kind in INSTRUCTIONS. No kernel runs, so results of the calls are meaningless.
 """
@@ -127,14 +127,12 @@ def batch_norm() -> None:
 
 
 def join() -> None:
-    """Joins with and without a batch norm in the shortcut, and their gradients."""
+    """A residual join and its gradient."""
     from megabatch.kernels.norm import join as join_passes
 
     x, norm = images(256), normalisation(256)
-    for other in (None, norm):
-        _, relu_mask = join_passes.join(x, norm, x, residual_norm=other, span=2, triton=True)
-        join_passes.join_gradient(x, x, norm, relu_mask, addend=x, residual=x, residual_norm=other, span=2, triton=True)
-    join_passes.two_input_gradients(x, x, norm, x, norm, torch.zeros(1, 4, 256), span=2, triton=True)
+    _, relu_mask = join_passes.join(x, norm, x, span=2, triton=True)
+    join_passes.join_gradient(x, x, norm, relu_mask, span=2, triton=True)
 
 
 def stem() -> None:
@@ -148,7 +146,7 @@ def stem() -> None:
 
 def statistics() -> None:
     """One span, accumulated by the same launch, and several; both kinds of sinks."""
-    from megabatch.kernels.norm.passes import measure
+    from megabatch.kernels.norm.passes import moments
     from megabatch.kernels.statistics import RunningAverages, SpanSums
     from megabatch.kernels.step_averages import LayerStatistics, StepAverages
 
@@ -156,7 +154,7 @@ def statistics() -> None:
     averages = RunningAverages(*torch.zeros(2, 256).unbind(), torch.tensor(0), 0.1)
     for sink in (sums, averages):
         for span in (2, 1):
-            measure(images(256), span=span, eps=1e-5, sink=sink, backend="triton")
+            moments(images(256), span=span, eps=1e-5, sink=sink, triton=True)
     layers = [LayerStatistics(sums.first, sums.total, averages.mean, averages.var, averages.num_forwards)]
     kernels = StepAverages()
     for first in (True, False):
@@ -181,66 +179,34 @@ def crop() -> None:
     crop_and_resize([image], box, size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), backend="triton")
 
 
-def convolutions(*, every_tiling: bool = False) -> None:
-    """One tiling or all, each on a layer with as many channels as its tile is wide."""
-    import megabatch.kernels.bottleneck.conv1x1 as module
+def bottlenecks(*, every_width: bool = False) -> None:
+    """Ends of bottlenecks of one width or of all, with the first convolution of a next block, and shortcuts."""
+    from megabatch.kernels.gram import gram_conv1x1_norm
 
-    some = slice(None) if every_tiling else slice(1, 2)
-    for tiling in module.FORWARD_TILINGS[some]:
-        x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
-        for given in (normalisation(tiling.inputs), None)[: 2 if every_tiling else 1]:
-            module.conv1x1_forward(x, weight, span=2, normalisation=given, tiling=tiling, backend="triton")
-    # The data gradient has variants: behind a plain batch norm, a join, and a join with a batch norm in its shortcut.
-    for tiling in module.DATA_GRADIENT_TILINGS[some]:
-        x, weight = images(tiling.inputs), torch.zeros(tiling.outputs, tiling.inputs, dtype=torch.float16)
-        dy, given = images(tiling.outputs), normalisation(tiling.inputs)
-        bits = torch.zeros(x.numel() // tiling.inputs, tiling.inputs // 8, dtype=torch.uint8)
-        join = {"relu_mask": bits, "addend": x}
-        shortcut = {**join, "residual": x, "residual_norm": given}
-        for behind in ({}, join, shortcut)[: 3 if every_tiling else 1]:
-            for left in (None, *deferred_passes(dy))[:: 1 if every_tiling else 2]:
-                options = {"span": 2, "deferred": left, "tiling": tiling, "backend": "triton"}
-                module.conv1x1_data_gradient(dy, weight, x, given, **behind, **options)
-    for tiling in module.WEIGHT_GRADIENT_TILINGS[some]:
-        dy, x, given = images(tiling.outputs), images(tiling.inputs), normalisation(tiling.inputs)
-        for left in (None, *deferred_passes(dy))[:: 1 if every_tiling else 2]:
-            options = {"span": 2, "deferred": left, "tiling": tiling.with_deferred() if left else tiling}
-            module.conv1x1_weight_gradient(dy, x, normalisation=given, **options, backend="triton")
-
-
-def deferred_passes(y: torch.Tensor) -> list[Any]:
-    """Deferred batch norm backwards of a convolution's output y, without and with a ReLU."""
-    from megabatch.kernels.bottleneck.handover import DeferredNormBackward
-
-    return [
-        DeferredNormBackward(y, normalisation(y.shape[1]), torch.zeros(1, 2, y.shape[1]), relu)
-        for relu in (False, True)
-    ]
+    for inputs in (64, 128, 256, 512) if every_width else (128,):
+        x, residual = images(inputs).requires_grad_(), images(4 * inputs)
+        weight = torch.zeros(4 * inputs, inputs, 1, 1)
+        following = torch.zeros(inputs, 4 * inputs, 1, 1).requires_grad_()
+        vector, options = torch.ones(4 * inputs), {"span": 2, "backend": "triton"}
+        found = gram_conv1x1_norm(x, weight, vector, vector, residual=residual, next_weight=following, **options)
+        torch.autograd.backward([found.z, found.next_y], [found.z.detach(), found.next_y.detach()])
+        z = gram_conv1x1_norm(x, weight, vector, vector, relu=False, stride=(2, 2), **options).z
+        z.backward(z.detach())
 
 
 def sizes_of_one() -> None:
     """Sizes of 1: Triton specialises arguments equal to 1 as constants, which changes the compiled code."""
-    from megabatch.kernels.bottleneck.conv1x1 import (
-        Tiling,
-        conv1x1_data_gradient,
-        conv1x1_forward,
-        conv1x1_weight_gradient,
-    )
+    from megabatch.kernels.gram import gram_conv1x1_norm
     from megabatch.kernels.loss import cross_entropy_with_gradient
     from megabatch.kernels.norm.batch_norm import fused_bn_act
-    from megabatch.kernels.norm.passes import Normalisation
     from megabatch.optim.kernels.lars import LarsGroup, lars_step
 
     # One sample of one pixel: N, H, W, spans and parts are all 1.
-    one = torch.ones(1, 16, 1, 1, dtype=torch.bfloat16)
+    one = torch.ones(1, 16, 1, 1, dtype=torch.bfloat16).requires_grad_()
     vector, label = torch.ones(16), torch.zeros(1, dtype=torch.int64)
-    fused_bn_act(one.requires_grad_(), vector, vector, span=1, backend="triton")[0].backward(one)
+    fused_bn_act(one, vector, vector, span=1, backend="triton")[0].backward(one.detach())
     cross_entropy_with_gradient(one.flatten(1), label, mixed_labels=label, mix_weight=torch.ones(1), backend="triton")
-    given, tiling = Normalisation(vector[None], vector[None], vector, vector), Tiling(64, 64, 64, 4, 3)
-    weight = torch.ones(16, 16, dtype=torch.bfloat16)
-    conv1x1_forward(one, weight, span=1, normalisation=given, tiling=tiling, backend="triton")
-    conv1x1_data_gradient(one, weight, one, given, span=1, tiling=tiling, backend="triton")
-    conv1x1_weight_gradient(one, one, span=1, normalisation=given, tiling=tiling, backend="triton")
+    gram_conv1x1_norm(one, torch.ones(16, 16, 1, 1), vector, vector, span=1, backend="triton").z.backward(one.detach())
     for gradient in (torch.zeros(4), torch.zeros(5)[1:]):
         tensors = {name: [torch.zeros(4)] for name in ("weights", "buffers")}
         values = {name: torch.tensor(0.1) for name in ("lr", "momentum", "weight_decay", "previous_lr")}
@@ -267,7 +233,7 @@ def main() -> None:
     for kernels in ALL:
         kernels()
     everything = "--all" in sys.argv
-    convolutions(every_tiling=everything)
+    bottlenecks(every_width=everything)
     if everything:
         sizes_of_one()
     for kernel in found:

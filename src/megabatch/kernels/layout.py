@@ -1,5 +1,7 @@
 """Memory layout of tensors, for kernels that address memory directly and ignore strides."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,23 @@ def images_of(rows: Tensor, like: Tensor) -> Tensor:
     """Inverse of `rows_of`: a channels_last view (N, C, H, W), with N, H and W of `like` and C of `rows`."""
     count, _, height, width = like.shape
     return rows.view(count, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+class FilterLayout(NamedTuple):
+    """Shape, strides and dtype of a 1x1 filter, which its gradient must have as well: DDP needs equal strides."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "FilterLayout":
+        """The layout of this filter (K, C, 1, 1)."""
+        return cls(weight.shape, weight.stride(), weight.dtype)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """The gradient (K, C) or (K, C, 1, 1) in this layout."""
+        matrix = values.reshape(self.shape[:2]).to(self.dtype)
+        # In a 1x1 filter the strides of the last two axes are free, but differ between memory formats.
+        in_rows = self.stride[:2] == (self.shape[1], 1)
+        return matrix.as_strided(self.shape, self.stride) if in_rows else matrix.view(self.shape)

@@ -1,4 +1,4 @@
-"""Shortcuts of fused bottlenecks: their batch norm runs inside the join, or by itself where that is unsupported."""
+"""Chains of fused bottlenecks: which layers run as one operation, and that hooks, norms and spans are kept."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import torch
 from norm_cases import step_sums
 from torch import Tensor, nn
 
-from megabatch.kernels.norm import join as join_passes
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
+from megabatch.nn.fused import gram
 from megabatch.nn.fused.bottleneck import run_blocks
 from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.resnet import Bottleneck
@@ -45,16 +45,17 @@ def step(chain: nn.ModuleList) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry per join: True if the join normalised the residual."""
-    seen: list[bool] = []
-    join = join_passes.join
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Output channels of each convolution in the Gram form, and if it includes the next convolution."""
+    seen: list[tuple[int, bool]] = []
+    function = gram.gram_conv1x1_norm
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        seen.append(options.get("residual_norm") is not None)
-        return join(*arguments, **options)
+    def counted(x: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.append((len(weight), options["next_weight"] is not None))
+        return function(x, weight, *arguments, **options)
 
-    monkeypatch.setattr(join_passes, "join", counted)
+    monkeypatch.setattr(gram, "ROWS_PER_CHANNEL", 0)
+    monkeypatch.setattr(gram, "gram_conv1x1_norm", counted)
     return seen
 
 
@@ -69,19 +70,29 @@ def assert_same(one: nn.ModuleList, other: nn.ModuleList) -> None:
         torch.testing.assert_close(values, expected_statistics[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_join_normalises_the_output_of_the_shortcuts_convolution(joins: list[bool]) -> None:
+SHORTCUT, BRANCH, CHAINED = (16, False), (16, False), (16, True)
+
+
+def test_the_last_convolution_includes_the_first_of_the_next_block(calls: list[tuple[int, bool]]) -> None:
     plain = blocks()
     assert_same(fused(plain), plain)
-    assert joins == [True, False]
+    assert calls == [SHORTCUT, CHAINED, BRANCH]
 
 
-def test_a_shortcut_with_hooks_another_norm_or_another_span_runs_by_itself(joins: list[bool]) -> None:
-    for change in (add_hook, use_group_norm, use_another_span):
+def test_a_shortcut_with_hooks_another_norm_or_another_span_runs_by_itself(calls: list[tuple[int, bool]]) -> None:
+    for change, expected in ((add_hook, []), (use_group_norm, []), (use_another_span, [SHORTCUT])):
         plain = blocks()
         change(plain[0].downsample)
         assert_same(fused(plain), plain)
-        assert joins == [False, False], change.__name__
-        joins.clear()
+        assert calls == [*expected, CHAINED, BRANCH], change.__name__
+        calls.clear()
+
+
+def test_a_block_with_a_hook_computes_its_own_first_convolution(calls: list[tuple[int, bool]]) -> None:
+    plain = blocks()
+    plain[1].register_forward_hook(lambda *_: None)
+    assert_same(fused(plain), plain)
+    assert calls == [SHORTCUT, BRANCH, BRANCH]
 
 
 def add_hook(shortcut: nn.Sequential) -> None:
@@ -94,12 +105,6 @@ def use_group_norm(shortcut: nn.Sequential) -> None:
 
 def use_another_span(shortcut: nn.Sequential) -> None:
     shortcut[1] = SpanBatchNorm2d(16, span=SPAN + 1)
-
-
-def test_a_chain_whose_last_block_has_a_shortcut_is_joined(joins: list[bool]) -> None:
-    plain = blocks()[:1]
-    assert_same(fused(plain), plain)
-    assert joins == [False]  # the shortcut's batch norm ran before the join
 
 
 def test_weight_and_bias_of_two_batch_norms_share_no_memory() -> None:

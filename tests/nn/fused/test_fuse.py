@@ -16,7 +16,7 @@ from megabatch.errors import UserError
 from megabatch.nn.alexnet import alexnet, alexnet_bn
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, collect_statistics, finish_precise, finish_step
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
-from megabatch.nn.fused import bottleneck as fused_bottleneck
+from megabatch.nn.fused import gram as fused_gram
 from megabatch.nn.fused import norm_act as fused_norm_act
 from megabatch.nn.fused import stem as fused_stem
 from megabatch.nn.fused.fuse import set_fusion
@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(norm.num_features)
         return sink_of(norm, x)
 
-    for module in (fused_norm_act, fused_bottleneck, fused_stem):
+    for module in (fused_norm_act, fused_gram, fused_stem):
         monkeypatch.setattr(module, "sink_of", counted)
     return seen
 

@@ -88,7 +88,7 @@ def test_a_step_is_that_of_the_plain_model(calls: list[int], norm: str, collects
     plain = net(NORMS[norm], gamma=gamma)
     collect_statistics(plain, collects)
     model = copy.deepcopy(plain)
-    set_fusion(model, "gram")
+    set_fusion(model, "reference")
     assert_equal(step(model), step(plain))
     assert calls == CHANNELS
 
@@ -97,7 +97,7 @@ def test_bfloat16_autocast_gives_float32_gradients_near_the_plain_ones(calls: li
     plain = net(nn.BatchNorm2d)
     exact = step(copy.deepcopy(plain).double())
     results = []
-    for fusion in ("plain", "gram"):
+    for fusion in ("plain", "reference"):
         model = copy.deepcopy(plain)
         set_fusion(model, fusion)
         with torch.autocast("cpu", torch.bfloat16):
@@ -115,7 +115,7 @@ def test_layers_that_the_equations_do_not_cover_run_as_convolution_and_norm(call
     plain = net(nn.BatchNorm2d, blur_pool=True)
     plain.layer1[0].bn3.register_forward_hook(lambda *_: None)
     model = copy.deepcopy(plain)
-    set_fusion(model, "gram")
+    set_fusion(model, "reference")
     assert_equal(step(model), step(plain))
     assert calls == [256, 512]  # layer1's shortcut and layer2's branch; layer2's shortcut is blurred
     calls.clear()
@@ -129,23 +129,12 @@ def test_layers_that_the_equations_do_not_cover_run_as_convolution_and_norm(call
 def test_spans_of_few_rows_run_as_convolution_and_norm(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows per channel are 6 x 64 / 64 in the first stage, 6 x 16 / 256 in the shortcut of the second."""
     model = net(nn.BatchNorm2d)
-    set_fusion(model, "gram")
+    set_fusion(model, "reference")
     for limit, expected in ((6, [256, 256]), (7, []), (0.3, [256, 256, 512, 512])):
         monkeypatch.setattr(gram, "ROWS_PER_CHANNEL", limit)
         calls.clear()
         step(model)
         assert calls == expected
-
-
-def test_plain_after_gram_leaves_no_trace() -> None:
-    model = net(nn.BatchNorm2d)
-    before = {name: vars(part).keys() for name, part in model.named_modules()}
-    set_fusion(model, "gram")
-    assert model.layer1[0].gram
-    set_fusion(model, "auto")
-    assert not model.layer1[0].gram
-    set_fusion(model, "plain")
-    assert {name: vars(part).keys() for name, part in model.named_modules()} == before
 
 
 def shared_step(plain: nn.Module, counts: list[int], fusion: Any, collects: bool) -> dict[str, Tensor]:
@@ -170,7 +159,7 @@ def test_ranks_that_share_spans_train_as_one(calls: list[int], collects: bool) -
     plain = net(functools.partial(SpanBatchNorm2d, span=16))
     (expected,) = run_threads(1, shared_step, plain, [COUNT], "plain", collects)
     assert not calls
-    for found in run_threads(2, shared_step, plain, [4, 2], "gram", collects):
+    for found in run_threads(2, shared_step, plain, [4, 2], "reference", collects):
         assert_equal(found, expected)
     assert sorted(calls) == sorted(2 * CHANNELS)
 
@@ -178,6 +167,6 @@ def test_ranks_that_share_spans_train_as_one(calls: list[int], collects: bool) -
 def test_a_rank_without_samples_takes_part(calls: list[int]) -> None:
     plain = net(functools.partial(SpanBatchNorm2d, span=16))
     (expected,) = run_threads(1, shared_step, plain, [COUNT], "plain", False)
-    for found in run_threads(3, shared_step, plain, [4, 0, 2], "gram", False):
+    for found in run_threads(3, shared_step, plain, [4, 0, 2], "reference", False):
         assert_equal(found, expected)
     assert sorted(calls) == sorted(3 * CHANNELS)

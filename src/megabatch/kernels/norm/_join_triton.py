@@ -3,7 +3,6 @@
 
     z = relu(batch norm of x + r);   dz = dy where z > 0;   dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n)
 
-The residual r is a tensor or, with `two_norms`, the batch norm of a tensor by statistics of its own (`other_...`).
 Matrices, spans, parts, partial sums and the grid are those of `_batch_norm_triton`.
 
 `relu_mask` holds one bit per value of z, 1 where z > 0 or z is NaN: uint8 (num_rows, ceil(columns / 8)), where bit i
@@ -15,7 +14,6 @@ import triton.language as tl
 
 from megabatch.kernels.norm._batch_norm_triton import (
     _affine,
-    _input_gradient,
     _part_rows,
     _program_columns,
     _store_pair,
@@ -72,13 +70,8 @@ def join_kernel(
     rstd,
     weight,
     bias,
-    other_mean,
-    other_rstd,
-    other_weight,
-    other_bias,
     num_rows,
     span_rows,
-    two_norms: tl.constexpr,
     relu: tl.constexpr,
     columns,
     block_rows: tl.constexpr,
@@ -86,8 +79,7 @@ def join_kernel(
 ):
     """Join, forward: y = relu((x - mean) rstd weight + bias + r), and its ReLU mask. One program writes one tile.
 
-    x, residual, y (num_rows, columns); mean, rstd and other_mean, other_rstd (spans, columns); weight, bias and
-    other_weight, other_bias (columns,). r is `residual` or, with `two_norms`, its batch norm. Without `relu`,
+    x, residual, y (num_rows, columns); mean, rstd (spans, columns); weight, bias (columns,). Without `relu`,
     `relu_mask` is not written.
     """
     column, column_mask = _program_columns(columns, block_columns)
@@ -98,10 +90,6 @@ def join_kernel(
     mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
     scale = tl.load(weight + column, mask=column_mask, other=0.0) * inv_std
     values = _affine(values, mu, scale, tl.load(bias + column, mask=column_mask, other=0.0))
-    if two_norms:
-        mu, inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
-        scale = tl.load(other_weight + column, mask=column_mask, other=0.0) * inv_std
-        added = _affine(added, mu, scale, tl.load(other_bias + column, mask=column_mask, other=0.0))
     # Both terms are float32 here: the sum is rounded once, to y's dtype.
     values += added
     if relu:
@@ -119,33 +107,25 @@ def join_kernel(
 @triton.jit
 def join_gradient_kernel(
     dy,
-    addend,
     x,
-    residual,
     relu_mask,
     dz,
     partials,
     mean,
     rstd,
-    other_mean,
-    other_rstd,
     num_rows,
     span_rows,
     rows_per_part,
     num_parts,
-    has_addend: tl.constexpr,
-    two_norms: tl.constexpr,
     columns,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
     """Join, backward: dz, and sums of dz and of dz h over one part of a span. One program walks down one part.
 
-        dz = dy + addend where relu_mask is set, else 0;   h = (x - mean) rstd
+        dz = dy where relu_mask is set, else 0;   h = (x - mean) rstd
 
-    dy, addend, x, residual, dz (num_rows, columns); partials (spans, parts, 2, columns), float32. With `two_norms`,
-    partials is (spans, parts, 4, columns): behind x's two sums follow those for h of `residual` by its own
-    statistics. The sum of dz is then stored twice, so that each batch norm has a pair of its own.
+    dy, x, dz (num_rows, columns); partials (spans, parts, 2, columns), float32.
     """
     column, column_mask = _program_columns(columns, block_columns)
     first, count = _part_rows(num_rows, span_rows, rows_per_part, columns, block_columns)
@@ -154,16 +134,10 @@ def join_gradient_kernel(
     mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
     sums = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
-    if two_norms:
-        other_mu, other_inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
-        other_products = tl.zeros((block_rows, block_columns), dtype=tl.float32)
     for done in range(0, rows_per_part, block_rows):
         offset, mask = _tile_offsets(column, column_mask, done, count, columns, block_rows)
         gradient = tl.load(dy + base + offset, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
-        # The output's second gradient, e.g. of the next block's shortcut, is added before the mask.
-        if has_addend:
-            gradient += tl.load(addend + base + offset, mask=mask, other=0.0).to(tl.float32)
         row = done + tl.arange(0, block_rows)
         passes = _bits(bits, row, byte, count, columns, block_rows, block_columns)
         rounded = tl.where(passes, gradient, 0.0).to(dz.dtype.element_ty)
@@ -172,60 +146,5 @@ def join_gradient_kernel(
         gradient = rounded.to(tl.float32)
         sums += gradient
         products += gradient * tl.where(mask, (values - mu[None, :]) * inv_std[None, :], 0.0)
-        if two_norms:
-            added = tl.load(residual + base + offset, mask=mask, other=0.0).to(tl.float32)
-            other_products += gradient * tl.where(mask, (added - other_mu[None, :]) * other_inv_std[None, :], 0.0)
     total, product = tl.sum(sums, axis=0), tl.sum(products, axis=0)
-    pairs: tl.constexpr = 2 if two_norms else 1
-    _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns, pairs, 0)
-    if two_norms:
-        product = tl.sum(other_products, axis=0)
-        _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns, pairs, 1)
-
-
-@triton.jit
-def two_input_gradients_kernel(
-    dz,
-    x,
-    residual,
-    dx,
-    dresidual,
-    sums,
-    mean,
-    rstd,
-    weight,
-    other_mean,
-    other_rstd,
-    other_weight,
-    num_rows,
-    span_rows,
-    columns,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-):
-    """Input gradients of both batch norms of a join from one read of dz. One program writes one tile of each.
-
-        dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n),    and the same for dresidual with `other_...`
-
-    dz, x, residual, dx, dresidual (num_rows, columns); sums (spans, 4, columns) as `join_gradient_kernel` orders them.
-    """
-    column, column_mask = _program_columns(columns, block_columns)
-    first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
-    offset, mask = _tile_offsets(column, column_mask, 0, count, columns, block_rows)
-    base = first * columns
-    gradient = tl.load(dz + base + offset, mask=mask, other=0.0).to(tl.float32)
-    start = tl.program_id(1).to(tl.int64) * span_rows
-    size = tl.minimum(num_rows - start, span_rows).to(tl.float32)
-    pair = sums + tl.program_id(1) * 4 * columns
-    values = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
-    mu, inv_std = _load_statistics(mean, rstd, column, column_mask, columns)
-    scale = tl.load(weight + column, mask=column_mask, other=0.0) * inv_std
-    result = _input_gradient(gradient, values, mu, inv_std, scale, pair, size, column, column_mask, columns)
-    tl.store(dx + base + offset, result.to(dx.dtype.element_ty), mask=mask)
-    # The residual's batch norm: the second pair of sums, with the same dz still in registers.
-    values = tl.load(residual + base + offset, mask=mask, other=0.0).to(tl.float32)
-    mu, inv_std = _load_statistics(other_mean, other_rstd, column, column_mask, columns)
-    scale = tl.load(other_weight + column, mask=column_mask, other=0.0) * inv_std
-    pair += 2 * columns
-    result = _input_gradient(gradient, values, mu, inv_std, scale, pair, size, column, column_mask, columns)
-    tl.store(dresidual + base + offset, result.to(dresidual.dtype.element_ty), mask=mask)
+    _store_pair(partials, num_parts, total, product, column, column_mask, columns, block_columns)

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.kernels.bottleneck.handover import DeferredNormBackward, Handover
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.kernels.dispatch import Backend, use_triton
 from megabatch.kernels.norm import join as join_passes
@@ -66,7 +65,7 @@ def fused_bn_act(
         return y, mean, var
     # Moments are measured outside autograd; the gradient through them is part of `_NormAct`'s backward.
     found = passes.moments(x.detach(), span=span, eps=eps, triton=True, sink=sink)
-    y = norm_act_of(x, found, weight.float(), bias.float(), span=span, residual=residual, relu=relu, backend="triton")
+    y = _NormAct.apply(x, found, weight.float(), bias.float(), residual, span, relu)  # type: ignore[no-untyped-call]
     return y, found.mean, found.var
 
 
@@ -101,33 +100,6 @@ def _reference_of_span(x: Tensor, weight: Tensor, bias: Tensor, statistics: Tens
     return functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
-def norm_act_of(
-    x: Tensor,
-    moments: Moments,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    span: int,
-    residual: Tensor | None = None,
-    relu: bool = True,
-    defer_to: Handover | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Returns y of `fused_bn_act` for known moments of x, e.g. from a convolution that measured its output.
-
-    The gradient is that of the whole batch norm, through the moments too. With `defer_to`, backward defers its final
-    elementwise pass, dz to dx, to the convolution that wrote x (see `bottleneck.residual`); no other operation may
-    then use x.
-
-    Raises:
-        UserError: tensors of shapes or dtypes that do not agree.
-    """
-    check(x, weight, bias, residual, span, moments)
-    triton = use_triton(x, backend)
-    y: Tensor = _NormAct.apply(x, moments, weight, bias, residual, span, relu, defer_to, triton)  # type: ignore[no-untyped-call]
-    return y
-
-
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -139,15 +111,13 @@ class _NormAct(torch.autograd.Function):
         residual: Tensor | None,
         span: int,
         relu: bool,
-        defer_to: Handover | None,
-        triton: bool,
     ) -> Tensor:
         norm = Normalisation.of(moments, weight, bias)
+        ctx.options = {"span": span, "triton": True}
         if residual is None:
-            y, relu_mask = passes.normalise(x, norm, span=span, relu=relu, triton=triton), None
+            y, relu_mask = passes.normalise(x, norm, relu=relu, **ctx.options), None
         else:
-            y, relu_mask = join_passes.join(x, norm, residual, span=span, relu=relu, triton=triton)
-        ctx.options, ctx.defer_to = {"span": span, "triton": triton}, defer_to
+            y, relu_mask = join_passes.join(x, norm, residual, relu=relu, **ctx.options)
         ctx.relu, ctx.has_residual = relu, residual is not None
         # Without a residual, backward recomputes ReLU's mask from x; with one, it would have to read the residual.
         ctx.save_for_backward(x, *norm, relu_mask)
@@ -164,15 +134,10 @@ class _NormAct(torch.autograd.Function):
             dz, sums = dy, passes.gradient_sums(dy, x, norm, relu=relu, **ctx.options)
         else:
             dz, sums = join_passes.join_gradient(dy, x, norm, relu_mask, **ctx.options)
-        dx: Tensor | None = dz
         # Second pass: dx from dz, x and those sums.
-        if ctx.defer_to:
-            # `dx` is then still dz (or dy): the convolution before applies the last pass as it reads it.
-            ctx.defer_to.put(DeferredNormBackward(x, norm, sums, relu))
-        else:
-            dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
+        dx = passes.input_gradient(dz, x, norm, sums, relu=relu, **ctx.options) if ctx.needs_input_grad[0] else None
         dbias, dweight = over_spans(sums)
-        return dx, None, dweight, dbias, dz if ctx.has_residual else None, *(None,) * 4
+        return dx, None, dweight, dbias, dz if ctx.has_residual else None, None, None
 
 
 def over_spans(sums: Tensor) -> Tensor:
@@ -180,9 +145,7 @@ def over_spans(sums: Tensor) -> Tensor:
     return sums.sum(0) if len(sums) > 1 else sums[0]
 
 
-def check(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int, moments: Moments | None = None
-) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, span: int) -> None:
     """Raises UserError for tensors that a kernel, which checks no shapes, would read wrongly."""
     channels = x.shape[1] if x.ndim == 4 else None
     if channels is None or weight.shape != (channels,) or bias.shape != (channels,) or not x.numel():
@@ -196,8 +159,3 @@ def check(
         )
     if span < 1:
         raise UserError(f"span={span} was given, needed: 1 or more; span=32 works")
-    if moments is not None and any(values.shape != (-(-len(x) // span), channels) for values in moments):
-        raise UserError(
-            f"moments of {[tuple(values.shape) for values in moments]} were given with x {tuple(x.shape)} and "
-            f"span={span}, needed: three of {(-(-len(x) // span), channels)}, as norm.passes.measure returns them"
-        )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megabatch.kernels.dispatch import Backend, load, on_device, use_triton
+from megabatch.kernels.dispatch import load, on_device
 from megabatch.kernels.layout import images_of, rows_of
 from megabatch.kernels.statistics import StatisticsSink, has_kernel, keep_statistics, kernel_arguments, no_arguments
 
@@ -131,13 +131,6 @@ def moments(x: Tensor, *, span: int, eps: float, triton: bool, sink: StatisticsS
             rows, partials, cut.num_rows, cut.span_rows, cut.rows_per_part, cut.parts, **cut.block()
         )
         return combine_moments(partials, cut.num_rows, cut.span_rows, cut.rows_per_part, eps, sink)
-
-
-def measure(
-    x: Tensor, *, span: int, eps: float, sink: StatisticsSink | None = None, backend: Backend = "auto"
-) -> Moments:
-    """Runs `moments` with the implementation that `backend` selects."""
-    return moments(x, span=span, eps=eps, triton=use_triton(x, backend), sink=sink)
 
 
 def combine_moments(

@@ -11,7 +11,7 @@ from megabatch.nn.fused.models import FusedAlexNet, FusedBasicBlock, FusedResNet
 from megabatch.nn.resnet import BasicBlock, Bottleneck, ResNet
 from megabatch.nn.small import ResNet8
 
-Fusion = Literal["plain", "auto", "gram", "triton", "reference"]
+Fusion = Literal["plain", "auto", "triton", "reference"]
 Fused = FusedBasicBlock | FusedBottleneck | FusedResNet | FusedResNet8 | FusedAlexNet
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -38,21 +38,19 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
 
     - "plain": torch's operations, one after the other.
     - "auto": Triton kernels on a GPU, compiled C kernels on a CPU, else torch's operations. Both compute batch norm,
-      residual sum and ReLU as one operation. On a GPU, 1x1 convolutions of bottlenecks include the batch norms around
-      them; on a CPU, convolutions have compiled kernels too.
-    - "gram": as "auto", except that bottlenecks compute the batch norms behind their last 1x1 convolution and in the
-      shortcut from statistics of the convolution's input (`megabatch.kernels.gram`), where spans have enough rows; also
-      where ranks share spans. No GPU has run this form yet; on a CPU it is slower.
+      residual sum and ReLU as one operation. On a GPU, bottlenecks compute the batch norms behind their last 1x1
+      convolution and in the shortcut from statistics of the convolution's input (`megabatch.kernels.gram`), where spans
+      have enough rows, also where ranks share spans; on a CPU, convolutions have compiled kernels too.
     - "triton": the Triton kernels on every device; on a CPU this needs Triton's interpreter. For tests.
     - "reference": the equations of the Triton kernels in torch's operations, on every device. For tests.
 
     Fused are training forwards through nn.BatchNorm2d, or SpanBatchNorm2d with `group_size=1`, of float16, bfloat16 or
     float32 images (N, C, H, W); with "auto" only images in channels_last format, and no float16 on a CPU. All else
-    runs plain: evaluation, spans shared by several ranks, other norms, float64, layers with hooks, and whatever
+    runs plain: evaluation, other spans shared by several ranks, other norms, float64, layers with hooks, and whatever
     torch.compile traces. Fused forwards differ from plain ones by rounding, and have no second derivatives.
 
     Raises:
-        UserError: `fusion` is none of the five, or is not "plain" and the model has no block that can be fused.
+        UserError: `fusion` is none of the four, or is not "plain" and the model has no block that can be fused.
     """
     if fusion not in get_args(Fusion):
         raise UserError(
@@ -68,11 +66,7 @@ def set_fusion(model: nn.Module, fusion: Fusion = "auto") -> None:
         plain = _PLAIN.get(type(part), type(part))
         if fusion == "plain":
             part.__class__ = plain
-            for attribute in ("backend", "gram"):
-                vars(part).pop(attribute, None)
+            vars(part).pop("backend", None)
         else:
             part.__class__ = _FUSED[plain]
-            fused = cast(Fused, part)
-            fused.backend = "auto" if fusion == "gram" else fusion
-            if isinstance(fused, FusedBottleneck):
-                fused.gram = fusion == "gram"
+            cast(Fused, part).backend = fusion

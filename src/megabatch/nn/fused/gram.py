@@ -5,13 +5,13 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from megabatch.kernels.dispatch import Backend, use_triton
-from megabatch.kernels.gram import GramOutput, Group, gram_conv1x1_norm
-from megabatch.kernels.statistics import keep_statistics
+from megabatch.kernels.bottleneck.fold import Group
+from megabatch.kernels.dispatch import Backend
+from megabatch.kernels.gram import gram_conv1x1_norm
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 from megabatch.nn.batch_norm.own_spans import Normalised
 from megabatch.nn.fused.convolution import compute_type, convolve
-from megabatch.nn.fused.norm_act import TYPES, is_fusable, is_hooked, norm_act, sink_of, span_of
+from megabatch.nn.fused.norm_act import TYPES, is_fusable, is_hooked, norm_act, sink_of, span_of, supports
 
 ROWS_PER_CHANNEL = 8
 """Fewest rows of a span per channel of its convolution's input. With 8, the float32 products that a span takes whatever
@@ -24,20 +24,21 @@ def conv_norm_act(
     x: Tensor,
     *,
     backend: Backend,
-    gram: bool,
     residual: Tensor | None = None,
     relu: bool = True,
-) -> Tensor:
-    """relu(norm(conv(x)) + residual); with `gram` by statistics of x where the layers allow it.
+    following: nn.Module | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns z = relu(norm(conv(x)) + residual), by statistics of x where the GPU's kernels and the layers allow it.
 
-    Running statistics are updated as by norm(conv(x)), also those of spans that several ranks share.
+    Then also the output of `following`, a convolution of z, if it is a product too, else None. Running statistics are
+    updated as by norm(conv(x)), also those of spans that several ranks share.
     """
-    if not (gram and _supports(conv, norm, x, residual)):
-        return norm_act(norm, convolve(conv, x, backend), backend=backend, residual=residual, relu=relu)
+    if not (supports(x, backend) and _supports(conv, norm, x, residual)):
+        return norm_act(norm, convolve(conv, x, backend), backend=backend, residual=residual, relu=relu), None
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    down, across = conv.stride
-    images = x.to(compute_type(conv.weight))[:, :, ::down, ::across]
+    images = x.to(compute_type(conv.weight))
+    is_product = following is not None and is_pointwise(following) and following.stride == (1, 1)
     output = gram_conv1x1_norm(
         images,
         conv.weight,
@@ -47,20 +48,17 @@ def conv_norm_act(
         eps=norm.eps,
         residual=residual,
         relu=relu,
+        stride=(conv.stride[0], conv.stride[1]),
+        next_weight=following.weight if is_product and isinstance(following, nn.Conv2d) else None,
         group=Group(norm.process_group) if _is_shared(norm) else None,
+        sink=None if _is_shared(norm) else sink_of(norm, images),
         backend=backend,
     )
-    _keep(norm, images, output, backend)
-    return output.z
-
-
-def _keep(norm: nn.BatchNorm2d, images: Tensor, output: GramOutput, backend: Backend) -> None:
-    """Updates running statistics or the sums of a step."""
-    if not _is_shared(norm):
-        keep_statistics(sink_of(norm, images), output.mean, output.var, triton=use_triton(images, backend))
-        return
-    statistics = torch.cat([output.mean, output.var, output.counts[:, None].clamp(max=1)], dim=1)
-    norm.keep_spans(images, Normalised(output.z, list(statistics), output.counts))
+    if _is_shared(norm):
+        assert output.num_rows is not None
+        statistics = torch.cat([output.mean, output.var, output.num_rows.clamp(max=1)], dim=1)
+        norm.keep_spans(images, Normalised(output.z, list(statistics), output.num_rows[:, 0]))
+    return output.z, output.next_y
 
 
 def _supports(conv: nn.Module, norm: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
