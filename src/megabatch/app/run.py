@@ -31,7 +31,7 @@ from megabatch.interval import parse_interval
 from megabatch.nn.fused.fuse import can_fuse
 from megabatch.nn.loss import inverse_frequency_weights
 from megabatch.observe.device_use import DeviceUse
-from megabatch.observe.run_folder import MISTAKES_FILE
+from megabatch.observe.run_folder import MISTAKES_FILE, holds_run
 from megabatch.recipe import Recipe, fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
@@ -70,7 +70,7 @@ def open_run(
         tiles = span_tiles(recipe, runtime, world=world, micro_batch_size=wished)
         has_copies = runtime.memory_copy_every_steps > 0 and world.local_rank == 0
         if has_copies:
-            remove_outdated_copies(folder, resume=bool(runtime.resume))
+            remove_outdated_copies(folder, resume=bool(runtime.resume), has_run=holds_run(folder))
         log = open_run_log(recipe, runtime, folder, world=world, quiet=quiet, stack=stack)
         announce_measuring(log, world, stack)
         if runtime.resume:

@@ -58,10 +58,10 @@ def test_a_run_that_lost_its_disk_continues_from_memory_and_frees_it_at_the_end(
 
 def test_copies_of_a_deleted_run_or_of_another_job_are_not_used(tmp_path, monkeypatch, memory):
     run_until_step_4(tmp_path / "run", tiny_recipe(), monkeypatch)
-    remove_outdated_copies(tmp_path / "run", resume=True)
+    remove_outdated_copies(tmp_path / "run", resume=True, has_run=True)
     assert list(memory.iterdir())
     shutil.rmtree(tmp_path / "run")
-    remove_outdated_copies(tmp_path / "run", resume=True)
+    remove_outdated_copies(tmp_path / "run", resume=True, has_run=False)
     assert not list(memory.iterdir())
     own = copies_folder(tmp_path / "run")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")

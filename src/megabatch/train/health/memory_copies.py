@@ -15,7 +15,6 @@ import torch
 from megabatch.comm.launcher_environment import job_id
 from megabatch.errors import SettingsError
 from megabatch.files import require_own
-from megabatch.observe.run_folder import holds_run
 from megabatch.train.checkpoint import CheckpointWriter
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - the folder in it can be read by its owner only
@@ -28,12 +27,12 @@ def copies_folder(run_folder: Path) -> Path:
     return MEMORY / f"megabatch-{key[:24]}"
 
 
-def remove_outdated_copies(run_folder: Path, *, resume: bool) -> None:
-    """Removes the copies of an earlier run in the same folder.
+def remove_outdated_copies(run_folder: Path, *, resume: bool, has_run: bool) -> None:
+    """Removes the copies of an earlier run in the same folder; `has_run` if that folder holds a run.
 
     Where a job of one host finds no run in its folder, the run was deleted; elsewhere its disk may have been lost.
     """
-    if not resume or not (job_id() or holds_run(run_folder)):
+    if not resume or not (job_id() or has_run):
         remove_copies(run_folder)
 
 
