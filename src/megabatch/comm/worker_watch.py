@@ -99,8 +99,9 @@ class WorkerWatch:
                 if seen.get(path, (None, 0.0))[0] != beat:
                     seen[path] = (beat, now)
                 elif now - seen[path][1] > self._timeout_s:
-                    self.silent.append(f"worker {path.stem} was silent for {now - seen.pop(path)[1]:.0f} s")
-                    _kill(path)
+                    silent_s = now - seen.pop(path)[1]
+                    if _kill(path):
+                        self.silent.append(f"worker {path.stem} was silent for {silent_s:.0f} s")
 
     def _beats(self) -> Iterator[tuple[Path, tuple[int, int]]]:
         for path in self._folder.glob(f"*{_SUFFIX}"):
@@ -117,9 +118,11 @@ def _cpu_ticks(number: str) -> int:
         return 0
 
 
-def _kill(path: Path) -> None:
-    """Kills the worker of a beat file, and removes the file so that its process id is not used again."""
+def _kill(path: Path) -> bool:
+    """Kills the worker of a beat file, and removes the file so that its process id is not used again; True if it ran."""
     with contextlib.suppress(OSError, ValueError):  # it has ended, or has not yet written its process id
         number = int(path.read_text())
         path.unlink()
         os.kill(number, signal.SIGKILL)
+        return True
+    return False
