@@ -119,7 +119,7 @@ def _cpu_ticks(number: str) -> int:
 
 
 def _kill(path: Path) -> bool:
-    """Kills the worker of a beat file, and removes the file so that its process id is not used again; True if it ran."""
+    """Kills the worker of a beat file; True if it was running. Removes the file: its process id may be used again."""
     with contextlib.suppress(OSError, ValueError):  # it has ended, or has not yet written its process id
         number = int(path.read_text())
         path.unlink()
