@@ -42,7 +42,7 @@ class HostFault:
 
 @dataclass(frozen=True)
 class HostRecovery:
-    """Outcome of a fault: the last step before it, the step that the run continued from, seconds from the new host to a step."""
+    """Outcome of a fault: the step that the run continued from, and seconds from the new host to the next step."""
 
     fault: HostFault
     at_step: int
