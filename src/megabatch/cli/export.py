@@ -19,6 +19,9 @@ def export(
         str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", autocompletion=complete_from(FORMATS))
     ],
     output: Annotated[Path | None, typer.Option(help="Folder of the file; default RUN/export.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="FILE.py:FUNCTION that made the model; runs the file. Only for such a model.")
+    ] = None,
 ) -> None:
     """Exports a trained model. Writes it in the format of other programs, with a model card.
 
@@ -36,10 +39,10 @@ def export(
     info, state = open_checkpoint(checkpoint)
     run = checkpoint if checkpoint.is_dir() else info.path.parent.parent
     folder = output or run / "export"
+    trained, path = trained_model(info, state, model), folder / FORMS[chosen].file
     folder.mkdir(parents=True, exist_ok=True)
-    model, path = trained_model(info, state), folder / FORMS[chosen].file
-    difference = write(model, path, chosen)
-    write_text(folder / "README.md", model_card(model, folder))
+    difference = write(trained, path, chosen)
+    write_text(folder / "README.md", model_card(trained, folder))
     typer.echo(
         f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB; logits differ by {difference:.1g} from the checkpoint's) "
         f"and {folder / 'README.md'}"

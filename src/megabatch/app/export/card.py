@@ -9,12 +9,13 @@ from megabatch.app.export.formats import FORMATS
 from megabatch.app.export.trained import Trained
 from megabatch.files import printable
 from megabatch.recipe import Recipe
+from megabatch.user_code import is_function
 
 _USE = {
     "model.safetensors": """\
 ```python
 import safetensors.torch
-network = megabatch.create_model({create})
+{create}
 network.load_state_dict(safetensors.torch.load_file("model.safetensors"))  # its input is normalised, see above
 ```""",
     "torchvision.pth": """\
@@ -76,17 +77,31 @@ def _training(recipe: Recipe) -> str:
 
 def _use(file: str, model: Trained) -> str:
     recipe = model.recipe
-    eps = "" if recipe.bn_eps == BatchNorm2d(1).eps else f"functools.partial(torch.nn.BatchNorm2d, eps={recipe.bn_eps})"
-    create = f'"{recipe.model}", num_classes={recipe.num_classes}, in_channels={recipe.image_channels}'
-    create += f", norm={eps}" if eps else ""
+    return _USE[file].format(
+        create=_creation(recipe),
+        model=recipe.model,
+        torchvision=f"num_classes={recipe.num_classes}" + (f", norm_layer={_norm(recipe)}" if _norm(recipe) else ""),
+        channels=recipe.image_channels,
+        side=recipe.eval_resolution,
+    )
+
+
+def _norm(recipe: Recipe) -> str:
+    """Python code of the model's norm; empty for torch's default."""
+    default = recipe.bn_eps == BatchNorm2d(1).eps
+    return "" if default else f"functools.partial(torch.nn.BatchNorm2d, eps={recipe.bn_eps})"
+
+
+def _creation(recipe: Recipe) -> str:
+    """Python code that makes the untrained network."""
+    sizes = f"num_classes={recipe.num_classes}, in_channels={recipe.image_channels}"
+    if is_function(recipe.model):
+        file, function = recipe.model.rsplit(".py:", 1)
+        return f"from {file} import {function}  # {file}.py is not part of this export\nnetwork = {function}({sizes})"
+    create = f'"{recipe.model}", {sizes}'
+    create += f", norm={_norm(recipe)}" if _norm(recipe) else ""
     create += f", width={recipe.width}" if recipe.model == "resnet8" else ""
     create += ", blur_pool=True" if recipe.blur_pool else ""
     create += f", image_size={int(max(value for _, value in recipe.resolution))}"
     create += f', stem="{recipe.stem}"' if recipe.stem != "auto" else ""
-    return _USE[file].format(
-        create=create,
-        model=recipe.model,
-        torchvision=f"num_classes={recipe.num_classes}" + (f", norm_layer={eps}" if eps else ""),
-        channels=recipe.image_channels,
-        side=recipe.eval_resolution,
-    )
+    return f"network = megabatch.create_model({create})"

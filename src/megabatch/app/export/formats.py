@@ -74,7 +74,7 @@ def _read_torchvision(model: Trained, path: Path) -> Logits:
 
 
 def _with_weights(model: Trained, weights: dict[str, Tensor]) -> Logits:
-    network = plain_network(model.recipe)
+    network = plain_network(model.recipe, model.code)
     network.load_state_dict(weights)
     return PixelModel(network.requires_grad_(False), model.recipe).eval()
 

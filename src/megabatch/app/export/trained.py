@@ -43,6 +43,7 @@ class Trained:
     info: CheckpointInfo
     recipe: Recipe
     pixel_model: PixelModel
+    code: str | None = None  # FILE.py:FUNCTION that the user named
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -76,16 +77,17 @@ class Trained:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def plain_network(recipe: Recipe) -> nn.Module:
+def plain_network(recipe: Recipe, code: str | None = None) -> nn.Module:
     """The recipe's untrained network of torch.nn's layers, in evaluation mode; its state dict has the same keys."""
-    return make_model(recipe).eval()
+    return make_model(recipe, code).eval()
 
 
-def trained_model(info: CheckpointInfo, state: dict[str, Any]) -> Trained:
-    """The checkpoint's model, with averaged weights where the recipe averages them."""
+def trained_model(info: CheckpointInfo, state: dict[str, Any], code: str | None = None) -> Trained:
+    """The checkpoint's model, with averaged weights where the recipe averages them.
+
+    A model that a user's function made needs `code`, the same FILE.py:FUNCTION, whose file is run.
+    """
     recipe = from_json(info.recipe)
-    network = plain_network(recipe)
-    network.load_state_dict(
-        load_for_evaluation(recipe, Runtime(channels_last=False), state, world=World()).state_dict()
-    )
-    return Trained(info, recipe, PixelModel(network.requires_grad_(False), recipe).eval())
+    network, runtime = plain_network(recipe, code), Runtime(channels_last=False, model=code)
+    network.load_state_dict(load_for_evaluation(recipe, runtime, state, world=World()).state_dict())
+    return Trained(info, recipe, PixelModel(network.requires_grad_(False), recipe).eval(), code)
