@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from limits import HANG_S
-from ranks import run_processes, run_threads
+from ranks import free_port, run_processes, run_threads
 
 from megabatch.comm.launch import World, _wait_for_threads, join, on_rank0
 from megabatch.cores import usable_cores
@@ -44,9 +44,9 @@ def test_shutdown_waits_for_busy_threads_but_not_for_sleeping_ones():
     thread.join()
 
 
-def fail_within_a_world():
+def fail_within_a_world(port):
     dist.destroy_process_group()  # the test's group; `join` creates a new one
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
     try:
         with join(device="cpu"):
             raise ArithmeticError
@@ -56,7 +56,7 @@ def fail_within_a_world():
 
 @pytest.mark.multiprocess
 def test_an_error_destroys_the_process_group_too():
-    assert run_processes(1, fail_within_a_world) == [False]
+    assert run_processes(1, fail_within_a_world, free_port()) == [False]
 
 
 def test_join_restores_the_threads_and_the_denormal_mode():
@@ -99,10 +99,10 @@ def test_a_decision_of_rank_0_or_its_error_reaches_every_rank():
     assert {kind for kind, _ in run_threads(3, decide, PermissionError(13, "denied", "/a"))} == {PermissionError}
 
 
-def lose_rank_1():
+def lose_rank_1(port):
     dist.destroy_process_group()  # the test's group; `join` creates a new one
     rank = os.environ["RANK"]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     try:
         with join(device="cpu"):
             dist.barrier()
@@ -116,4 +116,4 @@ def lose_rank_1():
 
 @pytest.mark.multiprocess
 def test_a_lost_connection_is_a_peer_error():
-    assert "the connection to another worker was lost" in run_processes(2, lose_rank_1, may_die=[1])[0]
+    assert "the connection to another worker was lost" in run_processes(2, lose_rank_1, free_port(), may_die=[1])[0]

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -48,6 +49,13 @@ SUPPORT = Path(__file__).resolve().parent
 
 class RankError(AssertionError):
     """A rank failed, died or did not finish in time; the message names the rank and the reason."""
+
+
+def free_port() -> str:
+    """A port on which nothing listened a moment ago, for MASTER_PORT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def run_threads(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = HANG_S) -> list[Any]:

@@ -14,6 +14,7 @@ from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.arrays import ArraySource
+from megabatch.errors import SettingsError
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
 from megabatch.train.state import Loader, Run
@@ -122,7 +123,14 @@ def measured_batch_size(recipe: Recipe, wanted: int | None, *, images_at_224: in
     """Returns the number of images of a measured step, a multiple of `bn_span`.
 
     It is `wanted`, or the work of about `images_at_224` images of 224 pixels, at most the recipe's last batch.
+
+    Raises:
+        SettingsError: `wanted` is not a multiple of `bn_span`.
     """
+    span = recipe.bn_span
+    if wanted and wanted % span:
+        near = max(1, round(wanted / span)) * span
+        raise SettingsError(f"--batch {wanted}: needed a multiple of bn_span={span}; --batch {near} works")
     pixels = max(value for _, value in recipe.resolution)
-    default = min(recipe.batch_at(recipe.total_epochs), max(recipe.bn_span, int(images_at_224 * (224 / pixels) ** 2)))
-    return max(1, (wanted or default) // recipe.bn_span) * recipe.bn_span
+    default = min(recipe.batch_at(recipe.total_epochs), max(span, int(images_at_224 * (224 / pixels) ** 2)))
+    return wanted or max(1, default // span) * span

@@ -59,6 +59,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
     from megabatch.app.load import load_for_evaluation
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.comm.launch import join
+    from megabatch.data.sources.labels import ClassNote
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import Mistake, eval_block_size
@@ -86,7 +87,8 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
             mistakes=mistakes if details else None,
         )
         if world.is_first:
-            for remark in [*data.notes, *remarks]:
+            notes = [note for note in data.notes if not isinstance(note, ClassNote)]
+            for remark in [*notes, *remarks]:
                 typer.echo(printable(remark), err=True)
             typer.echo(
                 f"step {info.step:,}  epoch {info.epoch:.2f}  loss {result.loss:.4f}  top5 {result.top5:.4f}  "

@@ -7,6 +7,7 @@ import torch
 from command_line import error_line, megabatch, megabatch_process
 
 from megabatch import recipes
+from megabatch.bench.synthetic_step import measured_batch_size
 from megabatch.bench.timing import Timing
 from megabatch.cli.bench.step import Measured, Variant, table, variants_to_measure
 from megabatch.runtime import Runtime
@@ -42,6 +43,14 @@ def test_every_variant_is_measured_and_the_options_of_the_fastest_are_printed(tm
 def test_invalid_input_prints_one_line_and_exits_with_code_2(arguments, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert error_line(megabatch("bench", "step", *arguments))
+
+
+def test_a_batch_that_is_no_multiple_of_the_span_is_refused_with_one_that_is():
+    assert "--batch 512 works" in error_line(megabatch("bench", "step", "fashion_mnist", "--batch", 500))
+    assert "--batch 128 works" in error_line(megabatch("bench", "step", "fashion_mnist", "--batch", 3))
+    recipe = recipes.get("fashion_mnist")
+    assert measured_batch_size(recipe, 256, images_at_224=1) == 256
+    assert measured_batch_size(recipe, None, images_at_224=1) == 128
 
 
 def test_the_printed_options_select_the_runtime_settings():

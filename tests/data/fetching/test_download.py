@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megabatch.data.fetching.download import DownloadError, download
+from megabatch.errors import UserError
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
 
@@ -127,3 +128,10 @@ def test_progress_is_reported_as_lines_of_text(server, tmp_path, monkeypatch):
     get(server, tmp_path / "file.bin", on_progress=lines.append)
     assert len(lines) == 2
     assert all(line.endswith("of 0 MiB") for line in lines)
+
+
+@pytest.mark.parametrize("given", [{"attempts": 0}, {"timeout_s": 0.0}, {"pause_s": -1.0}])
+def test_numbers_out_of_range_are_refused_with_one_that_works(tmp_path, given):
+    (name,) = given
+    with pytest.raises(UserError, match=f"{name}=.* works"):
+        download("http://127.0.0.1:9/x", tmp_path / "x", **given)

@@ -155,9 +155,10 @@ def test_the_folder_is_tried_before_the_cache_and_its_failure_is_reported(replac
     cache = tmp_path / "cache"
     fetch("fashion_mnist", cache=cache, folder=write_fashion(tmp_path / "mine"))
     assert fetch("fashion_mnist", cache=cache, folder=tmp_path / "mine").source.startswith("folder")
-    fetched = fetch("fashion_mnist", cache=cache, folder=tmp_path / "nothing")
+    said = []
+    fetched = fetch("fashion_mnist", cache=cache, folder=tmp_path / "nothing", on_progress=said.append)
     assert fetched.source == "cache"
-    assert fetched.failed == (f"folder {tmp_path / 'nothing'}: this folder does not exist",)
+    assert said == [f"not used: folder {tmp_path / 'nothing'}: this folder does not exist"]
 
 
 def test_writing_to_the_images_does_not_change_the_cache(replace_known, tmp_path):

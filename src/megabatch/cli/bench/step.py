@@ -52,7 +52,10 @@ def bench_step(
         str, typer.Argument(help="Name of a recipe; `megabatch recipes` lists them.", autocompletion=complete_recipe)
     ] = "fashion_mnist",
     batch: Annotated[
-        int | None, typer.Option(help="Images per step; default: a batch that runs in a few seconds.", min=1)
+        int | None,
+        typer.Option(
+            help="Images per step, a multiple of bn_span; default: a batch that runs in a few seconds.", min=1
+        ),
     ] = None,
     settings: Settings = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete_from(DEVICES))] = "auto",

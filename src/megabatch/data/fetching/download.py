@@ -8,6 +8,8 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
+from megabatch.errors import UserError
+
 OnProgress = Callable[[str], None]
 """Receives one line of text about the progress."""
 
@@ -36,7 +38,9 @@ def download(
 
     Raises:
         DownloadError: the URL is not http(s), the server responds with an error, or all attempts failed.
+        UserError: a number is out of its range.
     """
+    _check(attempts, timeout_s, pause_s)
     if not url.startswith(("https://", "http://")):
         raise DownloadError(f"{url} is not an http URL; needed: one that starts with https:// or http://")
     part = target.with_name(target.name + ".part")
@@ -61,6 +65,15 @@ def download(
     if target.exists():
         return target
     raise DownloadError(reason)
+
+
+def _check(attempts: int, timeout_s: float, pause_s: float) -> None:
+    if attempts < 1:
+        raise UserError(f"attempts={attempts} was given, needed: at least 1; attempts=4 works")
+    if not timeout_s > 0:
+        raise UserError(f"timeout_s={timeout_s:g} was given, needed: more than 0; timeout_s=30 works")
+    if not pause_s >= 0:
+        raise UserError(f"pause_s={pause_s:g} was given, needed: at least 0; pause_s=1 works")
 
 
 def _continue(url: str, part: Path, timeout_s: float, on_progress: OnProgress | None) -> None:

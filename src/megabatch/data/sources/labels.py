@@ -16,6 +16,12 @@ _FEWEST_USED = 0.1  # share of the classes that training images of numeric label
 _NEGATIVE = re.compile(r"-\d+")
 
 
+class ClassNote(str):
+    """A note on classes that a part of a data set lacks; evaluation compares with the model's classes instead."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Classes:
     """Class number of each distinct label, and the class names; `numbered` if these are only the numbers."""
@@ -149,7 +155,7 @@ def _identifiers(where: str, largest: int, used: int) -> str:
     )
 
 
-def _missing_classes(part: str, source: EncodedSource) -> str | None:
+def _missing_classes(part: str, source: EncodedSource) -> ClassNote | None:
     used = np.zeros(len(source.class_names), dtype=bool)
     used[source.labels] = True
     missing = np.flatnonzero(~used)
@@ -157,4 +163,4 @@ def _missing_classes(part: str, source: EncodedSource) -> str | None:
         return None
     named = ", ".join(f"'{source.class_names[i]}'" for i in missing[:3].tolist())
     more = ", ..." if missing.size > 3 else ""
-    return f"{part} has no images of {missing.size} of the {used.size} classes: {named}{more}"
+    return ClassNote(f"{part} has no images of {missing.size} of the {used.size} classes: {named}{more}")
