@@ -51,14 +51,15 @@ def pool_kernel(
     width: tl.constexpr,
     pooled_height: tl.constexpr,
     pooled_width: tl.constexpr,
-    columns,
+    columns: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
     """Forward: maxima of the windows of relu((x - mean) rstd weight + bias), and their positions.
 
     One program handles one tile of `pooled`: num_rows, span_rows and the tile count rows of pooled images here. Of
-    equal values the first in row-major order is the maximum, and NaN is larger than any number, as in torch.
+    equal values of x the first in row-major order is the maximum, and NaN is larger than any number, as in torch;
+    values that only rounding would make equal are told apart.
 
     x (N height width, columns); pooled and positions (N pooled_height pooled_width, columns), positions uint8; mean,
     rstd (spans, columns); weight, bias (columns,).
@@ -72,24 +73,27 @@ def pool_kernel(
     sample = row // (pooled_height * pooled_width)
     top = row // pooled_width % pooled_height * 2 - 1
     left = row % pooled_width * 2 - 1
-    best = tl.full((block_rows, block_columns), float("-inf"), dtype=tl.float32)
+    # Batch norm and ReLU keep the order of x, or turn it around, so x is compared and only the maximum normalised.
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, scale * 0.0))
+    # Finite, as rows that do not exist keep it: times 0 it must not become NaN.
+    best = tl.full((block_rows, block_columns), -1e30, dtype=tl.float32)
     position = tl.full((block_rows, block_columns), NOWHERE, dtype=tl.int32)
     for number in tl.static_range(9):
         i, j = top + number // 3, left + number % 3
-        mask = exists & (i >= 0) & (i < height) & (j >= 0) & (j < width)  # the padding is never a maximum
-        mask = mask[:, None] & column_mask[None, :]
+        inside = exists & (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        padding = tl.where(inside, 0.0, float("-inf"))  # the padding is never a maximum
+        mask = inside[:, None] & column_mask[None, :]
         source = ((sample * height + i) * width + j).to(tl.int64)[:, None] * columns + column[None, :]
-        values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
-        values = tl.maximum(_affine(values, mu, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        # Rounded before comparing, as torch compares 16-bit values: values that round alike are equal.
-        values = values.to(pooled.dtype.element_ty).to(tl.float32)
-        ahead = mask & ((values > best) | (values != values))  # noqa: PLR0124  # x != x is true for NaN only
-        best = tl.where(ahead, values, best)
-        position = tl.where(ahead, number, position)
-    position = tl.where(best <= 0, NOWHERE, position)
+        values = tl.load(x + source, mask=mask, other=0.0).to(tl.float32) * sign[None, :] + padding[:, None]
+        position = tl.where(values > best, number, position)
+        best = tl.maximum(best, values, propagate_nan=tl.PropagateNan.ALL)
+    best = _affine(best * sign[None, :], mu, scale, shift)
+    best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL).to(pooled.dtype.element_ty)
+    # A NaN passes no gradient itself: it makes that of its whole span NaN, through the statistics.
+    position = tl.where(best > 0, position, NOWHERE)
     target = row.to(tl.int64)[:, None] * columns + column[None, :]
     written = exists[:, None] & column_mask[None, :]
-    tl.store(pooled + target, best.to(pooled.dtype.element_ty), mask=written)
+    tl.store(pooled + target, best, mask=written)
     tl.store(positions + target, position.to(tl.uint8), mask=written)
 
 
@@ -136,7 +140,7 @@ def pool_gradient_sums_kernel(
     width: tl.constexpr,
     pooled_height: tl.constexpr,
     pooled_width: tl.constexpr,
-    columns,
+    columns: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -187,7 +191,7 @@ def pool_input_gradient_kernel(
     width: tl.constexpr,
     pooled_height: tl.constexpr,
     pooled_width: tl.constexpr,
-    columns,
+    columns: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -214,10 +218,11 @@ def pool_input_gradient_kernel(
     )
     values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
     mu, inv_std, scale, _ = _load_channels(mean, rstd, weight, bias, column, column_mask, columns)
-    size = tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows).to(tl.float32)
+    # One division per program: one per channel would be a third of the instructions.
+    share = 1.0 / tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows).to(tl.float32)
     # The means of dz and dz h over this span; the factor rstd of h is multiplied in per channel.
     pair = sums + tl.program_id(1) * 2 * columns + column
-    mean_dz = tl.load(pair, mask=column_mask, other=0.0) / size
-    mean_dz_h = tl.load(pair + columns, mask=column_mask, other=0.0) / size * inv_std
+    mean_dz = tl.load(pair, mask=column_mask, other=0.0) * share
+    mean_dz_h = tl.load(pair + columns, mask=column_mask, other=0.0) * share * inv_std
     gradient = gradient - mean_dz[None, :] - (values - mu[None, :]) * mean_dz_h[None, :]
     tl.store(dx + first * columns + offset, (gradient * scale[None, :]).to(dx.dtype.element_ty), mask=mask)

@@ -34,8 +34,9 @@ def fused_bn_relu_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `(y, mean, var)`, y = 3x3 max pooling, stride 2, padding 1, of relu(batch norm of x); differentiable.
 
-    Statistics and `sink` as in `fused_bn_act`. Of equal values in a window the first in row-major order receives the
-    gradient, and NaN is the maximum, as in torch's MaxPool2d.
+    Statistics and `sink` as in `fused_bn_act`. Of equal values of x in a window the first in row-major order receives
+    the gradient, and NaN is the maximum, as in torch's MaxPool2d. torch also takes the first of values of x that batch
+    norm rounds to the same; the kernel takes the largest.
 
     Shapes: x (N, C, H, W), y (N, C, (H + 1) // 2, (W + 1) // 2), weight and bias (C,), float32.
 
@@ -100,7 +101,7 @@ class _NormReluPool(torch.autograd.Function):
                 **_tile(pooled),
             )
             sums = passes.add_parts(partials)
-            kernels.pool_input_gradient_kernel[_grid(cut)](
+            kernels.pool_input_gradient_kernel[cut.tiles()](
                 gradient,
                 positions,
                 rows,
@@ -113,7 +114,7 @@ class _NormReluPool(torch.autograd.Function):
                 cut.num_rows,
                 cut.span_rows,
                 *sizes,
-                **_tile(cut),
+                **cut.block(2),
             )
         dbias, dweight = over_spans(sums)
         return images_of(dx, x), None, None, dweight, dbias, None
