@@ -1,12 +1,12 @@
 """Cost of observation: bytes and opening time of a long run's report, and time of a step with and without its events.
 
     python benchmarks/observation.py page --output FOLDER [--steps 100000] [--repeats 5]
-    python benchmarks/observation.py step [--repeats 9]
+    GOMP_SPINCOUNT=3000 python benchmarks/observation.py step [--repeats 9]
 
 `page` makes up a run of ResNet-50's layers with every field that training writes, writes its report, and opens it in
 headless Chromium: milliseconds from the start of the navigation to the load event, with all charts drawn and the page
 laid out. `step` times ten updates of the demo on random images, interleaved: with clocks, one observation and the event
-log, and with none of them. Both print one JSON line per measurement.
+log, and with none of them; GOMP_SPINCOUNT as the command line sets it. Both print one JSON line per measurement.
 """
 
 import argparse
