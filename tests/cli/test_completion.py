@@ -135,14 +135,14 @@ def _completed(terminal: int, folder: Path, words: str) -> str:
     ("words", "line"),
     [
         ("megabatch doct", "megabatch doctor |"),
-        ("megabatch train fash", "megabatch train fashion_mnist |"),
+        ("megabatch train phot", "megabatch train photos |"),
         ("megabatch train photos --all-reduce to", "megabatch train photos --all-reduce torus |"),
         ("megabatch train photos --model resnet1", "megabatch train photos --model resnet18 |"),
         ("megabatch train photos --set optimi", "megabatch train photos --set optimizer=|"),
         ("megabatch train photos --set optimizer=sh", "megabatch train photos --set optimizer=shampoo |"),
         ("megabatch train photos --set seed=1 --set peak_l", "megabatch train photos --set seed=1 --set peak_lr=|"),
         ("megabatch train photos --precision=b", "megabatch train photos --precision=bf16 |"),
-        ("megabatch bench step fash", "megabatch bench step fashion_mnist |"),
+        ("megabatch bench step cif", "megabatch bench step cifar10 |"),
     ],
 )
 def test_bash_completes_the_line(bash, words, line):
