@@ -71,7 +71,7 @@ def time_cases(step: SyntheticStep, world: World, folder: Path, *, repeats: int)
 def measure_recipe(name: str, runtime: Runtime, world: World, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints and returns the measurements of one recipe."""
     recipe = recipes.get(name)
-    batch = measured_batch_size(recipe, given.batch, images_at_224=16)
+    batch = measured_batch_size(recipe, given.batch, images_at_224=16 * world.world_size)
     with (
         tempfile.TemporaryDirectory(dir=given.output) as folder,
         synthetic_step(recipe, runtime, world=world, global_batch_size=batch) as step,

@@ -1,7 +1,7 @@
 """Draws learning rate and accuracy of a run against the epoch, from its events: the picture in the README.
 
-megabatch train fashion_mnist --workers 1 --set total_epochs=6 --output runs/six
-python benchmarks/run_figure.py runs/six docs/images/fashion_mnist.svg
+megabatch train fashion_mnist_2048 --workers 2 --output runs/demo
+python benchmarks/run_figure.py runs/demo docs/images/fashion_mnist.svg
 """
 
 import argparse
