@@ -77,10 +77,7 @@ class Timeline:
         with self._lock:
             step, self._open = self._open, []
         if not step:
-            return {
-                "first_ready_s": 0.0, "exposed_ms": 0.0, "num_buckets": 0, "bytes_on_wire": 0, "buckets": [],
-                "stages": [],
-            }  # fmt: skip
+            return StepReport(first_ready_s=0.0, exposed_ms=0.0, num_buckets=0, bytes_on_wire=0, buckets=[], stages=[])
         _settle(step)
         start = min(_s(b.ready) for b in step)
         exposed = max(_s(b.done) for b in step) - max(_s(b.ready) for b in step)
