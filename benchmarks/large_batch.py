@@ -1,14 +1,14 @@
 """Accuracy at large batches with one tuning budget for every optimizer, on real Fashion-MNIST.
 
     python benchmarks/large_batch.py --output DIR [--method NAME ...] [--batch N ...] [--epochs E ...]
-                                     [--trials 8] [--seeds 5] [--parallel 2] [--ablate]
+                                     [--trials 8] [--seeds 5] [--parallel 2] [--ablate] [--set NAME=VALUE ...]
 
 For each method, batch size and number of epochs: `--trials` random draws of the same number of hyper-parameters, each
 trained on 50,000 training images and judged on the other 10,000 (never on the test set); then the best draw is trained
 on all 60,000 images with `--seeds` seeds and judged on the test set. Every run is one line of DIR/runs.jsonl; a run
 that is there is not repeated, so the benchmark may be stopped and started again. `--ablate` also trains each method's
-best draw with one of `ABLATIONS` changed, with the same seeds. `--parallel` processes run at a time,
-with one thread each on a CPU. Prints the table and writes DIR/summary.json and DIR/accuracy.png.
+best draw with one of `ABLATIONS` changed, with the same seeds. `--set` changes recipe fields of every run, as
+`--set stem=pooled eval_flip=true`. `--parallel` processes run at a time, with one thread each on a CPU. Prints the table and writes DIR/summary.json and DIR/accuracy.png.
 """
 
 import argparse
@@ -180,14 +180,14 @@ def _brief(settings: Mapping[str, str]) -> str:
 
 
 def study(
-    runs: Runs, method: str, batch: int, epochs: float, *, trials: int, seeds: int, parallel: int
+    runs: Runs, method: str, batch: int, epochs: float, *, trials: int, seeds: int, parallel: int, changed: Settings
 ) -> dict[str, Any]:
     """Tunes one method, then trains its best draw with every seed; returns a row of the table."""
-    draws = (draw(method, batch, epochs, trial) for trial in range(trials))
+    draws = (draw(method, batch, epochs, trial) | changed for trial in range(trials))
     tried = _all_of(runs, draws, parallel, held_out=True)
     best = max(tried, key=lambda row: row["top1"])["settings"]
     return {
-        "method": method,
+        "method": ", ".join([method, *(f"{name}={value}" for name, value in changed.items())]),
         "batch": batch,
         "epochs": epochs,
         "trials": trials,
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     parser.add_argument("--ablate", action="store_true", help="also train the best draws with one setting changed")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="recipe fields of every run")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
     if options.run:
@@ -280,10 +281,11 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     runs, rows, ablations = Runs(options.output / "runs.jsonl"), [], []
     again = {"seeds": options.seeds, "parallel": options.parallel}
+    changed = dict(text.split("=", 1) for text in options.set)
     for epochs in options.epochs:
         for batch in options.batch:
             for method in options.method:
-                rows.append(study(runs, method, batch, epochs, trials=options.trials, **again))
+                rows.append(study(runs, method, batch, epochs, trials=options.trials, changed=changed, **again))
                 ablations += ablate(runs, rows[-1], **again) if options.ablate else []
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table([*rows, *ablations]))
