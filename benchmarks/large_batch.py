@@ -8,7 +8,8 @@ trained on 50,000 training images and judged on the other 10,000 (never on the t
 on all 60,000 images with `--seeds` seeds and judged on the test set. Every run is one line of DIR/runs.jsonl; a run
 that is there is not repeated, so the benchmark may be stopped and started again. `--ablate` also trains each method's
 best draw with one of `ABLATIONS` changed, with the same seeds. `--set` changes recipe fields of every run, as
-`--set stem=pooled eval_flip=true`. `--parallel` processes run at a time, with one thread each on a CPU. Prints the table and writes DIR/summary.json and DIR/accuracy.png.
+`--set stem=pooled eval_flip=true`. `--parallel` processes run at a time, with one thread each on a CPU. Prints
+the table and writes DIR/summary.json and DIR/accuracy.png.
 """
 
 import argparse

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megabatch.nn.fused.fuse import set_fusion as set_fusion
     from megabatch.nn.loss import cross_entropy_sum as cross_entropy_sum
     from megabatch.nn.models import create_model as create_model
+    from megabatch.nn.vgg import whiten_ as whiten_
     from megabatch.optim.batch_size import NoiseScaleBatchPolicy as NoiseScaleBatchPolicy
     from megabatch.optim.ema import WeightAverage as WeightAverage
     from megabatch.optim.groups import param_groups as param_groups
@@ -65,6 +66,7 @@ _NAMES = {
     "nn.fused.fuse": ["set_fusion"],
     "nn.loss": ["cross_entropy_sum"],
     "nn.models": ["create_model"],
+    "nn.vgg": ["whiten_"],
     "optim.batch_size": ["NoiseScaleBatchPolicy"],
     "optim.ema": ["WeightAverage"],
     "optim.lamb": ["LAMB"],

@@ -4,11 +4,12 @@ from difflib import get_close_matches
 
 from megabatch.user_code import is_function, short_name
 
-MODELS = ("resnet8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn")
+MODELS = ("resnet8", "vgg8", "resnet18", "resnet34", "resnet50", "alexnet", "alexnet_bn")
 """Models of `megabatch.nn`."""
 
 STEMS = dict.fromkeys(("resnet18", "resnet34", "resnet50"), ("auto", "small", "large")) | {
-    "resnet8": ("auto", "pooled")
+    "resnet8": ("auto", "pooled"),
+    "vgg8": ("auto", "whitened"),
 }
 """Stems of the models that have a choice."""
 

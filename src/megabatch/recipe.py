@@ -17,7 +17,7 @@ from megabatch.files import read_json
 from megabatch.recipe_text import as_text, conforms, parse, suggestion
 from megabatch.recipe_validation import validate
 
-Stem = Literal["auto", "small", "large", "pooled"]
+Stem = Literal["auto", "small", "large", "pooled", "whitened"]
 Freeze = Literal["none", "backbone"]
 Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
@@ -56,12 +56,12 @@ class Recipe:
     name: str
 
     # Model
-    model: str  # resnet8, 18, 34, 50, alexnet, alexnet_bn, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION
-    stem: Stem = "auto"  # ResNet-18 to 50: small (3x3, auto up to 64 px), large (7x7, pooled); resnet8: auto, pooled
+    model: str  # resnet8, 18, 34, 50, vgg8, alexnet, alexnet_bn, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION
+    stem: Stem = "auto"  # ResNet-18 to 50: small (3x3, auto to 64 px), large (7x7); resnet8: pooled; vgg8: whitened
     initialization: Initialization = "he_fan_out"
     zero_gamma: bool = True  # the last batch norm of a residual block starts at 0 (Goyal et al. 2017, 5.1)
     blur_pool: bool = False  # antialiased downsampling (Zhang 2019)
-    width: int = 16  # channels of the first stage; resnet8 only
+    width: int = 16  # channels of the first stage; resnet8 and vgg8 only
     initial_weights: str = ""  # first 16 digits of the SHA-256 of the file given as --init-from, which sets it
     freeze: Freeze = "none"  # backbone: only the last layer is trained, and batch norms keep their averages
     layer_decay: float = 1.0  # rate of a layer: lr * layer_decay^(layers between it and the last); docs/models.md
@@ -85,6 +85,7 @@ class Recipe:
     min_crop_aspect: float = 0.75
     max_crop_aspect: float = 4 / 3
     flip: bool = True
+    alternate_flip: bool = False  # with flip: every image changes sides from epoch to epoch (Jordan 2024)
     cutout_size: int = 0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0

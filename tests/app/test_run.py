@@ -28,10 +28,11 @@ def assert_same_weights(one, other, *, rtol=0.0, atol=0.0):
 
 MUON = {"optimizer": "muon", "peak_lr": 0.05, "nesterov": True, "normalize_weights": True}
 SHAMPOO = {"optimizer": "shampoo", "peak_lr": 0.1, "root_every_steps": 3}
+VGG = {"model": "vgg8", "stem": "whitened", "width": 4, "resolution": ((0.0, 17.0),), "eval_resolution": 17}
 DIVIDED = pytest.mark.parametrize(
-    "changes", slow_except([{}, MUON, SHAMPOO], {}, SHAMPOO), ids=["lars", "muon", "shampoo"]
+    "changes", slow_except([{}, MUON, SHAMPOO, VGG], {}, SHAMPOO), ids=["lars", "muon", "shampoo", "whitened stem"]
 )
-"""LARS, and the optimizers whose work is divided among workers."""
+"""LARS, the optimizers whose work is divided among workers, and a stem that is set from data and takes no gradient."""
 
 
 def rounding(recipe):
@@ -207,6 +208,7 @@ def evaluate_saved(folder, recipe):
         {"optimizer": "rmsprop_warmup", "peak_lr": 0.1, "warmup": "none", "rmsprop_center_epoch": 0.5},
         MUON,
         SHAMPOO,
+        VGG | MUON | {"alternate_flip": True, "eval_flip": True},
         pytest.param({"optimizer": "shampoo", "graft": "lars"}, marks=pytest.mark.slow),
         {"ema_half_life_epochs": 0.2},
         {"eval_stats": "precise", "precise_batches": 2},

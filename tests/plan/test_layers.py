@@ -14,6 +14,8 @@ CASES = [
     ("resnet34", 96, 3, "large"),
     ("resnet8", 28, 1, "auto"),
     ("resnet8", 28, 1, "pooled"),
+    ("vgg8", 32, 3, "auto"),
+    ("vgg8", 45, 1, "whitened"),
     ("alexnet_bn", 227, 3, "auto"),
     ("alexnet", 227, 3, "auto"),
 ]

@@ -232,6 +232,7 @@ def build_train_loader(
         max_crop_aspect=recipe.max_crop_aspect,
         center_crop_ratio=recipe.eval_crop_ratio,
         flip=recipe.flip,
+        alternate_flip=recipe.alternate_flip,
         cutout_size=recipe.cutout_size,
         mixup_alpha=recipe.mixup_alpha,
         cutmix_alpha=recipe.cutmix_alpha,

@@ -132,12 +132,15 @@ def build_model(
     world: World,
     micro_batch_size: int,
     initial: Mapping[str, Tensor] | None = None,
+    stem_weight: Tensor | None = None,
 ) -> nn.Module:
-    """The recipe's model, equal on every worker: weights from the seed alone, or `initial` ones where those fit."""
+    """The recipe's model, equal on every worker: weights from the seed alone, or those given where they fit."""
     groups = span_tiles(recipe, runtime, world=world, micro_batch_size=micro_batch_size)
     model = make_model(recipe, runtime.model)
     if model_names.is_own(recipe.model):
         initialize(model, recipe.initialization, seed=recipe.seed, zero_gamma=recipe.zero_gamma)
+    if stem_weight is not None:
+        model.load_state_dict({"stem.weight": stem_weight}, strict=False)
     if initial is not None:
         model.load_state_dict(match_weights(model, initial).tensors, strict=False)
     with_spans(recipe, model, process_group=groups.new_group(), group_size=groups.size)

@@ -25,7 +25,7 @@ from megabatch.app.resolve import (
 )
 from megabatch.app.run_log import RunLog, announce_measuring, describe_run, open_run_log
 from megabatch.app.span_tiles import span_tiles
-from megabatch.app.state import build_state, check_same_weights, resume
+from megabatch.app.state import build_state, check_same_weights, resume, whitened_stem
 from megabatch.comm.launch import World
 from megabatch.interval import parse_interval
 from megabatch.nn.fused.fuse import can_fuse
@@ -78,8 +78,9 @@ def open_run(
         precision = measured_precision(recipe, runtime, world=world, micro_batch_size=wished)
         runtime = measured_layout(recipe, runtime, precision, world=world, warn=log.warn)
         initial = read_weights(runtime.init_from, data.train.class_names) if runtime.init_from else None
-        sizes: dict[str, Any] = {"world": world, "micro_batch_size": wished}
-        state = build_state(recipe, runtime, precision, **sizes, capturable=capture.chosen, initial=initial)
+        options: dict[str, Any] = {"world": world, "micro_batch_size": wished, "capturable": capture.chosen}
+        options |= {"initial": initial, "stem_weight": whitened_stem(recipe, runtime, data, world=world)}
+        state = build_state(recipe, runtime, precision, **options)
         resumed = None
         if runtime.resume:
             resumed, data = resume(state, recipe, data, folder, world=world, log=log, with_copies=has_copies)

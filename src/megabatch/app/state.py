@@ -1,19 +1,22 @@
 """Initial state of a run, from the recipe or from a checkpoint; equal on every worker."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megabatch.app.classes import match_training_data
-from megabatch.app.data import Data
-from megabatch.app.model import build_model, build_optimizer
+from megabatch.app.data import Data, build_train_loader
+from megabatch.app.model import build_model, build_optimizer, make_model
 from megabatch.app.run_log import RunLog
 from megabatch.comm.launch import World, broadcast_from_rank0
 from megabatch.errors import CheckpointError
 from megabatch.nn.initialize import weights_digest
+from megabatch.nn.vgg import whiten_
 from megabatch.observe.run_folder import holds_run
 from megabatch.optim.batch_size import NoiseScaleBatchPolicy
 from megabatch.optim.ema import WeightAverage
@@ -25,6 +28,9 @@ from megabatch.train.precision import Precision
 from megabatch.train.state import TrainState
 from megabatch.train.weight_copies import WeightCopies
 
+WHITENING_IMAGES = 2000
+"""Training images whose patches set a whitened stem."""
+
 
 def build_state(
     recipe: Recipe,
@@ -35,12 +41,14 @@ def build_state(
     micro_batch_size: int,
     capturable: bool = False,
     initial: Mapping[str, Tensor] | None = None,
+    stem_weight: Tensor | None = None,
 ) -> TrainState:
     """Model, optimizer and policies at step 0; with `capturable`, rates are tensors that a CUDA graph reads.
 
-    `initial` are weights to start from, by name.
+    `initial` are weights to start from, by name; `stem_weight` is of `whitened_stem`.
     """
-    module = build_model(recipe, runtime, world=world, micro_batch_size=micro_batch_size, initial=initial)
+    sizes: dict[str, Any] = {"world": world, "micro_batch_size": micro_batch_size}
+    module = build_model(recipe, runtime, **sizes, initial=initial, stem_weight=stem_weight)
     policy = None
     if recipe.max_global_batch_size:
         policy = NoiseScaleBatchPolicy(
@@ -57,6 +65,19 @@ def build_state(
         iteration_dtype=torch.bfloat16 if precision.name != "fp32" and world.device.type == "cuda" else None,
     )
     return TrainState(module, optimizer, precision, average, policy, copies=copies)
+
+
+def whitened_stem(recipe: Recipe, runtime: Runtime, data: Data, *, world: World) -> Tensor | None:
+    """Weight of a stem that whitens the run's first training images, equal on every worker; None for other stems."""
+    if recipe.stem != "whitened":
+        return None
+    weight = None
+    if world.is_first:
+        with contextlib.closing(build_train_loader(recipe, runtime, data.train, world=world)) as loader:
+            images = loader.load(range(WHITENING_IMAGES), resolution=int(recipe.resolution[-1][1])).images
+        stem = cast("nn.Conv2d", make_model(recipe).stem)
+        weight = whiten_(stem, images).weight.detach()
+    return broadcast_from_rank0(weight, world)
 
 
 def _copies(runtime: Runtime, precision: Precision, module: nn.Module) -> WeightCopies:

@@ -45,8 +45,11 @@ def layers_of(
     """
     if model in {"alexnet", "alexnet_bn"}:
         return tuple(_alexnet(resolution, num_classes, in_channels, norm=model == "alexnet_bn"))
+    if model == "vgg8":
+        return tuple(_vgg8(resolution, num_classes, in_channels, width))
     if model not in BLOCKS:
-        raise UserError(f"model {model!r} is unknown, needed one of {', '.join([*BLOCKS, 'alexnet', 'alexnet_bn'])}")
+        names = ", ".join([*BLOCKS, "vgg8", "alexnet", "alexnet_bn"])
+        raise UserError(f"model {model!r} is unknown, needed one of {names}")
     if stem == "auto":
         stem = "strided" if model == "resnet8" else "small" if resolution <= SMALL_STEM_PIXELS else "large"
     return tuple(_resnet(model, resolution, num_classes, in_channels, width, stem))
@@ -80,6 +83,17 @@ def _resnet(model: str, side: int, num_classes: int, channels: int, width: int, 
             made = _block(f"layer{index + 1}.{block}", model, channels, first << index, stride, side)
             yield from made
             channels, side = (first << index) * (4 if model == "resnet50" else 1), -(-side // stride)
+    yield _linear("fc", channels, num_classes)
+
+
+def _vgg8(side: int, num_classes: int, channels: int, width: int) -> Iterator[Layer]:
+    yield _convolution("stem", channels, 8 * channels, 2, 1, side, norm=False, after=side - 1)
+    side, channels = side - 1, 8 * channels
+    for index, out in enumerate((width, 4 * width, 4 * width)):
+        yield _convolution(f"stages.{index}.conv1", channels, out, 3, 1, side)
+        side = side // 2
+        yield _convolution(f"stages.{index}.conv2", out, out, 3, 1, side)
+        channels = out
     yield _linear("fc", channels, num_classes)
 
 

@@ -24,6 +24,16 @@ def test_half_of_the_images_are_mirrored_independently_in_each_epoch():
     assert not Policy(seed=1, flip=False).flips(samples_of(50)).any()
 
 
+def test_alternate_flip_shows_every_image_from_both_sides_in_two_epochs():
+    policy = Policy(seed=1, alternate_flip=True)
+    flips = [policy.flips(samples_of(1000, epoch=epoch)) for epoch in range(4)]
+    assert (flips[0] ^ flips[1]).all()
+    assert (flips[0] == flips[2]).all()
+    assert (flips[1] == flips[3]).all()
+    assert (flips[0] == Policy(seed=1).flips(samples_of(1000))).all()  # epoch 0 is drawn as ever
+    assert not Policy(seed=1, flip=False, alternate_flip=True).flips(samples_of(50, epoch=1)).any()
+
+
 def test_after_augmentation_ended_only_flips_remain():
     everything = Policy(
         seed=0,

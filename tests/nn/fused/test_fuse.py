@@ -23,6 +23,7 @@ from megabatch.nn.fused.fuse import set_fusion
 from megabatch.nn.initialize import last_norms
 from megabatch.nn.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
 from megabatch.nn.small import resnet8
+from megabatch.nn.vgg import VGG8
 
 
 def small_alexnet_bn(**options: Any) -> nn.Module:
@@ -38,6 +39,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "basic blocks": functools.partial(ResNet, BasicBlock, (1, 1, 1, 1), num_classes=10),
     "bottlenecks": functools.partial(ResNet, Bottleneck, (2, 1, 1, 1), num_classes=10),
     "bottlenecks, blurred": functools.partial(ResNet, Bottleneck, (1, 1, 1, 1), num_classes=10, blur_pool=True),
+    "vgg8": functools.partial(VGG8, width=8),
     "alexnet_bn": small_alexnet_bn,
 }
 NORMS: dict[str, Callable[[int], nn.Module]] = {

@@ -45,6 +45,7 @@ class Policy:
     max_crop_aspect: float = 4 / 3
     center_crop_ratio: float = 0.875
     flip: bool = True
+    alternate_flip: bool = False
     cutout_size: int = 0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
@@ -87,7 +88,10 @@ class Policy:
         """[n]: True for images to mirror."""
         if not self.flip:
             return np.zeros(len(samples.indices), dtype=np.bool_)
-        return np.asarray(self._uniform(samples, Stream.FLIP) < 0.5)
+        if not self.alternate_flip:
+            return np.asarray(self._uniform(samples, Stream.FLIP) < 0.5)
+        first = uniform(self.seed, np.zeros_like(samples.epochs), samples.indices, Stream.FLIP) < 0.5
+        return np.asarray(first ^ (samples.epochs % 2 == 1))
 
     def move_and_flip(self, images: Tensor, samples: Samples) -> Tensor:
         """Applies pad-and-crop, if it is the chosen augmentation, and flips; any dtype, may work in place.

@@ -59,6 +59,8 @@ class TrainLoader(BaseLoader):
         min_crop_aspect, max_crop_aspect: bounds of a random crop's width / height, above 0.
         center_crop_ratio: side of the central square over the image's shorter side, in (0, 1].
         flip: mirrors each sample left to right with probability 1/2.
+        alternate_flip: with `flip`, drawn for epoch 0 only: from epoch to epoch every sample changes sides, so that two
+            epochs show both (Jordan 2024, arXiv:2404.00498, section 3.6).
         cutout_size: side of the square that is set to the mean, in pixels; 0 disables cutout (DeVries and Taylor 2017,
             arXiv:1708.04552).
         mixup_alpha, cutmix_alpha: parameter of Beta(alpha, alpha), 0 or more; 0 disables mixup (Zhang et al. 2017,
@@ -119,6 +121,7 @@ class TrainLoader(BaseLoader):
         max_crop_aspect: float = 4 / 3,
         center_crop_ratio: float = 0.875,
         flip: bool = True,
+        alternate_flip: bool = False,
         cutout_size: int = 0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
@@ -153,6 +156,7 @@ class TrainLoader(BaseLoader):
             max_crop_aspect=max_crop_aspect,
             center_crop_ratio=center_crop_ratio,
             flip=flip,
+            alternate_flip=alternate_flip,
             cutout_size=cutout_size,
             mixup_alpha=mixup_alpha,
             cutmix_alpha=cutmix_alpha,

@@ -7,18 +7,20 @@ from torch import nn
 from megabatch.errors import UserError
 from megabatch.nn.alexnet import AlexNet
 from megabatch.nn.fused.bottleneck import FusedBottleneck
-from megabatch.nn.fused.models import FusedAlexNet, FusedBasicBlock, FusedResNet, FusedResNet8
+from megabatch.nn.fused.models import FusedAlexNet, FusedBasicBlock, FusedResNet, FusedResNet8, FusedVGGStage
 from megabatch.nn.resnet import BasicBlock, Bottleneck, ResNet
 from megabatch.nn.small import ResNet8
+from megabatch.nn.vgg import VGGStage
 
 Fusion = Literal["plain", "auto", "triton", "reference"]
-Fused = FusedBasicBlock | FusedBottleneck | FusedResNet | FusedResNet8 | FusedAlexNet
+Fused = FusedBasicBlock | FusedBottleneck | FusedResNet | FusedResNet8 | FusedVGGStage | FusedAlexNet
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
     ResNet: FusedResNet,
     ResNet8: FusedResNet8,
+    VGGStage: FusedVGGStage,
     AlexNet: FusedAlexNet,
 }
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}

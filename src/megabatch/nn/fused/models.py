@@ -10,6 +10,7 @@ from megabatch.nn.fused.norm_act import is_hooked, norm_act
 from megabatch.nn.fused.stem import norm_relu_pool, stem_convolution
 from megabatch.nn.resnet import BasicBlock, ResNet, global_average_then_linear
 from megabatch.nn.small import ResNet8
+from megabatch.nn.vgg import VGGStage
 
 
 class FusedBasicBlock(BasicBlock):
@@ -49,6 +50,16 @@ class FusedResNet8(ResNet8):
     def forward(self, x: Tensor) -> Tensor:
         x = norm_act(self.bn1, self.pool(convolve(self.conv1, x, self.backend)), backend=self.backend)
         return global_average_then_linear(self.layer3(self.layer2(self.layer1(x))), self.fc)
+
+
+class FusedVGGStage(VGGStage):
+    """`VGGStage` that runs each batch norm and ReLU as one operation."""
+
+    backend: Backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = norm_act(self.bn1, self.pool(convolve(self.conv1, x, self.backend)), backend=self.backend)
+        return norm_act(self.bn2, convolve(self.conv2, y, self.backend), backend=self.backend)
 
 
 class FusedAlexNet(AlexNet):
