@@ -33,7 +33,7 @@ from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.packing.pack import pack
 from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.data.sources.shards import ShardSource
+from megabatch.data.sources.tar.shards import ShardSource
 
 PACKAGES = [
     *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "ffcv", "spdl-io"),

@@ -68,7 +68,7 @@ def work(folder: Path, rank: int, batches: int, batch: int, prefetch: int) -> di
     import torch
 
     from megabatch.data.loading.train_loader import TrainLoader
-    from megabatch.data.sources.shards import ShardSource
+    from megabatch.data.sources.tar.shards import ShardSource
 
     torch.set_num_threads(1)
     seen = {"torch imported": memory()}

@@ -33,7 +33,7 @@ from megabatch.observe.report import write_report
 from megabatch.recipe import fields_as_json
 from megabatch.runtime import Runtime
 from megabatch.train.loop import step_event
-from megabatch.train.observation import EVERY_STEPS, MOST_OBSERVATIONS, observation_event
+from megabatch.train.measuring.observation import EVERY_STEPS, MOST_OBSERVATIONS, observation_event
 from megabatch.train.state import Run
 
 NUM_LAYERS, NUM_CLASSES, NUM_EPOCHS = 54, 10, 90

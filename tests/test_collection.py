@@ -1,9 +1,10 @@
-"""pytest collects every test: a file or a folder that it passes over would never fail."""
+"""Where files lie: pytest collects every test, and no folder of the package is long."""
 
 import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -71,3 +72,9 @@ def test_no_folder_has_a_name_that_pytest_passes_over_by_default():
     packages = [path for path in folders if list(path.glob("*.py"))]
     assert packages
     assert [path for path in packages for pattern in SKIPPED_BY_DEFAULT if fnmatch(path.name, pattern)] == []
+
+
+def test_no_folder_of_the_package_holds_more_than_16_python_files():
+    counts = Counter(path.parent for path in (ROOT / "src").rglob("*.py"))
+    assert len(counts) > 30
+    assert {folder: count for folder, count in counts.items() if count > 16} == {}

@@ -128,7 +128,7 @@ def test_a_failed_write_names_the_file_and_not_its_temporary_name(tmp_path):
 def test_the_limit_of_open_files_is_raised_as_far_as_it_goes():
     code = """
 import resource
-from megabatch.data.sources.shards import OpenFiles
+from megabatch.data.sources.tar.shards import OpenFiles
 from megabatch.files import max_open_files, raise_open_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 256))
 assert max_open_files() == 64

@@ -10,7 +10,7 @@ from photographs import encode, photograph
 from slow import slow_except
 
 from megabatch.data.sources.dataset import open_dataset
-from megabatch.data.sources.tar_index import index_path, open_index
+from megabatch.data.sources.tar.tar_index import index_path, open_index
 from megabatch.errors import DataError
 
 COUNTS = slow_except([40, 1000], 40)

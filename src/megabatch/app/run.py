@@ -37,9 +37,9 @@ from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies, remove_copies, remove_outdated_copies
+from megabatch.train.measuring.trace import TRACE_FILE, Trace
 from megabatch.train.state import Run
 from megabatch.train.step import captured_work
-from megabatch.train.trace import TRACE_FILE, Trace
 
 
 @contextlib.contextmanager

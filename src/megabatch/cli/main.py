@@ -15,20 +15,20 @@ from megabatch.cli.bench.step import bench_step
 from megabatch.cli.completion import join_bash_words
 from megabatch.cli.data import data_app
 from megabatch.cli.doctor import doctor
-from megabatch.cli.evaluate import evaluate
-from megabatch.cli.export import export
 from megabatch.cli.failure import as_megabatch_error, report
 from megabatch.cli.launch.kubernetes import launch_kubernetes
 from megabatch.cli.launch.ray import launch_ray
 from megabatch.cli.launch.slurm import launch_slurm
-from megabatch.cli.mllog import mllog
 from megabatch.cli.output import open_output
 from megabatch.cli.plan import plan
-from megabatch.cli.predict import predict
 from megabatch.cli.recipes import recipes
-from megabatch.cli.report import report as write_report
+from megabatch.cli.results.evaluate import evaluate
+from megabatch.cli.results.export import export
+from megabatch.cli.results.mllog import mllog
+from megabatch.cli.results.predict import predict
+from megabatch.cli.results.report import report as write_report
+from megabatch.cli.results.watch import watch
 from megabatch.cli.train import train
-from megabatch.cli.watch import watch
 from megabatch.comm.local_workers import handling
 from megabatch.comm.slurm import adopt_slurm_task
 from megabatch.comm.worker_watch import start_beating

@@ -26,13 +26,12 @@ from megabatch.recipes import (
     finetune,
     goyal2017,
     mikami2018,
-    mlperf_google,
-    mlperf_nvidia,
     photos,
     yamazaki2019,
     ying2018,
     you2017,
 )
+from megabatch.recipes.mlperf import google, nvidia
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion_mnist": fashion_mnist.fashion_mnist,
@@ -53,16 +52,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "ying2018_32k": ying2018.ying2018_32k,
     "ying2018_65k": ying2018.ying2018_65k,
     "yamazaki2019_81k": yamazaki2019.yamazaki2019_81k,
-    "mlperf_1632": mlperf_nvidia.mlperf_1632,
-    "mlperf_3264": mlperf_nvidia.mlperf_3264,
-    "mlperf_4096": mlperf_google.mlperf_4096,
-    "mlperf_8192": mlperf_google.mlperf_8192,
-    "mlperf_13056": mlperf_nvidia.mlperf_13056,
-    "mlperf_32768": mlperf_google.mlperf_32768,
-    "mlperf_49152": mlperf_nvidia.mlperf_49152,
-    "mlperf_58880": mlperf_nvidia.mlperf_58880,
-    "mlperf_65536": mlperf_google.mlperf_65536,
-    "mlperf_67840": mlperf_nvidia.mlperf_67840,
+    "mlperf_1632": nvidia.mlperf_1632,
+    "mlperf_3264": nvidia.mlperf_3264,
+    "mlperf_4096": google.mlperf_4096,
+    "mlperf_8192": google.mlperf_8192,
+    "mlperf_13056": nvidia.mlperf_13056,
+    "mlperf_32768": google.mlperf_32768,
+    "mlperf_49152": nvidia.mlperf_49152,
+    "mlperf_58880": nvidia.mlperf_58880,
+    "mlperf_65536": google.mlperf_65536,
+    "mlperf_67840": nvidia.mlperf_67840,
 }
 
 MAX_PAIRS = 12

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loading.batch import Batch
 from megabatch.nn.loss import cross_entropy_sum
+from megabatch.train.measuring.step_clock import StepClock
 from megabatch.train.precision import Precision
-from megabatch.train.step_clock import StepClock
 from megabatch.train.weight_copies import WeightCopies
 
 

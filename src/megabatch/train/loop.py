@@ -19,11 +19,11 @@ from megabatch.train.evaluate import evaluate_run
 from megabatch.train.health.bad_samples import BadSamples
 from megabatch.train.health.compare import RankComparison
 from megabatch.train.health.roll_back import roll_back
-from megabatch.train.observation import observation_event, step_measurements
+from megabatch.train.measuring.observation import observation_event, step_measurements
+from megabatch.train.measuring.trace import span, traced_layers, write_trace
 from megabatch.train.schedule import StepSettings, total_samples
 from megabatch.train.state import Evaluation, Run
 from megabatch.train.step import NonFiniteStepError, PendingStep, count_skipped, require_finite, start_step
-from megabatch.train.trace import span, traced_layers, write_trace
 
 
 def train(run: Run) -> Evaluation | None:

@@ -19,9 +19,9 @@ from megabatch.recipe import Recipe
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies
+from megabatch.train.measuring.trace import Trace
 from megabatch.train.precision import Precision
 from megabatch.train.schedule import StepSettings, settings_at, total_samples
-from megabatch.train.trace import Trace
 from megabatch.train.weight_copies import WeightCopies
 
 

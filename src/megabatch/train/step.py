@@ -17,10 +17,10 @@ from megabatch.nn.batch_norm.evaluation_statistics import discard_step, finish_s
 from megabatch.train.cuda_graph import Readback
 from megabatch.train.gradients import Objective, accumulate_and_measure, accumulate_gradients
 from megabatch.train.health.diagnose import describe_non_finite
-from megabatch.train.observation import rank_slots, start_observation
+from megabatch.train.measuring.observation import rank_slots, start_observation
+from megabatch.train.measuring.step_clock import StepClock
 from megabatch.train.schedule import StepSettings, apply_settings
 from megabatch.train.state import Run
-from megabatch.train.step_clock import StepClock
 
 MOST_CAPTURED = 8
 """Most micro-batches of a captured step: a graph holds the inputs of all of them at once."""

@@ -13,7 +13,7 @@ from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.order import micro_batches, shards_ahead, stream_samples
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.packing.pack import pack
-from megabatch.data.sources.shards import ShardSource
+from megabatch.data.sources.tar.shards import ShardSource
 
 COLOR = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.25, 0.3)}
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)

@@ -19,7 +19,7 @@ from megabatch.data.packing.pack import pack
 from megabatch.data.packing.shard import reencode
 from megabatch.data.sources.dataset import open_shards
 from megabatch.data.sources.folder import FolderSource
-from megabatch.data.sources.shards import ShardSource
+from megabatch.data.sources.tar.shards import ShardSource
 from megabatch.errors import DataError
 
 CLASSES = ("cat", "dog", "yak")

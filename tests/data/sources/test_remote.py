@@ -17,8 +17,8 @@ from limits import HANG_S
 
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.data.sources.shards import ShardSource
-from megabatch.data.sources.tar_index import build_index, index_path, write_index
+from megabatch.data.sources.tar.shards import ShardSource
+from megabatch.data.sources.tar.tar_index import build_index, index_path, write_index
 from megabatch.errors import DataError, FetchError, SettingsError
 
 fsspec = pytest.importorskip("fsspec")

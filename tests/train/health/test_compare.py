@@ -12,10 +12,10 @@ from torch import nn
 from megabatch.errors import DesyncError
 from megabatch.observe.events import read_events
 from megabatch.runtime import Runtime
-from megabatch.train import step_clock
 from megabatch.train.health import compare
 from megabatch.train.health.compare import refuse_different, weights_hash
-from megabatch.train.step_clock import StepClock
+from megabatch.train.measuring import step_clock
+from megabatch.train.measuring.step_clock import StepClock
 
 
 def net():

@@ -22,8 +22,8 @@ from megabatch.data.sources.metadata import open_metadata
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.python_dataset import PythonSource, open_python
-from megabatch.data.sources.shards import ShardSource
-from megabatch.data.sources.tar_folder import holds_labels, open_folders_in_tar
+from megabatch.data.sources.tar.shards import ShardSource
+from megabatch.data.sources.tar.tar_folder import holds_labels, open_folders_in_tar
 from megabatch.errors import DataError
 from megabatch.user_code import is_function, short_name
 

@@ -18,8 +18,8 @@ from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.python_dataset import open_python
-from megabatch.data.sources.shards import ShardSource
-from megabatch.data.sources.tar_folder import TarFolderSource
+from megabatch.data.sources.tar.shards import ShardSource
+from megabatch.data.sources.tar.tar_folder import TarFolderSource
 from megabatch.errors import DataError
 from megabatch.user_code import is_function
 

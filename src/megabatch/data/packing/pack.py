@@ -22,7 +22,7 @@ from megabatch.cores import usable_cores
 from megabatch.data.loading.order import permute
 from megabatch.data.packing.input import Part, open_parts
 from megabatch.data.packing.shard import DEFAULT_QUALITY, FinishedShard, Options, Shard, make_shard
-from megabatch.data.sources.shards import CLASSES_FILE
+from megabatch.data.sources.tar.shards import CLASSES_FILE
 from megabatch.errors import DataError
 from megabatch.files import write_text
 

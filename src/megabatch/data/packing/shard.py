@@ -16,7 +16,7 @@ from PIL import Image
 from megabatch.data.jpeg.decode import decode, image_size
 from megabatch.data.jpeg.formats import preferred_ending, sniff
 from megabatch.data.packing.input import Part
-from megabatch.data.sources.tar_index import build_index, index_path, open_index, write_index
+from megabatch.data.sources.tar.tar_index import build_index, index_path, open_index, write_index
 from megabatch.errors import DataError
 from megabatch.files import replacing, sha256_of
 

@@ -11,8 +11,8 @@ from megabatch.data.sources.layout import Layout, find_layout
 from megabatch.data.sources.metadata import open_metadata
 from megabatch.data.sources.parquet import ParquetSource
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.data.sources.shards import ShardSource
-from megabatch.data.sources.tar_folder import holds_labels, open_folders_in_tar
+from megabatch.data.sources.tar.shards import ShardSource
+from megabatch.data.sources.tar.tar_folder import holds_labels, open_folders_in_tar
 from megabatch.errors import DataError
 
 EVALUATION_PARTS = ("val", "test")

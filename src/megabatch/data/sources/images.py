@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megabatch.data.sources.layout import is_hidden, is_image, list_folder
-from megabatch.data.sources.tar_folder import TarFolderSource
-from megabatch.data.sources.tar_index import list_members
+from megabatch.data.sources.tar.tar_folder import TarFolderSource
+from megabatch.data.sources.tar.tar_index import list_members
 from megabatch.errors import DataError
 
 Entry = tuple[str, Callable[[], bytes]]

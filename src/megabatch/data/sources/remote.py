@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from megabatch.data.sources.file_cache import PART_ENDING, FileCache, RemoteFile
 from megabatch.data.sources.labels import agree_on_classes, read_class_names
 from megabatch.data.sources.layout import COMPRESSED_ENDINGS, by_part, is_hidden, part_of
-from megabatch.data.sources.shards import CLASSES_FILE, IndexedShards, OpenFiles
-from megabatch.data.sources.tar_index import ShardIndex, build_index, load_index, write_index
+from megabatch.data.sources.tar.shards import CLASSES_FILE, IndexedShards, OpenFiles
+from megabatch.data.sources.tar.tar_index import ShardIndex, build_index, load_index, write_index
 from megabatch.errors import DataError, MegabatchError
 
 _MAX_OPEN_FILES = 4  # an evicted file uses disk space until it is closed

@@ -12,9 +12,9 @@ from megabatch.comm.launch import World
 from megabatch.optim.engine.trust import norms
 from megabatch.optim.lars import LARS, trust_ratios
 from megabatch.train.cuda_graph import Readback
+from megabatch.train.measuring.step_clock import PhaseSpan, StepClock
 from megabatch.train.schedule import StepSettings, count_steps
 from megabatch.train.state import Run
-from megabatch.train.step_clock import PhaseSpan, StepClock
 
 if TYPE_CHECKING:
     from megabatch.train.step import PendingStep

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megabatch.data.sources.labels import find_classes, read_class_names
 from megabatch.data.sources.layout import COMPRESSED_ENDINGS, list_folder, part_of
-from megabatch.data.sources.tar_index import ShardIndex, open_index
+from megabatch.data.sources.tar.tar_index import ShardIndex, open_index
 from megabatch.errors import DataError
 from megabatch.files import max_open_files
 

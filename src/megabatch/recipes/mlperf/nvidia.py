@@ -1,4 +1,4 @@
-"""NVIDIA's rows of MLPerf's table (see `mlperf.py`), with the common settings of its MXNet code and launch script.
+"""NVIDIA's rows of MLPerf's table (see `row.py`), with the common settings of its MXNet code and launch script.
 
 Momentum has the rate inside the buffer and is corrected when the rate changes; weights are initialised by fan-in; gamma
 of the last batch norm of a block starts at 1; crops cover 5 to 100 % of the area. NVIDIA's kernel decays the bias of
@@ -8,10 +8,10 @@ the fully connected layer; these recipes decay no bias.
 import functools
 
 from megabatch.recipe import Recipe
-from megabatch.recipes import mlperf
+from megabatch.recipes.mlperf.row import row
 
 _row = functools.partial(
-    mlperf.row,
+    row,
     initialization="he_fan_in",
     zero_gamma=False,
     min_crop_area=0.05,

@@ -11,7 +11,7 @@ from ranks import run_processes
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.runtime import Runtime
-from megabatch.train.trace import TraceSpan, chrome_trace
+from megabatch.train.measuring.trace import TraceSpan, chrome_trace
 
 RUNTIME = Runtime(precision="fp32", micro_batch_size=8, trace_steps=2, all_reduce="torus", bucket_mib=0.05)
 

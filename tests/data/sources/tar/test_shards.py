@@ -12,8 +12,8 @@ from photographs import encode, photograph
 
 from megabatch.data.sources.dataset import open_shards
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.data.sources.shards import ShardSource
-from megabatch.data.sources.tar_index import index_path, open_index
+from megabatch.data.sources.tar.shards import ShardSource
+from megabatch.data.sources.tar.tar_index import index_path, open_index
 from megabatch.errors import DataError
 
 Members = list[tuple[str, bytes]]
@@ -108,7 +108,9 @@ def test_the_index_is_built_once_and_reused(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "s.tar", samples(9))
     first = ShardSource(path)
     assert index_path(path).exists()
-    monkeypatch.setattr("megabatch.data.sources.tar_index.list_members", lambda _: pytest.fail("read the tar again"))
+    monkeypatch.setattr(
+        "megabatch.data.sources.tar.tar_index.list_members", lambda _: pytest.fail("read the tar again")
+    )
     again = ShardSource(path)
     assert [again.read(i) for i in range(9)] == [first.read(i) for i in range(9)]
     assert again.labels.tolist() == first.labels.tolist()
@@ -164,13 +166,13 @@ def test_shards_in_a_read_only_folder_are_read_without_writing_an_index(tmp_path
     def refuse(*_, **__):
         raise PermissionError(13, "read-only")
 
-    monkeypatch.setattr("megabatch.data.sources.tar_index.write_index", refuse)
+    monkeypatch.setattr("megabatch.data.sources.tar.tar_index.write_index", refuse)
     assert len(ShardSource(path)) == 4
     assert not index_path(path).exists()
 
 
 def test_threads_read_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("megabatch.data.sources.shards._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("megabatch.data.sources.tar.shards._MAX_OPEN_FILES", 2)
     for shard in range(6):
         write_tar(tmp_path / f"s-{shard}.tar", samples(10, start=10 * shard))
     source = ShardSource(tmp_path)

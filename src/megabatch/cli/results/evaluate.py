@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from megabatch.cli.confusion import print_details, print_mistakes, write_matrix
 from megabatch.cli.options import find_device, runtime_options
 from megabatch.cli.output import make_console
+from megabatch.cli.results.confusion import print_details, print_mistakes, write_matrix
 from megabatch.files import printable
 from megabatch.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""Google's rows of MLPerf's table (see `mlperf.py`), with the common settings of its public code.
+"""Google's rows of MLPerf's table (see `row.py`), with the common settings of its public code.
 
 Momentum has the rate inside the buffer; weights come from a truncated normal distribution; gamma of the last batch norm
 of a block starts at 0.
@@ -7,9 +7,9 @@ of a block starts at 0.
 import functools
 
 from megabatch.recipe import Recipe
-from megabatch.recipes import mlperf
+from megabatch.recipes.mlperf.row import row
 
-_row = functools.partial(mlperf.row, initialization="lecun_truncated", zero_gamma=True, momentum_form="inside")
+_row = functools.partial(row, initialization="lecun_truncated", zero_gamma=True, momentum_form="inside")
 
 
 def mlperf_4096() -> Recipe:

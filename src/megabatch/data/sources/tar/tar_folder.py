@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megabatch.data.sources.layout import PARTS, is_hidden, is_image, part_of
-from megabatch.data.sources.tar_index import LABEL_ENDING, Member, list_members, split_name
+from megabatch.data.sources.tar.tar_index import LABEL_ENDING, Member, list_members, split_name
 from megabatch.errors import DataError
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny_run import run_tiny, tiny_recipe
 
 from megabatch.observe.events import read_events
-from megabatch.train.step_clock import StepClock
+from megabatch.train.measuring.step_clock import StepClock
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Verbs that read the folder of a run: its accuracy, predictions, exports, report and logs."""

@@ -1,0 +1,1 @@
+"""Tar files: indexed shards, and folders in a tar."""

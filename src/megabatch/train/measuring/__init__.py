@@ -1,0 +1,1 @@
+"""Measurements of training: phases of a step, norms of layers, traces."""
