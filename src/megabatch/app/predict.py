@@ -16,6 +16,7 @@ from megabatch.comm.launch import World
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.sources.images import UnlabelledImages
 from megabatch.errors import DataError, SettingsError
+from megabatch.float64 import in_float64
 from megabatch.recipe import from_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo
@@ -60,7 +61,7 @@ def predict(
         with torch.inference_mode(), _none_readable(loader, source):
             for batch in loader.batches(0, len(source), eval_block_size(recipe)):
                 logits = logits_of(model, batch.images, precision, flip=recipe.eval_flip)
-                top = logits.double().softmax(1).topk(num_classes)
+                top = in_float64(logits).softmax(1).topk(num_classes)
                 yield from _rows(source, names, loader, first, top.values, top.indices)
                 first += batch.count
 

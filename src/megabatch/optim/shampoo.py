@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabatch.errors import UserError
+from megabatch.float64 import in_float64
 from megabatch.optim.engine.base import Group
 from megabatch.optim.engine.checks import check_choice, check_number
 from megabatch.optim.engine.matrices import MatrixOptimizer
@@ -231,7 +232,7 @@ def inverse_fourth_root(factors: Tensor, eps: float) -> Tensor:
     Computed by an eigendecomposition in float64; it waits for a GPU. A factor that is not finite gives NaN.
     """
     try:
-        values, vectors = torch.linalg.eigh(factors.double())
+        values, vectors = torch.linalg.eigh(in_float64(factors))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if factors.isfinite().all():
             raise
@@ -239,7 +240,7 @@ def inverse_fourth_root(factors: Tensor, eps: float) -> Tensor:
     largest = values[:, -1:]
     ridge = torch.where(largest > 0, eps * largest, 1.0)
     powers = (values.clamp(min=0.0) + ridge) ** -0.25
-    root: Tensor = ((vectors * powers.unsqueeze(1)) @ vectors.mT).to(factors.dtype)
+    root: Tensor = ((vectors * powers.unsqueeze(1)) @ vectors.mT).to(factors)
     return root
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megabatch.comm.launch import World, all_gather_objects, sum_over_workers
 from megabatch.data.loading.batch import Batch
+from megabatch.float64 import float64_device, in_float64
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, finish_precise
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
 from megabatch.recipe import Recipe
@@ -53,7 +54,8 @@ def evaluate(
     `confusion`, [classes, classes] int64 on the device, receives the number of samples by label and predicted class.
     `mistakes` receives the `MOST_MISTAKES` wrong predictions of the highest probability, most probable first.
     """
-    counts = torch.zeros(4, dtype=torch.float64, device=world.device)  # samples, correct at 1, correct at 5, loss sum
+    # samples, correct at 1, correct at 5, loss sum
+    counts = torch.zeros(4, dtype=torch.float64, device=float64_device(world.device))
     was_training = module.training
     module.eval()
     first, last = share_of_blocks(data.num_samples, block_size, rank=world.rank, world_size=world.world_size)
@@ -90,7 +92,8 @@ def logits_of(module: nn.Module, images: Tensor, precision: Precision, *, flip: 
 
 def _surest_mistakes(logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """At most `MOST_MISTAKES` rows of index, label, predicted class and probability, which is -1 where it is right."""
-    probability, predicted = logits.double().softmax(1).max(1)
+    probability, predicted = in_float64(logits).softmax(1).max(1)
+    labels = labels.to(predicted.device)
     surest = torch.where(predicted == labels, -1.0, probability).topk(min(MOST_MISTAKES, len(labels)))
     kept = surest.indices
     return torch.stack([first + kept, labels[kept], predicted[kept], surest.values], dim=1)
@@ -112,7 +115,7 @@ def _count(logits: Tensor, batch: Batch, confusion: Tensor | None) -> Tensor:
         confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion)
     top1, top5 = correct_counts(logits, batch.labels, k=(1, min(5, logits.shape[1])))
     loss = cross_entropy_sum(logits, batch.labels, label_smoothing=0.0)
-    return torch.stack([part.detach().double() for part in (top1.new_tensor(batch.count), top1, top5, loss)])
+    return torch.stack([in_float64(part.detach()) for part in (top1.new_tensor(batch.count), top1, top5, loss)])
 
 
 def evaluate_run(run: Run) -> Evaluation:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loading.batch import Batch
+from megabatch.float64 import float64_device, in_float64
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.train.measuring.step_clock import StepClock
 from megabatch.train.precision import Precision
@@ -55,8 +56,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Leaves the global mean gradient, times the loss scale, in `.grad` on every worker.
 
-    Returns this worker's loss sum and its number of correct predictions (a vector of 2, float64, on the batches'
-    device) without synchronising with the device. `clock` gets a mark after each phase.
+    Returns this worker's loss sum and its number of correct predictions (a vector of 2, float64, on `float64_device`)
+    without synchronising with a device that has float64. `clock` gets a mark after each phase.
     DistributedDataParallel averages over workers, hence the factor `world_size`. Gradients are exchanged during the
     backward of the last micro-batch only.
     """
@@ -76,7 +77,7 @@ def accumulate_gradients(
                 torch.autograd.backward(objective.precision.scale(loss * (world_size / objective.global_count)))
             objective.copies.return_gradients(widen=widen)
             mark("backward")
-            sums.append(torch.stack([loss.detach().double(), num_correct.double()]))
+            sums.append(torch.stack([in_float64(loss.detach()), in_float64(num_correct)]))
     return torch.stack(sums).sum(0)
 
 
@@ -97,7 +98,7 @@ def accumulate_and_measure(
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
     # loss, correct predictions, |g_b|^2, micro-batches, samples in them
-    sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=float64_device(world.device))
     scale = objective.precision.loss_scale.value if objective.precision.loss_scale else 1.0
     for _ in range(num_micro_batches):
         batch = next(batches)
@@ -158,4 +159,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _squared_norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).double().square().sum())
+    return float(in_float64(torch.stack(torch._foreach_norm(tensors))).square().sum())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megabatch.float64 import in_float64
+
 _PIECE_ELEMENTS = 1 << 17  # half a megabyte of float32
 _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
 
@@ -45,8 +47,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     products, which cost size * H * (W + size) multiplications per channel. Equal to Pillow's BILINEAR on the cropped
     image, but without its rounding to 8 bits.
     """
-    rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size)
-    columns = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size)
+    rows = _resize_weights(boxes[:, 0], boxes[:, 2], images.shape[2], size).to(images.device)
+    columns = _resize_weights(boxes[:, 1], boxes[:, 3], images.shape[3], size).to(images.device)
     return rows[:, None] @ images.float() @ columns[:, None].transpose(2, 3)
 
 
@@ -117,7 +119,7 @@ def _reflect(index: Tensor, size: int) -> Tensor:
 
 def _resize_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
     """[n, out_size, in_size]: weight of each input line in each output line; rows sum to 1."""
-    start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
+    start, length = in_float64(start).view(-1, 1, 1), in_float64(length).view(-1, 1, 1)
     scale = length / out_size
     lines = torch.arange(in_size, device=start.device, dtype=torch.float64) + 0.5
     centres = start + (torch.arange(out_size, device=start.device, dtype=torch.float64)[:, None] + 0.5) * scale

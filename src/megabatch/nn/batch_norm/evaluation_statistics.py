@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
+from megabatch.float64 import float64_device
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.step_averages import LayerStatistics, StepAverages, supports
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
@@ -108,8 +109,8 @@ def begin_precise(model: nn.Module) -> None:
     """
     model.eval()
     for layer in span_layers(model):
-        moments = torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=layer.running_mean.device)
-        layer.pooled_moments = moments
+        device = float64_device(layer.running_mean.device)
+        layer.pooled_moments = torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megabatch.errors import UserError
+from megabatch.float64 import in_float64
 from megabatch.nn.batch_norm.own_spans import Normalised, normalise_own_spans
 from megabatch.nn.batch_norm.shared_span import normalise_shared_span
 
@@ -181,7 +182,7 @@ class SpanBatchNorm2d(nn.BatchNorm2d):
         """Adds (count * E[x], count * E[x^2], count), summed over spans; in float64, to avoid cancellation."""
         assert self.pooled_moments is not None
         if normalised.statistics and self._counts_for_group():
-            mean, variance = torch.stack(normalised.statistics)[:, :-1].double().chunk(2, dim=1)
+            mean, variance = in_float64(torch.stack(normalised.statistics)[:, :-1]).chunk(2, dim=1)
             count = torch.as_tensor(normalised.counts, dtype=torch.float64, device=mean.device)[:, None]
             squares = variance * (count - 1).clamp(min=0) + count * mean.square()
             self.pooled_moments.add_(torch.cat([count * mean, squares, count], dim=1).sum(0))

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megabatch.float64 import in_float64
 from megabatch.optim.engine.multi_tensor import is_flat
 
 ROWS = 64
@@ -31,10 +32,10 @@ def whole_norms(*lists: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> 
     """
     found = torch.stack([norms(tensors) for tensors in lists])
     if groups:
-        squares = found.double().square()  # float32 overflows at a norm of 1.8e19
+        squares = in_float64(found).square()  # float32 overflows at a norm of 1.8e19
         for group in groups:
             dist.all_reduce(squares, group=group)
-        found = squares.sqrt().to(found.dtype)
+        found = squares.sqrt().to(found)
     return found.unbind()
 
 
