@@ -13,6 +13,8 @@ MegabatchError
 `-- PeerError              another worker failed or timed out
 """
 
+INVALID_INPUT = 2
+"""Exit code after a `UserError`: the same command would fail again."""
 STOPPED = 75
 """Exit code of a run that a signal ended before its last sample: EX_TEMPFAIL of sysexits.h, "try again later"."""
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 from megabatch.comm.worker_errors import hand_to_parent
-from megabatch.errors import MegabatchError, SettingsError, UserError
+from megabatch.errors import INVALID_INPUT, MegabatchError, SettingsError, UserError
 from megabatch.files import printable
 
 _LONGEST = 1000
@@ -50,7 +50,7 @@ def report(error: MegabatchError) -> int:
         is_other = rank.isdecimal() and int(rank) > 0 and "WORLD_SIZE" in os.environ
         who = f"megabatch (worker {rank})" if is_other else "megabatch"
         sys.stderr.write(f"{who}: {one_line(str(error))}\n")
-    return 2 if isinstance(error, UserError) else 1
+    return INVALID_INPUT if isinstance(error, UserError) else 1
 
 
 def one_line(text: str) -> str:

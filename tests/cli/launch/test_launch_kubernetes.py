@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from command_line import error_line, megabatch
@@ -29,6 +30,29 @@ def job(written):
     return job_set(written)["replicatedJobs"][0]["template"]["spec"]
 
 
+def job_failure(written, exit_code):
+    """Reason and message of the Job when a container ends with that code or, without one, when a pod is disrupted.
+
+    The messages are those of the Job controller of Kubernetes (pkg/controller/job/pod_failure_policy.go).
+    """
+    for index, rule in enumerate(job(written)["podFailurePolicy"]["rules"]):
+        end = f"matching {rule['action']} rule at index {index}"
+        if exit_code in rule.get("onExitCodes", {}).get("values", []):
+            return "PodFailurePolicy", f"Container node for pod default/a failed with exit code {exit_code} {end}"
+        if exit_code is None and "onPodConditions" in rule:
+            return "PodFailurePolicy", f"Pod default/a has condition DisruptionTarget {end}"
+    return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+
+
+def action_after(written, exit_code=None):
+    reason, message = job_failure(written, exit_code)
+    for rule in job_set(written)["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+            return rule["action"]
+    return "RestartJobSet"  # the default: at most maxRestarts times
+
+
 def test_the_job_has_a_worker_per_gpu_and_keeps_arguments_as_they_are(written):
     trainer = written["TrainJob"]["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (4, 8, "registry/megabatch:cuda")
@@ -41,10 +65,14 @@ def test_the_job_has_a_worker_per_gpu_and_keeps_arguments_as_they_are(written):
 def test_a_stopped_run_starts_again_without_spending_a_restart_and_has_time_for_a_checkpoint(written):
     policy = job_set(written)["failurePolicy"]
     assert policy["maxRestarts"] == 5
-    assert [rule["action"] for rule in policy["rules"]] == ["RestartJobSetAndIgnoreMaxRestarts"]
-    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert job(written)["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
     assert job(written)["template"]["spec"]["terminationGracePeriodSeconds"] > 90
+    assert [action_after(written, exit_code=75), action_after(written)] == ["RestartJobSetAndIgnoreMaxRestarts"] * 2
+
+
+def test_invalid_input_ends_the_job_and_other_failures_spend_restarts(written):
+    assert action_after(written, exit_code=2) == "FailJobSet"
+    assert action_after(written, exit_code=1) == "RestartJobSet"
+    assert action_after(written, exit_code=127) == "RestartJobSet"
 
 
 def test_volumes_and_shared_memory_are_mounted(written):

@@ -16,7 +16,7 @@ from megabatch.cli.launch.command import (
     num_workers,
     train_command,
 )
-from megabatch.errors import STOPPED, SettingsError
+from megabatch.errors import INVALID_INPUT, STOPPED, SettingsError
 from megabatch.files import write_text
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # with "-node-0-0" appended it still is a DNS label
@@ -84,20 +84,26 @@ def _trainer_object(kind: str, metadata: dict[str, str], spec: dict[str, Any]) -
 
 
 def _job_set(pod: dict[str, Any], max_restarts: int) -> dict[str, Any]:
-    """The JobSet of a run: all pods start again when one ends, without limit after a checkpoint or a disruption."""
-    stopped = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [STOPPED]}},
+    """The JobSet of a run: all pods start again when one ends, without limit after a checkpoint or a disruption, and
+    never after invalid input.
+
+    A JobSet does not see exit codes, only the reason and the message of the Job that failed by its `podFailurePolicy`.
+    """
+    codes = {"containerName": "node", "operator": "In", "values": [INVALID_INPUT, STOPPED]}
+    rules = [
+        {"action": "FailJob", "onExitCodes": codes},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
-    restart = {
-        "name": "stopped",
-        "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-    }
-    job = {"backoffLimit": 0, "podFailurePolicy": {"rules": stopped}, "template": {"spec": pod}}
+    by_policy = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    invalid = {"onJobFailureMessagePatterns": [f"failed with exit code {INVALID_INPUT} "]}
+    actions = [
+        {"name": "invalid", "action": "FailJobSet", **by_policy, **invalid},
+        {"name": "stopped", "action": "RestartJobSetAndIgnoreMaxRestarts", **by_policy},
+    ]
+    job = {"backoffLimit": 0, "podFailurePolicy": {"rules": rules}, "template": {"spec": pod}}
     labels = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     return {
-        "failurePolicy": {"maxRestarts": max_restarts, "rules": [restart]},
+        "failurePolicy": {"maxRestarts": max_restarts, "rules": actions},
         "replicatedJobs": [{"name": "node", "template": {"metadata": {"labels": labels}, "spec": job}}],
     }
 
