@@ -33,6 +33,15 @@ def test_a_complete_description_is_read(environment):
     assert read_launcher() == Launched(3, 4, 1, 2)
 
 
+def test_another_number_of_workers_than_the_launcher_started_is_refused(environment, monkeypatch):
+    environment(**COMPLETE, LOCAL_WORLD_SIZE="2")
+    assert started_by_launcher(2)
+    with pytest.raises(SettingsError, match=r"--workers 4 was given, but a launcher .* started 2 on this host"):
+        started_by_launcher(4)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "megabatch-1")  # `train --workers 4`, which lost two
+    assert started_by_launcher(4)
+
+
 def test_without_rank_and_world_size_no_launcher_is_assumed(environment):
     environment(LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     assert not started_by_launcher()

@@ -86,7 +86,7 @@ def _probe(recipe: Recipe, runtime: Runtime, seconds: float) -> None:
     from megabatch.comm.launcher_environment import started_by_launcher
     from megabatch.comm.local_workers import run_local_workers
 
-    if not started_by_launcher():
+    if not started_by_launcher(runtime.workers):
         find_device(runtime.device)
         open_dry_data(recipe, runtime).close()  # fail here, once, rather than in every worker
         workers = runtime.workers or default_workers(recipe, runtime)

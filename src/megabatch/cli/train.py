@@ -112,7 +112,7 @@ def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
 
     if request.dry_run:
         check_dry_run(request.dry_run, runtime)
-    if started_by_launcher():
+    if started_by_launcher(runtime.workers):
         _work(recipe, runtime, None, request)
         return
     _check_output(runtime)

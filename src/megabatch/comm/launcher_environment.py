@@ -23,11 +23,12 @@ class Launched:
     local_world_size: int
 
 
-def started_by_launcher() -> bool:
+def started_by_launcher(workers: int | None = None) -> bool:
     """True if torchrun or `run_local_workers` started this process as a worker.
 
     Raises:
-        SettingsError: RANK is set without WORLD_SIZE, or the reverse.
+        SettingsError: RANK is set without WORLD_SIZE, or the reverse; or the user wants another number of local
+            `workers` than a launcher started.
     """
     has_rank, has_size = bool(os.environ.get("RANK")), bool(os.environ.get("WORLD_SIZE"))
     if has_rank != has_size:
@@ -35,13 +36,23 @@ def started_by_launcher() -> bool:
         raise SettingsError(
             f"{given}={os.environ[given]} is set without {missing}; torchrun sets both; unset {given} to run without"
         )
+    if has_rank and workers and not _started_by_train():  # which may have restarted fewer
+        started = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+        if str(workers) != started:
+            raise SettingsError(
+                f"--workers {workers} was given, but a launcher (RANK is set) started {started} on this host; "
+                "without --workers the command works"
+            )
     return has_rank
+
+
+def _started_by_train() -> bool:
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_ID)
 
 
 def job_id() -> str:
     """Id that torchrun's --rdzv-id gave the job, the same on all hosts and after restarts; "" without torchrun."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if run_id.startswith(RUN_ID) else run_id
+    return "" if _started_by_train() else os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def read_launcher() -> Launched:

@@ -59,7 +59,7 @@ def test_the_job_has_a_worker_per_gpu_and_keeps_arguments_as_they_are(written):
     assert trainer["resourcesPerNode"]["limits"] == {"cpu": "96", "memory": "512Gi", "nvidia.com/gpu": "8"}
     assert trainer["command"][:3] == ["python", "-m", "megabatch.comm.torchrun"]
     assert trainer["args"][:4] == ["train", "mlperf_32768", "--resume", "auto"]
-    assert trainer["args"][-6:] == [*TRAIN[1:], "--grace-s", "90"]
+    assert trainer["args"][-6:] == ["--grace-s", "90", *TRAIN[1:]]
 
 
 def test_a_stopped_run_starts_again_without_spending_a_restart_and_has_time_for_a_checkpoint(written):

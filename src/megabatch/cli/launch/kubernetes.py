@@ -11,6 +11,7 @@ from megabatch.cli.launch.command import (
     Arguments,
     CpusPerWorker,
     GpusPerNode,
+    GraceS,
     Nodes,
     WorkersPerNode,
     num_workers,
@@ -40,7 +41,7 @@ def launch_kubernetes(
     cpus_per_worker: CpusPerWorker = 8,
     memory: Annotated[str, typer.Option(help="Memory of a pod, shared memory included.")] = "64Gi",
     shared_memory: Annotated[str, typer.Option(help="Size of /dev/shm, which NCCL uses within a node.")] = "8Gi",
-    grace_s: Annotated[int, typer.Option(help="Seconds to write a checkpoint when a pod must end.", min=1)] = 120,
+    grace_s: GraceS = 120,
     max_restarts: Annotated[int, typer.Option(help="Restarts after failures; stops are not counted.", min=0)] = 3,
     to: Annotated[Path | None, typer.Option(help="File to write, instead of stdout.")] = None,
 ) -> None:
@@ -53,7 +54,7 @@ def launch_kubernetes(
     _check("--memory", memory, _QUANTITY, "64Gi")
     _check("--shared-memory", shared_memory, _QUANTITY, "8Gi")
     workers = num_workers(gpus_per_node, workers_per_node)
-    command = train_command([*arguments, "--grace-s", str(grace_s)], cpus_per_worker=cpus_per_worker)
+    command = train_command(arguments, cpus_per_worker=cpus_per_worker, grace_s=grace_s)
     resources = {"cpu": str(cpus_per_worker * workers), "memory": memory}
     resources |= {gpu_resource: str(gpus_per_node)} if gpus_per_node else {}
     trainer = {

@@ -8,6 +8,7 @@ from megabatch.cli.launch.command import (
     Arguments,
     CpusPerWorker,
     GpusPerNode,
+    GraceS,
     Nodes,
     WorkersPerNode,
     num_workers,
@@ -21,7 +22,7 @@ def launch_ray(
     gpus_per_node: GpusPerNode = 0,
     workers_per_node: WorkersPerNode = None,
     cpus_per_worker: CpusPerWorker = 8,
-    grace_s: Annotated[int, typer.Option(help="Seconds to write a checkpoint after a signal.", min=1)] = 30,
+    grace_s: GraceS = 30,
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for free nodes.", min=1)] = 600.0,
 ) -> None:
     """Trains on a Ray cluster, that of RAY_ADDRESS or of this machine. Needs megabatch on every node.
@@ -36,6 +37,6 @@ def launch_ray(
         gpus_per_node=gpus_per_node,
         cpus_per_worker=cpus_per_worker,
     )
-    command = train_command([*arguments, "--grace-s", str(grace_s)], cpus_per_worker=cpus_per_worker)
+    command = train_command(arguments, cpus_per_worker=cpus_per_worker, grace_s=grace_s)
     if code := run_on_ray(command, placement, wait_s=wait_s, grace_s=grace_s):
         raise typer.Exit(code)

@@ -10,6 +10,7 @@ from megabatch.cli.launch.command import (
     Arguments,
     CpusPerWorker,
     GpusPerNode,
+    GraceS,
     Nodes,
     WorkersPerNode,
     num_workers,
@@ -18,6 +19,7 @@ from megabatch.cli.launch.command import (
 from megabatch.errors import SettingsError
 
 _WORD = re.compile(r"[\w.:,@/-]+")
+_END_MARGIN_S = 30  # between the run's last checkpoint and the time limit
 
 
 def launch_slurm(
@@ -26,6 +28,7 @@ def launch_slurm(
     gpus_per_node: GpusPerNode = 0,
     workers_per_node: WorkersPerNode = None,
     cpus_per_worker: CpusPerWorker = 8,
+    grace_s: GraceS = 90,
     time: Annotated[str | None, typer.Option(help="Time limit in Slurm's form, as 12:00:00.")] = None,
     partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
     account: Annotated[str | None, typer.Option(help="Account that is charged.")] = None,
@@ -34,7 +37,7 @@ def launch_slurm(
 
     Slurm puts a preempted job back into the queue, and the same command then continues its run.
     """
-    command = train_command(arguments, cpus_per_worker=cpus_per_worker)
+    command = train_command(arguments, cpus_per_worker=cpus_per_worker, grace_s=grace_s)
     requests = {
         "job-name": f"megabatch-{re.sub(r'[^a-zA-Z0-9_.-]', '-', command[1])}",
         "nodes": nodes,
@@ -45,7 +48,7 @@ def launch_slurm(
         "partition": _checked("--partition", partition, "gpu"),
         "account": _checked("--account", account, "vision"),
         "open-mode": "append",
-        "signal": "TERM@120",
+        "signal": f"TERM@{grace_s + _END_MARGIN_S}",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in requests.items() if value is not None]
     start = f"srun {_BINDING} {shlex.join(['megabatch', *command])}"

@@ -41,7 +41,7 @@ def evaluate(
     from megabatch.comm.local_workers import run_local_workers
     from megabatch.train.checkpoint import open_checkpoint
 
-    if not started_by_launcher():
+    if not started_by_launcher(runtime.workers):
         open_checkpoint(checkpoint)  # fail here, once, rather than in every worker
         find_device(runtime.device)
         if (runtime.workers or 1) > 1:
