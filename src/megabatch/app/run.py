@@ -87,8 +87,10 @@ def open_run(
         check_same_weights(state.module, world)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
         model, exchange_report, exchange = build_exchange(recipe, state, runtime, world=world, stack=stack)
+        copies = _open_copies(recipe, data, folder, stack) if has_copies else None
+        for kept in ([folder] if world.is_first else []) + ([copies.folder] if copies else []):
+            keep_choices(runtime, kept, precision=precision.name, world=world)
         if world.is_first:
-            keep_choices(runtime, folder, precision=precision.name, world=world)
             kernels = describe_kernels(runtime, precision, world.device, fusible=can_fuse(state.module))
             choices = [f"micro-batch {micro_batch.reason}", kernels, memory, capture.reason, *exchange]
             choices += [str(tiles)] if str(tiles) else []
@@ -110,7 +112,7 @@ def open_run(
             checkpoints=_open_checkpoints(recipe, runtime, data, folder, log=log, stack=stack)
             if world.is_first
             else None,
-            memory_copies=_open_copies(recipe, data, folder, stack) if has_copies else None,
+            memory_copies=copies,
             memory_copy_every_steps=runtime.memory_copy_every_steps,
             checkpoint_every=parse_interval("--checkpoint-every", runtime.checkpoint_every),
             compare_every_steps=runtime.compare_every_steps,

@@ -1,6 +1,7 @@
 """Copies of the state in a host's memory: written and removed, read by workers of other hosts, refused if too large."""
 
 import dataclasses
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from ranks import run_threads
 from tiny_run import here, run_tiny, tiny_recipe
 
+from megabatch.app.measured.choices import CHOICES_FILE, keep_choices, with_earlier_choices
+from megabatch.comm.launch import World
 from megabatch.errors import SettingsError
 from megabatch.runtime import Runtime
 from megabatch.train import loop
@@ -94,7 +97,35 @@ def test_only_the_newest_copy_is_kept_and_states_that_were_given_up_are_removed(
     copies.wait()
     assert [info.step for info in list_checkpoints(copies.folder)] == [4]
     copies.clear()
-    assert not list(copies.folder.iterdir())
+    assert not list_checkpoints(copies.folder)
+
+
+def test_the_run_keeps_its_measured_choices_when_its_folder_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    run_until_step_4(tmp_path / "run", tiny_recipe(), monkeypatch)
+    chosen = json.loads((tmp_path / "run" / CHOICES_FILE).read_text())
+    copied = copies_folder(tmp_path / "run") / CHOICES_FILE
+    assert json.loads(copied.read_text()) == chosen
+    other = chosen | {"channels_last": not chosen["channels_last"], "fusion": "plain"}  # would not be chosen again
+    copied.write_text(json.dumps(other))
+    shutil.rmtree(tmp_path / "run")
+    run_tiny(tmp_path / "run", tiny_recipe(), runtime=dataclasses.replace(RUNTIME, resume=True))
+    assert json.loads((tmp_path / "run" / CHOICES_FILE).read_text()) == other
+
+
+def choices_of_two_hosts(folder):
+    rank = dist.get_rank()
+    run = folder / f"host{rank}"
+    if rank == 1:
+        copies_folder(run).mkdir()
+        known = dataclasses.replace(RUNTIME, channels_last=False, fusion="plain")
+        keep_choices(known, copies_folder(run), precision="fp32", world=here())
+    return with_earlier_choices(RUNTIME, run, world=World(rank, 2, 0, 1))
+
+
+def test_a_new_first_host_takes_the_choices_from_the_memory_of_another(tmp_path):
+    found = run_threads(2, choices_of_two_hosts, tmp_path)
+    assert [(runtime.channels_last, runtime.fusion) for runtime in found] == [(False, "plain")] * 2
 
 
 def test_too_little_memory_is_refused_with_the_size_needed(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ class MemoryCopies(CheckpointWriter):
         """Copies `state` and writes it in the background; raises SettingsError if there is too little room."""
         self.wait()
         num_bytes = sum(tensor.nbytes for tensor in _tensors(state))
-        needed = num_bytes * (1 if any(self.folder.iterdir()) else 2)
+        needed = num_bytes * (1 if any(self.folder.glob("step-*.pt")) else 2)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise SettingsError(
@@ -74,7 +74,7 @@ class MemoryCopies(CheckpointWriter):
     def clear(self) -> None:
         """Removes all copies: those of a state that the run gave up."""
         self.wait()
-        for path in self.folder.iterdir():
+        for path in [*self.folder.glob("step-*"), *self.folder.glob(".step-*")]:
             path.unlink()
 
 
