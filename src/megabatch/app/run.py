@@ -27,13 +27,12 @@ from megabatch.app.run_log import RunLog, announce_measuring, describe_run, open
 from megabatch.app.span_tiles import span_tiles
 from megabatch.app.state import build_state, check_same_weights, resume, whitened_stem
 from megabatch.comm.launch import World
-from megabatch.interval import parse_interval
 from megabatch.nn.fused.fuse import can_fuse
 from megabatch.nn.loss import inverse_frequency_weights
 from megabatch.observe.device_use import DeviceUse
 from megabatch.observe.run_folder import MISTAKES_FILE, holds_run
 from megabatch.recipe import Recipe, fields_as_json
-from megabatch.runtime import Runtime
+from megabatch.runtime import Runtime, parse_interval
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies, remove_copies, remove_outdated_copies

@@ -14,8 +14,8 @@ from megabatch.comm.launch import World
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.split import micro_batches
 from megabatch.errors import CheckpointError
-from megabatch.interval import Interval
 from megabatch.recipe import Recipe
+from megabatch.runtime import Interval
 from megabatch.train.checkpoint import CheckpointWriter
 from megabatch.train.cuda_graph import CapturedStep
 from megabatch.train.health.memory_copies import MemoryCopies

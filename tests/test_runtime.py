@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from megabatch.errors import SettingsError
-from megabatch.interval import Interval, parse_interval
-from megabatch.runtime import Runtime
+from megabatch.runtime import Interval, Runtime, parse_interval
 
 
 @pytest.mark.parametrize(
