@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megabatch.errors import SettingsError
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 AllReduce = Literal["auto", "flat", "hierarchical", "torus", "split_torus"]
 Wire = Literal["fp32", "fp16", "bf16"]

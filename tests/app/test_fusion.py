@@ -7,8 +7,10 @@ import torch
 from slow import slow_except
 from tiny_run import run_tiny, tiny_recipe
 
+from megabatch import recipes
 from megabatch.app import model as model_wiring
 from megabatch.app import resolve as runtime
+from megabatch.app.measured.layout import measured_layout
 from megabatch.app.model import build_model
 from megabatch.comm.launch import World
 from megabatch.nn.fused import norm_act
@@ -78,3 +80,14 @@ def test_cudnn_measures_its_algorithms_while_a_run_is_open_and_the_site_lets_it(
     with runtime.cudnn_measures(Runtime(cudnn_benchmark=wanted), torch.device(device)):
         assert torch.backends.cudnn.benchmark == expected
     assert not torch.backends.cudnn.benchmark
+
+
+def test_an_apple_gpu_trains_one_worker_by_torchs_kernels_in_nchw_and_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    recipe, apple = recipes.get("fashion_mnist"), World(device=torch.device("mps"))
+    assert runtime.default_workers(recipe, Runtime()) == 1
+    precision = runtime.choose_precision(Runtime(), apple.device)
+    assert precision.name == "fp32"
+    chosen = measured_layout(recipe, Runtime(), precision, world=apple, warn=pytest.fail)
+    assert runtime.describe_kernels(chosen, precision, apple.device) == "torch kernels in NCHW"
+    assert runtime.choose_micro_batch(recipe, chosen, world_size=1, device=apple.device) == 1024

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from limits import HANG_S
 from ranks import free_port, run_processes, run_threads
 
+from megabatch.comm import launch
 from megabatch.comm.launch import World, _wait_for_threads, join, on_rank0
 from megabatch.cores import usable_cores
-from megabatch.errors import DataError, MegabatchError, PeerError
+from megabatch.errors import DataError, MegabatchError, PeerError, SettingsError
 
 TASKS = Path("/proc/self/task")
 
@@ -117,3 +118,20 @@ def lose_rank_1(port):
 @pytest.mark.multiprocess
 def test_a_lost_connection_is_a_peer_error():
     assert "the connection to another worker was lost" in run_processes(2, lose_rank_1, free_port(), may_die=[1])[0]
+
+
+def test_an_apple_gpu_is_refused_where_there_is_none():
+    with pytest.raises(SettingsError, match=r"no Apple GPU; --device cpu works"), join(device="mps"):
+        pass
+
+
+def test_an_apple_gpu_is_taken_by_a_worker_that_is_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for wanted in ("auto", "mps"):
+        with join(device=wanted) as world:
+            assert world.device == torch.device("mps")
+    with join(device="cpu") as world:
+        assert world.device.type == "cpu"
+    assert launch._device("auto", 1, 2, 2).type == "cpu"
+    with pytest.raises(SettingsError, match="trains one worker, 2 were started; --workers 1 works"):
+        launch._device("mps", 1, 2, 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megabatch.app.model import unsafe_convolution
-from megabatch.comm.launch import World
+from megabatch.comm.launch import World, has_apple_gpu
 from megabatch.cores import usable_cores
 from megabatch.data.loading.split import check_split
 from megabatch.errors import SettingsError
@@ -35,7 +35,7 @@ def choose_micro_batch(recipe: Recipe, runtime: Runtime, *, world_size: int, dev
         return recipe.bn_span  # the noise scale is measured between one span and the global batch
     pixels = max(value for _, value in recipe.resolution)
     # On a CPU activations should stay near the caches: 256 samples of 32 px, 36 of 224. A GPU needs large batches.
-    budget = 256 * (224 / pixels) ** 2 if device.type == "cuda" else 256 * 32 / pixels
+    budget = 256 * 32 / pixels if device.type == "cpu" else 256 * (224 / pixels) ** 2
     # A micro-batch of one span is normalised in one call; several spans only where one is too little work.
     spans = 1 if recipe.bn_span >= budget / 4 else int(budget // recipe.bn_span)
     return recipe.bn_span * min(spans, max(1, recipe.global_batch_size // world_size // recipe.bn_span))
@@ -70,6 +70,8 @@ def check(recipe: Recipe, runtime: Runtime, *, world_size: int, device: torch.de
 
 def default_workers(recipe: Recipe, runtime: Runtime) -> int:
     """Default number of local workers: one per GPU, else one per core (max 8), at most one per batch-norm span."""
+    if has_apple_gpu(runtime.device):
+        return 1
     gpus = torch.cuda.device_count() if runtime.device != "cpu" and torch.cuda.is_available() else 0
     return max(1, min(gpus or min(usable_cores(), 8), recipe.smallest_batch // recipe.bn_span))
 
@@ -164,6 +166,8 @@ def describe_kernels(runtime: Runtime, precision: Precision, device: torch.devic
         return f"torch kernels in {layout}"
     if device.type == "cuda" and runtime.fusion != "plain":
         return "fused kernels" if has_triton() else "torch kernels (Triton is not installed)"
+    if device.type == "mps":
+        return f"torch kernels in {layout}"
     if device.type == "cpu" and not cpu_batch_norm.is_available():
         return f"torch kernels in {layout} (compiling ours needs a C compiler, on Linux)"
     if runtime.fusion == "plain" or layout == "NCHW":

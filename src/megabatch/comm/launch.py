@@ -52,22 +52,22 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
     group is shut down, and the number of threads and the denormal mode are restored.
 
     Args:
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", or "mps", an Apple GPU, which trains as the only worker.
         timeout_s: timeout of collectives, in seconds.
         threads: CPU threads of this worker; None divides the cores among the local workers.
 
     Raises:
-        SettingsError: `device` is "cuda" and torch finds no GPU, there are fewer GPUs than local workers, or the
-            launcher's environment variables or the network interface in the environment are wrong.
+        SettingsError: `device` is "cuda" or "mps" and torch finds no such GPU, there are fewer GPUs than local workers,
+            or the launcher's environment variables or the network interface in the environment are wrong.
         PeerError: not all workers joined in time, or the block lost the connection to one.
     """
     if not started_by_launcher():
-        world = World(device=_device(device, 0, 1))
+        world = World(device=_device(device, 0, 1, 1))
         with _threads(threads, world):
             yield world
         return
     launched = read_launcher()
-    chosen = _device(device, launched.local_rank, launched.local_world_size)
+    chosen = _device(device, launched.local_rank, launched.world_size, launched.local_world_size)
     # Before the process group: NCCL would otherwise create its communicators on GPU 0.
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -198,7 +198,18 @@ def all_gather_objects(value: T, world: World) -> list[T]:
     return values
 
 
-def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+def has_apple_gpu(wanted: str) -> bool:
+    """True if `wanted`, a value of --device, lets a worker use an Apple GPU that torch finds."""
+    return wanted in {"auto", "mps"} and torch.backends.mps.is_available()
+
+
+def _device(wanted: str, local_rank: int, world_size: int, local_world_size: int) -> torch.device:
+    if wanted == "mps" and not has_apple_gpu(wanted):
+        raise SettingsError("device=mps was given, but torch finds no Apple GPU; --device cpu works")
+    if wanted == "mps" and world_size > 1:
+        raise SettingsError(f"device=mps trains one worker, {world_size} were started; --workers 1 works")
+    if has_apple_gpu(wanted) and world_size == 1:
+        return torch.device("mps")
     found = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cuda" and not found:
         raise SettingsError("device=cuda was given, but torch finds no GPU; --device cpu works")

@@ -133,10 +133,13 @@ def widen_logits(module: nn.Module) -> None:
 def fastest_precision(device: torch.device) -> str:
     """Fastest precision of a device: bf16 with hardware support, else fp16 on a GPU and fp32 on a CPU.
 
-    Weights stay fp32 in all of them. On a CPU the support is oneDNN's (AVX-512 BF16 or AMX, or Arm's BF16).
+    Weights stay fp32 in all of them. On a CPU the support is oneDNN's (AVX-512 BF16 or AMX, or Arm's BF16). An Apple
+    GPU gets fp32: nothing was measured there.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "mps":
+        return "fp32"
     has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_native_bf16()
     return "bf16" if has_bf16 else "fp32"
 

@@ -57,7 +57,9 @@ def bench_allreduce(
     table: Annotated[
         Path | None, typer.Option(help="File for --tune; default allreduce.json in ~/.cache/megabatch.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete_from(DEVICES))] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=complete_from(DEVICES))
+    ] = "auto",
     timeout_s: Annotated[float, typer.Option(help="Seconds after which a collective times out.", min=1)] = 300.0,
 ) -> None:
     """Times the gradient exchange. Each algorithm, bucket size and wire is timed; the slowest worker counts."""

@@ -58,7 +58,9 @@ def bench_step(
         ),
     ] = None,
     settings: Settings = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=complete_from(DEVICES))] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=complete_from(DEVICES))
+    ] = "auto",
     seconds: Annotated[float, typer.Option(help="Seconds of measurement, after warm-up.", min=0.1)] = 30.0,
     compile_model: Annotated[
         bool,
