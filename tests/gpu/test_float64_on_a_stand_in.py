@@ -6,9 +6,9 @@ from slow import slow_except
 from stand_in_gpu import CUDA, RefusedError, StandInGpu
 from tiny_run import tiny_data, tiny_recipe
 
-from megabatch import float64
 from megabatch.app.run import open_run
 from megabatch.comm.launch import World
+from megabatch.kernels import float64
 from megabatch.runtime import Runtime
 from megabatch.train.loop import train
 

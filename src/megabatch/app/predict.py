@@ -16,7 +16,7 @@ from megabatch.comm.launch import World
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.sources.images import UnlabelledImages
 from megabatch.errors import DataError, SettingsError
-from megabatch.float64 import in_float64
+from megabatch.kernels.float64 import in_float64
 from megabatch.recipe import from_json
 from megabatch.runtime import Runtime
 from megabatch.train.checkpoint import CheckpointInfo

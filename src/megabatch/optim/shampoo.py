@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabatch.errors import UserError
-from megabatch.float64 import in_float64
+from megabatch.kernels.float64 import in_float64
 from megabatch.optim.engine.base import Group
 from megabatch.optim.engine.checks import check_choice, check_number
 from megabatch.optim.engine.matrices import MatrixOptimizer

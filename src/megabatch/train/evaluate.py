@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megabatch.comm.launch import World, all_gather_objects, sum_over_workers
 from megabatch.data.loading.batch import Batch
-from megabatch.float64 import float64_device, in_float64
+from megabatch.kernels.float64 import float64_device, in_float64
 from megabatch.nn.batch_norm.evaluation_statistics import begin_precise, finish_precise
 from megabatch.nn.loss import correct_counts, cross_entropy_sum
 from megabatch.recipe import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megabatch.comm.launch import World, sum_over_workers
 from megabatch.data.loading.batch import Batch
-from megabatch.float64 import float64_device, in_float64
+from megabatch.kernels.float64 import float64_device, in_float64
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.train.measuring.step_clock import StepClock
 from megabatch.train.precision import Precision

@@ -18,7 +18,6 @@ from megabatch.comm.autotune.choose import Cell, Measured
 from megabatch.comm.exchange.algorithms import ALGORITHMS
 from megabatch.comm.exchange.grid import Grid, make_grid
 from megabatch.comm.exchange.state import ExchangeState
-from megabatch.float64 import float64_device
 
 
 def cells_to_measure(
@@ -73,7 +72,7 @@ class Bench:
             future.wait()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = torch.tensor([time.perf_counter() - start], device=float64_device(self._device), dtype=torch.float64)
+        seconds = torch.tensor([time.perf_counter() - start], device=self._device, dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds.item())
 

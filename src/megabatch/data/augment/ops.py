@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megabatch.float64 import in_float64
+from megabatch.kernels.float64 import in_float64
 
 _PIECE_ELEMENTS = 1 << 17  # half a megabyte of float32
 _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601

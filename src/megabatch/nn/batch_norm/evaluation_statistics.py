@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megabatch.errors import UserError
-from megabatch.float64 import float64_device
 from megabatch.kernels.dispatch import Backend
+from megabatch.kernels.float64 import float64_device
 from megabatch.kernels.step_averages import LayerStatistics, StepAverages, supports
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
 

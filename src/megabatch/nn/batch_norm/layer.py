@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megabatch.errors import UserError
-from megabatch.float64 import in_float64
+from megabatch.kernels.float64 import in_float64
 from megabatch.nn.batch_norm.own_spans import Normalised, normalise_own_spans
 from megabatch.nn.batch_norm.shared_span import normalise_shared_span
 

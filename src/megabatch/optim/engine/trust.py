@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabatch.float64 import in_float64
+from megabatch.kernels.float64 import in_float64
 from megabatch.optim.engine.multi_tensor import is_flat
 
 ROWS = 64
