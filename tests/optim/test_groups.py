@@ -136,6 +136,15 @@ def test_the_first_and_the_last_weight_may_decay_without_adapting(model: nn.Modu
     assert sorted([*hidden, *ends]) == sorted(name for name, p in model.named_parameters() if p.ndim > 1)
 
 
+def test_a_frozen_first_layer_does_not_make_the_second_an_end() -> None:
+    with torch.device("meta"):
+        net = create_model("vgg8", num_classes=10, stem="whitened")
+    groups = {g["name"]: g["param_names"] for g in param_groups(net, weight_decay=0.1, separate_ends=True)}
+    assert groups["ends"] == ["fc.weight"]
+    convolutions = [f"stages.{stage}.conv{number}.weight" for stage in range(3) for number in (1, 2)]
+    assert groups["weights"] == convolutions
+
+
 @pytest.mark.parametrize("name", ["resnet50", "alexnet", "resnet8"])
 def test_the_models_of_the_recipes_are_split_by_number_of_dimensions(name: str) -> None:
     """Their norms and biases all have one dimension, and no other parameter has."""

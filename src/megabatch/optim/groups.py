@@ -33,7 +33,7 @@ def param_groups(
         weight_decay: coefficient of the group `weights`.
         decay_norm_and_bias: apply `weight_decay` to `norm_and_bias` too; these parameters still do not adapt.
         separate_ends: move the first and the last of the weights, in the order of `model.named_parameters()`, to a
-            group `ends`, which decays and does not adapt, as `Muon` needs it.
+            group `ends`, which decays and does not adapt, as `Muon` needs it. A frozen first layer stays the first.
 
     Returns:
         Groups with the keys params, param_names, name, weight_decay and adapt. An empty group is left out.
@@ -43,7 +43,7 @@ def param_groups(
     """
     refuse_flattened(list(model.parameters()))
     excluded = {id(parameter) for parameter in _norms_and_biases(model)}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = list(model.named_parameters())
     weights = [(name, p) for name, p in named if p.ndim > 1 and id(p) not in excluded]
     others = [(name, p) for name, p in named if p.ndim <= 1 or id(p) in excluded]
     ends = [*weights[:1], *weights[1:][-1:]] if separate_ends else []
@@ -86,6 +86,6 @@ def _norms_and_biases(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _group(name: str, named: list[tuple[str, nn.Parameter]], *, weight_decay: float, adapt: bool) -> dict[str, Any]:
-    tensors: list[Tensor] = [p for _, p in named]
-    names = [n for n, _ in named]
+    tensors: list[Tensor] = [p for _, p in named if p.requires_grad]
+    names = [n for n, p in named if p.requires_grad]
     return {"params": tensors, "param_names": names, "name": name, "weight_decay": weight_decay, "adapt": adapt}
