@@ -5,7 +5,8 @@ MegabatchError
 |   |-- RecipeError        a recipe field: unknown, of the wrong type, or contradicting another
 |   |-- SettingsError      a runtime option: workers, micro-batch, precision, all-reduce, paths
 |   |-- DataError          a data set: missing, empty, corrupt, or not in the requested layout
-|   |   `-- TooManyPixelsError   an image is larger than is decoded, as a decompression bomb is
+|   |   |-- TooManyPixelsError   an image is larger than is decoded, as a decompression bomb is
+|   |   `-- NoDecoderError       no installed package reads the format of an image
 |   `-- CheckpointError    a checkpoint: missing, corrupt, or of another recipe
 |-- FetchError             a download failed, or the cache is not writable
 |-- DivergedError          the loss is not finite
@@ -41,6 +42,10 @@ class DataError(UserError):
 
 class TooManyPixelsError(DataError):
     """An image has more pixels than are decoded, as a decompression bomb has."""
+
+
+class NoDecoderError(DataError):
+    """No installed package reads the format of an image."""
 
 
 class CheckpointError(UserError):

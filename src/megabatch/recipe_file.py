@@ -7,6 +7,7 @@ Fields that a file leaves out have the defaults of `Recipe`.
 import inspect
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def read_toml(path: Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"there is no recipe file {path}; `megabatch recipes photos --format toml > {path}` writes one"
+            f"there is no recipe file {path}; `megabatch recipes photos --format toml > {shlex.quote(str(path))}` works"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not a TOML file: {error}; flip = true works") from None

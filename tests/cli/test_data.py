@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from damaged_files import rotated_jpeg
 from photographs import encode, photograph
 from typer.testing import CliRunner, Result
 
 from megabatch.cli.bench.input import bench_input
 from megabatch.cli.data import data_app
+from megabatch.data.jpeg.decode import decode
 from megabatch.errors import DataError
 
 app = typer.Typer()
@@ -80,6 +83,27 @@ def test_odd_files_are_bad_only_with_strict_and_can_be_repaired(folder):
     assert "repaired train/cat/odd.jpg (wrong ending)" in result.output
     assert (folder / "train" / "cat" / "odd.png").exists()
     assert run("data", "check", folder, "--strict").exit_code == 0
+
+
+def test_upright_turns_rotated_photos_and_check_prints_the_command_that_does(folder):
+    spaced = folder.rename(folder.with_name("my photos"))
+    photo = spaced / "train" / "cat" / "turned.jpg"
+    photo.write_bytes(rotated_jpeg())
+    stored = decode(photo.read_bytes())
+    assert f"`megabatch data check '{spaced}' --upright` turns them" in run("data", "check", spaced).output
+    result = run("data", "check", spaced, "--upright")
+    assert "repaired train/cat/turned.jpg (rotated)" in result.output
+    assert "--upright" not in result.output
+    turned = decode(photo.read_bytes())
+    assert turned.shape == np.rot90(stored, -1).shape
+    assert np.abs(turned.astype(int) - np.rot90(stored, -1)).mean() < 2  # JPEG written again
+    assert decode(photo.with_name("turned.jpg.orig").read_bytes()).tobytes() == stored.tobytes()
+
+
+def test_check_prints_how_to_move_bad_files_away(folder):
+    (folder / "train" / "cat" / "bad.jpg").write_bytes(b"")
+    assert f"`megabatch data check {folder} --exclude` moves bad files" in run("data", "check", folder).output
+    assert "moves bad files" not in run("data", "check", folder, "--exclude").output
 
 
 def test_line_breaks_in_names_are_escaped(folder):

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +85,10 @@ def check(
     ] = False,
     exclude: Annotated[bool, typer.Option("--exclude", help="Move bad files to PATH.excluded.")] = False,
     into: Annotated[Path | None, typer.Option(help="Write repaired and excluded files to this folder instead.")] = None,
+    upright: Annotated[
+        bool,
+        typer.Option("--upright", help="Turn photos by their EXIF rotation, which training ignores; keep NAME.orig."),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat odd files as bad.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all problems to this file, as JSON.")] = None,
     workers: Annotated[int | None, typer.Option(help="Number of threads; default one per core.", min=1)] = None,
@@ -95,18 +101,21 @@ def check(
     _list(report)
     if json_file is not None:
         write_text(json_file, _as_json(report))
-    remaining = _repair_or_exclude(report, repair=repair, exclude=exclude, into=into)
+    remaining = _change(report, repair=repair, upright=upright, exclude=exclude, into=into)
+    _advise(path, remaining)
     if any(strict or problem.is_bad for problem in remaining):
         raise typer.Exit(1)
 
 
-def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, into: Path | None) -> "list[Problem]":
+def _change(report: "CheckReport", *, repair: bool, upright: bool, exclude: bool, into: Path | None) -> "list[Problem]":
     """Applies the requested changes, prints each, and returns the remaining problems."""
     from dataclasses import replace
 
     from megabatch.data.checking import repair as repairs
 
-    for requested, change, verb in ((repair, repairs.repair, "repaired"), (exclude, repairs.exclude, "moved")):
+    kinds = (repairs.DEFAULT_REPAIRS if repair else frozenset()) | ({"rotated"} if upright else set())
+    rewrite = partial(repairs.repair, kinds=kinds)
+    for requested, change, verb in ((kinds, rewrite, "repaired"), (exclude, repairs.exclude, "moved")):
         if not requested:
             continue
         changed = change(report, into=into)
@@ -114,6 +123,18 @@ def _repair_or_exclude(report: "CheckReport", *, repair: bool, exclude: bool, in
             typer.echo(f"{verb} {printable(problem.name)} ({problem.kind}): now {printable(str(path))}")
         report = replace(report, problems=changed.remaining)
     return report.problems
+
+
+def _advise(path: Path, remaining: "list[Problem]") -> None:
+    """Prints the command that deals with bad and with rotated files in a folder, if some remain."""
+    kinds = {problem.kind for problem in remaining if problem.kind == "rotated" or problem.is_bad}
+    if not path.is_dir() or not kinds:
+        return
+    command = f"megabatch data check {shlex.quote(str(path))}"
+    if kinds - {"rotated"}:
+        typer.echo(f"`{command} --exclude` moves bad files to another folder; `--repair` first rewrites what it can")
+    if "rotated" in kinds:
+        typer.echo(f"training ignores the rotation of photos; `{command} --upright` turns them")
 
 
 def _list(report: "CheckReport") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -242,10 +243,10 @@ def _finish(
 
     report = write_report([folder], folder / "report.html")
     if top1 is None and complete:
-        _say(f"already complete at step {step:,}; `megabatch evaluate {folder}` evaluates it again")
+        _say(f"already complete at step {step:,}; `megabatch evaluate {shlex.quote(str(folder))}` evaluates it again")
         return
     if top1 is None:
-        _say(f"stopped at step {step:,}; the same command with --output {folder} --resume continues")
+        _say(f"stopped at step {step:,}; the same command with --output {shlex.quote(str(folder))} --resume continues")
         return
     if not quiet:
         _say(f"trained for {seconds:.1f} s, including evaluations; run folder {folder}, report {report}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import error_line, megabatch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 
 from megabatch.app.load import load_model
@@ -117,3 +117,16 @@ def test_details_of_an_evaluation_sum_to_its_counts(run, tmp_path, monkeypatch):
         f"{matrix[2, 2] / matrix[2].sum():.4f}",
     ]
     assert by_class[1][2:] == [str(int(cell)) if cell else "." for cell in matrix[2]]
+
+
+def test_upright_predicts_a_photo_as_its_exif_orientation_shows_it(run, tmp_path):
+    folder, *_ = run
+    with Image.open(folder / "images" / "003.png") as image:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    (plain,) = rows(predict(folder, folder / "images" / "003.png"))
+    (turned,) = rows(predict(folder, tmp_path / "turned.png"))
+    (upright,) = rows(predict(folder, tmp_path / "turned.png", "--upright"))
+    assert turned["probability"] != plain["probability"] == upright["probability"]
+    assert upright["class"] == plain["class"]

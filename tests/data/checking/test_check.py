@@ -92,7 +92,7 @@ def test_a_file_is_bad_exactly_if_it_cannot_be_decoded(folder):
 @pytest.mark.slow
 def test_this_file_tests_every_kind_of_problem(folder):
     found_kinds = {problem.kind for problem in check(folder).problems}
-    assert KINDS - found_kinds == {"unreadable", "refused archive", "refused data set", "not read"}
+    assert KINDS - found_kinds == {"unreadable", "no reader", "refused archive", "refused data set", "not read"}
 
 
 @pytest.mark.slow

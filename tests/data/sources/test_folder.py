@@ -1,13 +1,20 @@
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from photographs import TEST_PHOTOS, encode, photograph
+from PIL import Image
 
+from megabatch.data.checking.check import check
+from megabatch.data.jpeg.decode import decode, image_size
+from megabatch.data.jpeg.formats import ENDINGS
 from megabatch.data.sources.dataset import open_folder
 from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.tar.shards import ShardSource
 from megabatch.errors import DataError
 
 PHOTOS = TEST_PHOTOS
@@ -171,3 +178,34 @@ def test_a_file_that_cannot_be_read_is_named(photos):
     (photos / "train" / "hat" / "004.jpg").unlink()
     with pytest.raises(DataError, match=r"hat/004\.jpg: cannot be read \(No such file"):
         source.probe()
+
+
+@pytest.mark.parametrize("ending", sorted(ending for endings in ENDINGS.values() for ending in endings))
+def test_every_ending_of_a_known_format_is_that_of_an_image(tmp_path, ending):
+    for name in (f"a.{ending}", f"b.{ending.upper()}"):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    assert len(FolderSource(tmp_path)) == 2
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        archive.add(tmp_path / "cat" / f"a.{ending}", f"a.{ending}")
+        (tmp_path / "a.cls").write_text("0")
+        archive.add(tmp_path / "a.cls", "a.cls")
+    assert len(ShardSource(tmp_path / "one.tar")) == 1
+
+
+def test_a_photo_without_an_installed_reader_is_refused_with_the_package_that_reads_it(photos, monkeypatch):
+    monkeypatch.setattr("megabatch.data.jpeg.decode._register_heic", lambda: None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    photo = photos / "train" / "hat" / "IMG_0001.HEIC"
+    photo.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(DataError, match=r"IMG_0001.HEIC: .*'megabatch\[heic\]'.*--exclude"):
+        FolderSource(photos / "train").probe()
+    assert check(photos).count() == {"no reader": 1}
+
+
+def test_heic_photos_are_read_where_pillow_heif_is_installed():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels, file = photograph(48, 64, seed=1), io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(file, quality=95)
+    assert np.abs(decode(file.getvalue()).astype(int) - pixels).mean() < 4
+    assert image_size(file.getvalue()) == (48, 64)

@@ -37,6 +37,9 @@ def predict(
         ),
     ] = "csv",
     top: Annotated[int, typer.Option(help="Number of most likely classes per image.", min=1)] = 1,
+    upright: Annotated[
+        bool, typer.Option("--upright", help="Apply the EXIF rotation of photos, for a model that was trained so.")
+    ] = False,
 ) -> None:
     """Predicts the classes of images. Preprocesses them as `megabatch evaluate` does.
 
@@ -45,13 +48,14 @@ def predict(
     from megabatch.app.predict import predict as predict_images
     from megabatch.comm.launch import join
     from megabatch.comm.launcher_environment import started_by_launcher
+    from megabatch.data.checking.repair import upright as upright_file
     from megabatch.data.sources.images import UnlabelledImages
     from megabatch.train.checkpoint import open_checkpoint
 
     chosen = require_choice("--format", output_format, get_args(Format))
     if started_by_launcher():
         raise SettingsError("predict runs in one process, without a launcher; a call per part of the images works")
-    source = UnlabelledImages(images)
+    source = UnlabelledImages(images, change=upright_file if upright else None)
     info, state = open_checkpoint(checkpoint)
     num_bad = 0
     with join(device=runtime.device) as world:

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from megabatch.data.jpeg.decode import MAX_PIXELS, PILLOW_ERRORS, decode, image_size
 from megabatch.data.jpeg.ends import image_end
 from megabatch.data.jpeg.formats import ENDINGS, sniff
-from megabatch.errors import DataError, TooManyPixelsError
+from megabatch.errors import DataError, NoDecoderError, TooManyPixelsError
 
 BAD_KINDS = frozenset(
     {
@@ -20,6 +20,7 @@ BAD_KINDS = frozenset(
         "unreadable",  # the operating system denies reading it
         "truncated",  # the end of the image is missing
         "missing end",  # only the JPEG's end marker is missing; all pixels are present
+        "no reader",  # no installed package reads the format, as HEIC without pillow-heif
         "damaged",  # the image cannot be decoded completely
         "bomb",  # a decompression bomb: more pixels than training decodes
         "link out",  # a symbolic link to a place outside the data set
@@ -109,6 +110,8 @@ def _describe_non_image(data: bytes) -> str:
 def _classify_error(data: bytes, format_name: str, error: DataError) -> Finding:
     if isinstance(error, TooManyPixelsError):
         return "bomb", str(error)
+    if isinstance(error, NoDecoderError):
+        return "no reader", str(error)
     if image_end(data) is not None:
         return "damaged", str(error)
     if format_name == "jpeg" and _decodes(data + _END) and not list(_odd_jpeg(data + _END)):

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from megabatch.data.checking.check import KEPT_ENDING, CheckReport, Problem
-from megabatch.data.jpeg.decode import decode
+from megabatch.data.jpeg.decode import PILLOW_ERRORS, decode
 from megabatch.data.jpeg.ends import image_end
 from megabatch.data.jpeg.formats import ENDINGS, preferred_ending, sniff
 from megabatch.errors import DataError
@@ -37,10 +37,15 @@ def _to_rgb(data: bytes) -> bytes:
     return _encoded(Image.fromarray(decode(data)), is_jpeg=sniff(data) == "jpeg")
 
 
-def _upright(data: bytes) -> bytes:
-    """Applies the EXIF orientation to the pixels."""
-    with Image.open(io.BytesIO(data)) as image:
-        return _encoded(ImageOps.exif_transpose(image).convert("RGB"), is_jpeg=image.format == "JPEG")
+def upright(data: bytes) -> bytes:
+    """Applies the EXIF orientation to the pixels; files without one, and damaged ones, are returned unchanged."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+                return _encoded(ImageOps.exif_transpose(image).convert("RGB"), is_jpeg=image.format == "JPEG")
+    except PILLOW_ERRORS:
+        pass
+    return data
 
 
 def _encoded(image: Image.Image, *, is_jpeg: bool) -> bytes:
@@ -57,7 +62,7 @@ REPAIRS: dict[str, Callable[[bytes], bytes]] = {
     "16 bit": _to_rgb,
     "animated": _to_rgb,
     "wrong ending": lambda data: data,
-    "rotated": _upright,
+    "rotated": upright,
 }
 DEFAULT_REPAIRS = frozenset(REPAIRS) - {"rotated"}  # optional: the labels may have been made without it
 

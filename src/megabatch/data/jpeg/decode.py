@@ -13,6 +13,8 @@ marker is always detected. Bytes after the image's end are ignored.
 functions are thread-safe and spend most of their time without the GIL.
 """
 
+import contextlib
+import functools
 import io
 import math
 import struct
@@ -25,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from megabatch.data.jpeg import library
 from megabatch.data.jpeg.formats import PILLOW_NAMES, sniff
-from megabatch.errors import DataError, TooManyPixelsError
+from megabatch.errors import DataError, NoDecoderError, TooManyPixelsError
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -226,6 +228,8 @@ def _open(data: bytes) -> Image.Image:
     if len(data) == 0:
         raise DataError("the file is empty (0 bytes)")
     name = sniff(data)
+    if name == "heic":
+        _register_heic()
     try:
         return Image.open(io.BytesIO(data), formats=[PILLOW_NAMES.get(name, name)] if name else [])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -233,9 +237,19 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # its message only names the BytesIO object
         raise DataError("not an image: unknown format or damaged header") from error
     except KeyError as error:
-        raise DataError(f"the installed Pillow cannot read {name} files; convert them to JPEG or PNG") from error
+        package = "; `pip install 'megabatch[heic]'` adds a reader" if name == "heic" else ""
+        raise NoDecoderError(f"the installed Pillow cannot read {name} files; convert them to JPEG{package}") from error
     except PILLOW_ERRORS as error:
         raise DataError(f"not an image that Pillow can read: {error}") from error
+
+
+@functools.cache
+def _register_heic() -> None:
+    """Makes Pillow read HEIC, if pillow-heif is installed; it applies the rotation, which HEIC stores as a property."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener(thumbnails=False)
 
 
 def _decode_with_pillow(data: bytes, channels: int) -> Pixels:

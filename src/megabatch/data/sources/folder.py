@@ -1,6 +1,7 @@
 """Image files in one folder per class, and a quick check for damaged files before a run starts."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,9 +68,8 @@ class FolderSource:
         if bad:
             index, fault = bad[0]
             more = f" and {len(bad) - 1} more files are bad" if len(bad) > 1 else ""
-            raise DataError(
-                f"{self.name(index)}: {fault}{more}; remove or replace what `megabatch data check {self.path}` lists"
-            )
+            check = f"megabatch data check {shlex.quote(str(self.path))}"
+            raise DataError(f"{self.name(index)}: {fault}{more}; `{check}` lists bad files, --exclude moves them away")
 
     def _fault(self, index: int) -> str | None:
         try:

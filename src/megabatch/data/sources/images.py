@@ -19,7 +19,8 @@ class UnlabelledImages:
     """The images in `paths`, as an `EncodedSource` whose labels are all 0.
 
     A path is an image file, a folder (all images below it, sorted by name) or a tar (its images, sorted by name). A
-    file that is named itself is an image whatever its extension. Images keep the order of `paths`.
+    file that is named itself is an image whatever its extension. Images keep the order of `paths`. `change` is applied
+    to the bytes of each file that is read.
 
     Raises:
         DataError: a path does not exist, a folder or tar holds no image, or a tar is compressed or damaged.
@@ -28,7 +29,8 @@ class UnlabelledImages:
     shard_sizes: Sequence[int] | None = None
     class_names = ("image",)
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], *, change: Callable[[bytes], bytes] | None = None) -> None:
+        self._change = change
         self._entries = [entry for path in paths for entry in _entries(path)]
         self.labels: NDArray[np.int64] = np.zeros(len(self._entries), dtype=np.int64)
 
@@ -37,7 +39,8 @@ class UnlabelledImages:
 
     def read(self, index: int) -> bytes:
         """Returns the complete file of one image; OSError if it cannot be read."""
-        return self._entries[index][1]()
+        data = self._entries[index][1]()
+        return self._change(data) if self._change else data
 
     def name(self, index: int) -> str:
         """Returns the path of an image, or `TAR:MEMBER`."""

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megabatch.data.jpeg.formats import ENDINGS
 from megabatch.data.sources.layout import is_hidden
 from megabatch.errors import DataError
 from megabatch.files import parse_json, replacing
 
 FORMAT = "megabatch tar index 1"
-IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+IMAGE_ENDINGS = frozenset[str]().union(*ENDINGS.values())
 LABEL_ENDING = "cls"
 RECORD = np.dtype([("offset", "<i8"), ("name", "<i8"), ("size", "<u4"), ("name_size", "<u4"), ("label", "<i8")])
 _ALIGN = 64
