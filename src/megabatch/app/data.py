@@ -19,7 +19,7 @@ from megabatch.data.loading.held_out import hold_out
 from megabatch.data.loading.order import shards_at_once
 from megabatch.data.loading.train_loader import TrainLoader, shard_sizes
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.data.sources.dataset import open_train_and_evaluation
+from megabatch.data.sources.dataset import EVALUATION_PARTS, open_train_and_evaluation, part_names
 from megabatch.data.sources.folder import FolderSource
 from megabatch.data.sources.labels import agree_on_classes
 from megabatch.data.sources.protocol import EncodedSource
@@ -81,8 +81,11 @@ def open_data(
     return data
 
 
-def open_evaluation_data(recipe: Recipe, runtime: Runtime) -> Data:
+def open_evaluation_data(recipe: Recipe, runtime: Runtime, *, held_out: float | None = None) -> Data:
     """As `open_data`, but a data set may have only val or test; `train` is then the evaluation set too.
+
+    Where neither is there, the fraction `held_out` of train is the evaluation set: the one that the run held out. Notes
+    say if more images are left than the run trained on, as it may have trained on evaluated ones.
 
     Raises:
         DataError, FetchError, SettingsError: as `open_data`.
@@ -90,12 +93,32 @@ def open_evaluation_data(recipe: Recipe, runtime: Runtime) -> Data:
     if runtime.data is None or "://" in str(runtime.data):
         return open_data(recipe, runtime)
     _check_decode(runtime)
+    if held_out and runtime.val_fraction is None and _has_only_train(runtime):
+        runtime = dataclasses.replace(runtime, val_fraction=held_out)
     if runtime.val_fraction is not None or is_function(runtime.data):
-        return _open(recipe, runtime, on_progress=None, probe=False)
+        return _with_leak_note(recipe, runtime, _open(recipe, runtime, on_progress=None, probe=False))
     dataset = open_train_and_evaluation(runtime.data, train_needed=False, **_parts(runtime))
     *_, evaluation = dataset.parts.values()
     train = dataset.parts.get(runtime.train_split, evaluation)
     return Data(train, evaluation, _origin(Path(runtime.data)), dataset.notes)
+
+
+def _has_only_train(runtime: Runtime) -> bool:
+    """True for a folder or file whose images are all of the part `train_split`, with no part to evaluate on named."""
+    if runtime.val_split != "auto" or is_function(str(runtime.data)):
+        return False
+    return not set(part_names(str(runtime.data))) & set(EVALUATION_PARTS)
+
+
+def _with_leak_note(recipe: Recipe, runtime: Runtime, data: Data) -> Data:
+    """`data` with a note if the run trained on fewer images than are left beside the held-out ones."""
+    if runtime.val_fraction is None or len(data.train) == recipe.num_train_images:
+        return data
+    note = (
+        f"the run trained on {recipe.num_train_images:,} images, and {len(data.train):,} are left with --val-fraction "
+        f"{runtime.val_fraction:g}: it may have trained on some that are evaluated; its own fraction works"
+    )
+    return dataclasses.replace(data, notes=[*data.notes, note])
 
 
 def _parts(runtime: Runtime) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def describe_run(
         "all_reduce": runtime.all_reduce,
         "wire": runtime.wire,
         "data": data.origin,
-    }
+    } | ({} if runtime.val_fraction is None else {"val_fraction": runtime.val_fraction})
     resumed_from = resumed.step if resumed else None
     start = {"event": "run_start", "schema": SCHEMA, "recipe": recipe.name, "resumed_from_step": resumed_from}
     known = {"command": command_line(), "class_names": list(data.train.class_names)[:MOST_CONFUSION_CLASSES]}

@@ -16,10 +16,22 @@ from megabatch.recipe import Recipe, read
 
 EVENTS_FILE = "events.jsonl"
 MISTAKES_FILE = "mistakes.json"
+_MOST_BYTES = 1 << 20  # of the line of a run's start
 RELEASE_S = 45.0
 """Seconds that a resumed run waits for another process to end its writing to the folder."""
 NOT_ENVIRONMENT = frozenset({"event", "time_s", "schema", "recipe", "resumed_from_step", "command", "class_names"})
 """Fields of `run_start` that do not describe the environment."""
+
+
+def held_out_fraction(folder: Path) -> float | None:
+    """The `--val-fraction` of the run in `folder`; None without one, or without readable events."""
+    try:
+        with (folder / EVENTS_FILE).open("rb") as file:
+            start = parse_json(file.readline(_MOST_BYTES))
+        fraction = start["val_fraction"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return fraction if isinstance(fraction, float) and 0 < fraction < 1 else None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_errors_name_what_was_given_and_what_works(run, tmp_path):
 
 def test_details_of_an_evaluation_sum_to_its_counts(run, tmp_path, monkeypatch):
     folder, trained, data = run
-    monkeypatch.setattr("megabatch.app.data.open_evaluation_data", lambda *_: tiny_data(tiny_recipe()))
+    monkeypatch.setattr("megabatch.app.data.open_evaluation_data", lambda *_, **__: tiny_data(tiny_recipe()))
     table = tmp_path / "confusion.csv"
     done = megabatch("evaluate", folder / "run", "--details", "--confusion", table, "--device", "cpu")
     assert done.returncode == 0, done.stderr

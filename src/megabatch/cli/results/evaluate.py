@@ -36,6 +36,7 @@ def evaluate(
     """Evaluates a checkpoint. Counts top-1 and top-5 over the whole evaluation set, every sample once.
 
     The data's classes are matched with the checkpoint's by name; the data may lack some. A folder needs only val/.
+    Where there is none, the images that the run held out by --val-fraction are evaluated.
     """
     from megabatch.comm.launcher_environment import started_by_launcher
     from megabatch.comm.local_workers import run_local_workers
@@ -60,6 +61,7 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
     from megabatch.app.resolve import choose_memory, choose_precision
     from megabatch.comm.launch import join
     from megabatch.data.sources.labels import ClassNote
+    from megabatch.observe.run_folder import held_out_fraction
     from megabatch.recipe import from_json
     from megabatch.train.checkpoint import open_checkpoint
     from megabatch.train.evaluate import Mistake, eval_block_size
@@ -69,7 +71,8 @@ def _evaluate(checkpoint: Path, runtime: Runtime, *, details: bool, confusion: P
         choose_memory(runtime, world)
         info, state = open_checkpoint(checkpoint)
         recipe = from_json(info.recipe)
-        data = stack.enter_context(contextlib.closing(open_evaluation_data(recipe, runtime)))
+        held_out = held_out_fraction(info.path.parent.parent)
+        data = stack.enter_context(contextlib.closing(open_evaluation_data(recipe, runtime, held_out=held_out)))
         source, remarks = match_evaluation_data(data.evaluation, info)
         loader = build_eval_loader(recipe, runtime, source, world=world)
         stack.callback(loader.close)

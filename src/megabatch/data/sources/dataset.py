@@ -42,6 +42,11 @@ def open_dataset(path: Path | str, *, kind: str | None = None) -> DataSet:
     return _opened(layout, _openers(layout))
 
 
+def part_names(path: Path | str) -> tuple[str, ...]:
+    """The parts of the data set at `path` that `open_dataset` opens, in the order of its parts."""
+    return tuple(_openers(find_layout(path)))
+
+
 def open_train_and_evaluation(
     path: Path | str,
     *,
@@ -160,16 +165,6 @@ def _openers(layout: Layout) -> dict[str, Callable[[], EncodedSource]]:
         inside = open_folders_in_tar(layout.parts["train"][0])
         return {part: partial(inside.__getitem__, part) for part in inside}
     return {part: partial(_open_tars, part, paths) for part, paths in layout.parts.items()}
-
-
-def _listed(layout: Layout) -> Mapping[str, EncodedSource]:
-    """The sources of tables that list images: one table of all parts, or one per part."""
-    tables = {part: open_metadata(paths[0]) for part, paths in layout.parts.items()}
-    return (
-        next(iter(tables.values()))
-        if list(tables) == ["train"]
-        else {part: next(iter(table.values())) for part, table in tables.items()}
-    )
 
 
 def _open_tars(part: str, paths: Sequence[Path]) -> EncodedSource:
