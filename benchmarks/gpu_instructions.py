@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_traffic import FIXED, fake_step, num_bytes, redirected
-from megabatch.kernels import tuning
+from gpu_traffic import fake_step, num_bytes, redirected
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from compile_for_hopper import Hopper, tool
@@ -95,10 +94,8 @@ def compiled(count: int, pixels: int, dtype: torch.dtype) -> list[Launch]:
         launches.append(Launch(kernel.__name__, values, prod(sizes), code))
 
     driver.set_active(Hopper())
-    tuning.use_table(tuning.Table(fixed=FIXED))
     with redirected(launch):
         fake_step(count, pixels, dtype=dtype)()
-    tuning.use_table(None)
     return launches
 
 

@@ -27,18 +27,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megabatch.kernels import dispatch, tuning
+from megabatch.kernels import dispatch
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics
 from megabatch.nn.batch_norm.layer import SpanBatchNorm2d
-from megabatch.nn.fused import stem as fused_stem
 from megabatch.nn.fused.fuse import Fusion, set_fusion
 from megabatch.nn.loss import cross_entropy_sum
 from megabatch.nn.resnet import resnet50
 
 CONVOLUTIONS = "torch's convolutions"
 OTHERS = "other operations of torch"
-FIXED = {fused_stem.TASK: "4"}
-"""Fixed choices of `tuning.Table`: four channels of the stem's images."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device", "promote_types"}
 READ_TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 """Operations that read their first arguments twice, and how many."""
@@ -139,12 +136,10 @@ def _launches(func: Any) -> bool:
 
 def count_step(count: int, pixels: int, fusion: Fusion) -> Traffic:
     """Of a ResNet-50 with one span, its weights in 16 bit; no kernel runs."""
-    tuning.use_table(tuning.Table(fixed=FIXED))
     with redirected(lambda *_: None):
         step = fake_step(count, pixels, fusion=fusion)
         with Traffic() as traffic:
             step()
-    tuning.use_table(None)
     return traffic
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from limits import HANG_S
 
+from megabatch.app.measured.tuning import table, use_table
 from megabatch.comm.autotune.choose import tuning_file
 from megabatch.errors import SettingsError
 from megabatch.files import cache_folder, create_unused, locked, printable, replacing, sha256_of, write_text
-from megabatch.kernels.tuning import table, use_table
 
 
 def test_the_cache_folder_follows_xdg(monkeypatch, tmp_path):

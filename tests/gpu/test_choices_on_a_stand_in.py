@@ -8,12 +8,11 @@ import torch
 from stand_in_gpu import CUDA, StandInGpu
 from tiny_run import tiny_recipe
 
-from megabatch.app.measured import micro_batch
+from megabatch.app.measured import micro_batch, tuning
 from megabatch.app.measured.micro_batch import fit_micro_batch
 from megabatch.app.run_log import RunLog, announce_measuring
 from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
-from megabatch.kernels import tuning
 from megabatch.observe.progress import Progress
 from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision

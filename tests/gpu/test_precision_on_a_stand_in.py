@@ -9,11 +9,11 @@ from stand_in_gpu import CUDA, StandInGpu
 from tiny_run import tiny_recipe
 
 from megabatch.app.measured import precision as module
+from megabatch.app.measured import tuning
 from megabatch.app.measured.precision import measured_precision
 from megabatch.app.measured.trial import GradientTrial
 from megabatch.app.resolve import choose_micro_batch
 from megabatch.comm.launch import World
-from megabatch.kernels import tuning
 from megabatch.runtime import Runtime
 
 ON_GPU = World(device=CUDA)

@@ -19,6 +19,7 @@ from tiny_run import tiny_data, tiny_recipe
 
 from megabatch import recipes
 from megabatch.app import model as model_wiring
+from megabatch.app.measured import tuning
 from megabatch.app.run import open_run
 from megabatch.bench.synthetic_step import synthetic_step
 from megabatch.comm.launch import World
@@ -28,7 +29,7 @@ from megabatch.data.loading.batch import Batch, Staging
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.folder import FolderSource
-from megabatch.kernels import checked, tuning
+from megabatch.kernels import checked
 from megabatch.nn.batch_norm.evaluation_statistics import finish_step
 from megabatch.nn.fused import gram
 from megabatch.nn.resnet import BlurConv2d, Bottleneck, ResNet

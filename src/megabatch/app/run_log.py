@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from megabatch.app.data import Data
+from megabatch.app.measured import tuning
 from megabatch.comm.launch import World, on_rank0
 from megabatch.files import write_text
-from megabatch.kernels import tuning
 from megabatch.observe.curve import Curve, against_curve, curve_text
 from megabatch.observe.environment import command_line, describe
 from megabatch.observe.events import SCHEMA, EventLog, EventWriter

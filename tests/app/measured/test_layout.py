@@ -7,13 +7,12 @@ import pytest
 import torch
 from tiny_run import run_tiny, tiny_recipe
 
-from megabatch.app.measured import layout
+from megabatch.app.measured import layout, tuning
 from megabatch.app.measured.choices import CHOICES_FILE
 from megabatch.app.measured.layout import WAYS, measured_layout
 from megabatch.app.measured.trial import GradientTrial
 from megabatch.comm.launch import World
 from megabatch.errors import CheckpointError
-from megabatch.kernels import tuning
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.runtime import Runtime
 from megabatch.train.precision import Precision

@@ -14,7 +14,8 @@ from megabatch.kernels.norm.stem import fused_bn_relu_pool
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-CASES = (((3, 16, 6, 8), 2), ((2, 8, 7, 5), 2), ((2, 16, 1, 3), 1), ((1, 72, 4, 4), 1))
+CASES = (((3, 16, 6, 8), 2), ((2, 8, 7, 5), 2), ((2, 16, 1, 3), 1), ((1, 72, 4, 4), 1), ((4, 24, 9, 3), 3))
+"""Shapes and spans: even and odd sizes, an image of one row, more channels than a tile has, and a short last span."""
 
 
 class Run(NamedTuple):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megabatch.app.measured import tuning
 from megabatch.app.measured.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.app.model import unsafe_convolution
 from megabatch.app.resolve import choose_micro_batch
 from megabatch.comm.launch import World, broadcast_from_rank0
-from megabatch.kernels import tuning
 from megabatch.kernels.cpu import batch_norm as cpu_batch_norm
 from megabatch.model_names import is_own
 from megabatch.recipe import Recipe
@@ -38,7 +38,7 @@ def measured_layout(
     """Returns `runtime` with the fastest of `WAYS` on this processor that it allows; the same on all workers.
 
     On a CPU rank 0 times forward and backward of a micro-batch, once for a model, its image size and the precision; the
-    choice is kept with those of kernels (`kernels/tuning.py`) and does not depend on the number of workers. A way whose
+    choice is kept in a table (`app/measured/tuning.py`) and does not depend on the number of workers. A way whose
     gradients differ from those of torch's kernels is not used, and `warn` is called. On a GPU, and under torch.compile,
     the layout is channels_last. A convolution that is unsafe in channels_last leaves only NCHW. With
     MEGABATCH_MEASURE=0 in the environment nothing is timed, and the first possible way is taken.

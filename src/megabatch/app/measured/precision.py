@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
+from megabatch.app.measured import tuning
 from megabatch.app.measured.trial import GradientTrial, is_wanted, largest_resolution, timed
 from megabatch.app.resolve import choose_precision
 from megabatch.comm.launch import World, broadcast_from_rank0
-from megabatch.kernels import tuning
 from megabatch.recipe import Recipe
 from megabatch.runtime import Precision as PrecisionName
 from megabatch.runtime import Runtime
@@ -17,8 +17,8 @@ from megabatch.train.precision import Precision
 def measured_precision(recipe: Recipe, runtime: Runtime, *, world: World, micro_batch_size: int) -> Precision:
     """As `choose_precision`, but `auto` on a GPU with bf16 is bf16 or fp16, whichever computes gradients faster.
 
-    Rank 0 times forward, backward and the loss scale's pass on one micro-batch; the choice is kept with those of
-    kernels (`kernels/tuning.py`). Under torch.compile, which would take minutes, and with MEGABATCH_MEASURE=0 in the
+    Rank 0 times forward, backward and the loss scale's pass on one micro-batch; the choice is kept in a
+    table (`app/measured/tuning.py`). Under torch.compile, which would take minutes, and with MEGABATCH_MEASURE=0 in the
     environment `auto` stays bf16.
     """
     usual = choose_precision(runtime, world.device)

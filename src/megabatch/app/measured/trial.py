@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megabatch.app.measured import tuning
 from megabatch.app.model import make_model, memory_format, with_spans
 from megabatch.data.loading.batch import Batch
-from megabatch.kernels import tuning
 from megabatch.model_names import is_own
 from megabatch.nn.fused.fuse import can_fuse, set_fusion
 from megabatch.nn.initialize import initialize

@@ -98,33 +98,6 @@ def pool_kernel(
 
 
 @triton.jit
-def _gather_gradient(
-    dpooled, positions, row, mask, column, height, width, pooled_height, pooled_width, columns, block_rows: tl.constexpr
-):
-    """dz of a tile of pixels of x, float32: the sum of dpooled over the windows whose maximum is at that pixel.
-
-    Pixel (i, j) lies in at most four windows: rows i // 2 and i // 2 + 1 of them, and likewise columns. They are added
-    in row-major order.
-    """
-    sample = row // (height * width)
-    i, j = row // width % height, row % width
-    total = tl.zeros((block_rows, column.shape[0]), dtype=tl.float32)
-    for number in tl.static_range(4):
-        window_row, window_column = i // 2 + number // 2, j // 2 + number % 2
-        # The pixel's position in that window; negative if i or j is even and the second window does not reach it.
-        down, right = i - 2 * window_row + 1, j - 2 * window_column + 1
-        in_window = (down >= 0) & (right >= 0) & (window_row < pooled_height) & (window_column < pooled_width)
-        source = ((sample * pooled_height + window_row) * pooled_width + window_column).to(tl.int64)[:, None]
-        source = source * columns + column[None, :]
-        # A pixel receives a window's gradient only if it is the stored maximum; NOWHERE (9) matches no pixel.
-        in_window = in_window[:, None] & mask
-        position = tl.load(positions + source, mask=in_window, other=NOWHERE).to(tl.int32)
-        gradient = tl.load(dpooled + source, mask=in_window, other=0.0).to(tl.float32)
-        total += tl.where(position == (3 * down + right)[:, None], gradient, 0.0)
-    return total
-
-
-@triton.jit
 def pool_gradient_sums_kernel(
     dpooled,
     positions,
@@ -175,6 +148,13 @@ def pool_gradient_sums_kernel(
 
 
 @triton.jit
+def _load_windows(dpooled, positions, source, mask):
+    """Gradients, float32, and positions of a tile of windows; a window that does not exist matches no position."""
+    gradient = tl.load(dpooled + source, mask=mask, other=0.0).to(tl.float32)
+    return gradient, tl.load(positions + source, mask=mask, other=NOWHERE)
+
+
+@triton.jit
 def pool_input_gradient_kernel(
     dpooled,
     positions,
@@ -195,34 +175,49 @@ def pool_input_gradient_kernel(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """Backward, second pass: dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n). One program writes one tile.
+    """Backward, second pass: dx = weight rstd (dz - sum(dz) / n - h sum(dz h) / n).
 
     dz is gathered a second time: reading the pooled gradient, a quarter of x's size, costs less than writing and
-    reading dz. sums (spans, 2, columns); num_rows and span_rows count rows of x; the others as in `pool_kernel`.
+    reading dz. sums (spans, 2, columns); the others as in `pool_kernel`.
+
+    One program handles one tile of windows. Window (i, j) writes the pixels (2 i, 2 j) to (2 i + 1, 2 j + 1), which
+    receive from it and from its neighbours to the right, below, and both, in this order. So each window is loaded four
+    times for four pixels, and the positions compared with are constants.
     """
     column, column_mask = _program_columns(columns, block_columns)
     first, count = _part_rows(num_rows, span_rows, block_rows, columns, block_columns)
-    offset, mask = _tile_offsets(column, column_mask, 0, count, columns, block_rows)
-    gradient = _gather_gradient(
-        dpooled,
-        positions,
-        (first + tl.arange(0, block_rows)).to(tl.int32),
-        mask,
-        column,
-        height,
-        width,
-        pooled_height,
-        pooled_width,
-        columns,
-        block_rows,
-    )
-    values = tl.load(x + first * columns + offset, mask=mask, other=0.0).to(tl.float32)
     mu, inv_std, scale, _ = _load_channels(mean, rstd, weight, bias, column, column_mask, columns)
-    # One division per program: one per channel would be a third of the instructions.
-    share = 1.0 / tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows).to(tl.float32)
-    # The means of dz and dz h over this span; the factor rstd of h is multiplied in per channel.
+    # One division per program, not one per channel.
+    windows = tl.minimum(num_rows - tl.program_id(1).to(tl.int64) * span_rows, span_rows)
+    share = scale * (pooled_height * pooled_width / (height * width) / windows.to(tl.float32))
+    # dx = scale dz - (offset + slope (x - mean)); rstd of h is multiplied in per channel.
     pair = sums + tl.program_id(1) * 2 * columns + column
-    mean_dz = tl.load(pair, mask=column_mask, other=0.0) * share
-    mean_dz_h = tl.load(pair + columns, mask=column_mask, other=0.0) * share * inv_std
-    gradient = gradient - mean_dz[None, :] - (values - mu[None, :]) * mean_dz_h[None, :]
-    tl.store(dx + first * columns + offset, (gradient * scale[None, :]).to(dx.dtype.element_ty), mask=mask)
+    offset = share * tl.load(pair, mask=column_mask, other=0.0)
+    slope = share * inv_std * tl.load(pair + columns, mask=column_mask, other=0.0)
+
+    row = (first + tl.arange(0, block_rows)).to(tl.int32)
+    i, j = row // pooled_width % pooled_height, row % pooled_width
+    exists = (tl.arange(0, block_rows) < count)[:, None] & column_mask[None, :]
+    right, below = exists & (j < pooled_width - 1)[:, None], exists & (i < pooled_height - 1)[:, None]
+    window = row.to(tl.int64)[:, None] * columns + column[None, :]
+    own, own_at = _load_windows(dpooled, positions, window, exists)
+    beside, beside_at = _load_windows(dpooled, positions, window + columns, right)
+    lower, lower_at = _load_windows(dpooled, positions, window + pooled_width * columns, below)
+    both, both_at = _load_windows(dpooled, positions, window + (pooled_width + 1) * columns, right & below)
+    corner = (row // (pooled_height * pooled_width) * height + 2 * i) * width + 2 * j
+    pixel = corner.to(tl.int64)[:, None] * columns + column[None, :]
+    for number in tl.static_range(4):
+        down, across = number // 2, number % 2
+        gradient = tl.where(own_at == 3 * down + across + 4, own, 0.0)
+        if across:
+            gradient += tl.where(beside_at == 3 * down + 3, beside, 0.0)
+        if down:
+            gradient += tl.where(lower_at == across + 1, lower, 0.0)
+        if number == 3:
+            gradient += tl.where(both_at == 0, both, 0.0)
+        # The last row and column of windows of an image with an odd size have no second pixel.
+        mask = exists & (2 * i + down < height)[:, None] & (2 * j + across < width)[:, None]
+        target = pixel + (down * width + across) * columns
+        values = tl.load(x + target, mask=mask, other=0.0).to(tl.float32)
+        result = gradient * scale[None, :] - ((values - mu[None, :]) * slope[None, :] + offset[None, :])
+        tl.store(dx + target, result.to(dx.dtype.element_ty), mask=mask)

@@ -208,8 +208,12 @@ def add_parts(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if parts == 1 and dtype == partials.dtype:
         return partials[:, 0]
     sums = partials.new_empty(spans, num_sums, columns, dtype=dtype)
-    load("kernels.norm._batch_norm_triton").add_parts_kernel[(-(-columns // 32), spans, num_sums)](
-        partials, sums, parts, columns=columns, block_parts=64, block_columns=32
+    block_parts = min(
+        64, 1 << (parts - 1).bit_length()
+    )  # few parts of a filter's gradient, or many of a channel's sums
+    block_columns = 2048 // block_parts
+    load("kernels.norm._batch_norm_triton").add_parts_kernel[(-(-columns // block_columns), spans, num_sums)](
+        partials, sums, parts, columns=columns, block_parts=block_parts, block_columns=block_columns
     )
     return sums
 

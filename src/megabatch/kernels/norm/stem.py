@@ -80,7 +80,7 @@ class _NormReluPool(torch.autograd.Function):
         norm = Normalisation(*values)
         mean, rstd, weight, bias = norm.in_rows()
         kernels = load("kernels.norm._stem_triton")
-        rows, gradient, sizes, cut = rows_of(x), rows_of(dy), _sizes(x), passes.cut_rows(x.shape, ctx.span)
+        rows, gradient, sizes = rows_of(x), rows_of(dy), _sizes(x)
         pooled = passes.cut_rows(dy.shape, ctx.span)
         partials = rows.new_empty(pooled.spans, pooled.parts, 2, pooled.columns, dtype=torch.float32)
         dx = torch.empty_like(rows)
@@ -101,7 +101,7 @@ class _NormReluPool(torch.autograd.Function):
                 **_tile(pooled),
             )
             sums = passes.add_parts(partials)
-            kernels.pool_input_gradient_kernel[cut.tiles()](
+            kernels.pool_input_gradient_kernel[_grid(pooled)](
                 gradient,
                 positions,
                 rows,
@@ -111,10 +111,10 @@ class _NormReluPool(torch.autograd.Function):
                 rstd,
                 weight,
                 bias,
-                cut.num_rows,
-                cut.span_rows,
+                pooled.num_rows,
+                pooled.span_rows,
                 *sizes,
-                **cut.block(2),
+                **_tile(pooled),
             )
         dbias, dweight = over_spans(sums)
         return images_of(dx, x), None, None, dweight, dbias, None

@@ -4,37 +4,32 @@ Tensor cores multiply 16-bit channels in groups of at least four. Images have th
 arithmetic limit; with extra channels of zeros it computes the same result. The weight keeps its three input channels.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megabatch.kernels import tuning
 from megabatch.kernels.dispatch import Backend
 from megabatch.kernels.norm.stem import fused_bn_relu_pool
 from megabatch.nn.fused.convolution import convolve
 from megabatch.nn.fused.norm_act import can_fuse, is_hooked, norm_act, sink_of, span_of, supports
 
-WIDTHS = (4, 8)
-"""Numbers of input channels to try where images have fewer."""
-TASK = "stem convolution"
+WIDTH = 4
+"""Input channels of the convolution where images have fewer; NVIDIA's MLPerf code pads to as many (recalled)."""
 
 
 def stem_convolution(conv: nn.Conv2d, x: Tensor, backend: Backend) -> Tensor:
-    """conv(x); in 16 bit with zero channels added to x and the weight where that was measured to be faster."""
+    """conv(x); in 16 bit, where the GPU kernels run, with zero channels added to x and the weight, up to `WIDTH`."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if not supports(x, backend) or dtype == torch.float32 or type(conv) is not nn.Conv2d or is_hooked(conv):
         return convolve(conv, x, backend)
     images, weight = x.to(dtype), conv.weight.to(dtype)
-    candidates = {tuning.PLAIN: partial(_run_step, conv, images, weight, x.shape[1])}
-    candidates |= {
-        str(width): partial(_run_step, conv, images, weight, width) for width in WIDTHS if width > x.shape[1]
-    }
-    # Exact sizes, without rounding: the stem has one shape per resolution and batch size.
-    sizes = (*x.shape, *weight.shape, *conv.stride)
-    fastest = tuning.table().choose(TASK, sizes, images, candidates)
-    return _padded(conv, images, weight, x.shape[1] if fastest == tuning.PLAIN else int(fastest))
+    if x.shape[1] < WIDTH:
+        is_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        padding = (0, 0, 0, 0, 0, WIDTH - x.shape[1])
+        images, weight = (functional.pad(t, padding).contiguous(memory_format=layout) for t in (images, weight))
+    y: Tensor = conv._conv_forward(images, weight, conv.bias)
+    return y
 
 
 def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, backend: Backend) -> Tensor:
@@ -52,31 +47,6 @@ def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, backend: Back
         backend=backend,
     )
     return y
-
-
-def _padded(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
-    """conv(x) in the dtype of x, with x and the weight zero-padded to `width` input channels."""
-    padding = (0, 0, 0, 0, 0, width - x.shape[1])
-    if width > x.shape[1]:
-        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        x, weight = (functional.pad(t, padding).contiguous(memory_format=layout) for t in (x, weight))
-    y: Tensor = conv._conv_forward(x, weight, conv.bias)
-    return y
-
-
-@torch.no_grad()
-def _run_step(conv: nn.Conv2d, x: Tensor, weight: Tensor, width: int) -> Tensor:
-    """The part of a training step to time: forward and the weight's gradient, which is returned."""
-    # A leaf of its own, so that timing adds nothing to the parameter's gradient.
-    with torch.enable_grad():
-        leaf = weight.detach().requires_grad_()
-        y = _padded(conv, x.detach(), leaf, width)
-    (gradient,) = torch.autograd.grad(y, leaf, torch.zeros_like(y))
-    return gradient
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_3x3_of_stride_2(pool: nn.Module) -> bool:

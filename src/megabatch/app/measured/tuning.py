@@ -1,8 +1,7 @@
-"""Autotuning: times the candidate implementations of an operation at first use and looks the fastest up afterwards.
+"""Table of choices: times the candidates of a task at first use and looks the fastest up afterwards.
 
-A task is the name of an operation, e.g. "join_conv forward". Its candidates are functions that compute the same result,
-e.g. one per tiling of a kernel, and always one named `PLAIN`, which uses torch's own operations. Candidates differ in
-the order of summation, so two runs are bitwise equal only if they use the same choices.
+A task is a name, e.g. "precision of resnet50". Its candidates are functions that compute the same result, always one of
+them named `PLAIN`. Candidates round differently, so two runs are bitwise equal only if they use the same choices.
 
 Files: the default table writes $XDG_CACHE_HOME/megabatch/kernels/DEVICE.json (~/.cache/megabatch/kernels without that
 environment variable, or where its path is not absolute), where DEVICE is `device_name`: the GPU's or processor's name,
@@ -21,7 +20,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ from megabatch.cores import cpu_model
 from megabatch.files import cache_folder, locked, read_json, write_text
 from megabatch.kernels.dispatch import on_device
 
-Result = TypeVar("Result")
 Timer = Callable[[Callable[[], object]], float]
 PLAIN = "plain"
 """Name of the default candidate, used where nothing can be measured; every task has it."""
@@ -46,50 +43,32 @@ class Table:
 
     Args:
         folder: where the files are; None keeps choices in memory only.
-        timer: returns the seconds that a call takes. Without one, CUDA events time tensors on a GPU, and other tensors
-            use the plain candidate.
-        fixed: maps tasks to candidates that are used without measuring, where the task has that candidate.
+        timer: returns the seconds that a call takes; without one nothing is measured.
 
     `on_first` is called once, before the first measurement, which may take minutes as it compiles the kernels.
     """
 
-    def __init__(
-        self, folder: Path | None = None, *, timer: Timer | None = None, fixed: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path | None = None, *, timer: Timer | None = None) -> None:
         self.folder = folder
         self.timer = timer
-        self.fixed = dict(fixed or {})
         self.on_first: Callable[[], None] | None = None
         self._choices: dict[str, dict[str, str]] = {}
         self._lock = threading.RLock()
 
     def beside(self, timer: Timer) -> "Table":
-        """A table with this one's files and fixed choices, another timer, and a lock of its own.
-
-        For trials of whole models: a table's lock is held while a trial runs, whose backward, on another thread, asks
-        this table for kernels.
-        """
-        table = Table(self.folder, timer=timer, fixed=self.fixed)
+        """A table with this one's files and another timer."""
+        table = Table(self.folder, timer=timer)
         table.on_first = self.announce
         return table
-
-    def run_fastest(
-        self, task: str, sizes: tuple[int, ...], like: Tensor, candidates: Mapping[str, Callable[[], Result]]
-    ) -> Result:
-        """Runs the fastest candidate for `task` at these sizes, dtype and device of `like`; returns its result."""
-        return candidates[self.choose(task, sizes, like, candidates)]()
 
     def choose(
         self, task: str, sizes: tuple[int, ...], like: Tensor, candidates: Mapping[str, Callable[[], object]]
     ) -> str:
         """Returns the name of the fastest candidate. One that raises an error is never the fastest.
 
-        Returns `PLAIN`, without recording it, while a CUDA graph is captured, as nothing can be timed then, if memory
-        runs out, as another candidate may win beside a smaller model, and if all raise an error, which `PLAIN` shows.
+        Returns `PLAIN`, without recording it, without a timer, if memory runs out, as another candidate may win beside
+        a smaller model, and if all raise an error, which `PLAIN` shows.
         """
-        # Fixed choices win over recorded ones.
-        if self.fixed.get(task) in candidates:
-            return self.fixed[task]
         if len(candidates) == 1:
             return PLAIN
         device, key = device_name(like.device), " ".join(map(str, (task, like.dtype, *sizes)))
@@ -99,13 +78,12 @@ class Table:
             if known in candidates:
                 return str(known)
             # Measured under the lock: two threads that time kernels at once would disturb each other.
-            timer = self._timer_for(like)
-            if timer is None:
+            if self.timer is None:
                 return PLAIN
             self.announce()
             try:
                 with on_device(like):
-                    seconds = {name: _seconds(timer, work) for name, work in candidates.items()}
+                    seconds = {name: _seconds(self.timer, work) for name, work in candidates.items()}
             except torch.OutOfMemoryError:
                 return PLAIN
             if min(seconds.values()) == float("inf"):
@@ -124,13 +102,6 @@ class Table:
         callback, self.on_first = self.on_first, None
         if callback is not None:
             callback()
-
-    def _timer_for(self, like: Tensor) -> Timer | None:
-        if self.timer is not None:
-            return self.timer
-        if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-            return None
-        return gpu_seconds
 
     def _of(self, device: str) -> dict[str, str]:
         if device not in self._choices:
@@ -200,15 +171,15 @@ _table: Table | None = None
 
 
 def table() -> Table:
-    """Returns the table that the kernels use; by default one with files in `cache_folder() / "kernels"`."""
-    global _table  # noqa: PLW0603  # choices depend on the machine only, so all models share them
+    """Returns the table in use; by default one with files in `cache_folder() / "kernels"`."""
+    global _table  # noqa: PLW0603  # choices depend on the machine only
     if _table is None:
         _table = Table(cache_folder() / "kernels")
     return _table
 
 
 def use_table(chosen: Table | None) -> None:
-    """Makes the kernels use the table `chosen` from now on; None restores the default."""
+    """Puts the table `chosen` in use; None restores the default."""
     global _table  # noqa: PLW0603
     _table = chosen
 

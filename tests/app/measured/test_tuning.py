@@ -9,8 +9,8 @@ import pytest
 import torch
 from limits import HANG_S
 
-from megabatch.kernels import tuning
-from megabatch.kernels.tuning import Table
+from megabatch.app.measured import tuning
+from megabatch.app.measured.tuning import Table
 
 LIKE = torch.zeros(1)
 FILE = f"{tuning.device_name(torch.device('cpu'))}.json"
@@ -36,7 +36,7 @@ def test_the_fastest_candidate_is_used_and_measured_once() -> None:
     clock = Clock(plain=2.0, wide=1.0, tall=3.0)
     table = Table(timer=clock)
     for _ in range(3):
-        assert table.run_fastest("product", (4, 8), LIKE, candidates("plain", "wide", "tall")) == "wide"
+        assert table.choose("product", (4, 8), LIKE, candidates("plain", "wide", "tall")) == "wide"
     assert clock.calls == 3
 
 
@@ -49,7 +49,7 @@ def test_each_task_size_and_dtype_is_measured_separately() -> None:
     assert clock.calls == 2 * len(cases)
 
 
-def test_without_a_timer_a_cpu_uses_the_plain_candidate() -> None:
+def test_without_a_timer_the_plain_candidate_is_used() -> None:
     assert Table().choose("a", (1,), LIKE, candidates("plain", "wide")) == "plain"
 
 
@@ -58,15 +58,7 @@ def test_a_candidate_that_fails_is_not_used() -> None:
         raise RuntimeError("out of shared memory")
 
     table = Table(timer=Clock(plain=2.0))
-    assert table.run_fastest("a", (1,), LIKE, {"plain": lambda: "plain", "broken": fails}) == "plain"
-
-
-def test_if_every_candidate_fails_the_plain_one_raises_its_error() -> None:
-    def fails() -> str:
-        raise ValueError("no such shape")
-
-    with pytest.raises(ValueError, match="no such shape"):
-        Table(timer=Clock()).run_fastest("a", (1,), LIKE, {"plain": fails, "other": fails})
+    assert table.choose("a", (1,), LIKE, {"plain": lambda: "plain", "broken": fails}) == "plain"
 
 
 def test_a_failure_of_every_candidate_is_not_kept_as_a_choice(tmp_path: Path) -> None:
@@ -75,14 +67,6 @@ def test_a_failure_of_every_candidate_is_not_kept_as_a_choice(tmp_path: Path) ->
     assert not (tmp_path / FILE).exists()
     failing.timer = Clock(plain=2.0, wide=1.0)
     assert failing.choose("product", (1,), LIKE, candidates("plain", "wide")) == "wide"
-
-
-def test_fixed_candidates_are_used_without_measuring_where_they_exist() -> None:
-    clock = Clock(plain=1.0, wide=2.0)
-    table = Table(timer=clock, fixed={"a": "wide"})
-    assert table.choose("a", (1,), LIKE, candidates("plain", "wide")) == "wide"
-    assert clock.calls == 0
-    assert table.choose("a", (1,), LIKE, candidates("plain")) == "plain"
 
 
 def test_choices_persist_in_the_file_until_they_are_cleared(tmp_path: Path) -> None:
