@@ -80,7 +80,7 @@ class Bytes(TorchDispatchMode):
         if isinstance(result, Tensor) and result.ndim == 4 and len(result) == self.batch:
             inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.ndim == 4]
             is_view = any(value.untyped_storage()._cdata == result.untyped_storage()._cdata for value in inputs)
-            if func._schema.name.endswith("_") or not is_view and "empty" not in func._schema.name:
+            if func._schema.name.endswith("_") or not (is_view or "empty" in func._schema.name):
                 self.total += result.nbytes + sum(value.nbytes for value in inputs if value is not result)
         return result
 
@@ -101,12 +101,21 @@ def as_on_a_gpu() -> Iterator[Callable[[], int]]:
     def launch(out: Tensor, *_: object, **__: object) -> None:
         written.append(out.nbytes)
 
+    def torchvision_io() -> SimpleNamespace:
+        return io
+
+    def use_triton(*_: object) -> bool:
+        return True
+
+    def load(_: str) -> SimpleNamespace:
+        return kernel
+
     io = SimpleNamespace(decode_jpeg=decode_jpeg, ImageReadMode=SimpleNamespace(RGB="rgb", GRAY="gray"))
     kernel = SimpleNamespace(crop_resize_kernel=collections.defaultdict(lambda: launch))
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(gpu, "_torchvision_io", lambda: io))
-        stack.enter_context(mock.patch.object(crop_resize, "use_triton", lambda *_: True))
-        stack.enter_context(mock.patch.object(crop_resize, "load", lambda _: kernel))
+        stack.enter_context(mock.patch.object(gpu, "_torchvision_io", torchvision_io))
+        stack.enter_context(mock.patch.object(crop_resize, "use_triton", use_triton))
+        stack.enter_context(mock.patch.object(crop_resize, "load", load))
         yield lambda: sum(written)
 
 
@@ -166,7 +175,7 @@ def count_bytes(source: ShardSource, *, on_gpu: bool) -> Counts:
     num_images = sum(batch.count for batch in batches)
     step = Bytes(BATCH)
     conv = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
-    with mock.patch.object(conv, "_conv_forward", lambda *_: None), step:
+    with mock.patch.object(conv, "_conv_forward"), step:
         images = batches[0].images.to(GPU_DTYPE)
         stem._padded(conv, images, conv.weight.to(GPU_DTYPE), 4)
     return {

@@ -159,10 +159,12 @@ def test_the_number_and_size_of_images_decoded_together_is_limited(mixed, monkey
     calls.clear()
     assert torch.equal(loader.load(range(24), resolution=16).images, whole.images)
     assert len([count for count in calls if count > 1]) >= 6
-    parts = list(gpu_reader._sub_batches(np.array([5, 5, 5 << 30, 5, *[5] * 200])))
-    assert [part.stop - part.start for part in parts] == [2, 1, 128, 73]
-    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
-    assert parts[-1].stop == 204
+    parts = list(gpu_reader._groups(np.array([5, 5, 5 << 30, 5, *[5] * 200])))
+    assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 3), (3, 204)]
+    monkeypatch.setattr(gpu_decode, "MAX_IMAGES", 7)
+    calls.clear()
+    assert len(gpu.decode([mixed.read(7)] * 16)) == 16
+    assert calls == [7, 7, 2]
 
 
 def test_cached_images_give_equal_pixels_and_are_not_decoded_again(mixed):
@@ -245,7 +247,7 @@ def late_batches(source: FolderSource, options: dict, monkeypatch: pytest.Monkey
     if not holds:
         monkeypatch.setattr(gpu, "hold", lambda _: None)
     monkeypatch.setattr(gpu_reader, "crop_and_resize", device.crop)
-    monkeypatch.setattr(gpu_reader, "_MAX_IMAGES", 4)
+    monkeypatch.setattr(gpu_reader, "_MAX_BYTES", 4 * 3 * 78 * 104)
     loader = TrainLoader(source, gpu_decoder=gpu, **options)
     images = [loader.load(range(first, first + 12), resolution=24).images for first in range(0, 48, 12)]
     device.synchronize()
@@ -276,13 +278,16 @@ def test_images_are_released_only_after_their_event():
             log.append(f"waited for {self.number}")
 
     gpu = decoder(lambda files: [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in files], record_event=Event)
-    for number in range(3):
+    for number in range(4):
+        log.append(f"decodes {number}")
         images = gpu.decode([b"x"])
         weakref.finalize(images[0], log.append, f"released {number}")
         gpu.hold(images)
         del images
-    gpu.hold([])
-    assert log == [word for number in range(3) for word in (f"waited for {number}", f"released {number}")]
+    gpu.release()
+    ends = [[f"waited for {number}", f"released {number}"] for number in range(4)]
+    begins = [[f"decodes {number}"] for number in range(4)]
+    assert log == [*begins[0], *begins[1], *begins[2], *ends[0], *begins[3], *ends[1], *ends[2], *ends[3]]
 
 
 # ---- missing GPU or torchvision

@@ -7,11 +7,15 @@ were still queued (pytorch/vision#9606, 2026). Two rules prevent this here:
 - decoded images are allocated from the pool of a dedicated stream, which holds no other tensors;
 - decoded images are kept alive until the kernels that read them have finished, so free memory in that pool has no
   pending readers, and out-of-order writes into this pool cannot corrupt other tensors.
+
+Groups of images are released in order, and only when `max_held` of them wait to be read. So decoding runs ahead of the
+kernels, which queue behind those of training, and its memory is bounded.
 """
 
 import contextlib
 import importlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +26,8 @@ from torch import Tensor
 from megabatch.cores import DEVICE_WAITS
 from megabatch.errors import SettingsError
 
+MAX_IMAGES = 128
+"""Files that one call of the decoding function receives at most."""
 Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
 """Decodes JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if it cannot decode one."""
 
@@ -60,7 +66,7 @@ class DecodedCache:
 
 
 class GpuDecoder:
-    """Decodes JPEGs on a device and keeps the images alive until they have been read. Not thread-safe.
+    """Decodes JPEGs on a device and keeps the images alive until they have been read. For use by one thread.
 
     Args:
         device: device of the decoded images.
@@ -69,6 +75,7 @@ class GpuDecoder:
         decode: decoding function; by default nvJPEG through torchvision.
         record_event: returns an `Event` after all work dispatched so far; by default a CUDA event on the current
             stream.
+        max_held: groups of images in memory, 1 or more: one being decoded, the others waiting to be read.
 
     Raises:
         SettingsError: `decode` is None, and torchvision or the GPU is missing.
@@ -82,6 +89,7 @@ class GpuDecoder:
         cache_bytes: int = 0,
         decode: Decode | None = None,
         record_event: Callable[[], Event] | None = None,
+        max_held: int = 2,
     ) -> None:
         self.device = torch.device(device)
         self.cache = DecodedCache(cache_bytes)
@@ -89,18 +97,22 @@ class GpuDecoder:
         self._is_cuda = self.device.type == "cuda"
         self._record_event = record_event or (self._cuda_event if self._is_cuda else None)
         self._stream = torch.cuda.Stream(self.device) if self._is_cuda else None  # type: ignore[no-untyped-call]
-        self._held: tuple[Event, Sequence[Tensor]] | None = None
+        self._max_held = max_held
+        self._held: deque[tuple[Event, Sequence[Tensor]]] = deque()
 
     def decode(self, files: Sequence[bytes]) -> list[Tensor | None]:
         """Images [channels, height, width], one per file; None for a file that cannot be decoded.
 
         They may be read on the current stream; callers must pass the tensors to `hold` before dropping them.
         """
-        if not files:
-            return []
+        self.release(keep=self._max_held - 1)
+        calls = (files[start : start + MAX_IMAGES] for start in range(0, len(files), MAX_IMAGES))
+        with self._private_pool():
+            return [image for call in calls for image in self._decode_call(call)]
+
+    def _decode_call(self, files: Sequence[bytes]) -> list[Tensor | None]:
         try:
-            with self._private_pool():
-                return list(self._decode(files))
+            return list(self._decode(files))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # the error does not say which file caused it, so halve the list
@@ -110,32 +122,29 @@ class GpuDecoder:
             if len(files) == 1:
                 return [None]
             middle = len(files) // 2
-            return [*self.decode(files[:middle]), *self.decode(files[middle:])]
+            return [*self._decode_call(files[:middle]), *self._decode_call(files[middle:])]
 
     def hold(self, images: Sequence[Tensor]) -> None:
-        """Keeps these images alive until all work now queued on the current stream has finished.
-
-        Waits for the images of the previous call and releases them.
-        """
-        self._release()
+        """Keeps these images, one group, alive until all work now queued on the current stream has finished."""
         if self._record_event is not None:
-            self._held = self._record_event(), images
+            self._held.append((self._record_event(), images))
+
+    def release(self, *, keep: int = 0) -> None:
+        """Waits until all but the last `keep` groups have been read, and releases them."""
+        while len(self._held) > keep:
+            event, _ = self._held[0]
+            event.synchronize()
+            self._held.popleft()
 
     @contextlib.contextmanager
     def _private_pool(self) -> Iterator[None]:
-        """Allocates tensors in the dedicated stream's pool, after all pending reads of that pool have finished."""
-        self._release()
+        """Allocates tensors in the dedicated stream's pool; then the current stream waits for that stream."""
         if self._stream is None:
             yield
             return
         with torch.cuda.stream(self._stream):
             yield
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
-
-    def _release(self) -> None:
-        if self._held is not None:
-            self._held[0].synchronize()
-            self._held = None
+        torch.cuda.current_stream(self.device).wait_event(self._stream.record_event())
 
     def _cuda_event(self) -> Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,6 +1,5 @@
 """Reads samples that a GPU decodes and crops; samples that it cannot decode are decoded on the host."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
 from megabatch.kernels.crop_resize import crop_and_resize
 
-# Limits of one decoding call, which bound the GPU memory for decoded images.
-_MAX_IMAGES = 128
-_MAX_BYTES = 256 << 20
+_MAX_BYTES = 512 << 20
+"""Bytes of decoded images that are cropped together; the decoder holds a few such groups."""
 
 
 @dataclass
@@ -29,6 +27,7 @@ class ReadSamples:
     indices: Int64
     size: int
     draw_boxes: DrawBoxes
+    flips: NDArray[np.bool_] | None  # [n]: mirrored; None: the crops are pixels in [0, 255], float32, not mirrored
     inputs: list[bytes | Tensor]
     """A JPEG file, a cached decoded image, or a crop made on the host; images are [channels, rows, columns]."""
     boxes: Int64  # [n, 4]: crop (top, left, height, width)
@@ -42,19 +41,22 @@ class GpuReader:
     Boxes are drawn from the sizes in the files' headers, as on the host, so the crops are the same. Files that are not
     YCbCr or grey JPEGs, have no end marker, or fail on the GPU are passed to `host`, the reader used without a GPU,
     which decodes them or replaces bad ones. Damage in the middle of a JPEG may be detected by one decoder and not by
-    the other.
+    the other. `read` may be called from any thread, `crop` and `release` from one.
     """
 
     def __init__(self, source: EncodedSource, *, decoder: GpuDecoder, host: BatchReader, executor: Executor) -> None:
         self._source, self._decoder, self._host, self._executor = source, decoder, host, executor
-        self._lock = threading.Lock()
 
-    def read(self, indices: Int64, size: int, draw_boxes: DrawBoxes) -> ReadSamples:
+    def read(
+        self, indices: Int64, size: int, draw_boxes: DrawBoxes, flips: NDArray[np.bool_] | None = None
+    ) -> ReadSamples:
         """Reads files and draws boxes on the host, in threads; decodes the files that the GPU cannot."""
         count = len(indices)
         boxes, num_bytes = np.zeros((count, 4), dtype=np.int64), np.zeros(count, dtype=np.int64)
         inputs: list[bytes | Tensor] = [b""] * count
-        samples = ReadSamples(indices, size, draw_boxes, inputs, boxes, num_bytes, np.zeros(count, dtype=np.bool_))
+        samples = ReadSamples(
+            indices, size, draw_boxes, flips, inputs, boxes, num_bytes, np.zeros(count, dtype=np.bool_)
+        )
         for_host: list[int] = []
 
         def fill(chunk: slice) -> None:
@@ -67,7 +69,6 @@ class GpuReader:
     def crop(
         self,
         samples: ReadSamples,
-        flips: NDArray[np.bool_] | None,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -76,30 +77,35 @@ class GpuReader:
     ) -> Tensor:
         """Decodes, crops, flips and normalises on the GPU: (n, channels, size, size), channels last.
 
-        Sample i is mirrored if `flips[i]`. `samples.replaced` is final only after this call, because files that fail
-        on the GPU are read again on the host.
+        One launch crops all images, or `_MAX_BYTES` of them. It runs on the current stream, after an event behind the
+        decoding, which has a stream of its own and does not wait for it. `samples.replaced` is final only after this
+        call, because files that fail on the GPU are read again on the host.
         """
+        if samples.flips is None:
+            mean, std, dtype = (0.0,) * len(mean), (1 / 255,) * len(std), torch.float32
         channels = padded_channels or len(mean)
         shape = (len(samples.indices), samples.size, samples.size, channels)
         out = torch.empty(shape, dtype=dtype, device=self._decoder.device).permute(0, 3, 1, 2)
-        flip = torch.zeros(len(out), dtype=torch.bool) if flips is None else torch.from_numpy(flips)
-        for part in _sub_batches(samples.num_bytes):
-            with self._lock:  # the decoder is not thread-safe
-                images = self._decode(samples, range(len(out))[part])
-                crop_and_resize(
-                    images,
-                    torch.from_numpy(samples.boxes[part]),
-                    size=samples.size,
-                    mean=mean,
-                    std=std,
-                    flip=flip[part],
-                    padded_channels=channels,
-                    dtype=dtype,
-                    layout="CHW",
-                    out=out[part],
-                )
-                self._decoder.hold(images)
+        for part in _groups(samples.num_bytes):
+            images = self._decode(samples, range(len(out))[part])
+            crop_and_resize(
+                images,
+                torch.from_numpy(samples.boxes[part]),
+                size=samples.size,
+                mean=mean,
+                std=std,
+                flip=None if samples.flips is None else torch.from_numpy(samples.flips[part]),
+                padded_channels=channels,
+                dtype=dtype,
+                layout="CHW",
+                out=out[part],
+            )
+            self._decoder.hold(images)
         return out
+
+    def release(self) -> None:
+        """Waits until the decoded images have been read, and frees them."""
+        self._decoder.release()
 
     def _read_chunk(self, samples: ReadSamples, chunk: slice) -> list[int]:
         """Reads a chunk's files and draws their boxes; returns the rows that the host must decode."""
@@ -150,7 +156,7 @@ class GpuReader:
         for row, image in good.items():
             self._decoder.cache.offer(int(samples.indices[row]), image)
         self._crop_on_host(samples, [row for row in encoded if row not in good])
-        # Decoded images are not stored in `samples`, so that their memory is free once this sub-batch is cropped.
+        # Decoded images are not stored in `samples`, so that their memory is free once this group is cropped.
         return [self._on_device(good.get(row, samples.inputs[row])) for row in rows]
 
     def _on_device(self, image: bytes | Tensor) -> Tensor:
@@ -163,14 +169,11 @@ def _has_size_of(image: Tensor, file: bytes) -> bool:
     return tuple(image.shape[1:]) == image_size(file)
 
 
-def _sub_batches(num_bytes: Int64) -> Iterator[slice]:
-    """Slices of consecutive rows that are decoded together, each within `_MAX_IMAGES` and `_MAX_BYTES`.
-
-    An image above `_MAX_BYTES` is decoded alone.
-    """
+def _groups(num_bytes: Int64) -> Iterator[slice]:
+    """Slices of consecutive rows of at most `_MAX_BYTES` together; a larger image is alone in its slice."""
     start, total = 0, 0
     for row, size in enumerate(num_bytes.tolist()):
-        if row > start and (row - start >= _MAX_IMAGES or total + size > _MAX_BYTES):
+        if row > start and total + size > _MAX_BYTES:
             yield slice(start, row)
             start, total = row, 0
         total += size

@@ -1,7 +1,9 @@
 """Shared base of the training and the evaluation loader: threads, transfer to the device, pixels by index."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -15,7 +17,7 @@ from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import GpuReader, ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_pixel_statistics
 from megabatch.data.loading.batch import Batch, Staging
-from megabatch.data.loading.prefetch import in_order, serial_threads
+from megabatch.data.loading.prefetch import after, in_flight, in_order, serial_threads
 from megabatch.data.loading.read_ahead import ReadAhead
 from megabatch.data.loading.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
 from megabatch.data.sources.arrays import ArraySource
@@ -27,6 +29,9 @@ Replaced = NDArray[np.bool_]
 Source: TypeAlias = ArraySource | EncodedSource
 Request = TypeVar("Request")
 
+CROPPED_AHEAD = 2
+"""Batches that are decoded on a GPU and cropped, or being so, before they are finished."""
+
 
 class HostImages(NamedTuple):
     """Decoded images in host memory, a quarter of the size of the normalised float32 batch."""
@@ -35,11 +40,31 @@ class HostImages(NamedTuple):
     replaced: Replaced  # [n]; True where another sample replaces an unreadable one
 
 
+class DeviceImages(NamedTuple):
+    """Crops of images that a GPU decoded."""
+
+    images: Tensor  # [n, channels, resolution, resolution], channels last: normalised, or as `ReadSamples.flips` says
+    replaced: Replaced  # [n]
+
+
+class Undecoded(NamedTuple):
+    """A batch that was read on the host, and what finishes it once a GPU has decoded and cropped its images."""
+
+    samples: ReadSamples
+    finish: Callable[[DeviceImages], Batch]
+
+
+Work: TypeAlias = Callable[[], Batch]
+"""Finishes a batch on the device."""
+Futures: TypeAlias = Generator[Future["Work | Undecoded"], None, None]
+
+
 class BaseLoader:
     """Base of `TrainLoader` and `EvalLoader`: images by index, normalised on the device, prefetched by threads.
 
     A batch is made in two stages. Threads read and decode files to uint8 in host memory, `prefetch_batches` ahead.
-    Normalisation to `dtype` on the device happens when the batch is requested; on a GPU, one batch earlier.
+    Normalisation to `dtype` on the device happens when the batch is requested; on a GPU, one batch earlier. Where a GPU
+    decodes, a thread and a stream of their own decode and crop up to `CROPPED_AHEAD` batches between the two stages.
     """
 
     def __init__(
@@ -85,12 +110,14 @@ class BaseLoader:
         self._num_replaced = 0
         self._bad: BadSamples | None = None
         self._gpu_reader: GpuReader | None = None
+        self._gpu_thread: ThreadPoolExecutor | None = None
         if not isinstance(source, ArraySource):
             self._bad = BadSamples(source, max_share=max_bad_share, on_bad_sample=on_bad_sample)
             self._reader = BatchReader(
                 source, channels=image_channels, executor=self._decode_threads, bad_samples=self._bad
             )
             if gpu_decoder is not None:
+                self._gpu_thread = serial_threads(1, "megabatch-gpu-decode")
                 self._gpu_reader = GpuReader(
                     source, decoder=gpu_decoder, host=self._reader, executor=self._decode_threads
                 )
@@ -119,6 +146,10 @@ class BaseLoader:
     def close(self) -> None:
         """Stops the threads and drops prefetched batches. The source stays open."""
         self._finish_threads.shutdown(cancel_futures=True)
+        if self._gpu_thread is not None:
+            self._gpu_thread.shutdown(cancel_futures=True)
+        if self._gpu_reader is not None:
+            self._gpu_reader.release()
         self._batch_threads.shutdown(cancel_futures=True)
         self._decode_threads.shutdown(cancel_futures=True)
 
@@ -127,24 +158,39 @@ class BaseLoader:
             return self.source.labels[self._staging.to_device(indices)]
         return self._staging.to_device(np.asarray(self.source.labels[indices], dtype=np.int64))
 
-    def _decode(self, indices: Int64, resolution: int, draw_boxes: DrawBoxes) -> HostImages | ReadSamples:
+    def _from_files(
+        self,
+        indices: Int64,
+        resolution: int,
+        draw_boxes: DrawBoxes,
+        flips: NDArray[np.bool_] | None,
+        finish: Callable[[HostImages | DeviceImages], Batch],
+    ) -> Work | Undecoded:
+        """Reads files, and decodes them unless a GPU will; `flips` as in `ReadSamples`."""
         if self._gpu_reader is not None:
-            return self._gpu_reader.read(indices, resolution, draw_boxes)
+            return Undecoded(self._gpu_reader.read(indices, resolution, draw_boxes, flips), finish)
         pixels = self._staging.host_images(len(indices), resolution, self._channels)
         replaced = self._reader.read(indices, resolution, draw_boxes, pixels.numpy())
-        return HostImages(pixels.permute(0, 3, 1, 2), replaced)
+        return partial(finish, HostImages(pixels.permute(0, 3, 1, 2), replaced))
 
-    def _crop(self, samples: ReadSamples, flips: NDArray[np.bool_] | None = None) -> Tensor:
-        """Crops of images that the GPU decodes, mirrored where `flips`, normalised."""
+    def _crop(self, work: Work | Undecoded) -> Work | Undecoded:
+        """Decodes and crops on the GPU; for the thread that does so."""
+        assert isinstance(work, Undecoded)
         assert self._gpu_reader is not None
-        images = self._gpu_reader.crop(samples, flips, mean=self._mean, std=self._std, dtype=self._dtype)
-        return images if self.channels_last else images.contiguous()
+        with self._staging.on_stream():
+            images = self._gpu_reader.crop(work.samples, mean=self._mean, std=self._std, dtype=self._dtype)
+            images = images if self.channels_last else images.contiguous()
+        return partial(work.finish, DeviceImages(images, work.samples.replaced))
 
-    def _crop_raw(self, samples: ReadSamples) -> Tensor:
-        """Crops of images that the GPU decodes, float32 in [0, 255]."""
-        assert self._gpu_reader is not None
-        mean, std = (0.0,) * self._channels, (1 / 255,) * self._channels
-        return self._gpu_reader.crop(samples, None, mean=mean, std=std, dtype=torch.float32)
+    def _load(self, work: Work | Undecoded) -> Batch:
+        """Finishes one batch, without others ahead."""
+        if self._gpu_thread is not None and isinstance(work, Undecoded):
+            work = self._gpu_thread.submit(self._crop, work).result()
+        return self._deliver(self._finish(work))
+
+    def _finish(self, work: Work | Undecoded) -> Batch:
+        assert not isinstance(work, Undecoded)
+        return self._staging.run(work)
 
     def _normalize(self, images: Tensor) -> Tensor:
         out = self._staging.device_images(images.shape, self._dtype, channels_last=self.channels_last)
@@ -154,18 +200,25 @@ class BaseLoader:
         self._num_replaced += batch.num_replaced
         return batch.wait_on_current_stream()
 
-    def _prefetched(
-        self, read: Callable[[Request], Callable[[], Batch]], requests: Iterable[Request]
-    ) -> Iterator[Batch]:
+    def _prefetched(self, read: Callable[[Request], Work | Undecoded], requests: Iterable[Request]) -> Iterator[Batch]:
         """Yields batches in order; `read` does a request's work on the host and returns the work on the device."""
-        ready = in_order(read, requests, executor=self._batch_threads, depth=self._prefetch)
-        batches = in_order(self._staging.run, ready, executor=self._finish_threads, depth=self._finished_ahead)
-        try:
+        with contextlib.ExitStack() as stages:
+            ready: Futures = in_flight(read, requests, executor=self._batch_threads, depth=self._prefetch)
+            stages.callback(ready.close)
+            if self._gpu_thread is not None:
+                stages.callback(self._release)
+                ready = in_flight(after(self._crop), ready, executor=self._gpu_thread, depth=CROPPED_AHEAD)
+                stages.callback(ready.close)
+            batches = in_order(after(self._finish), ready, executor=self._finish_threads, depth=self._finished_ahead)
+            stages.callback(batches.close)
             for batch in batches:
                 yield self._deliver(batch)
-        finally:
-            batches.close()
-            ready.close()
+
+    def _release(self) -> None:
+        """Frees the decoded images of the last batches once they have been read, behind what is still decoded."""
+        if self._gpu_thread is not None and self._gpu_reader is not None:
+            with contextlib.suppress(RuntimeError):  # the loader is closed, and has released them
+                self._gpu_thread.submit(self._gpu_reader.release)
 
 
 def _check_channels(source: Source, image_channels: int) -> None:

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,16 +72,18 @@ class Staging:
 
     def run(self, work: Callable[[], Batch]) -> Batch:
         """Runs `work()` on the loader's stream and records the batch's `ready` event; on a CPU, just runs it."""
-        if not self._is_cuda:
-            return work()
-        with torch.cuda.stream(self._side_stream()):
+        with self.on_stream():
             batch = work()
-            batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            batch.ready.record()
+            if self._is_cuda:
+                batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                batch.ready.record()
         return batch
 
-    def _side_stream(self) -> torch.cuda.Stream:
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Context in which the loader's stream is the current one; does nothing on a CPU."""
+        if not self._is_cuda:
+            return nullcontext()
         with self._lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            return self._stream
+            return torch.cuda.stream(self._stream)

@@ -1,6 +1,6 @@
 """Batches for evaluation, in index order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -9,9 +9,8 @@ import torch
 from megabatch.data.augment import crops
 from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg.gpu import GpuDecoder
-from megabatch.data.jpeg.gpu_reader import ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_range
-from megabatch.data.loading.base_loader import BaseLoader, HostImages, Int64, Source
+from megabatch.data.loading.base_loader import BaseLoader, DeviceImages, HostImages, Int64, Source, Undecoded, Work
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.reader import OnBadSample
 from megabatch.data.sources.arrays import ArraySource
@@ -85,7 +84,7 @@ class EvalLoader(BaseLoader):
 
     def load(self, indices: range) -> Batch:
         """Returns the samples at consecutive indices, from 0 to `num_samples` - 1; UserError for another range."""
-        return self._deliver(self._staging.run(self._read(indices)))
+        return self._load(self._read(indices))
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
         """Yields samples `first` .. `last - 1` in batches of `batch_size`, prefetched; the last batch may be shorter.
@@ -98,21 +97,22 @@ class EvalLoader(BaseLoader):
         starts = range(first, last, batch_size)
         return self._prefetched(self._read, (range(start, min(start + batch_size, last)) for start in starts))
 
-    def _read(self, indices: range) -> Callable[[], Batch]:
-        """Reads and decodes on the host; returns the function that finishes the batch on the device."""
+    def _read(self, indices: range) -> Work | Undecoded:
+        """Reads on the host, and decodes unless a GPU will; returns what finishes the batch on the device."""
         check_range("indices", indices, end=len(self.source))
         samples = np.asarray(indices, dtype=np.int64)
         if isinstance(self.source, ArraySource):
             return partial(self._from_arrays, self.source, samples)
         if self._read_ahead.is_supported:
             self._read_ahead.announce_from(indices.start)
-        return partial(self._from_files, self._decode(samples, self._resolution, self._boxes), samples)
+        no_flips, finish = np.zeros(len(samples), dtype=np.bool_), partial(self._from_decoded, samples)
+        return self._from_files(samples, self._resolution, self._boxes, no_flips, finish)
 
-    def _from_files(self, decoded: HostImages | ReadSamples, indices: Int64) -> Batch:
+    def _from_decoded(self, indices: Int64, decoded: HostImages | DeviceImages) -> Batch:
         if isinstance(decoded, HostImages):
             images = self._normalize(self._staging.to_device(decoded.pixels))
         else:
-            images = self._crop(decoded)
+            images = decoded.images
         return Batch(images, self._labels(indices), len(indices), num_replaced=int(decoded.replaced.sum()))
 
     def _from_arrays(self, source: ArraySource, indices: Int64) -> Batch:

@@ -1,5 +1,6 @@
 """Prefetching by background threads, with results in order."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -42,16 +43,34 @@ def in_order(
     exception in `work` is raised where its result would have been yielded. Closing the iterator cancels requests that
     have not started and waits for those that have.
     """
+    with contextlib.closing(in_flight(work, requests, executor=executor, depth=depth)) as futures:
+        for future in futures:
+            yield future.result()
+
+
+def in_flight(
+    work: Callable[[Request], Result], requests: Iterable[Request], *, executor: Executor, depth: int
+) -> Generator[Future[Result], None, None]:
+    """As `in_order`, but yields the future of each result as soon as `depth` requests are in flight."""
     waiting: deque[Future[Result]] = deque()
     try:
         for request in requests:
             waiting.append(executor.submit(work, request))
             if len(waiting) >= depth:
-                yield waiting.popleft().result()
+                yield waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()
     finally:
         _cancel(waiting)
+
+
+def after(work: Callable[[Request], Result]) -> Callable[[Future[Request]], Result]:
+    """`work` on the result of a future, whose exception passes through.
+
+    `in_order(after(second), in_flight(first, ...), ...)` chains two stages: for each request the second starts when the
+    first is done, without the caller's thread.
+    """
+    return lambda future: work(future.result())
 
 
 def _cancel(waiting: deque[Future[Result]]) -> None:

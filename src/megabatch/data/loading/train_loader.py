@@ -5,7 +5,7 @@ worker's rank, on earlier batches, or on where a run was stopped and resumed.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch import Tensor
 from megabatch.data.augment import ops as augment
 from megabatch.data.augment.policy import AugmentationKind, AutoAugmentKind, Policy, Samples
 from megabatch.data.jpeg.gpu import GpuDecoder
-from megabatch.data.jpeg.gpu_reader import ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_range
 from megabatch.data.loading.balanced import BalancedOrder
-from megabatch.data.loading.base_loader import BaseLoader, HostImages, Int64, Source
+from megabatch.data.loading.base_loader import BaseLoader, DeviceImages, HostImages, Int64, Source, Undecoded, Work
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
 from megabatch.data.loading.order import shards_ahead, stream_samples
@@ -242,7 +241,7 @@ class TrainLoader(BaseLoader):
             UserError: another range or resolution.
             DataError: see the class.
         """
-        return self._deliver(self._staging.run(self._read((positions, resolution))))
+        return self._load(self._read((positions, resolution)))
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
         """Yields the batch of each request (positions, resolution), in order, prefetched by background threads.
@@ -260,8 +259,8 @@ class TrainLoader(BaseLoader):
             return [f"image {index}" for index in indices]
         return [self.source.name(index) for index in indices]
 
-    def _read(self, request: tuple[range, int]) -> Callable[[], Batch]:
-        """Reads and decodes on the host; returns the function that finishes the batch on the device."""
+    def _read(self, request: tuple[range, int]) -> Work | Undecoded:
+        """Reads on the host, and decodes unless a GPU will; returns what finishes the batch on the device."""
         positions, resolution = request
         check_range("positions", positions)
         check_arguments(resolution=resolution)
@@ -272,8 +271,9 @@ class TrainLoader(BaseLoader):
         requested = slice(positions.start - loaded.start, positions.stop - loaded.start)
         if isinstance(self.source, ArraySource):
             return partial(self._from_arrays, self.source, samples, resolution, requested)
-        images = self._decode(samples.indices, resolution, partial(self._boxes, samples))
-        return partial(self._from_files, images, samples, requested)
+        flips = self._policy.flips(samples) if self._policy.only_flips else None
+        finish = partial(self._augment, samples, requested)
+        return self._from_files(samples.indices, resolution, partial(self._boxes, samples), flips, finish)
 
     def _from_arrays(self, source: ArraySource, samples: Samples, resolution: int, requested: slice) -> Batch:
         images = source.images.index_select(0, self._staging.to_device(samples.indices))
@@ -286,14 +286,13 @@ class TrainLoader(BaseLoader):
             augment.resize(self._policy.move_and_flip(images, samples), resolution), samples, requested
         )
 
-    def _from_files(self, decoded: HostImages | ReadSamples, samples: Samples, requested: slice) -> Batch:
+    def _augment(self, samples: Samples, requested: slice, decoded: HostImages | DeviceImages) -> Batch:
         if isinstance(decoded, HostImages):
             images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
         elif self._policy.only_flips:
-            images = self._crop(decoded, self._policy.flips(samples))
-            return self._mixed(images, samples, requested, num_replaced=int(decoded.replaced[requested].sum()))
+            return self._mixed(decoded.images, samples, requested, int(decoded.replaced[requested].sum()))
         else:
-            images = self._policy.move_and_flip(self._crop_raw(decoded), samples)
+            images = self._policy.move_and_flip(decoded.images, samples)
         return self._augmented(images, samples, requested, num_replaced=int(decoded.replaced[requested].sum()))
 
     def _augmented(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int = 0) -> Batch:
