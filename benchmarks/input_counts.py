@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from megabatch.data.sources.shards import ShardSource
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +36,6 @@ from megabatch.data.jpeg.decode import decode
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.packing.pack import pack
-from megabatch.data.sources.shards import ShardSource
 from megabatch.kernels import crop_resize
 from megabatch.nn.fused import stem
 from megabatch.observe.environment import describe

@@ -90,17 +90,18 @@ def open_evaluation_data(recipe: Recipe, runtime: Runtime, *, held_out: float | 
     Raises:
         DataError, FetchError, SettingsError: as `open_data`.
     """
-    if runtime.data is None or "://" in str(runtime.data):
+    path = runtime.data
+    if path is None or "://" in str(path):
         return open_data(recipe, runtime)
     _check_decode(runtime)
     if held_out and runtime.val_fraction is None and _has_only_train(runtime):
         runtime = dataclasses.replace(runtime, val_fraction=held_out)
-    if runtime.val_fraction is not None or is_function(runtime.data):
+    if runtime.val_fraction is not None or is_function(path):
         return _with_leak_note(recipe, runtime, _open(recipe, runtime, on_progress=None, probe=False))
-    dataset = open_train_and_evaluation(runtime.data, train_needed=False, **_parts(runtime))
+    dataset = open_train_and_evaluation(path, train_needed=False, **_parts(runtime))
     *_, evaluation = dataset.parts.values()
     train = dataset.parts.get(runtime.train_split, evaluation)
-    return Data(train, evaluation, _origin(Path(runtime.data)), dataset.notes)
+    return Data(train, evaluation, _origin(Path(path)), dataset.notes)
 
 
 def _has_only_train(runtime: Runtime) -> bool:
