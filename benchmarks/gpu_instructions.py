@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +76,8 @@ class Instruction(NamedTuple):
     target: int | None
 
 
-def compiled(count: int, pixels: int, dtype: torch.dtype) -> list[Launch]:
-    """Compiles every kernel that the step launches; returns the launches."""
+def compiled(make_step: Callable[[], Callable[[], object]]) -> list[Launch]:
+    """Compiles every kernel that a step launches, on tensors without values; returns the launches."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction, MockTensor
 
@@ -95,7 +95,7 @@ def compiled(count: int, pixels: int, dtype: torch.dtype) -> list[Launch]:
 
     driver.set_active(Hopper())
     with redirected(launch):
-        fake_step(count, pixels, dtype=dtype)()
+        make_step()()
     return launches
 
 
@@ -164,7 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1024, help="images (default 1024)")
     chosen = parser.parse_args()
-    sys.stdout.write(table(compiled(chosen.batch, 224, torch.float16)) + "\n")
+    launches = compiled(functools.partial(fake_step, chosen.batch, 224, dtype=torch.float16))
+    sys.stdout.write(table(launches) + "\n")
 
 
 if __name__ == "__main__":

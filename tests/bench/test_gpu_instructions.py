@@ -1,11 +1,31 @@
-"""Counting machine instructions in a disassembly: loops by their trips, waits for a barrier once."""
+"""Machine instructions: loops count by their trips, waits for a barrier once; the stem's kernels stay below the ceiling."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from limits import HANG_S
 
 pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STEM = """
+import sys, torch
+from gpu_instructions import CEILING, compiled
+from megabatch.kernels.norm.stem import fused_bn_relu_pool
+
+def step():
+    x = torch.empty(256, 64, 112, 112, dtype=getattr(torch, sys.argv[1])).contiguous(memory_format=torch.channels_last)
+    y, _, _ = fused_bn_relu_pool(x.requires_grad_(), torch.ones(64), torch.ones(64), span=256, backend="triton")
+    return lambda: y.backward(torch.empty_like(y))
+
+found = {launch.name: launch.num_instructions() / launch.num_bytes() * 1e3 for launch in compiled(step)}
+assert {"moments_kernel", "pool_kernel", "pool_gradient_sums_kernel", "pool_input_gradient_kernel"} <= found.keys(), found
+assert all(number < CEILING for number in found.values()), found
+assert found["pool_input_gradient_kernel"] < 130, found
+"""
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;                   /* 0x00000a0000017a02 */
         /*0010*/                   LDG.E.128 R4, [R2.64] ;                  /* 0x0000000602047981 */
@@ -24,7 +44,7 @@ SASS = """
 
 @pytest.fixture
 def counting(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu_instructions")
 
 
@@ -35,3 +55,14 @@ def test_instructions_of_loops_count_once_per_trip(counting):
     assert counting.weighted(code, (1, 1)) == 8
     assert counting.weighted(code, (10, 1)) == 4 + 10 * (2 + 2)
     assert counting.weighted(code, (10, 4)) == 4 + 10 * (2 + 4 * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_stems_kernels_can_reach_the_copy_rate_of_an_h200(dtype):
+    paths = [str(BENCHMARKS), str(BENCHMARKS.parent / "src")]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, "-c", STEM, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert done.returncode == 0, done.stderr
