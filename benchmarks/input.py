@@ -76,7 +76,7 @@ def without_compiled_decoder(once: Pass) -> Pass:
 
     def plain() -> int:
         function = jpeg_library._function
-        jpeg_library._function = lambda: None
+        jpeg_library._function = lambda _: None
         try:
             return once()
         finally:

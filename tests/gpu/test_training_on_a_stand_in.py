@@ -278,7 +278,7 @@ def test_batches_that_are_made_beside_a_step_are_in_order(tmp_path, without_trit
     evaluated = [batch.images for batch in EvalLoader(source, resolution=24, **color).batches(0, 12, 5)]
 
     def by_gpu(files):
-        images = [np.ascontiguousarray(decode(file).transpose(2, 0, 1)) for file in files]
+        images = [np.ascontiguousarray(decode(file.numpy().tobytes()).transpose(2, 0, 1)) for file in files]
         return [torch.from_numpy(image).to(CUDA) for image in images]
 
     with StandInGpu():
@@ -310,7 +310,9 @@ def test_a_file_that_is_refused_while_a_graph_is_captured_does_not_break_the_cap
     found, during = [], []
     with StandInGpu() as gpu:
         decoder = GpuDecoder(CUDA, decode=refuses)
-        thread = threading.Thread(target=gpu.in_thread, args=(lambda: found.append(decoder.decode([b"x"])),))
+        thread = threading.Thread(
+            target=gpu.in_thread, args=(lambda: found.append(decoder.decode([torch.zeros(1, dtype=torch.uint8)])),)
+        )
 
         def step(x):
             if torch.cuda.is_current_stream_capturing():

@@ -127,20 +127,19 @@ def _bounds(start: float, length: float, num_in: int) -> tuple[int, int]:
 
 def _tables(
     images: Sequence[Tensor], boxes: Tensor, flip: Tensor, target: _Target, axes: tuple[int, ...]
-) -> tuple[list[list[int]], list[list[float]]]:
+) -> tuple[Tensor, Tensor]:
     """Two tables with one row per image: its address and strides, and the sides of its box."""
-    places = [
-        [image.data_ptr(), *(image.stride(axis) for axis in axes), int(mirrored)]
-        for image, mirrored in zip(images, flip.tolist(), strict=True)
-    ]
-    sides = [
-        [
-            *_side(top, height, image.shape[axes[0]], target.rows),
-            *_side(left, width, image.shape[axes[1]], target.columns),
-        ]
-        for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
-    ]
-    return places, sides
+    places = torch.empty(len(images), 5, dtype=torch.int64)
+    places[:, 0] = torch.tensor([image.data_ptr() for image in images])
+    places[:, 1:4] = torch.tensor([image.stride() for image in images])[:, axes]
+    places[:, 4] = flip
+    shapes = torch.tensor([image.shape for image in images])[:, axes[:2]].double()
+    # Both axes of a box at once, [n, 2]: the columns of a row of the box table, which `_crop_triton.py` names.
+    starts, lengths = boxes.double().view(-1, 2, 2).unbind(1)
+    scales = lengths / torch.tensor([target.rows, target.columns], dtype=torch.float64)
+    highest = torch.minimum(shapes, (starts + lengths - _ROUNDING).ceil())
+    sides = torch.stack([starts, scales, starts.floor(), highest], dim=2)
+    return places, sides.flatten(1).float()
 
 
 def _launch(
@@ -152,8 +151,8 @@ def _launch(
     with on_device(out):
         load("kernels._crop_triton").crop_resize_kernel[(tiles, len(images))](
             out,
-            _sent(torch.tensor(places, dtype=torch.int64), device),
-            _sent(torch.tensor(sides, dtype=torch.float32), device),
+            _sent(places, device),
+            _sent(sides, device),
             _sent(255 * torch.tensor(target.mean), device),
             # (v / 255 - mean) / std = (v - 255 mean) (1 / (255 std)): one subtraction and one product per pixel.
             _sent(1 / (255 * torch.tensor(target.std)), device),
@@ -166,11 +165,6 @@ def _launch(
             block_columns=BLOCK_COLUMNS,
             num_warps=4,
         )
-
-
-def _side(start: float, length: float, num_in: int, num_out: int) -> tuple[float, float, float, float]:
-    """Returns one axis' half of a row of the box table, whose columns `_crop_triton.py` names."""
-    return start, length / num_out, *_bounds(start, length, num_in)
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:
@@ -197,15 +191,18 @@ def _check(
         )
     if padded < channels or min(size) < 1:
         raise UserError(f"padded_channels={padded}, size={size} were given for {channels} channels; 4 and 224 work")
-    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.device != images[0].device:
+    device = images[0].device
+    for image in images:
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.device != device:
             raise UserError(f"an image is {image.dtype} {tuple(image.shape)}, needed: uint8 {layout} on one device")
-        shape = [image.shape[axis] for axis in _AXES[layout]]
-        inside = (
-            top >= 0 and left >= 0 and top + height <= shape[0] + _ROUNDING and left + width <= shape[1] + _ROUNDING
+    shapes = torch.tensor([image.shape for image in images])[:, _AXES[layout]]
+    starts, lengths = boxes.double().view(-1, 2, 2).unbind(1)
+    inside = (starts >= 0) & (starts + lengths <= shapes[:, :2] + _ROUNDING) & (lengths > 0)
+    bad = torch.nonzero(~(inside.all(1) & (shapes[:, 2] == channels)))
+    if len(bad):
+        first = int(bad[0])
+        shape = shapes[first].tolist()
+        raise UserError(
+            f"the box {tuple(boxes[first].tolist())} was given for an image of {shape} rows, columns and channels, "
+            f"needed: a box inside it and {channels} channels; box (0, 0, {shape[0]}, {shape[1]}) works"
         )
-        if shape[2] != channels or not (inside and height > 0 and width > 0):
-            raise UserError(
-                f"the box {(top, left, height, width)} was given for an image of {shape} rows, columns and channels, "
-                f"needed: a box inside it and {channels} channels; box (0, 0, {shape[0]}, {shape[1]}) works"
-            )

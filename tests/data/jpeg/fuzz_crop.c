@@ -11,6 +11,9 @@ int megabatch_jpeg_crop(
     const uint8_t *data, size_t size, double top, double left, double height, double width, int rows, int columns,
     int channels, int64_t max_pixels, uint8_t *out);
 
+void megabatch_jpeg_sizes(
+    const uint8_t *const *files, const size_t *sizes, int64_t count, int64_t max_pixels, int whole, int64_t *out);
+
 static uint64_t state = 88172645463325252u;
 
 /* Pseudorandom number in [0, limit), from a xorshift generator: the same sequence in every run. */
@@ -57,6 +60,10 @@ int main(int argc, char **argv) {
         if (below(100) == 0) width = below(2) ? NAN : 1e300;
         uint8_t *out = malloc((size_t)rows * columns * channels);
         int status = megabatch_jpeg_crop(data, size, top, left, height, width, rows, columns, channels, 1 << 22, out);
+        int64_t found[4];
+        const uint8_t *files[2] = {data, data};
+        size_t sizes[2] = {size, size / 2};
+        megabatch_jpeg_sizes(files, sizes, 2, 1 << 22, (int)below(2), found);
         *(status == 0 ? &decoded : &rejected) += 1;
         free(out), free(data), free(file);
     }

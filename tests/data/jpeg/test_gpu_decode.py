@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megabatch.data.jpeg import gpu as gpu_decode
 from megabatch.data.jpeg import gpu_reader
-from megabatch.data.jpeg.decode import decode, is_gpu_decodable
+from megabatch.data.jpeg.decode import decode, image_size
+from megabatch.data.jpeg.ends import is_gpu_decodable
 from megabatch.data.jpeg.gpu import GpuDecoder, nvjpeg
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.eval_loader import EvalLoader
@@ -27,15 +28,23 @@ COLOR = {"pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.2, 0.25, 0.3)}
 TOLERANCE = 4 / 255 / min(COLOR["pixel_std"])  # largest difference between the compiled decoder and a whole decode
 
 
-def decode_on_cpu(files: Sequence[bytes]) -> list[Tensor]:
+def tensor(file: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(file, np.uint8).copy())
+
+
+def decode_on_cpu(files: Sequence[Tensor]) -> list[Tensor]:
     """Stands in for nvJPEG: decodes all files, or fails if one is damaged."""
     try:
-        return [torch.from_numpy(decode(file)).permute(2, 0, 1).contiguous() for file in files]
+        return [torch.from_numpy(decode(bytes_of(file))).permute(2, 0, 1).contiguous() for file in files]
     except DataError as error:
         raise RuntimeError("nvJPEG: bad JPEG") from error
 
 
-def decoder(decode: Callable[[Sequence[bytes]], Sequence[Tensor]] = decode_on_cpu, **options: object) -> GpuDecoder:
+def bytes_of(file: Tensor) -> bytes:
+    return file.numpy().tobytes()
+
+
+def decoder(decode: Callable[[Sequence[Tensor]], Sequence[Tensor]] = decode_on_cpu, **options: object) -> GpuDecoder:
     return GpuDecoder("cpu", decode=decode, **options)
 
 
@@ -117,7 +126,7 @@ def test_only_complete_ycbcr_or_grey_jpegs_are_decoded_on_the_gpu(mixed):
         mixed,
         seed=0,
         max_bad_share=0.5,
-        gpu_decoder=decoder(lambda files: sent.extend(files) or decode_on_cpu(files)),
+        gpu_decoder=decoder(lambda files: sent.extend(map(bytes_of, files)) or decode_on_cpu(files)),
         **COLOR,
     )
     gpu.load(range(24), resolution=16)
@@ -125,8 +134,36 @@ def test_only_complete_ycbcr_or_grey_jpegs_are_decoded_on_the_gpu(mixed):
     assert all(is_gpu_decodable(file) for file in sent)
 
 
+@pytest.mark.parametrize("tail", [b"\0" * 40, b"film" * 9], ids=["zeros", "film"])
+def test_what_follows_an_image_neither_hides_that_it_is_cut_off_nor_keeps_it_from_the_gpu(tmp_path, tail):
+    source = write_set(tmp_path, {3: jpeg(3)[:1500] + tail, 8: jpeg(8) + tail})
+    cpu, _ = loaders(source, seed=0, shuffle=False)
+    sent: list[bytes] = []
+    counting = decoder(lambda files: sent.extend(map(bytes_of, files)) or decode_on_cpu(files))
+    gpu = TrainLoader(
+        source, seed=0, shuffle=False, max_bad_share=0.5, channels_last=True, gpu_decoder=counting, **COLOR
+    )
+    assert_alike(gpu.load(range(24), resolution=16), cpu.load(range(24), resolution=16))
+    assert list(gpu.bad_samples) == list(cpu.bad_samples) == [3]
+    assert {index for index in range(24) if source.read(index) in sent} == set(range(24)) - {3}
+
+
+@pytest.mark.usefixtures("either")
+def test_boxes_are_those_drawn_one_by_one_from_the_sizes_that_the_decoder_reads(mixed):
+    loader = TrainLoader(
+        mixed, seed=5, augmentation="random_resized_crop", max_bad_share=0.5, gpu_decoder=decoder(), **COLOR
+    )
+    samples = loader._read((range(24), 20)).samples
+    drawn = loader._samples(range(24))
+    assert 19 <= samples.encoded.sum() <= 20
+    for row in np.flatnonzero(samples.encoded):
+        height, width = (np.array([side]) for side in image_size(mixed.read(int(drawn.indices[row]))))
+        box = loader._policy.boxes(drawn.part(slice(row, row + 1)), height, width)[0]
+        assert samples.boxes[row].tolist() == box.tolist()
+
+
 def test_a_file_that_fails_on_the_gpu_does_not_affect_the_others(mixed):
-    files = [mixed.read(index) for index in (7, 8, 9, 10, 11)]
+    files = [tensor(mixed.read(index)) for index in (7, 8, 9, 10, 11)]
     images = decoder().decode(files)
     assert [image is None for image in images] == [False, False, True, False, False]
     for file, image in zip(files, images, strict=True):
@@ -134,11 +171,11 @@ def test_a_file_that_fails_on_the_gpu_does_not_affect_the_others(mixed):
 
 
 def test_running_out_of_memory_is_not_treated_as_a_bad_file(mixed):
-    def full(_: Sequence[bytes]) -> list[Tensor]:
+    def full(_: Sequence[Tensor]) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        decoder(full).decode([mixed.read(0)])
+        decoder(full).decode([tensor(mixed.read(0))])
 
 
 def test_an_image_whose_size_differs_from_its_header_is_decoded_on_the_host(mixed):
@@ -163,7 +200,7 @@ def test_the_number_and_size_of_images_decoded_together_is_limited(mixed, monkey
     assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 3), (3, 204)]
     monkeypatch.setattr(gpu_decode, "MAX_IMAGES", 7)
     calls.clear()
-    assert len(gpu.decode([mixed.read(7)] * 16)) == 16
+    assert len(gpu.decode([tensor(mixed.read(7))] * 16)) == 16
     assert calls == [7, 7, 2]
 
 
@@ -185,11 +222,11 @@ def test_cached_images_give_equal_pixels_and_are_not_decoded_again(mixed):
 def test_the_cache_stays_within_its_limit_and_evicts_nothing():
     cache = gpu_decode.DecodedCache(100)
     images = [torch.full((60,), i, dtype=torch.uint8) for i in range(3)]
-    for index, image in enumerate(images):
-        cache.offer(index, image)
-    cache.offer(7, torch.zeros(40, dtype=torch.uint8))
-    assert cache.get(0) is images[0]
-    assert cache.get(1) is None
+    cache.offer(dict(enumerate(images)))
+    cache.offer({7: torch.zeros(40, dtype=torch.uint8)})
+    found = cache.find(np.array([7, 1, 0]))
+    assert list(found) == [0, 2]
+    assert found[2] is images[0]
     assert len(cache) == 2
 
 
@@ -210,7 +247,7 @@ class Device:
         weakref.finalize(lease, self.free.append, block)
         return torch.from_numpy(lease).view(shape)
 
-    def decode(self, files: Sequence[bytes]) -> list[Tensor]:
+    def decode(self, files: Sequence[Tensor]) -> list[Tensor]:
         """Writes at the time of the call, ahead of queued work."""
         images = []
         for image in decode_on_cpu(files):
@@ -280,7 +317,7 @@ def test_images_are_released_only_after_their_event():
     gpu = decoder(lambda files: [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in files], record_event=Event)
     for number in range(4):
         log.append(f"decodes {number}")
-        images = gpu.decode([b"x"])
+        images = gpu.decode([tensor(b"x")])
         weakref.finalize(images[0], log.append, f"released {number}")
         gpu.hold(images)
         del images
@@ -313,7 +350,7 @@ def test_torchvision_receives_the_bytes_and_the_color_mode(monkeypatch):
 
     monkeypatch.setattr(gpu_decode, "_torchvision_io", lambda: Io)
     for channels, mode in ((3, "rgb"), (1, "gray")):
-        assert nvjpeg(torch.device("cuda:0"), channels)([b"ab", b"c"]) == [
+        assert nvjpeg(torch.device("cuda:0"), channels)([tensor(b"ab"), tensor(b"c")]) == [
             (b"ab", mode, "cuda:0"),
             (b"c", mode, "cuda:0"),
         ]

@@ -96,6 +96,10 @@ class Counting(ShardSource):
         self.reads.append(index)
         return super().read(index)
 
+    def read_many(self, indices):
+        self.reads += indices.tolist()
+        return super().read_many(indices)
+
 
 @pytest.mark.parametrize("shard_local", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (5, 2), (4, 5)])

@@ -1,6 +1,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from photographs import TEST_PHOTOS
@@ -70,6 +71,7 @@ def test_replacements_do_not_depend_on_threads_batches_or_earlier_loads(damaged)
 def test_a_loader_that_met_the_damage_and_one_that_did_not_give_the_same_batch(damaged, monkeypatch):
     """A crop above the damage decodes, whether or not another crop of the same file failed before."""
     real = reader.decode_crop
+    monkeypatch.setattr(reader.library, "crop_many", lambda addresses, *_, **__: np.zeros(len(addresses), dtype=bool))
 
     def damaged_below(data: bytes, *, box, **options):
         if data == damaged.read(7) and box[0] + box[2] > 350:

@@ -197,10 +197,10 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return header is not None and header[2] in _PLAIN_COLOURS
 
 
-def is_gpu_decodable(data: bytes) -> bool:
-    """True for a YCbCr or grey JPEG with its end marker, which nvJPEG decodes in the same way as CPU decoders."""
+def jpeg_color_space(data: bytes) -> str | None:
+    """Colour space of a JPEG, such as YCbCr, Gray or CMYK; None if libjpeg-turbo does not support the file."""
     header = _jpeg_header(data)
-    return header is not None and header[2] in {"YCbCr", "Gray"} and data[-2:] == b"\xff\xd9"
+    return None if header is None else header[2]
 
 
 def _decode_with_turbo(data: bytes, channels: int, height: int, width: int, *, denominator: int) -> tuple[Pixels, int]:

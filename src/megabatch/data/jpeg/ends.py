@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from megabatch.data.jpeg.decode import decode, image_size
+from megabatch.data.jpeg.decode import decode, image_size, jpeg_color_space
 from megabatch.data.jpeg.formats import sniff
 from megabatch.errors import DataError
 
@@ -86,6 +86,11 @@ def _bmp_end(data: bytes) -> int:
     if header < 40 or compression not in {0, 3}:
         return len(data)
     return int(start + abs(height) * ((abs(width) * bits + 31) // 32 * 4))
+
+
+def is_gpu_decodable(data: bytes) -> bool:
+    """True for a complete YCbCr or grey JPEG, which nvJPEG decodes in the same way as CPU decoders."""
+    return jpeg_color_space(data) in {"YCbCr", "Gray"} and image_end(data) is not None
 
 
 _WALKS: dict[str, Callable[[bytes], int | None]] = {

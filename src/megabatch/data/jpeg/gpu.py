@@ -16,11 +16,12 @@ import contextlib
 import importlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megabatch.cores import DEVICE_WAITS
@@ -28,8 +29,10 @@ from megabatch.errors import SettingsError
 
 MAX_IMAGES = 128
 """Files that one call of the decoding function receives at most."""
-Decode = Callable[[Sequence[bytes]], Sequence[Tensor]]
-"""Decodes JPEGs to uint8 images [channels, height, width] on the device; RuntimeError if it cannot decode one."""
+Decode = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Decodes JPEGs, uint8 [bytes] in host memory, to uint8 images [channels, height, width] on the device.
+
+RuntimeError if it cannot decode one of them."""
 
 
 class Event(Protocol):
@@ -54,15 +57,21 @@ class DecodedCache:
     def __len__(self) -> int:
         return len(self._images)
 
-    def get(self, index: int) -> Tensor | None:
-        return self._images.get(index)
+    def find(self, indices: NDArray[np.int64]) -> dict[int, Tensor]:
+        """Returns the cached images of the samples `indices`, by their row there."""
+        if not self._images:
+            return {}
+        return {row: self._images[index] for row, index in enumerate(indices.tolist()) if index in self._images}
 
-    def offer(self, index: int, image: Tensor) -> None:
-        """Stores an image if there is room for it."""
+    def offer(self, images: Mapping[int, Tensor]) -> None:
+        """Stores the images, by sample, for which there is room."""
+        if not self._room:
+            return
         with self._lock:
-            if index not in self._images and image.nbytes <= self._room:
-                self._images[index] = image
-                self._room -= image.nbytes
+            for index, image in images.items():
+                if index not in self._images and image.nbytes <= self._room:
+                    self._images[index] = image
+                    self._room -= image.nbytes
 
 
 class GpuDecoder:
@@ -100,7 +109,7 @@ class GpuDecoder:
         self._max_held = max_held
         self._held: deque[tuple[Event, Sequence[Tensor]]] = deque()
 
-    def decode(self, files: Sequence[bytes]) -> list[Tensor | None]:
+    def decode(self, files: Sequence[Tensor]) -> list[Tensor | None]:
         """Images [channels, height, width], one per file; None for a file that cannot be decoded.
 
         They may be read on the current stream; callers must pass the tensors to `hold` before dropping them.
@@ -110,7 +119,7 @@ class GpuDecoder:
         with self._private_pool():
             return [image for call in calls for image in self._decode_call(call)]
 
-    def _decode_call(self, files: Sequence[bytes]) -> list[Tensor | None]:
+    def _decode_call(self, files: Sequence[Tensor]) -> list[Tensor | None]:
         try:
             return list(self._decode(files))
         except torch.OutOfMemoryError:
@@ -165,9 +174,8 @@ def nvjpeg(device: torch.device, channels: int) -> Decode:
         raise SettingsError("GPU decoding needs torchvision, which cannot be imported; --decode cpu works")
     mode = io.ImageReadMode.RGB if channels == 3 else io.ImageReadMode.GRAY
 
-    def decode(files: Sequence[bytes]) -> Sequence[Tensor]:
-        encoded = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in files]
-        images: Sequence[Tensor] = io.decode_jpeg(encoded, mode=mode, device=device)
+    def decode(files: Sequence[Tensor]) -> Sequence[Tensor]:
+        images: Sequence[Tensor] = io.decode_jpeg(list(files), mode=mode, device=device)
         return images
 
     return decode

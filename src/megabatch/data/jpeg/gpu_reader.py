@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megabatch.data.jpeg.decode import image_size, is_gpu_decodable
+from megabatch.data.jpeg import library
+from megabatch.data.jpeg.decode import MAX_PIXELS, image_size
+from megabatch.data.jpeg.ends import is_gpu_decodable
 from megabatch.data.jpeg.gpu import GpuDecoder
+from megabatch.data.loading.files import read_files
 from megabatch.data.loading.reader import BatchReader, DrawBoxes, Int64, in_chunks
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
@@ -28,10 +31,11 @@ class ReadSamples:
     size: int
     draw_boxes: DrawBoxes
     flips: NDArray[np.bool_] | None  # [n]: mirrored; None: the crops are pixels in [0, 255], float32, not mirrored
-    inputs: list[bytes | Tensor]
-    """A JPEG file, a cached decoded image, or a crop made on the host; images are [channels, rows, columns]."""
+    inputs: list[Tensor]
+    """A JPEG file [bytes] if `encoded`, else a cached image or a crop made on the host, [channels, rows, columns]."""
+    encoded: NDArray[np.bool_]  # [n]
+    sizes: Int64  # [n, 2]: height and width of the decoded image
     boxes: Int64  # [n, 4]: crop (top, left, height, width)
-    num_bytes: Int64  # [n]: size of the decoded image
     replaced: NDArray[np.bool_]  # [n]: the sample could not be read and another one took its place
 
 
@@ -52,18 +56,18 @@ class GpuReader:
     ) -> ReadSamples:
         """Reads files and draws boxes on the host, in threads; decodes the files that the GPU cannot."""
         count = len(indices)
-        boxes, num_bytes = np.zeros((count, 4), dtype=np.int64), np.zeros(count, dtype=np.int64)
-        inputs: list[bytes | Tensor] = [b""] * count
-        samples = ReadSamples(
-            indices, size, draw_boxes, flips, inputs, boxes, num_bytes, np.zeros(count, dtype=np.bool_)
-        )
-        for_host: list[int] = []
-
-        def fill(chunk: slice) -> None:
-            for_host.extend(self._read_chunk(samples, chunk))
-
-        in_chunks(fill, count, self._executor)
-        self._crop_on_host(samples, sorted(for_host))
+        boxes, sizes = np.zeros((count, 4), dtype=np.int64), np.zeros((count, 2), dtype=np.int64)
+        inputs, encoded = [torch.empty(0)] * count, np.zeros(count, dtype=np.bool_)
+        replaced = np.zeros(count, dtype=np.bool_)
+        samples = ReadSamples(indices, size, draw_boxes, flips, inputs, encoded, sizes, boxes, replaced)
+        for row, image in self._decoder.cache.find(indices).items():
+            inputs[row], sizes[row] = image, image.shape[1:]
+        to_read = np.flatnonzero(sizes[:, 0] == 0)
+        in_chunks(lambda chunk: self._read_chunk(samples, to_read[chunk]), len(to_read), self._executor)
+        for_host = np.flatnonzero(sizes[:, 0] == 0)
+        sizes[for_host] = 1  # a box of a 1 x 1 image, which `_crop_on_host` replaces
+        samples.boxes[:] = draw_boxes(slice(0, count), *np.ascontiguousarray(sizes.T))
+        self._crop_on_host(samples, for_host)
         return samples
 
     def crop(
@@ -86,8 +90,8 @@ class GpuReader:
         channels = padded_channels or len(mean)
         shape = (len(samples.indices), samples.size, samples.size, channels)
         out = torch.empty(shape, dtype=dtype, device=self._decoder.device).permute(0, 3, 1, 2)
-        for part in _groups(samples.num_bytes):
-            images = self._decode(samples, range(len(out))[part])
+        for part in _groups(channels * samples.sizes.prod(axis=1)):
+            images = self._decode(samples, part)
             crop_and_resize(
                 images,
                 torch.from_numpy(samples.boxes[part]),
@@ -107,66 +111,57 @@ class GpuReader:
         """Waits until the decoded images have been read, and frees them."""
         self._decoder.release()
 
-    def _read_chunk(self, samples: ReadSamples, chunk: slice) -> list[int]:
-        """Reads a chunk's files and draws their boxes; returns the rows that the host must decode."""
-        rows = range(len(samples.indices))[chunk]
-        found = [self._read_one(int(samples.indices[row])) for row in rows]
-        # Rows for the host get a box of a 1 x 1 image, which `_crop_on_host` replaces.
-        heights, widths = (np.array([each[side] if each else 1 for each in found]) for side in (1, 2))
-        samples.boxes[chunk] = samples.draw_boxes(chunk, heights, widths)
-        for row, each in zip(rows, found, strict=True):
-            if each:
-                samples.inputs[row] = each[0]
-                samples.num_bytes[row] = 3 * each[1] * each[2]
-        return [row for row, each in zip(rows, found, strict=True) if each is None]
+    def _read_chunk(self, samples: ReadSamples, rows: Int64) -> None:
+        """Reads the files of these rows; a size of 0 x 0 remains where the host must decode."""
+        files = read_files(self._source, samples.indices[rows])
+        sizes = library.sizes(files.addresses, files.num_bytes, max_pixels=MAX_PIXELS, complete=True)
+        for row in np.flatnonzero(sizes[:, 0] == 0).tolist():  # the library knows plain JPEGs only
+            sizes[row] = _decodable_size(files.file(row)) or (0, 0)
+        for row, file in zip(rows.tolist(), files.tensors(), strict=True):
+            samples.inputs[row] = file
+        samples.sizes[rows] = sizes
+        samples.encoded[rows] = sizes[:, 0] > 0
 
-    def _read_one(self, index: int) -> tuple[bytes | Tensor, int, int] | None:
-        """A file for the GPU or its cached image, with height and width; None if the host must decode the file."""
-        image = self._decoder.cache.get(index)
-        if image is not None:
-            return image, image.shape[1], image.shape[2]
-        try:
-            data = self._source.read(index)
-            return (data, *image_size(data)) if is_gpu_decodable(data) else None
-        except (DataError, OSError):
-            return None  # the host reader reports the error and replaces the sample
-
-    def _crop_on_host(self, samples: ReadSamples, rows: Sequence[int]) -> None:
+    def _crop_on_host(self, samples: ReadSamples, rows: Int64) -> None:
         """Decodes and crops these rows on the host; the crops become inputs with a box that covers all of them."""
-        if not rows:
+        if not len(rows):
             return
-        where = np.array(rows)
         pixels = np.empty((len(rows), samples.size, samples.size, self._host.channels), dtype=np.uint8)
-        samples.replaced[where] = self._host.read(
-            samples.indices[where],
+        samples.replaced[rows] = self._host.read(
+            samples.indices[rows],
             samples.size,
-            lambda chunk, heights, widths: samples.draw_boxes(where[chunk], heights, widths),
+            lambda chunk, heights, widths: samples.draw_boxes(rows[chunk], heights, widths),
             pixels,
         )
-        samples.boxes[where] = (0, 0, samples.size, samples.size)
-        samples.num_bytes[where] = pixels[0].nbytes
-        for row, crop in zip(rows, pixels, strict=True):
+        samples.boxes[rows] = (0, 0, samples.size, samples.size)
+        samples.sizes[rows], samples.encoded[rows] = samples.size, False
+        for row, crop in zip(rows.tolist(), pixels, strict=True):
             samples.inputs[row] = torch.from_numpy(crop).permute(2, 0, 1)
 
-    def _decode(self, samples: ReadSamples, rows: range) -> list[Tensor]:
+    def _decode(self, samples: ReadSamples, rows: slice) -> list[Tensor]:
         """Images of these rows on the device."""
-        encoded = {row: data for row in rows if isinstance(data := samples.inputs[row], bytes)}
-        images = dict(zip(encoded, self._decoder.decode(list(encoded.values())), strict=True))
-        good = {row: image for row, image in images.items() if image is not None and _has_size_of(image, encoded[row])}
-        for row, image in good.items():
-            self._decoder.cache.offer(int(samples.indices[row]), image)
-        self._crop_on_host(samples, [row for row in encoded if row not in good])
+        encoded = np.flatnonzero(samples.encoded[rows]) + rows.start
+        images = self._decoder.decode([samples.inputs[row] for row in encoded])
+        # A size that is not the one in the file's header, for which the box was drawn, is that of a turned image.
+        expected = map(tuple, samples.sizes[encoded].tolist())
+        pairs = zip(encoded.tolist(), images, expected, strict=True)
+        good = {row: image for row, image, size in pairs if image is not None and image.shape[1:] == size}
+        self._decoder.cache.offer({int(samples.indices[row]): image for row, image in good.items()})
+        self._crop_on_host(samples, np.array([row for row in encoded.tolist() if row not in good], dtype=np.int64))
         # Decoded images are not stored in `samples`, so that their memory is free once this group is cropped.
-        return [self._on_device(good.get(row, samples.inputs[row])) for row in rows]
+        inputs = samples.inputs
+        return [good[row] if row in good else self._on_device(inputs[row]) for row in range(rows.start, rows.stop)]
 
-    def _on_device(self, image: bytes | Tensor) -> Tensor:
-        assert isinstance(image, Tensor)
+    def _on_device(self, image: Tensor) -> Tensor:
         return image.to(self._decoder.device)
 
 
-def _has_size_of(image: Tensor, file: bytes) -> bool:
-    """True if a decoded image has the size in the file's header, for which its box was drawn."""
-    return tuple(image.shape[1:]) == image_size(file)
+def _decodable_size(file: bytes) -> tuple[int, int] | None:
+    """Height and width of a file that a GPU decodes as the host does; None for others."""
+    try:
+        return image_size(file) if is_gpu_decodable(file) else None
+    except DataError:
+        return None  # the host reader reports the error and replaces the sample
 
 
 def _groups(num_bytes: Int64) -> Iterator[slice]:

@@ -10,11 +10,14 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megabatch import native
+
+UInt64 = npt.NDArray[np.uint64]
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "csrc"
@@ -24,7 +27,7 @@ NAME = "_native"
 
 def is_available() -> bool:
     """True if the compiled library exists and can be loaded."""
-    return _function() is not None
+    return _function("megabatch_jpeg_crop") is not None
 
 
 def crop(
@@ -42,12 +45,51 @@ def crop(
     has more than `max_pixels` pixels, or the box is not inside the image. The caller then falls back to `decode.py`,
     which raises the error if there is one.
     """
-    function = _function()
+    function = _function("megabatch_jpeg_crop")
     if function is None:
         return False
     rows, columns = out.shape[:2]
-    address = out.__array_interface__["data"][0]
-    return function(data, len(data), *box, rows, columns, channels, max_pixels, address) == 0
+    return function(data, len(data), *box, rows, columns, channels, max_pixels, _address(out)) == 0
+
+
+def crop_many(
+    addresses: UInt64,
+    num_bytes: UInt64,
+    boxes: npt.NDArray[np.integer],
+    *,
+    max_pixels: int,
+    out: npt.NDArray[np.uint8],
+) -> npt.NDArray[np.bool_]:
+    """As `crop` for n files in memory, in one call: `out` is contiguous, n x rows x columns x channels.
+
+    Returns the mask [n] of the files that it decoded: all False if the library is missing.
+    """
+    done = np.zeros(len(addresses), dtype=np.bool_)
+    function = _function("megabatch_jpeg_crop_many")
+    if function is None or not len(addresses):
+        return done
+    count, rows, columns, channels = out.shape
+    edges = boxes.astype(np.float64)
+    assert len(edges) == len(num_bytes) == len(addresses) == count
+    shape = (rows, columns, channels, max_pixels)
+    function(_address(addresses), _address(num_bytes), count, _address(edges), *shape, _address(out), _address(done))
+    return done
+
+
+def sizes(addresses: UInt64, num_bytes: UInt64, *, max_pixels: int, complete: bool = False) -> npt.NDArray[np.int64]:
+    """Height and width [n, 2] of n JPEGs in memory, read from their headers in one call.
+
+    Both are 0 for a file that is not a plain JPEG (8 bits, grey or YCbCr, usual sampling factors, intact header) of at
+    most `max_pixels` pixels; with `complete` also for a file whose scans are not followed by an end marker. They are 0
+    for all files if the library is missing. `decode.py` then decides.
+    """
+    found = np.zeros((len(addresses), 2), dtype=np.int64)
+    function = _function("megabatch_jpeg_sizes")
+    if function is not None and len(addresses):
+        assert len(addresses) == len(num_bytes)
+        places = (_address(addresses), _address(num_bytes), len(addresses))
+        function(*places, max_pixels, complete, _address(found))
+    return found
 
 
 def build(folder: Path = FOLDER) -> Path:
@@ -61,15 +103,29 @@ def build(folder: Path = FOLDER) -> Path:
     return path
 
 
+def _address(array: npt.NDArray[np.generic]) -> int:
+    assert array.flags.c_contiguous
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+_INT, _LONG, _DOUBLE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_SHAPE = [_INT, _INT, _INT, _LONG]  # rows, columns, channels, max_pixels
+_FILES = [_POINTER, _POINTER, _LONG]  # addresses, sizes in bytes, count
+_ARGUMENTS: dict[str, list[Any]] = {
+    "megabatch_jpeg_crop": [ctypes.c_char_p, ctypes.c_size_t, *[_DOUBLE] * 4, *_SHAPE, _POINTER],
+    "megabatch_jpeg_crop_many": [*_FILES, _POINTER, *_SHAPE, _POINTER, _POINTER],
+    "megabatch_jpeg_sizes": [*_FILES, _LONG, _INT, _POINTER],
+}
+
+
 @functools.cache
-def _function() -> Callable[..., int] | None:
-    function = native.open_function(library_folder / native.file_name(NAME), "megabatch_jpeg_crop")
+def _function(name: str) -> Callable[..., int] | None:
+    function = native.open_function(library_folder / native.file_name(NAME), name)
     if function is None:
         return None
-    number, size = ctypes.c_double, ctypes.c_int
-    box, shape = [number] * 4, [size] * 3
-    function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, *box, *shape, ctypes.c_int64, ctypes.c_void_p]
-    function.restype = ctypes.c_int
+    function.argtypes = _ARGUMENTS[name]
+    function.restype = _INT if name == "megabatch_jpeg_crop" else None
     typed: Callable[..., int] = function
     return typed
 

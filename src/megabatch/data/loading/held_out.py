@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from megabatch.data.augment.hashing import Stream
 from megabatch.data.loading.order import permute
 from megabatch.data.sources.arrays import ArraySource
-from megabatch.data.sources.protocol import EncodedSource
+from megabatch.data.sources.protocol import EncodedSource, ReadsMany
 
 Int64 = NDArray[np.int64]
 
@@ -23,6 +23,8 @@ class Subset:
         self._source, self._indices = source, indices
         self.labels: Int64 = source.labels[indices]
         self.class_names = source.class_names
+        if isinstance(source, ReadsMany):
+            self.read_many = lambda part: source.read_many(indices[part])
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megabatch.data.jpeg.decode import decode_crop, image_size
+from megabatch.data.jpeg import library
+from megabatch.data.jpeg.decode import MAX_PIXELS, decode_crop, image_size
+from megabatch.data.loading.files import read_files
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.errors import DataError
 
@@ -100,23 +102,29 @@ class BatchReader:
 
     def _read_chunk(
         self, indices: Int64, size: int, draw_boxes: Callable[[Int64, Int64], Int64], out: Pixels
-    ) -> list[bool]:
-        opened = [self._open(int(index)) for index in indices]
-        # An unreadable file has size 1 x 1 here: its box is drawn again for the sample that replaces it.
-        heights = np.array([image.height if image else 1 for image in opened])
-        widths = np.array([image.width if image else 1 for image in opened])
+    ) -> NDArray[np.bool_]:
+        files = read_files(self._source, indices)
+        sizes = library.sizes(files.addresses, files.num_bytes, max_pixels=MAX_PIXELS)
+        opened: dict[int, _Opened | None] = {}  # files whose size the library does not tell
+        for row in np.flatnonzero(sizes[:, 0] == 0).tolist():
+            opened[row] = found = self._open(int(indices[row]), files.file(row))
+            # An unreadable file has size 1 x 1 here: its box is drawn again for the sample that replaces it.
+            sizes[row] = found[1:] if found else (1, 1)
+        heights, widths = np.ascontiguousarray(sizes.T)
         boxes = draw_boxes(heights, widths)
-        replaced = []
-        for i, image in enumerate(opened):
-            good = image is not None and self._decode(int(indices[i]), image.data, boxes[i], size, out[i])
-            if not good:
-                self._replace(int(indices[i]), i, draw_boxes, heights, widths, size, out[i])
-            replaced.append(not good)
+        done = library.crop_many(files.addresses, files.num_bytes, boxes, max_pixels=MAX_PIXELS, out=out)
+        replaced = np.zeros(len(indices), dtype=np.bool_)
+        for row in sorted({*np.flatnonzero(~done).tolist(), *opened}):
+            index, image = int(indices[row]), opened.get(row, _Opened(files.file(row), *sizes[row].tolist()))
+            if image is None or not self._decode(index, image.data, boxes[row], size, out[row]):
+                self._replace(index, row, draw_boxes, heights, widths, size, out[row])
+                replaced[row] = True
         return replaced
 
-    def _open(self, index: int) -> _Opened | None:
+    def _open(self, index: int, data: bytes = b"") -> _Opened | None:
+        """A sample's file, read if `data` is empty, with its size; None, and reported, if it is unreadable."""
         try:
-            data = self._source.read(index)
+            data = data or self._source.read(index)
             return _Opened(data, *image_size(data))
         except (DataError, OSError) as error:
             self._bad.report(index, str(error))

@@ -33,6 +33,18 @@ class EncodedSource(Protocol):
         """Returns a readable name of the sample: a path, or a member of a shard."""
 
 
+Files = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""The bytes of n files behind each other, and where each begins and the last ends, [n + 1]."""
+
+
+@runtime_checkable
+class ReadsMany(Protocol):
+    """A source that reads several samples at once."""
+
+    def read_many(self, indices: NDArray[np.int64]) -> Files:
+        """Returns the files of these samples; thread-safe. A DataError or OSError if one of them cannot be read."""
+
+
 @runtime_checkable
 class ReadsAhead(Protocol):
     """A source in shards that can prefetch shards which are announced."""

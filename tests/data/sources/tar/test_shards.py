@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from photographs import encode, photograph
 
+from megabatch.data.loading.files import read_files
+from megabatch.data.loading.held_out import Subset
 from megabatch.data.sources.dataset import open_shards
 from megabatch.data.sources.protocol import EncodedSource
 from megabatch.data.sources.tar.shards import ShardSource
@@ -200,6 +202,32 @@ def test_a_shard_truncated_during_a_run_is_an_error_not_a_crash(tmp_path):
 
 
 # ---- archives that are refused
+
+
+def test_many_samples_are_read_at_once_as_one_by_one(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples(20, start=20 * number))
+    source = ShardSource(tmp_path)
+    indices = np.random.default_rng(0).integers(60, size=40)
+    for one in (source, Subset(source, np.arange(59, -1, -1))):
+        data, starts = one.read_many(indices)
+        assert len(data) == starts[-1]
+        files = read_files(one, indices)
+        for row, index in enumerate(indices.tolist()):
+            assert files.file(row) == data[starts[row] : starts[row + 1]].tobytes() == one.read(index)
+        assert [tensor.numpy().tobytes() for tensor in files.tensors()] == [one.read(i) for i in indices.tolist()]
+    assert len(source.read_many(indices[:0])[0]) == 0
+
+
+def test_of_a_truncated_shard_only_the_files_that_are_gone_are_missing(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(20))
+    source = ShardSource(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"a\.tar ends before byte \d+; it was truncated"):
+        source.read_many(np.arange(20))
+    files = read_files(source, np.arange(20))
+    assert files.file(0) == source.read(0)
+    assert files.file(19) == b""
 
 
 def test_a_compressed_tar_is_refused_with_the_reason(tmp_path):

@@ -248,3 +248,14 @@ __attribute__((visibility("default"))) int megabatch_jpeg_crop(
     if (whole.height * whole.width > SMALL || is_unscaled) return crop(&jpeg, &box, rows, columns, channels, out);
     return crop_small(&jpeg, &box, rows, columns, channels, out);
 }
+
+/* As megabatch_jpeg_crop for `count` files, boxes [count][4] and outputs behind each other; `done`: 1 where JC_OK. */
+__attribute__((visibility("default"))) void megabatch_jpeg_crop_many(
+    const uint8_t *const *files, const size_t *sizes, int64_t count, const double *boxes, int rows, int columns,
+    int channels, int64_t max_pixels, uint8_t *out, uint8_t *done) {
+    size_t bytes = (size_t)rows * (size_t)columns * (size_t)channels;
+    for (int64_t i = 0; i < count; i++, boxes += 4, out += bytes)
+        done[i] = megabatch_jpeg_crop(
+                      files[i], sizes[i], boxes[0], boxes[1], boxes[2], boxes[3], rows, columns, channels, max_pixels,
+                      out) == JC_OK;
+}

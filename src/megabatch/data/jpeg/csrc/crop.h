@@ -6,7 +6,7 @@
  *   idct.c     coefficients -> 8, 4, 2 or 1 samples a side, stored in column-major planes
  *   filter.c   weights of the antialiased bilinear resize, chroma upsampling included
  *   resize.c   planes -> resized planes, colour conversion, interleaved bytes
- * crop.c calls them in order. The input is untrusted: every read is bounded by the end of the data, every write by
+ * crop.c calls them in order; sizes.c reads only the headers of many files. The input is untrusted: every read is bounded by the end of the data, every write by
  * sizes computed from the header. The only global state is one set of Huffman tables per thread.
  */
 #ifndef MEGABATCH_JPEG_CROP_H
