@@ -22,7 +22,7 @@ from ranks import free_port
 import megabatch.cli.train as train_verb
 from megabatch import recipes
 from megabatch.app.load import load_model
-from megabatch.cli.train import Request, _run_folder
+from megabatch.cli.train import Request, _restarted, _run_folder
 from megabatch.errors import STOPPED
 from megabatch.observe.events import read_events
 from megabatch.observe.run_folder import claimed
@@ -416,3 +416,14 @@ def test_a_dry_run_needs_no_data_and_keeps_nothing(tmp_path, workers):
     assert measured.startswith("dry run: 2 steps of 16 images, median ")
     assert whole.startswith("a whole run of 90 epochs: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_restarted_workers_make_only_the_steps_that_are_left(tmp_path):
+    given = ["train", "photos", "--steps", "120", "--workers=2"]
+    assert _restarted(given, folder=tmp_path, last_step=None) == [*given, "--resume"]
+    (tmp_path / "checkpoints").mkdir()
+    for step, left in ((None, "120"), (20, "100"), (100, "20"), (120, "1")):
+        if step:
+            (tmp_path / "checkpoints" / f"step-{step:08d}.json").touch()
+        found = _restarted(given, folder=tmp_path, last_step=120)
+        assert found == ["train", "photos", "--workers=2", "--steps", left, "--resume"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import signal
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -123,10 +124,12 @@ def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
             _work(recipe, runtime, folder, dataclasses.replace(request, may_drop_colour=True))  # checked above
             return
         arguments = [*_without_option(sys.argv[1:], "--output"), "--output", str(folder)]
+        last_step = (_newest_step(folder) or 0) + request.steps if request.steps else None
         recovery = Recovery(
             max_restarts=runtime.max_restarts,
             min_workers=runtime.min_workers,
             progress=lambda: _newest_step(folder),
+            restarted=functools.partial(_restarted, folder=folder, last_step=last_step),
             announce=lambda text: typer.echo(f"megabatch: {one_line(text)}", err=True),
         )
         code = run_local_workers(
@@ -134,6 +137,14 @@ def _train(recipe: Recipe, runtime: Runtime, request: Request) -> None:
         )
         if code:
             raise typer.Exit(code)
+
+
+def _restarted(arguments: Sequence[str], *, folder: Path, last_step: int | None) -> list[str]:
+    """Arguments of workers that continue the run of a command that ends at `last_step`; at least one step remains."""
+    if last_step is None:
+        return [*arguments, "--resume"]
+    left = max(1, last_step - (_newest_step(folder) or 0))
+    return [*_without_option(arguments, "--steps"), "--steps", str(left), "--resume"]
 
 
 def _newest_step(folder: Path) -> int | None:
@@ -294,7 +305,7 @@ def _check_output(runtime: Runtime, *, may_start: bool = False) -> None:
         require_no_run(output)
 
 
-def _without_option(arguments: list[str], option: str) -> list[str]:
+def _without_option(arguments: Sequence[str], option: str) -> list[str]:
     """`arguments` without `option VALUE` and `option=VALUE`."""
     kept, skip = [], False
     for argument in arguments:

@@ -33,7 +33,7 @@ _START = "import sys; sys.path.append(sys.argv.pop(1)); from megabatch.cli.main 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How local workers are started again after one was lost, with `--resume` added to their arguments.
+    """How local workers are started again after one was lost, with the arguments `restarted(those of the start)`.
 
     A restart after which `progress()` (the newest checkpoint, say) has another value than before gives back all
     `max_restarts` and all workers. From the second restart without progress on, each has one worker fewer, but at
@@ -43,6 +43,7 @@ class Recovery:
     max_restarts: int = 0
     min_workers: int | None = None
     progress: Callable[[], object] = lambda: None
+    restarted: Callable[[Sequence[str]], Sequence[str]] = lambda arguments: [*arguments, "--resume"]
     announce: Callable[[str], None] = lambda _: None
 
 
@@ -67,14 +68,14 @@ def run_local_workers(
     """
     recovery = recovery or Recovery()
     budget = _Budget(recovery, num_workers)
+    present = arguments
     while True:
         before = recovery.progress()
-        code, error, was_killed = _run_once(budget.num_workers, arguments, silent_s=silent_s, grace_s=grace_s)
+        code, error, was_killed = _run_once(budget.num_workers, present, silent_s=silent_s, grace_s=grace_s)
         progressed = recovery.progress() != before
         if not budget.allows_restart(code, error, was_killed=was_killed, progressed=progressed):
             break
-        if "--resume" not in arguments:
-            arguments = [*arguments, "--resume"]
+        present = recovery.restarted(arguments)
         recovery.announce(f"{error or 'a worker failed'}; {budget}")
     if code and error is not None:
         raise error
