@@ -49,7 +49,9 @@ CALLS: dict[int, tuple[Job, ...]] = {
         peer(256),
         Job("compile-float16", ("gpu_steps.compile_kernels", "float16"), 130, beside=True, needs=("triton",)),
         Job("compile-bfloat16", ("gpu_steps.compile_kernels", "bfloat16"), 130, beside=True, needs=("triton",)),
-        Job("tests", ("gpu_checks.tests",), 130, beside=True, needs=("pytest", "xdist", "pytest_timeout")),
+        Job(
+            "tests", ("gpu_checks.tests",), 130, beside=True, needs=("pytest", "hypothesis", "xdist", "pytest_timeout")
+        ),
         ours("float16", 32),
         ours("float16", 1024),
         ours("float16", 256),

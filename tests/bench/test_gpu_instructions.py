@@ -1,4 +1,4 @@
-"""Machine instructions: loops count by their trips, waits once; the stem's kernels stay below the ceiling."""
+"""Machine instructions: loops count by their trips, waits for a barrier once; the stem's kernels are few enough."""
 
 import importlib
 import os
@@ -22,8 +22,7 @@ def step():
     return lambda: y.backward(torch.empty_like(y))
 
 found = {launch.name: launch.num_instructions() / launch.num_bytes() * 1e3 for launch in compiled(step)}
-pooling = {"pool_kernel", "pool_gradient_sums_kernel", "pool_input_gradient_kernel"}
-assert {"moments_kernel", *pooling} <= found.keys(), found
+assert {"pool_kernel", "pool_gradient_sums_kernel", "pool_input_gradient_kernel"} <= found.keys(), found
 assert all(number < CEILING for number in found.values()), found
 assert found["pool_input_gradient_kernel"] < 130, found
 """

@@ -157,12 +157,6 @@ def test_full_sizes_on_a_cpu_are_refused(gpu, monkeypatch, tmp_path, capsys):
     assert "--quick alone" in capsys.readouterr().err
 
 
-def test_the_functions_of_all_jobs_exist(gpu):
-    for job in (job for jobs in gpu.CALLS.values() for job in jobs):
-        module, function = job.words[0].split(".")
-        assert f"\ndef {function}(" in (BENCHMARKS / f"{module}.py").read_text()
-
-
 @pytest.mark.slow
 def test_all_jobs_run_at_tiny_sizes_on_a_cpu(gpu, monkeypatch, capsys, tmp_path):
     options = ["--quick", "--device", "cpu", "--limit", "900"]
