@@ -61,7 +61,9 @@ def fit_micro_batch(
         return MicroBatch(wished, "one span, on which the noise scale is measured")
     share = max(1, recipe.smallest_batch // world.world_size // recipe.bn_span) * recipe.bn_span
     pixels = int(max(value for _, value in recipe.resolution))
-    sample = torch.zeros(1, recipe.image_channels, pixels, pixels, device=world.device)
+    # Not blank: on a GPU the first kernels are compared with torch's operations here.
+    values = torch.linspace(-1, 1, recipe.image_channels * pixels**2, device=world.device)
+    sample = values.view(1, recipe.image_channels, pixels, pixels)
     if world.device.type == "cuda":
         found = largest_that_fits(_trial_on_gpu(module, precision, sample), unit=recipe.bn_span, limit=share)
         reason = f"found by trial, {100 * MARGIN:g} % of memory left free"
