@@ -103,7 +103,7 @@ class Runtime:
         None, "Memory layout of images and weights: NHWC, or NCHW; default the faster one."
     )
     compile: bool = _option(False, "Compile the model with torch.compile, which takes minutes at the start.")
-    capture: Switch = _option("auto", "Capture whole steps in a CUDA graph.")
+    capture: Switch = _option("auto", "Capture whole steps in a CUDA graph; auto: on one GPU.")
     fusion: Fusion = _option("auto", "auto: fused kernels where they are faster; plain: torch's operations.")
     cudnn_benchmark: bool = _option(
         True, "On a GPU, benchmark cuDNN's algorithms; without it a resumed run is bitwise equal there."

@@ -28,6 +28,7 @@ from megabatch.train.step import captured_work
 
 FP32 = Runtime(precision="fp32", micro_batch_size=24)
 CUDA = World(device=torch.device("cuda", 0))
+TWO = dataclasses.replace(CUDA, world_size=2)
 
 
 class StandIn:
@@ -135,7 +136,8 @@ def test_a_rate_in_a_tensor_is_overwritten_and_not_replaced():
         ({}, Runtime(), CUDA, True),
         ({}, Runtime(capture="on"), CUDA, True),
         ({}, Runtime(capture="off"), CUDA, False),
-        ({}, Runtime(), dataclasses.replace(CUDA, world_size=2), False),
+        ({}, Runtime(), TWO, False),
+        ({}, Runtime(capture="on"), TWO, True),
         ({"max_global_batch_size": 96}, Runtime(), CUDA, False),
         ({"optimizer": "muon"}, Runtime(), CUDA, True),
         ({"optimizer": "shampoo"}, Runtime(), CUDA, False),
@@ -145,9 +147,18 @@ def test_auto_captures_on_one_gpu_where_nothing_looks_into_the_step(recipe, runt
     assert choose_capture(tiny_recipe(**recipe), runtime, world).chosen is chosen
 
 
-def test_capture_that_cannot_be_is_refused_with_the_reason():
-    with pytest.raises(SettingsError, match="no GPU"):
-        choose_capture(tiny_recipe(), Runtime(capture="on"), World())
+@pytest.mark.parametrize(
+    ("recipe", "runtime", "world", "reason"),
+    [
+        ({}, {}, World(), "there is no GPU"),
+        ({"optimizer": "muon"}, {}, TWO, "Muon divides its iterations among workers"),
+        ({}, {"micro_batch_size": 4}, TWO, "workers share batch-norm spans"),
+    ],
+)
+def test_capture_that_cannot_be_is_refused_with_the_reason(recipe, runtime, world, reason):
+    with pytest.raises(SettingsError, match=f"{reason}; capture=auto works"):
+        choose_capture(tiny_recipe(**recipe), Runtime(**runtime, capture="on"), world)
+    assert f"not captured ({reason})" in choose_capture(tiny_recipe(**recipe), Runtime(**runtime), world).reason
 
 
 class LateReadback(Readback):
@@ -250,8 +261,8 @@ def test_a_captured_step_in_fp16_skips_an_overflow_without_the_host(tmp_path, mo
 @pytest.mark.parametrize(("global_batch_size", "remark"), [(64, "hide and 32 do not"), (512, "")])
 def test_several_gpus_are_told_when_their_share_is_too_small_to_hide_launches(global_batch_size, remark):
     recipe = tiny_recipe(global_batch_size=global_batch_size, num_train_images=512)
-    reason = choose_capture(recipe, Runtime(), dataclasses.replace(CUDA, world_size=2)).reason
-    assert "Python hooks" in reason
+    reason = choose_capture(recipe, Runtime(), TWO).reason
+    assert "several workers are captured with --capture on alone" in reason
     assert remark in reason
     assert ("hide" in reason) is bool(remark)
 

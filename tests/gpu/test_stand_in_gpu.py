@@ -77,6 +77,27 @@ def test_a_copy_from_pinned_memory_is_read_when_it_is_replayed(gpu):
     assert x.tolist() == [5.0] * 3
 
 
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_stream_that_waits_for_a_capture_is_part_of_it_and_must_join_it_again(gpu, joins):
+    side, x = torch.cuda.Stream(), torch.ones(3, device=CUDA)
+
+    def work():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.mul_(2)
+        if joins:
+            torch.cuda.current_stream().wait_stream(side)
+
+    if not joins:
+        with pytest.raises(RefusedError, match="have joined it"):
+            capture(work)
+        return
+    graph, _ = capture(work)
+    assert x.tolist() == [1.0] * 3
+    graph.replay()
+    assert x.tolist() == [2.0] * 3
+
+
 def test_what_another_stream_may_not_have_written_is_not_read(gpu):
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

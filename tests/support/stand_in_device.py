@@ -106,10 +106,14 @@ class Stream:
             self.clock[stream] = max(time, self.clock.get(stream, 0))
 
     def wait_stream(self, other):
-        self.learn(other.clock)
+        self.wait_event(other.record_event())
 
     def wait_event(self, event):
         self.learn(event.clock)
+        if event.capture is not None and event.capture is self.gpu.capture:  # this stream joins the capture
+            event.capture.streams.add(self)
+            event.capture.unjoined |= {self}
+            event.capture.unjoined -= {event.stream, event.capture.stream}
 
     def record_event(self, event=None):
         event = event or Event(self.gpu)
@@ -128,10 +132,13 @@ class Event:
     """A place in a stream's work."""
 
     def __init__(self, gpu):
-        self.gpu, self.clock = gpu, {}
+        self.gpu, self.clock, self.stream, self.capture = gpu, {}, None, None
 
     def record(self, stream=None):
-        self.clock = dict((stream or self.gpu.stream()).clock)
+        self.stream = stream or self.gpu.stream()
+        self.clock = dict(self.stream.clock)
+        capture = self.gpu.capture
+        self.capture = capture if capture is not None and self.stream in capture.streams else None
 
     def synchronize(self):
         self.gpu.waits("an event")
@@ -150,7 +157,7 @@ class Graph:
 
     def __init__(self, gpu):
         self.gpu, self.work, self.before, self.own = gpu, [], [], set()
-        self.tensors = []
+        self.tensors, self.streams, self.unjoined = [], set(), set()
 
     def replay(self):
         stream = self.gpu.stream()
@@ -173,12 +180,13 @@ class Device:
         self.default = Stream(self, "the default stream")
         self.local = threading.local()
         self.pinned, self.pending = {}, {}
+        self.collectives = []  # name, bytes, and whether it was recorded instead of run
 
     def stream(self):
         return getattr(self.local, "stream", self.default)
 
     def capturing(self):
-        return self.capture is not None and self.stream() is self.capture.stream
+        return self.capture is not None and self.stream() in self.capture.streams
 
     def waits(self, what):
         """The host waits for the device."""
@@ -195,6 +203,7 @@ class Device:
     def use(self, memory, stream, *, writes):
         """Notes that `stream` uses memory now; refuses what is not in order. What is captured is used by a replay."""
         if self.capturing():
+            self.capture.unjoined |= {stream} - {self.capture.stream}
             return
         stream.clock[stream] += 1
         if memory.written is not None and not stream.knows(*memory.written):
@@ -208,6 +217,8 @@ class Device:
 
     def run(self, func, tensors, args, kwargs):
         """One operation of torch on tensors of which one at least is on the GPU."""
+        if func.namespace == "c10d":
+            return self._collective(func, tensors, args, kwargs)
         others = [x for x in tensors if not isinstance(x, OnGpu)]
         crosses = func in _OF_SEVERAL_DEVICES and others
         indexed = func.overloadpacket in _INDEXED
@@ -251,6 +262,25 @@ class Device:
             self.capture.own.add(memory)
         self.use(memory, self.stream(), writes=True)
         return OnGpu(inner, memory, self)
+
+    def _collective(self, func, tensors, args, kwargs):
+        """One collective, by the process group's own backend on the tensors of the host; again at each replay."""
+        for tensor in tensors:
+            self.use(tensor.memory, self.stream(), writes=True)
+        inner_args, inner_kwargs = tree_map_only(OnGpu, lambda x: x.inner, (args, kwargs))
+        name, size = func.overloadpacket.__name__, sum(x.inner.nbytes for x in tensors)
+
+        def run():
+            self.collectives.append((name, size, self.capturing()))
+            *_, work = func(*inner_args, **inner_kwargs)
+            work.wait()
+            return work
+
+        if self.capturing():  # runs now, too: the ranks record at the same time, and recording changes no value
+            self._before_a_write(tensors)
+            self.capture.tensors += tensors
+            self.capture.work.append(run)
+        return args[0], run()
 
     def _before_a_write(self, tensors):
         """Keeps the values of tensors from outside the graph, which recording leaves as they are."""

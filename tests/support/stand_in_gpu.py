@@ -226,9 +226,12 @@ class StandInGpu(Device, TorchFunctionMode):
         stream.learn(self.host.clock | self.stream().clock)
         with self._on_stream(stream):
             graph.stream, graph.thread = stream, None if capture_error_mode == "global" else threading.get_ident()
+            graph.streams.add(stream)
             self.capture = graph
             try:
                 yield
+                if graph.unjoined:
+                    raise RefusedError(f"{graph.stream} ends a capture before {graph.unjoined} have joined it")
             finally:
                 self.capture = None
                 with torch.no_grad():

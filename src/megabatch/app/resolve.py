@@ -103,14 +103,20 @@ class Capture:
 def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
     """Captures under `auto` on one CUDA device; impossible elsewhere, and where a step reads its own results.
 
+    Several workers are captured, with their collectives, under `on` alone: no GPU has run that yet.
+
     Raises:
         SettingsError: capture=on where capture is impossible.
     """
     obstacle = None
     if world.device.type != "cuda":
         obstacle = "there is no GPU"
-    elif world.world_size > 1:
-        obstacle = "several workers exchange gradients through Python hooks" + _cost_of_launches(recipe, world)
+    elif world.world_size > 1 and recipe.optimizer == "muon":
+        obstacle = "Muon divides its iterations among workers"
+    elif world.world_size > 1 and _shares_spans(recipe, runtime, world):
+        obstacle = "workers share batch-norm spans"
+    elif world.world_size > 1 and runtime.capture == "auto":
+        obstacle = "several workers are captured with --capture on alone" + _cost_of_launches(recipe, world)
     elif recipe.optimizer == "shampoo":
         obstacle = "Shampoo computes roots every few steps"
     elif recipe.max_global_batch_size:
@@ -122,6 +128,12 @@ def choose_capture(recipe: Recipe, runtime: Runtime, world: World) -> Capture:
     if runtime.capture == "off" or obstacle:
         return Capture(False, f"steps not captured ({obstacle or 'capture=off'})")
     return Capture(True, "steps captured in a CUDA graph")
+
+
+def _shares_spans(recipe: Recipe, runtime: Runtime, world: World) -> bool:
+    """True if a batch-norm span is divided among workers."""
+    size = choose_micro_batch(recipe, runtime, world_size=world.world_size, device=world.device)
+    return size < recipe.bn_span
 
 
 LAUNCHES_S = 0.03

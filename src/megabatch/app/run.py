@@ -85,7 +85,9 @@ def open_run(
             resumed, data = resume(state, recipe, data, folder, world=world, log=log, with_copies=has_copies)
         check_same_weights(state.module, world)
         micro_batch = fit_micro_batch(recipe, runtime, wished, state.module, state.precision, world=world)
-        model, exchange_report, exchange = build_exchange(recipe, state, runtime, world=world, stack=stack)
+        model, exchange_report, exchange = build_exchange(
+            recipe, state, runtime, world=world, capture=capture.chosen, stack=stack
+        )
         copies = _open_copies(recipe, data, folder, stack) if has_copies else None
         for kept in ([folder] if world.is_first else []) + ([copies.folder] if copies else []):
             keep_choices(runtime, kept, precision=precision.name, world=world)

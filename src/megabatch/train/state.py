@@ -240,12 +240,12 @@ class Run:
         settings = settings_at(self.recipe, step, first, global_batch_size=batch)
         return dataclasses.replace(settings, lr=settings.lr * self.state.lr_factor)
 
-    def micro_batches(self, settings: StepSettings) -> list[range]:
-        """Stream ranges of this worker's micro-batches of a step."""
+    def micro_batches(self, settings: StepSettings, *, stream_rank: int | None = None) -> list[range]:
+        """Stream ranges of the micro-batches of a step of this worker, or of the one with that `stream_rank`."""
         ranges = micro_batches(
             settings.first,
             settings.count,
-            rank=self.stream_rank,
+            rank=self.stream_rank if stream_rank is None else stream_rank,
             world_size=self.world.world_size,
             micro_batch_size=self.micro_batch_size,
             bn_span=self.recipe.bn_span,

@@ -180,7 +180,9 @@ def captured_work(run: Run, *tensors: Tensor, count: int, num_micro_batches: int
 
 
 def _captures(run: Run, settings: StepSettings) -> bool:
-    return run.captured is not None and len(run.micro_batches(settings)) <= MOST_CAPTURED
+    """True if the step goes through `run.captured`; equal on all workers, as it changes the order of collectives."""
+    # Stream rank 0 has most micro-batches.
+    return run.captured is not None and len(run.micro_batches(settings, stream_rank=0)) <= MOST_CAPTURED
 
 
 def _replay(run: Run, settings: StepSettings, batches: Iterator[Batch], clock: StepClock) -> Tensor:

@@ -44,7 +44,8 @@ class WireScale:
         """Returns the scale of bucket `index`, a 0-d tensor on `device`; 1 before the first result."""
         if index not in self._scales:
             self._scales[index] = torch.ones((), device=device)
-        return self._scales[index].to(device)
+        self._scales[index] = self._scales[index].to(device)
+        return self._scales[index]
 
     def learn(self, index: int, reduced: Tensor) -> None:
         """Sets the next scale of bucket `index` from its reduced values [n]; non-finite values divide it by 16."""
@@ -52,7 +53,7 @@ class WireScale:
         peak = torch.linalg.vector_norm(reduced, torch.inf, dtype=torch.float32)
         wanted = torch.exp2(torch.floor(torch.log2(TARGET_PEAK / peak)))
         grown = torch.minimum(wanted, MAX_GROWTH * scale).clamp(1 / MAX_SCALE, MAX_SCALE)
-        self._scales[index] = torch.where(peak.isfinite(), grown, scale / 16)
+        scale.copy_(torch.where(peak.isfinite(), grown, scale / 16))  # in place: a CUDA graph reads this address
 
     def state_dict(self) -> dict[int, float]:
         """Returns the scales by bucket index, for a checkpoint; the same on all ranks."""

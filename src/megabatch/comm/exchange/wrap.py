@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megabatch.comm.autotune.choose import Cell, Choice, choose
 from megabatch.comm.exchange.buckets import FIRST_BUCKET_MIB, bucket_caps_mib
+from megabatch.comm.exchange.capturable import CapturableExchange
 from megabatch.comm.exchange.grid import Grid, choose_rows, make_grid
 from megabatch.comm.exchange.hooks import HOOKS
 from megabatch.comm.exchange.state import ExchangeState
@@ -82,6 +83,62 @@ def wrap(
         SettingsError: an unknown algorithm, wire or plan; a shape or hosts that do not fit the number of ranks;
             `tuning` is not a table of measurements; or plan "cubic" with torch 2.11 or 2.12.
     """
+    state, choice, caps = _set_up(
+        model, algorithm, grid=grid, shape=shape, hosts=hosts, tuning=tuning, bucket_mib=bucket_mib,
+        first_bucket_mib=first_bucket_mib, bucket_plan=bucket_plan, wire=wire, timeline=timeline,
+        error_feedback=error_feedback, average=average, wire_scale=wire_scale,
+    )  # fmt: skip
+    wrapped = ExchangingDDP(
+        model,
+        device_ids=device_ids,
+        process_group=state.grid.group("world"),
+        init_sync=init_sync,
+        gradient_as_bucket_view=True,
+        static_graph=static_graph,
+        **_ddp_options(caps, bucket_plan),
+    )
+    wrapped.register_comm_hook(state, HOOKS[choice.cell.algorithm])
+    # nn.Module.__setattr__ is bypassed: it searches each value for parameters and submodules.
+    object.__setattr__(wrapped, "exchange_state", state)
+    object.__setattr__(wrapped, "exchange_choice", choice)
+    return wrapped
+
+
+def wrap_capturable(
+    model: nn.Module,
+    *,
+    algorithm: str = "flat",
+    wire: str = "fp32",
+    hosts: Sequence[str] | None = None,
+    tuning: Path | None = None,
+    bucket_mib: float = 25.0,
+    bucket_plan: str = "size",
+) -> CapturableExchange:
+    """As `wrap`, by work that a CUDA graph can hold. No GPU has run it."""
+    return CapturableExchange(
+        model,
+        *_set_up(
+            model, algorithm, grid=None, shape=None, hosts=hosts, tuning=tuning, bucket_mib=bucket_mib,
+            first_bucket_mib=FIRST_BUCKET_MIB, bucket_plan=bucket_plan, wire=wire,
+        ),
+    )  # fmt: skip
+
+
+def _set_up(
+    model: nn.Module,
+    algorithm: str,
+    *,
+    grid: Grid | None,
+    shape: tuple[int, int] | None,
+    hosts: Sequence[str] | None,
+    tuning: Path | None,
+    bucket_mib: float,
+    first_bucket_mib: float,
+    bucket_plan: str,
+    wire: str,
+    **options: Any,
+) -> tuple[ExchangeState, Choice, list[float]]:
+    """The exchange's state with these options, what was chosen for it, and the sizes of its buckets."""
     if algorithm not in (*HOOKS, "auto"):
         raise SettingsError(
             f"all-reduce {algorithm!r} is unknown, needed one of auto, {', '.join(HOOKS)}; 'torus' works"
@@ -97,29 +154,8 @@ def wrap(
         choice = choose_on_rank0(parameters, wire=wire, shape=wanted, hosts=hosts, tuning=tuning, bucket_mib=bucket_mib)
         algorithm, shape, bucket_mib, why = choice.cell.algorithm, choice.cell.shape, choice.cell.bucket_mib, choice.why
     caps = bucket_caps_mib(parameters, plan=bucket_plan, bucket_mib=bucket_mib, first_bucket_mib=first_bucket_mib)
-    state = ExchangeState(
-        grid or make_grid(shape=shape, hosts=hosts),
-        wire=wire,
-        error_feedback=error_feedback,
-        average=average,
-        wire_scale=wire_scale,
-        timeline=timeline,
-    )
-    wrapped = ExchangingDDP(
-        model,
-        device_ids=device_ids,
-        process_group=state.grid.group("world"),
-        init_sync=init_sync,
-        gradient_as_bucket_view=True,
-        static_graph=static_graph,
-        **_ddp_options(caps, bucket_plan),
-    )
-    wrapped.register_comm_hook(state, HOOKS[algorithm])
-    # nn.Module.__setattr__ is bypassed: it searches each value for parameters and submodules.
-    object.__setattr__(wrapped, "exchange_state", state)
-    cell = Cell(algorithm, state.grid.shape, bucket_mib, wire)
-    object.__setattr__(wrapped, "exchange_choice", Choice(cell, why, bucket_plan))
-    return wrapped
+    state = ExchangeState(grid or make_grid(shape=shape, hosts=hosts), wire=wire, **options)
+    return state, Choice(Cell(algorithm, state.grid.shape, bucket_mib, wire), why, bucket_plan), caps
 
 
 def choose_on_rank0(
