@@ -26,7 +26,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from megabatch.data.sources.shards import ShardSource
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,6 +35,7 @@ from megabatch.data.jpeg.decode import decode
 from megabatch.data.loading.batch import Batch
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.packing.pack import pack
+from megabatch.data.sources.tar.shards import ShardSource
 from megabatch.kernels import crop_resize
 from megabatch.nn.fused import stem
 from megabatch.observe.environment import describe
@@ -120,8 +120,9 @@ def as_on_a_gpu() -> Iterator[Callable[[], int]]:
 
 
 def loader_of(source: ShardSource, *, on_gpu: bool) -> TrainLoader:
-    """The loader of training: with the CPU's decoder, or as `--decode gpu` builds it."""
+    """The loader of training: with the CPU's decoder, or as `--decode gpu` builds it for a fused ResNet."""
     decoder = gpu.GpuDecoder("cpu", decode=gpu.nvjpeg(torch.device("cuda:0"), 3)) if on_gpu else None
+    more = {"dtype": GPU_DTYPE, "padded_channels": stem.WIDTH} if on_gpu else {}
     return TrainLoader(
         source,
         seed=0,
@@ -130,6 +131,7 @@ def loader_of(source: ShardSource, *, on_gpu: bool) -> TrainLoader:
         decode_threads=2,
         gpu_decoder=decoder,
         **COLOR,
+        **more,
     )
 
 
@@ -175,9 +177,8 @@ def count_bytes(source: ShardSource, *, on_gpu: bool) -> Counts:
     num_images = sum(batch.count for batch in batches)
     step = Bytes(BATCH)
     conv = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
-    with mock.patch.object(conv, "_conv_forward"), step:
-        images = batches[0].images.to(GPU_DTYPE)
-        stem._padded(conv, images, conv.weight.to(GPU_DTYPE), 4)
+    with mock.patch.object(conv, "_conv_forward"), mock.patch.object(stem, "supports"), step:
+        stem.stem_convolution(conv, batches[0].images.to(GPU_DTYPE), "auto")
     return {
         "crop kernel: bytes written": written() / num_images,
         "loader: bytes moved by other operations": moved.total / num_images,

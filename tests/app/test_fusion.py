@@ -11,7 +11,7 @@ from megabatch import recipes
 from megabatch.app import model as model_wiring
 from megabatch.app import resolve as runtime
 from megabatch.app.measured.layout import measured_layout
-from megabatch.app.model import build_model
+from megabatch.app.model import build_model, image_format
 from megabatch.comm.launch import World
 from megabatch.nn.fused import norm_act
 from megabatch.nn.fused.fuse import Fused, set_fusion
@@ -26,6 +26,24 @@ def test_the_choice_reaches_every_part_that_can_be_fused(model, choice):
     module = build_model(recipe, Runtime(fusion=choice), world=World(), micro_batch_size=8)
     backends = {part.backend for part in module.modules() if isinstance(part, Fused)}
     assert backends == ({"auto"} if choice == "auto" else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "precision", "options", "expected"),
+    [
+        ("resnet18", "cuda", "bf16", {}, (torch.bfloat16, 4)),
+        ("resnet18", "cuda", "bf16", {"fusion": "plain"}, (torch.bfloat16, None)),
+        ("resnet18", "cuda", "bf16", {"channels_last": False}, (torch.bfloat16, None)),
+        ("resnet18", "cuda", "fp32", {}, (torch.float32, None)),
+        ("resnet18", "cpu", "bf16", {}, (torch.float32, None)),
+        ("resnet8", "cuda", "bf16", {}, (torch.bfloat16, None)),
+    ],
+)
+def test_on_a_gpu_the_loader_makes_what_the_first_convolution_reads(model, device, precision, options, expected):
+    recipe, where = tiny_recipe(model=model, resolution=((0.0, 32.0),)), Runtime(**options)
+    module = build_model(recipe, where, world=World(), micro_batch_size=8)
+    made = image_format(where, module, Precision(precision, torch.device(device)), torch.device(device))
+    assert made == expected
 
 
 @pytest.mark.parametrize("eval_stats", slow_except(["running", "last_batch", "precise"], "running"))

@@ -243,8 +243,10 @@ def build_train_loader(
     *,
     world: World,
     on_bad_sample: Callable[[str, str], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+    padded_channels: int | None = None,
 ) -> TrainLoader:
-    """Loader of the training set, with the recipe's augmentation."""
+    """Loader of the training set, with the recipe's augmentation; `dtype`, `padded_channels` as in `TrainLoader`."""
     return TrainLoader(
         source,
         seed=recipe.seed,
@@ -273,6 +275,8 @@ def build_train_loader(
         image_channels=recipe.image_channels,
         device=world.device,
         channels_last=runtime.channels_last is not False,
+        dtype=dtype,
+        padded_channels=padded_channels,
         decode_threads=_decode_threads(runtime, world),
         prefetch_batches=runtime.prefetch_batches,
         max_bad_share=_max_bad_share(runtime),

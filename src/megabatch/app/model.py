@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from megabatch.errors import SettingsError
 from megabatch.nn.batch_norm.evaluation_statistics import collect_statistics, span_layers
 from megabatch.nn.batch_norm.layer import convert
 from megabatch.nn.fused.fuse import can_fuse, set_fusion
+from megabatch.nn.fused.models import FusedResNet
+from megabatch.nn.fused.stem import WIDTH
 from megabatch.nn.initialize import initialize
 from megabatch.nn.levels import freeze_backbone, levels
 from megabatch.nn.library_models import create_library_model
@@ -30,7 +32,7 @@ from megabatch.optim.sgd import SGD
 from megabatch.optim.shampoo import Shampoo
 from megabatch.recipe import Recipe
 from megabatch.runtime import Runtime
-from megabatch.train.precision import widen_logits
+from megabatch.train.precision import Precision, widen_logits
 from megabatch.train.schedule import peak_lr
 from megabatch.user_code import load_function, short_name
 
@@ -76,6 +78,21 @@ def make_model(recipe: Recipe, code: str | None = None) -> nn.Module:
 def memory_format(runtime: Runtime) -> torch.memory_format:
     """Layout of images and weights: channels_last unless the runtime says otherwise."""
     return torch.contiguous_format if runtime.channels_last is False else torch.channels_last
+
+
+class ImageFormat(NamedTuple):
+    """Dtype of the training images, and their channels with zeros behind them; None for no such channels."""
+
+    dtype: torch.dtype = torch.float32
+    padded_channels: int | None = None
+
+
+def image_format(runtime: Runtime, module: nn.Module, precision: Precision, device: torch.device) -> ImageFormat:
+    """What the first convolution reads: on a GPU the precision's 16 bits, and for a fused stem its `WIDTH` channels."""
+    if device.type != "cuda" or precision.name == "fp32":
+        return ImageFormat()
+    pads = isinstance(module, FusedResNet) and module.conv1.in_channels < WIDTH and runtime.channels_last is not False
+    return ImageFormat(precision.dtype, WIDTH if pads else None)
 
 
 def _sizes(recipe: Recipe) -> tuple[int, ...]:

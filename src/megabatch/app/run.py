@@ -16,6 +16,7 @@ from megabatch.app.measured.layout import measured_layout
 from megabatch.app.measured.micro_batch import fit_micro_batch
 from megabatch.app.measured.precision import measured_precision
 from megabatch.app.mistakes import write_mistakes
+from megabatch.app.model import image_format
 from megabatch.app.resolve import (
     check,
     choose_capture,
@@ -97,7 +98,10 @@ def open_run(
             choices += [str(tiles)] if str(tiles) else []
             choices += [f"initial weights: {match_weights(state.module, initial)}"] if initial else []
             describe_run(log, recipe, runtime, data, world, micro_batch.size, choices, state, resumed, max_steps)
-        loader = build_train_loader(recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log))
+        images = image_format(runtime, state.module, state.precision, world.device)
+        loader = build_train_loader(
+            recipe, runtime, data.train, world=world, on_bad_sample=_warn_of(log), **images._asdict()
+        )
         stack.callback(loader.close)
         run = Run(
             recipe=recipe,

@@ -35,11 +35,11 @@ class SyntheticStep:
 
 
 class SameBatches:
-    """A loader that creates one random batch per size and returns it for every request of that size."""
+    """A loader that creates one random batch per size, in the format of `loader`, and returns it for every request."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, channels_last: bool) -> None:
-        self._recipe, self._device = recipe, device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, recipe: Recipe, device: torch.device, loader: TrainLoader) -> None:
+        self._recipe, self._device, self._formatted = recipe, device, loader.formatted
+        self._format = torch.channels_last if loader.channels_last else torch.contiguous_format
         self._batches: dict[tuple[int, int], Batch] = {}
 
     def batches(self, requests: Iterable[tuple[range, int]]) -> Iterator[Batch]:
@@ -54,7 +54,7 @@ class SameBatches:
         generator = torch.Generator().manual_seed(count)
         images = torch.randn(count, self._recipe.image_channels, resolution, resolution, generator=generator)
         labels = torch.randint(self._recipe.num_classes, (count,), generator=generator)
-        images = images.to(self._device, memory_format=self._format)
+        images = self._formatted(images.to(self._device, memory_format=self._format))
         return Batch(images, labels.to(self._device), count)
 
 
@@ -98,7 +98,7 @@ def synthetic_step(
     ):
         assert isinstance(run.loader, TrainLoader)
         loader = run.loader
-        run.loader = SameBatches(fixed, world.device, channels_last=loader.channels_last)
+        run.loader = SameBatches(fixed, world.device, loader)
         largest = max(len(positions) for positions in run.micro_batches(run.settings_at(0, 0)))
         yield SyntheticStep(run, largest, lambda: run_step(run), loader)
 

@@ -82,3 +82,33 @@ def test_norm_relu_and_any_pool_equal_the_separate_operations(pool: nn.Module) -
     pairs = zip((ours, expected), leaves, strict=True)
     torch.testing.assert_close(*(torch.autograd.grad(y, leaf, slope)[0] for y, leaf in pairs))
     torch.testing.assert_close(norm.running_var, other.running_var)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_images_that_come_padded_give_the_bits_of_those_that_do_not(autocast: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = (
+        convolution(3, 16, 7, 2),
+        torch.randn(2, 3, 20, 18).bfloat16().contiguous(memory_format=torch.channels_last),
+    )
+    if not autocast:
+        conv = conv.bfloat16()
+    padded = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).contiguous(memory_format=torch.channels_last)
+    forward = functools.partial(stem_convolution, conv, backend="reference")
+    for one, other in zip(
+        run(forward, conv.weight, padded, autocast=autocast),
+        run(forward, conv.weight, x, autocast=autocast),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_where_the_stem_runs_plain_the_zero_channels_are_left_out() -> None:
+    torch.manual_seed(0)
+    conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 8, 8)
+    padded = nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
+    assert torch.equal(stem_convolution(conv, padded, "reference"), conv(x))
+    with pytest.raises(RuntimeError, match="expected input"):
+        stem_convolution(conv, torch.randn(2, 5, 8, 8), "reference")
+    of_four = convolution(4, 16, 7, 2)
+    assert torch.equal(stem_convolution(of_four, padded, "reference"), of_four(padded))

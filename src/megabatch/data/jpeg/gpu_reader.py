@@ -87,6 +87,7 @@ class GpuReader:
         """
         if samples.flips is None:
             mean, std, dtype = (0.0,) * len(mean), (1 / 255,) * len(std), torch.float32
+            padded_channels = None
         channels = padded_channels or len(mean)
         shape = (len(samples.indices), samples.size, samples.size, channels)
         out = torch.empty(shape, dtype=dtype, device=self._decoder.device).permute(0, 3, 1, 2)

@@ -65,6 +65,7 @@ _RULES = {
     ),
     "image_channels": _Rule(_is_count, "a whole number, 1 or more", 3),
     "dtype": _Rule(lambda value: value.is_floating_point, "a floating-point dtype", torch.float32),
+    "padded_channels": _Rule(lambda value: value is None or _is_count(value), "None or a whole number, 1 or more", 4),
     "decode_threads": _Rule(lambda value: value is None or _is_count(value), "None or a whole number, 1 or more", 4),
     "prefetch_batches": _Rule(_is_count, "a whole number, 1 or more", 4),
     "max_bad_share": _Rule(lambda value: 0 <= value <= 1, "a share of the data set in [0, 1]", 0.01),

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from megabatch.data.loading.read_ahead import ReadAhead
 from megabatch.data.loading.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
 from megabatch.data.sources.arrays import ArraySource
 from megabatch.data.sources.protocol import EncodedSource
-from megabatch.errors import DataError
+from megabatch.errors import DataError, UserError
+from megabatch.kernels.crop_resize import crop_and_resize
+from megabatch.kernels.dispatch import use_triton
 
 Int64 = NDArray[np.int64]
 Replaced = NDArray[np.bool_]
@@ -41,7 +43,7 @@ class HostImages(NamedTuple):
 
 
 class DeviceImages(NamedTuple):
-    """Crops of images that a GPU decoded."""
+    """Crops on the GPU."""
 
     images: Tensor  # [n, channels, resolution, resolution], channels last: normalised, or as `ReadSamples.flips` says
     replaced: Replaced  # [n]
@@ -82,7 +84,11 @@ class BaseLoader:
         max_bad_share: float,
         on_bad_sample: OnBadSample | None,
         gpu_decoder: GpuDecoder | None,
+        padded_channels: int | None = None,
+        mixes: bool = False,
     ) -> None:
+        """Of images that are mixed after normalisation (`mixes`), the mixture is rounded to `dtype`, in `formatted`."""
+        _check_padding(padded_channels, image_channels, channels_last)
         check_arguments(
             image_channels=image_channels,
             dtype=dtype,
@@ -94,7 +100,8 @@ class BaseLoader:
         check_pixel_statistics(pixel_mean, pixel_std, image_channels)
         self.source: Source = source.to(device) if isinstance(source, ArraySource) else source
         self._mean, self._std, self._channels = pixel_mean, pixel_std, image_channels
-        self._dtype = dtype
+        self._dtype, self._padded = dtype, padded_channels or image_channels
+        self._normalized_as = (torch.float32, image_channels) if mixes else (dtype, self._padded)
         self.channels_last = channels_last
         self._prefetch = int(prefetch_batches)
         # A GPU copies and normalises while the training step runs; on a CPU a batch finished early only costs memory.
@@ -178,7 +185,9 @@ class BaseLoader:
         assert isinstance(work, Undecoded)
         assert self._gpu_reader is not None
         with self._staging.on_stream():
-            images = self._gpu_reader.crop(work.samples, mean=self._mean, std=self._std, dtype=self._dtype)
+            dtype, channels = self._normalized_as
+            options: dict[str, Any] = {"mean": self._mean, "std": self._std, "dtype": dtype}
+            images = self._gpu_reader.crop(work.samples, **options, padded_channels=channels)
             images = images if self.channels_last else images.contiguous()
         return partial(work.finish, DeviceImages(images, work.samples.replaced))
 
@@ -193,8 +202,41 @@ class BaseLoader:
         return self._staging.run(work)
 
     def _normalize(self, images: Tensor) -> Tensor:
-        out = self._staging.device_images(images.shape, self._dtype, channels_last=self.channels_last)
-        return augment.normalize(images, self._mean, self._std, out)
+        out = self._new_images(images, *self._normalized_as)
+        augment.normalize(images, self._mean, self._std, out[:, : self._channels])
+        return out
+
+    def _flip_and_normalize(self, pixels: Tensor, flips: NDArray[np.bool_]) -> Tensor:
+        """As flip_some, then `_normalize`, of uint8 images with the channels last; one kernel on a GPU with Triton."""
+        if not (len(pixels) and self.channels_last and use_triton(pixels, "auto")):
+            return self._normalize(augment.flip_some(pixels, np.flatnonzero(flips).tolist()))
+        size, (dtype, channels) = pixels.shape[2], self._normalized_as
+        return crop_and_resize(
+            list(pixels.permute(0, 2, 3, 1)),
+            torch.tensor([0, 0, size, size]).expand(len(pixels), 4),
+            size=size,
+            mean=self._mean,
+            std=self._std,
+            flip=torch.from_numpy(flips),
+            padded_channels=channels,
+            dtype=dtype,
+        )
+
+    def formatted(self, images: Tensor) -> Tensor:
+        """Normalised images on the device, in the dtype, memory format and number of channels of the batches."""
+        if images.dtype == self._dtype and images.shape[1] == self._padded:
+            return images
+        out = self._new_images(images, self._dtype, self._padded)
+        out[:, : self._channels] = images
+        return out
+
+    def _new_images(self, like: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+        """Images of the size of `like`, not initialised but for the padding channels, which are 0."""
+        shape = torch.Size((len(like), channels, *like.shape[2:]))
+        out = self._staging.device_images(shape, dtype, channels_last=self.channels_last)
+        if channels > self._channels:
+            out[:, self._channels :] = 0
+        return out
 
     def _deliver(self, batch: Batch) -> Batch:
         self._num_replaced += batch.num_replaced
@@ -219,6 +261,15 @@ class BaseLoader:
         if self._gpu_thread is not None and self._gpu_reader is not None:
             with contextlib.suppress(RuntimeError):  # the loader is closed, and has released them
                 self._gpu_thread.submit(self._gpu_reader.release)
+
+
+def _check_padding(padded_channels: int | None, image_channels: int, channels_last: bool) -> None:
+    check_arguments(padded_channels=padded_channels)
+    if padded_channels is not None and (padded_channels < image_channels or not channels_last):
+        raise UserError(
+            f"padded_channels={padded_channels}, channels_last={channels_last} were given for {image_channels} "
+            "channels, needed: at least as many, with the channels last; padded_channels=4, channels_last=True works"
+        )
 
 
 def _check_channels(source: Source, image_channels: int) -> None:

@@ -89,6 +89,8 @@ class TrainLoader(BaseLoader):
         device: device of the batches.
         dtype: floating-point dtype of the images.
         channels_last: memory format of the images: `torch.channels_last` instead of contiguous.
+        padded_channels: channels of the images in the batches, the last ones 0; None for `image_channels`. Needs
+            `channels_last`. Tensor cores read 16-bit pixels of four channels; fused nets of `megabatch.nn` accept them.
         decode_threads: host threads that read and decode files, 1 or more; None for one per available core.
         prefetch_batches: batches that `batches` reads and decodes ahead, 1 or more.
         max_bad_share: share of the data set, in [0, 1], that may be unreadable; more raises DataError while loading.
@@ -139,6 +141,7 @@ class TrainLoader(BaseLoader):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        padded_channels: int | None = None,
         decode_threads: int | None = None,
         prefetch_batches: int = 4,
         max_bad_share: float = 0.01,
@@ -175,6 +178,8 @@ class TrainLoader(BaseLoader):
             device=device,
             dtype=dtype,
             channels_last=channels_last,
+            padded_channels=padded_channels,
+            mixes=self._policy.mixes,
             decode_threads=decode_threads,
             prefetch_batches=prefetch_batches,
             max_bad_share=max_bad_share,
@@ -287,13 +292,13 @@ class TrainLoader(BaseLoader):
         )
 
     def _augment(self, samples: Samples, requested: slice, decoded: HostImages | DeviceImages) -> Batch:
-        if isinstance(decoded, HostImages):
-            images = self._policy.move_and_flip(self._staging.to_device(decoded.pixels), samples)
-        elif self._policy.only_flips:
-            return self._mixed(decoded.images, samples, requested, int(decoded.replaced[requested].sum()))
-        else:
-            images = self._policy.move_and_flip(decoded.images, samples)
-        return self._augmented(images, samples, requested, num_replaced=int(decoded.replaced[requested].sum()))
+        on_host, num_replaced = isinstance(decoded, HostImages), int(decoded.replaced[requested].sum())
+        images = self._staging.to_device(decoded.pixels) if isinstance(decoded, HostImages) else decoded.images
+        if not self._policy.only_flips:
+            return self._augmented(self._policy.move_and_flip(images, samples), samples, requested, num_replaced)
+        if on_host:
+            images = self._flip_and_normalize(images, self._policy.flips(samples))
+        return self._mixed(images, samples, requested, num_replaced)
 
     def _augmented(self, images: Tensor, samples: Samples, requested: slice, num_replaced: int = 0) -> Batch:
         """Returns the batch made of cropped and flipped images in [0, 255]."""
@@ -307,9 +312,8 @@ class TrainLoader(BaseLoader):
         if not self._policy.mixes:
             return Batch(images, labels, count, num_replaced=num_replaced)
         mixed, weight = self._policy.mix(images, swap_pairs(images), samples)
-        return Batch(
-            mixed[requested], labels[requested], count, swap_pairs(labels)[requested], weight[requested], num_replaced
-        )
+        mixed, others = self.formatted(mixed[requested]), swap_pairs(labels)[requested]
+        return Batch(mixed, labels[requested], count, others, weight[requested], num_replaced)
 
     def _samples(self, positions: range) -> Samples:
         epochs, indices = self._stream(positions.start, len(positions))

@@ -18,18 +18,27 @@ WIDTH = 4
 
 
 def stem_convolution(conv: nn.Conv2d, x: Tensor, backend: Backend) -> Tensor:
-    """conv(x); in 16 bit, where the GPU kernels run, with zero channels added to x and the weight, up to `WIDTH`."""
+    """conv(x); in 16 bit, where the GPU kernels run, with zero channels added to x and the weight, up to `WIDTH`.
+
+    Images that come with `WIDTH` channels are taken to be padded already, as a loader's `padded_channels` does.
+    """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if not supports(x, backend) or dtype == torch.float32 or type(conv) is not nn.Conv2d or is_hooked(conv):
-        return convolve(conv, x, backend)
-    images, weight = x.to(dtype), conv.weight.to(dtype)
-    if x.shape[1] < WIDTH:
-        is_last = x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if is_last else torch.contiguous_format
-        padding = (0, 0, 0, 0, 0, WIDTH - x.shape[1])
-        images, weight = (functional.pad(t, padding).contiguous(memory_format=layout) for t in (images, weight))
+        is_padded = isinstance(conv, nn.Conv2d) and conv.in_channels < x.shape[1] == WIDTH
+        return convolve(conv, x[:, : conv.in_channels] if is_padded else x, backend)
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    images, weight = (_padded(tensor.to(dtype), layout) for tensor in (x, conv.weight))
     y: Tensor = conv._conv_forward(images, weight, conv.bias)
     return y
+
+
+def _padded(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """`tensor` with zero channels added up to `WIDTH`."""
+    if tensor.shape[1] >= WIDTH:
+        return tensor
+    padding = (0, 0, 0, 0, 0, WIDTH - tensor.shape[1])
+    return functional.pad(tensor, padding).contiguous(memory_format=layout)
 
 
 def norm_relu_pool(norm: nn.Module, pool: nn.Module, x: Tensor, *, backend: Backend) -> Tensor:
