@@ -4,8 +4,16 @@ import socket
 
 import pytest
 
+from megabatch.comm import launcher_environment
 from megabatch.comm.launch import join
-from megabatch.comm.launcher_environment import Launched, check_interface, read_launcher, started_by_launcher
+from megabatch.comm.launcher_environment import (
+    Launched,
+    check_interface,
+    check_open_files,
+    read_launcher,
+    started_by_launcher,
+)
+from megabatch.comm.local_workers import run_local_workers
 from megabatch.errors import SettingsError
 
 COMPLETE = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -40,6 +48,13 @@ def test_another_number_of_workers_than_the_launcher_started_is_refused(environm
         started_by_launcher(4)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "megabatch-1")  # `train --workers 4`, which lost two
     assert started_by_launcher(4)
+
+
+def test_too_few_open_files_are_refused_before_any_worker_starts(monkeypatch):
+    monkeypatch.setattr(launcher_environment, "max_open_files", lambda: 24)
+    for start in (check_open_files, lambda: run_local_workers(2, ["train", "photos"])):
+        with pytest.raises(SettingsError, match=r"24 open files are allowed.*`ulimit -n 4096` allows more"):
+            start()
 
 
 def test_without_rank_and_world_size_no_launcher_is_assumed(environment):

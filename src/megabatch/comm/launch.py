@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megabatch.comm.launcher_environment import check_interface, read_launcher, started_by_launcher
+from megabatch.comm.launcher_environment import check_interface, check_open_files, read_launcher, started_by_launcher
 from megabatch.comm.rendezvous import open_store
 from megabatch.cores import requested_threads, usable_cores
 from megabatch.errors import MegabatchError, PeerError, SettingsError
@@ -87,6 +87,7 @@ def join(*, device: str = "auto", timeout_s: float = 300.0, threads: int | None 
 def _start_process_group(world: World, timeout_s: float) -> None:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     check_interface(backend)
+    check_open_files()
     try:
         dist.init_process_group(
             backend,

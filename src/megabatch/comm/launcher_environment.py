@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from megabatch.comm.worker_watch import RUN_ID
 from megabatch.errors import SettingsError
+from megabatch.files import max_open_files
 
+LEAST_OPEN_FILES = 128
 _ALONE = "unset RANK and WORLD_SIZE to run without a launcher"
 
 
@@ -81,6 +83,15 @@ def _number(name: str, default: str, *, least: int, most: int | None = None) -> 
     limit = f"of at least {least}" if most is None else f"from {least} to {most}"
     needed = f"a whole number {limit}" if least != most else str(least)
     raise SettingsError(f"{name}={text} was given, needed {needed}, as torchrun sets; {_ALONE}")
+
+
+def check_open_files() -> None:
+    """Raises SettingsError if this process may open too few files: a worker that finds none left may hang."""
+    if (allowed := max_open_files()) < LEAST_OPEN_FILES:
+        raise SettingsError(
+            f"{allowed} open files are allowed, and workers that exchange gradients need {LEAST_OPEN_FILES}; "
+            "`ulimit -n 4096` allows more, and --workers 1 needs fewer"
+        )
 
 
 def check_interface(backend: str) -> None:

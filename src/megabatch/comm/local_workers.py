@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import megabatch
+from megabatch.comm.launcher_environment import check_open_files
 from megabatch.comm.worker_errors import FOLDER_VARIABLE, find_cause, read_errors
 from megabatch.comm.worker_watch import RUN_ID, WorkerWatch
 from megabatch.cores import usable_cores
@@ -64,8 +65,10 @@ def run_local_workers(
     wants of SIGHUP.
 
     Raises:
+        SettingsError: this process may open too few files.
         MegabatchError: the error that ended the workers.
     """
+    check_open_files()
     recovery = recovery or Recovery()
     budget = _Budget(recovery, num_workers)
     present = arguments
