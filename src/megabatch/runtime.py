@@ -93,7 +93,7 @@ class Runtime:
     workers: int | None = _option(
         None, "Local workers, or auto: one per GPU, else one per core, at most 8.", least=1, none="auto"
     )
-    device: Device = _option("auto", "Device to train on.")
+    device: Device = _option("auto", "Device to compute on.")
     micro_batch_size: int | None = _option(
         None, "Samples per forward and backward on one worker; default chosen for the device.", least=1
     )

@@ -94,7 +94,7 @@ def open_evaluation_data(recipe: Recipe, runtime: Runtime, *, held_out: float | 
     if path is None or "://" in str(path):
         return open_data(recipe, runtime)
     _check_decode(runtime)
-    if held_out and runtime.val_fraction is None and _has_only_train(runtime):
+    if held_out and runtime.val_fraction is None and _has_only_train(path, runtime):
         runtime = dataclasses.replace(runtime, val_fraction=held_out)
     if runtime.val_fraction is not None or is_function(path):
         return _with_leak_note(recipe, runtime, _open(recipe, runtime, on_progress=None, probe=False))
@@ -104,11 +104,11 @@ def open_evaluation_data(recipe: Recipe, runtime: Runtime, *, held_out: float | 
     return Data(train, evaluation, _origin(Path(path)), dataset.notes)
 
 
-def _has_only_train(runtime: Runtime) -> bool:
-    """True for a folder or file whose images are all of the part `train_split`, with no part to evaluate on named."""
-    if runtime.val_split != "auto" or is_function(str(runtime.data)):
+def _has_only_train(path: Path | str, runtime: Runtime) -> bool:
+    """True for a folder or file without val and test, where no part to evaluate on was named."""
+    if runtime.val_split != "auto" or is_function(path):
         return False
-    return not set(part_names(str(runtime.data))) & set(EVALUATION_PARTS)
+    return not set(part_names(path)) & set(EVALUATION_PARTS)
 
 
 def _with_leak_note(recipe: Recipe, runtime: Runtime, data: Data) -> Data:

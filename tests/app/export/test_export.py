@@ -8,8 +8,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from photographs import encode, photograph
 from tiny_run import tiny_recipe
 
 import megabatch
@@ -19,6 +21,8 @@ from megabatch.app.export.formats import FORMATS, export
 from megabatch.app.export.trained import plain_network, trained_model
 from megabatch.app.load import load_for_evaluation
 from megabatch.comm.launch import World
+from megabatch.data.augment.crops import center_boxes
+from megabatch.data.jpeg.decode import decode_crop
 from megabatch.data.jpeg.gpu import has_torchvision
 from megabatch.errors import MegabatchError, SettingsError
 from megabatch.recipe import fields_as_json
@@ -118,6 +122,32 @@ def test_a_file_with_other_logits_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(MegabatchError, match=r"differ by 0\.001"):
         export(trained_model(*checkpoint(tiny_recipe())), tmp_path / "model.pt2", "torch-export")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [tiny_recipe(), tiny_recipe(**COLOUR)], ids=["grey", "colour"])
+@pytest.mark.parametrize("output_format", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_the_cards_program_reads_a_photo_as_evaluation_does_and_prints_its_class(
+    tmp_path, monkeypatch, capsys, output_format, recipe
+):
+    if output_format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    model, file = trained_model(*checkpoint(recipe)), FORMATS[output_format].file
+    export(model, tmp_path / file, output_format)
+    photo = encode(photograph(70, 90, seed=3), "PNG")
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    monkeypatch.chdir(tmp_path)
+    used: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", model_card(model, tmp_path), re.DOTALL):
+        exec(code, used)  # noqa: S102
+    (box,) = center_boxes(np.array([70]), np.array([90]), crop_ratio=recipe.eval_crop_ratio).tolist()
+    crop = decode_crop(photo, box=tuple(box), size=recipe.eval_resolution, channels=recipe.image_channels)
+    read = used["read"]("photo.jpg")
+    assert read.shape == (1, recipe.image_channels, recipe.eval_resolution, recipe.eval_resolution)
+    assert np.abs(read[0].astype(int) - crop.transpose(2, 0, 1)).max() <= 1
+    logits = model.pixel_model(torch.from_numpy(read.copy()))
+    assert torch.allclose(torch.as_tensor(used["logits"]), logits, atol=1e-4)
+    assert capsys.readouterr().out.splitlines()[-1] == NAMES[logits.argmax()]
 
 
 @pytest.mark.parametrize("recipe", [tiny_recipe(bn_eps=1e-3), RESNET18], ids=lambda recipe: recipe.model)

@@ -11,6 +11,21 @@ from megabatch.files import printable
 from megabatch.recipe import Recipe
 from megabatch.user_code import is_function
 
+_READ = """\
+```python
+import numpy
+from PIL import Image
+
+def read(path):  # uint8 [1, {channels}, {side}, {side}]
+    photo = Image.open(path).convert("{mode}")
+    length = max(1, round({ratio} * min(photo.size)))
+    left, top = (photo.width - length) // 2, (photo.height - length) // 2
+    crop = photo.crop((left, top, left + length, top + length))
+    pixels = numpy.asarray(crop.resize(({side}, {side}), Image.Resampling.BILINEAR))
+    return numpy.atleast_3d(pixels).transpose(2, 0, 1)[None]
+```"""
+"""The preprocessing as a function of numpy and Pillow, for programs without megabatch."""
+
 _USE = {
     "model.safetensors": """\
 ```python
@@ -25,14 +40,21 @@ network.load_state_dict(torch.load("torchvision.pth", weights_only=True)["model"
 ```""",
     "model.onnx": """\
 ```python
+import json
+import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
-(logits,) = session.run(None, {{"images": images}})  # images: uint8 [n, {channels}, {side}, {side}], 0 to 255
 names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+(logits,) = session.run(None, {{"images": read("photo.jpg")}})  # several images: uint8 [n, {channels}, {side}, {side}]
+print(names[logits[0].argmax()])
 ```""",
     "model.pt2": """\
 ```python
-program = torch.export.load("model.pt2").module()
-logits = program(images)  # images: uint8 [n, {channels}, {side}, {side}], 0 to 255
+import json
+import torch
+names = {{"class_names.json": ""}}
+program = torch.export.load("model.pt2", extra_files=names).module()
+logits = program(torch.from_numpy(read("photo.jpg").copy()))  # several images: uint8 [n, {channels}, {side}, {side}]
+print(json.loads(names["class_names.json"])[logits[0].argmax()])
 ```""",
 }
 
@@ -54,8 +76,8 @@ def model_card(model: Trained, folder: Path) -> str:
         f"{', of the mean of the logits of an image and its mirror image' if recipe.eval_flip else ''}. It says "
         "nothing about images unlike those of that set.",
         f"## Training\n\n{_training(recipe)}",
-        f"## Preprocessing\n\n```json\n{steps}\n```\n\n`model.onnx` and `model.pt2` divide and normalise the pixels "
-        "themselves: they take the crop as bytes.",
+        f"## Preprocessing\n\n```json\n{steps}\n```\n\nCrop and resize, with numpy and Pillow; `model.onnx` and "
+        f"`model.pt2` divide and normalise the pixels themselves:\n\n{_reading(recipe)}",
         "## Use\n\n" + "\n\n".join(f"{name}:\n\n{_use(name, model)}" for name in files),
         "## Classes\n\n" + "\n".join(f"{index}. {printable(name)}" for index, name in enumerate(info.names())),
         "## Licence and intended use\n\nTo be stated by those who publish the model. The licence of the training "
@@ -83,6 +105,15 @@ def _use(file: str, model: Trained) -> str:
         torchvision=f"num_classes={recipe.num_classes}" + (f", norm_layer={_norm(recipe)}" if _norm(recipe) else ""),
         channels=recipe.image_channels,
         side=recipe.eval_resolution,
+    )
+
+
+def _reading(recipe: Recipe) -> str:
+    return _READ.format(
+        channels=recipe.image_channels,
+        side=recipe.eval_resolution,
+        mode="RGB" if recipe.image_channels == 3 else "L",
+        ratio=recipe.eval_crop_ratio,
     )
 
 
