@@ -12,9 +12,12 @@ from megabatch.comm.exchange.wrap import wrap, wrap_capturable
 
 
 def small_net():
-    torch.manual_seed(0)
+    """A net with equal weights on every rank; ranks are threads, which share torch's global generator."""
     convolutions = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 16, 5))
+    net, generator = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 16, 5)), torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return net
 
 
 def gradients_of(make, algorithm, wire):
