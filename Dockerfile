@@ -1,5 +1,6 @@
 # megabatch for CPUs and NVIDIA GPUs; docs/clusters.md has the commands.
-FROM python:3.12-slim
+ARG BASE=python:3.12-slim
+FROM ${BASE}
 
 # A C compiler: for the compiled parts below, and for Triton, which compiles launchers at run time.
 RUN apt-get update \

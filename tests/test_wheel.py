@@ -34,10 +34,10 @@ COMMANDS = {  # verb and arguments: exit code, and words that are printed
     "watch run": (0, "top1"),
     "doctor": (0, "CPU kernels      compiled"),
     "doctor run": (0, "bottleneck"),
-    "mllog run --organization one --platform two": (2, "works"),
+    "mllog run --organization one --platform two": (2, "works"),  # for runs of ImageNet
     "data check photos": (0, "36 images, 0 bad"),
     "data pack photos shards": (0, "24 train, 12 val images"),
-    "data fetch imagenet": (2, "fashion_mnist"),
+    "data fetch imagenet": (2, "image-net.org"),
     "bench step --seconds 0.1 --batch 32 --device cpu": (0, "images/s"),
     "bench input --data photos --images 8 --seconds 0.01 --resolution 32": (0, "bottleneck"),
     "bench allreduce --mib 0.1 --repeats 1 --algorithms flat --device cpu": (0, "flat"),

@@ -1,11 +1,15 @@
 """The documentation names files, decisions and public names that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import megabatch
+from megabatch.cli.main import _with_resume_value, app
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "megabatch"
@@ -40,3 +44,24 @@ def test_the_site_lists_every_decision():
     for page in (DOCS / "decisions").glob("0*.md"):
         assert f"decisions/{page.name}" in text
         assert f"({page.name})" in index
+
+
+def commands(page):
+    """The `megabatch` commands of a page, word by word: lines of blocks, and last cells of tables."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for found in re.findall(r"^ *(megabatch [a-z].*)$|\| `(megabatch [a-z][^`]*)` \|$", text, re.M):
+        yield shlex.split(re.split(r" +# | > | \| ", "".join(found))[0])[1:]
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else value[0]
+)
+def test_the_command_line_parses_a_command_of_the_documentation(page, words):
+    command = get_command(app)
+    arguments = _with_resume_value(words)
+    while isinstance(command, TyperGroup):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("megabatch", arguments)
