@@ -19,7 +19,7 @@ from megabatch.recipe_validation import validate
 
 Stem = Literal["auto", "small", "large", "pooled", "whitened"]
 Freeze = Literal["none", "backbone"]
-Initialization = Literal["he_fan_out", "he_fan_in", "he_identity", "lecun_truncated", "alexnet"]
+Initialization = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 Augmentation = Literal["none", "pad_crop", "random_resized_crop"]
 AutoAugment = Literal["none", "randaugment", "trivialaugment"]
 Sampling = Literal["uniform", "balanced"]

@@ -17,7 +17,7 @@ from megabatch.nn.models import create_model
 from megabatch.nn.resnet import resnet18
 from megabatch.nn.small import resnet8
 
-SCHEMES: list[Scheme] = ["he_fan_out", "he_fan_in", "he_identity", "lecun_truncated", "alexnet"]
+SCHEMES: list[Scheme] = ["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
 
 
 def wide_conv(**options: int) -> nn.Conv2d:
@@ -40,16 +40,6 @@ def test_convolutions_have_the_variance_of_their_scheme(scheme: Scheme, std: flo
     assert conv.weight.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * num))
     assert abs(conv.weight.mean().item()) < 4 * std / math.sqrt(num)
     assert not conv.bias.any()
-
-
-def test_he_identity_passes_input_channels_on_and_draws_the_others() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 10, 3, padding=1, bias=False), nn.Conv2d(10, 8, 3, bias=False))
-    initialize(model, "he_identity", seed=3)
-    x = torch.randn(2, 4, 6, 6)
-    torch.testing.assert_close(model[0](x)[:, :4], x)
-    drawn = initialize(nn.Sequential(nn.Conv2d(4, 10, 3), nn.Conv2d(10, 8, 3)), "he_fan_in", seed=3)
-    assert torch.equal(model[0].weight[4:], drawn[0].weight[4:])
-    assert torch.equal(model[1].weight, drawn[1].weight)  # fewer output than input channels
 
 
 def test_fan_out_of_a_grouped_convolution_counts_the_channels_of_one_group() -> None:

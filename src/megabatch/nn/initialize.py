@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from megabatch.errors import UserError
 NormLayer = nn.modules.batchnorm._BatchNorm
 """Common base class of nn.BatchNorm1d, 2d and 3d, nn.SyncBatchNorm and SpanBatchNorm2d."""
 
-Scheme = Literal["he_fan_out", "he_fan_in", "he_identity", "lecun_truncated", "alexnet"]
-_SCHEMES = get_args(Scheme)
+Scheme = Literal["he_fan_out", "he_fan_in", "lecun_truncated", "alexnet"]
+_SCHEMES = ("he_fan_out", "he_fan_in", "lecun_truncated", "alexnet")
 
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal truncated to [-2, 2]."""
@@ -31,8 +31,6 @@ def initialize(model: nn.Module, scheme: Scheme, *, seed: int, zero_gamma: bool 
 
     - "he_fan_out": N(0, 2 / fan_out) (He et al. 2015, arXiv:1502.01852), as in torchvision's ResNet
     - "he_fan_in": N(0, 2 / fan_in), as in Mikami et al. 2018, arXiv:1811.05233
-    - "he_identity": as "he_fan_in", but in a convolution with at least as many output as input channels output channel
-      i < in_channels is input channel i (Jordan 2024, arXiv:2404.00498, section 3.3)
     - "lecun_truncated": variance 1 / fan_in, from a normal truncated at two standard deviations, as in the TPU
       reference of Ying et al. 2018, arXiv:1811.06992
     - "alexnet": N(0, 0.01^2), and biases of 0.1 in layers 2, 4 and 5, as in Caffe's AlexNet
@@ -44,7 +42,7 @@ def initialize(model: nn.Module, scheme: Scheme, *, seed: int, zero_gamma: bool 
     weight 0, so that every block starts as the identity (ibid.).
 
     Raises:
-        UserError: `scheme` is none of the five.
+        UserError: `scheme` is none of the four.
     """
     if scheme not in _SCHEMES:
         raise UserError(f"initialization={scheme} was given, needed one of {', '.join(_SCHEMES)}; he_fan_out works")
@@ -89,12 +87,8 @@ def _initialize_conv(conv: nn.Conv2d, scheme: Scheme, stream: torch.Generator) -
     if scheme == "lecun_truncated":
         _draw_truncated(conv.weight, math.sqrt(1 / fan_in), stream)
     else:
-        variance = {"he_fan_out": 2 / fan_out, "he_fan_in": 2 / fan_in, "he_identity": 2 / fan_in, "alexnet": 0.01**2}[
-            scheme
-        ]
+        variance = {"he_fan_out": 2 / fan_out, "he_fan_in": 2 / fan_in, "alexnet": 0.01**2}[scheme]
         _draw(conv.weight, math.sqrt(variance), stream)
-    if scheme == "he_identity" and conv.out_channels >= conv.in_channels and conv.groups == 1:
-        nn.init.dirac_(conv.weight[: conv.in_channels])
     if conv.bias is not None:
         conv.bias.zero_()
 
