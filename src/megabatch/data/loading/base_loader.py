@@ -16,7 +16,7 @@ from megabatch.data.augment import ops as augment
 from megabatch.data.jpeg.gpu import GpuDecoder
 from megabatch.data.jpeg.gpu_reader import GpuReader, ReadSamples
 from megabatch.data.loading.arguments import check_arguments, check_pixel_statistics
-from megabatch.data.loading.batch import Batch, Staging
+from megabatch.data.loading.batch import Batch, Staging, wait_on_current_stream
 from megabatch.data.loading.prefetch import after, in_flight, in_order, serial_threads
 from megabatch.data.loading.read_ahead import ReadAhead
 from megabatch.data.loading.reader import BadSamples, BatchReader, DrawBoxes, OnBadSample
@@ -47,6 +47,7 @@ class DeviceImages(NamedTuple):
 
     images: Tensor  # [n, channels, resolution, resolution], channels last: normalised, or as `ReadSamples.flips` says
     replaced: Replaced  # [n]
+    ready: torch.cuda.Event | None = None  # behind the kernel that writes `images`, on the stream of the crops
 
 
 class Undecoded(NamedTuple):
@@ -108,6 +109,7 @@ class BaseLoader:
         self._finished_ahead = 2 if torch.device(device).type == "cuda" else 1
         # Buffers: prefetched + queued + being normalised (as bytes), being normalised + held by the caller (as images).
         self._staging = Staging(torch.device(device), num_buffers=self._prefetch + 4)
+        self._crops = Staging(torch.device(device), num_buffers=0)
         self._batch_threads = ThreadPoolExecutor(min(self._prefetch, 4), thread_name_prefix="megabatch-batch")
         self._finish_threads = serial_threads(self._finished_ahead, "megabatch-finish")
         self._decode_threads = ThreadPoolExecutor(
@@ -184,12 +186,14 @@ class BaseLoader:
         """Decodes and crops on the GPU; for the thread that does so."""
         assert isinstance(work, Undecoded)
         assert self._gpu_reader is not None
-        with self._staging.on_stream():
+        # Not the stream that finishes batches: a batch would wait there for the next one to be decoded.
+        with self._crops.on_stream():
             dtype, channels = self._normalized_as
             options: dict[str, Any] = {"mean": self._mean, "std": self._std, "dtype": dtype}
             images = self._gpu_reader.crop(work.samples, **options, padded_channels=channels)
             images = images if self.channels_last else images.contiguous()
-        return partial(work.finish, DeviceImages(images, work.samples.replaced))
+            crops = DeviceImages(images, work.samples.replaced, self._crops.event())
+        return partial(_when_ready, work.finish, crops)
 
     def _load(self, work: Work | Undecoded) -> Batch:
         """Finishes one batch, without others ahead."""
@@ -261,6 +265,11 @@ class BaseLoader:
         if self._gpu_thread is not None and self._gpu_reader is not None:
             with contextlib.suppress(RuntimeError):  # the loader is closed, and has released them
                 self._gpu_thread.submit(self._gpu_reader.release)
+
+
+def _when_ready(finish: Callable[[DeviceImages], Batch], crops: DeviceImages) -> Batch:
+    wait_on_current_stream(crops.ready, crops.images)
+    return finish(crops)
 
 
 def _check_padding(padded_channels: int | None, image_channels: int, channels_last: bool) -> None:

@@ -28,14 +28,20 @@ class Batch:
 
     def wait_on_current_stream(self) -> "Batch":
         """Makes the current stream wait until the batch is ready, then returns it; does nothing on a CPU."""
-        if self.ready is not None:
-            stream = torch.cuda.current_stream(self.images.device)
-            stream.wait_event(self.ready)
-            for tensor in (self.images, self.labels, self.mixed_labels, self.mix_weight):
-                if tensor is not None:
-                    tensor.record_stream(stream)
-            self.ready = None
+        wait_on_current_stream(self.ready, self.images, self.labels, self.mixed_labels, self.mix_weight)
+        self.ready = None
         return self
+
+
+def wait_on_current_stream(ready: torch.cuda.Event | None, *tensors: Tensor | None) -> None:
+    """Makes the current stream wait for an event behind the work that writes `tensors`; does nothing without one."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    if ready is None or not found:
+        return
+    stream = torch.cuda.current_stream(found[0].device)
+    stream.wait_event(ready)
+    for tensor in found:
+        tensor.record_stream(stream)
 
 
 class Staging:
@@ -74,10 +80,12 @@ class Staging:
         """Runs `work()` on the loader's stream and records the batch's `ready` event; on a CPU, just runs it."""
         with self.on_stream():
             batch = work()
-            if self._is_cuda:
-                batch.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                batch.ready.record()
+            batch.ready = self.event()
         return batch
+
+    def event(self) -> torch.cuda.Event | None:
+        """An event behind all work on the current stream; None on a CPU."""
+        return torch.cuda.current_stream(self.device).record_event() if self._is_cuda else None
 
     def on_stream(self) -> AbstractContextManager[Any]:
         """Context in which the loader's stream is the current one; does nothing on a CPU."""
