@@ -13,6 +13,8 @@ from PIL import ExifTags, Image
 from tiny_run import run_tiny, tiny_data, tiny_recipe
 
 from megabatch.app.load import load_model
+from megabatch.app.predict import Prediction
+from megabatch.cli.results.predict import _csv_writer
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one view", "two views"])
@@ -130,3 +132,12 @@ def test_upright_predicts_a_photo_as_its_exif_orientation_shows_it(run, tmp_path
     (upright,) = rows(predict(folder, tmp_path / "turned.png", "--upright"))
     assert turned["probability"] != plain["probability"] == upright["probability"]
     assert upright["class"] == plain["class"]
+
+
+@pytest.mark.parametrize(("is_terminal", "name"), [(True, r"a\x1b[31m"), (False, "a\x1b[31m")])
+def test_a_terminal_gets_no_control_characters_and_a_file_gets_names_as_they_are(monkeypatch, is_terminal, name):
+    out = io.StringIO()
+    out.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stdout", out)
+    _csv_writer()(Prediction("a\x1b[31m", classes=(("a\x1b[31m", 1.0),)))
+    assert out.getvalue() == f"image,rank,class,probability\n{name},1,{name},1.000000\n"

@@ -71,16 +71,17 @@ def predict(
 
 
 def _csv_writer() -> Callable[["Prediction"], None]:
-    """A line per image and class; none for an unreadable image."""
+    """A line per image and class; none for an unreadable image. On a terminal control characters of names are escaped."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     heading = ["image", "rank", "class", "probability"]
+    shown = printable if sys.stdout.isatty() else str
 
     def write(prediction: "Prediction") -> None:
         if heading:  # not before the first prediction: no image may be readable
             table.writerow(heading)
             heading.clear()
         for rank, (name, probability) in enumerate(prediction.classes, 1):
-            table.writerow((prediction.image, rank, name, f"{probability:.6f}"))
+            table.writerow((shown(prediction.image), rank, shown(name), f"{probability:.6f}"))
 
     return write
 
