@@ -71,7 +71,7 @@ def predict(
 
 
 def _csv_writer() -> Callable[["Prediction"], None]:
-    """A line per image and class; none for an unreadable image. On a terminal control characters of names are escaped."""
+    """A line per image and class; none for an unreadable image. A terminal gets control characters as escapes."""
     table = csv.writer(sys.stdout, lineterminator="\n")
     heading = ["image", "rank", "class", "probability"]
     shown = printable if sys.stdout.isatty() else str
