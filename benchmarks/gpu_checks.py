@@ -23,7 +23,10 @@ def tests(session: Session) -> None:
     workers, part = ("0", "test_kernels.py") if session.quick else ("6", "")
     words = ["-m", "gpu", "-n", workers, f"--timeout={TEST_S}", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     start_s = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu" / part), *words], cwd=ROOT, check=False)
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu" / part), *words]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if not report.exists():
+        raise RuntimeError(f"pytest ended with code {done.returncode} and without a report")
     read_report(session, report, time.monotonic() - start_s)
 
 
