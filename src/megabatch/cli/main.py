@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import sys
+from dataclasses import fields
 from types import FrameType
 
 import typer
@@ -34,6 +35,9 @@ from megabatch.comm.slurm import adopt_slurm_task
 from megabatch.comm.worker_watch import start_beating
 from megabatch.errors import SettingsError
 from megabatch.files import raise_open_file_limit
+from megabatch.recipe import Recipe
+from megabatch.recipe_text import COMMON_NAMES
+from megabatch.runtime import Runtime
 
 app = typer.Typer(
     name="megabatch",
@@ -96,6 +100,7 @@ def main() -> None:
         # A worker that waits for others in C++ code would not notice: there the signals keep their default action.
         with contextlib.nullcontext() if "RANK" in os.environ else handling(_interrupt):
             _refuse_empty(sys.argv[1:])
+            _refuse_recipe_keys(sys.argv[1:])
             app()
     except KeyboardInterrupt:  # the second Ctrl-C of a run
         sys.exit(1)
@@ -120,6 +125,17 @@ def _refuse_empty(arguments: list[str]) -> None:
                 f"the argument {option if equals else 'after ' + before} is empty, maybe as a shell variable is not "
                 "set; a value is needed, and . is the current folder"
             )
+
+
+def _refuse_recipe_keys(arguments: list[str]) -> None:
+    """Refuses a key of the recipe as an option of `train`, as --epochs 3, with the --set that works."""
+    keys = {field.name for field in fields(Recipe)} - {field.name for field in fields(Runtime)}
+    for argument in arguments if arguments[:1] == ["train"] else []:
+        option, _, value = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        key = COMMON_NAMES.get(name, name)
+        if option.startswith("--") and key in keys:
+            raise SettingsError(f"{option} is no option, as recipes hold it; --set {key}={value or 'VALUE'} works")
 
 
 def _with_resume_value(arguments: list[str]) -> list[str]:
