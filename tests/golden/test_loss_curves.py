@@ -29,17 +29,18 @@ compared), but by 3e-3 in these recipes, whose high rates make a net this small 
 
 
 def tiny(name: str) -> Recipe:
-    """The recipe's optimizer, schedule, loss and augmentation on 12 px images, with a first batch of 48."""
+    """The recipe's optimizer, schedule, loss and augmentation on images of 12 or, for VGG-8, 17 px; first batch 48."""
     recipe = override(recipes.get(name), {"total_epochs": str(EPOCHS)})
     first = recipe.batch_at(0.0)
+    model, side = ("vgg8", 17) if recipe.model == "vgg8" else ("resnet8", 12)
     changes = {
-        "model": "resnet8",
+        "model": model,
         "initialization": "he_fan_out",
         "width": 8,
         "blur_pool": False,
-        "resolution": ((0.0, 12.0),),
+        "resolution": ((0.0, float(side)),),
         "resolution_ramp": False,
-        "eval_resolution": 12,
+        "eval_resolution": side,
         "crop_padding": min(recipe.crop_padding, 1),
         "cutout_size": min(recipe.cutout_size, 4),
         "num_train_images": NUM_IMAGES,

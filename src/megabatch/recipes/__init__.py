@@ -37,6 +37,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "fashion_mnist": fashion_mnist.fashion_mnist,
     "fashion_mnist_2048": fashion_mnist.fashion_mnist_2048,
     "cifar10": cifar10.cifar10,
+    "cifar10_2000": cifar10.cifar10_2000,
     "photos": photos.photos,
     "finetune": finetune.finetune,
     "fast_16": fast.fast_16,
