@@ -42,10 +42,13 @@ COMMANDS = {  # verb and arguments: exit code, and words that are printed
     "bench input --data photos --images 8 --seconds 0.01 --resolution 32": (0, "bottleneck"),
     "bench allreduce --mib 0.1 --repeats 1 --algorithms flat --device cpu": (0, "flat"),
     "launch slurm --nodes 2 -- photos --data photos --output run": (0, "#SBATCH --nodes=2"),
-    "launch kubernetes --image one --nodes 2 -- photos --data photos --output run": (0, "TrainJob"),
+    "launch kubernetes --image one --volume set:/data --volume runs:/runs -- photos --data /data --output /runs/a": (
+        0,
+        "TrainJob",
+    ),
 }
 if find_spec("ray") is None:
-    COMMANDS["launch ray -- photos --data photos"] = (2, "pip install")
+    COMMANDS["launch ray -- photos --data photos --output other"] = (2, "pip install")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
 ENVIRONMENT["MEGABATCH_MEASURE"] = "0"
 
