@@ -8,6 +8,7 @@ import torch
 from photographs import TEST_PHOTOS
 
 from megabatch.data.loading import buffers
+from megabatch.data.loading.batch import Staging
 from megabatch.data.loading.buffers import BufferPool
 from megabatch.data.loading.train_loader import TrainLoader
 from megabatch.data.sources.folder import FolderSource
@@ -108,3 +109,13 @@ def test_a_loader_prefetches_bytes_and_normalises_few_batches_early(monkeypatch)
     assert sum(decoded <= num_bytes < 2 * decoded for num_bytes in allocated) <= prefetch + 2
     assert sum(num_bytes >= 4 * decoded for num_bytes in allocated) <= 2
     assert len(allocated) > 4
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_are_on_the_device_whatever_its_type(channels_last):
+    """An Apple GPU, for example; here the device without memory stands for it."""
+    staging, shape = Staging(torch.device("meta"), num_buffers=1), torch.Size((2, 3, 4, 5))
+    images = staging.device_images(shape, torch.float32, channels_last=channels_last)
+    assert images.device.type == "meta"
+    assert images.shape == shape
+    assert staging.to_device(torch.zeros(2)).device.type == "meta"

@@ -65,10 +65,10 @@ class Staging:
         """Uninitialised [n, channels, height, width] batch on the device."""
         count, channels, height, width = shape
         layout = (count, height, width, channels) if channels_last else tuple(shape)
-        if self._is_cuda:
-            images = torch.empty(layout, dtype=dtype, device=self.device)
-        else:
+        if self.device.type == "cpu":
             images = self._buffers.empty(layout, dtype)
+        else:
+            images = torch.empty(layout, dtype=dtype, device=self.device)
         return images.permute(0, 3, 1, 2) if channels_last else images
 
     def to_device(self, values: Tensor | NDArray[np.generic]) -> Tensor:
