@@ -63,7 +63,7 @@ CALLS: dict[int, tuple[Job, ...]] = {
         Job("profile", ("gpu_steps.profile",), 60, always=True),
         Job("gram", ("gpu_kernels.gram_products",), 40, always=True),
         Job("optimizers", ("gpu_kernels.optimizers",), 30),
-        Job("jpeg", ("gpu_checks.jpeg",), 90),
+        Job("jpeg", ("gpu_checks.jpeg",), 90, needs=("simplejpeg",)),
         Job("stem", ("gpu_kernels.stem",), 40),
         Job("norms", ("gpu_kernels.batch_norm",), 40),
         Job("sanitizer", ("gpu_checks.sanitizer",), 90, needs=("compute-sanitizer",)),
