@@ -123,6 +123,17 @@ def test_a_resumed_run_ends_bitwise_as_one_that_was_never_stopped(tmp_path, worl
         assert case["correct"] == whole[0]["correct"]
 
 
+@pytest.mark.parametrize(("stop", "last"), [(4, None), (5, None), (10, "evaluation")])
+def test_a_stop_gives_no_evaluation_even_at_a_step_that_evaluates_unless_the_run_is_complete(tmp_path, stop, last):
+    """The command's exit code follows from it: 75 makes a scheduler continue the run, 0 does not."""
+    result = run_tiny(tmp_path, tiny_recipe(), stop_at=stop)
+    assert result["step"] == stop
+    assert (result["correct"] is None) == (last is None)
+    assert [event["step"] for event in read_events(tmp_path / "events.jsonl") if event["event"] == "evaluation"] == [
+        step for step in (5, 10) if step <= stop
+    ]
+
+
 def resume_only(folder, recipe):
     return run_tiny(folder, recipe, runtime=dataclasses.replace(FP32, resume=True))
 

@@ -27,7 +27,7 @@ from megabatch.train.step import NonFiniteStepError, PendingStep, count_skipped,
 
 
 def train(run: Run) -> Evaluation | None:
-    """Trains until the last sample, `max_steps` or a stop request; returns the last evaluation, or None."""
+    """Trains until the last sample, `max_steps` or a stop request; returns the last evaluation, None after a stop."""
     evaluation: Evaluation | None = None
     steps_before = run.state.step
     in_flight, bad_samples, workers = _InFlightSteps(run), BadSamples(run), RankComparison(run)
@@ -57,8 +57,10 @@ def train(run: Run) -> Evaluation | None:
         if saves:
             bad_samples.synchronize()
             write_trace(run)
-        if stop or ended or run.stops_early:
+        if ended or run.stops_early:
             break
+        if stop:
+            return evaluation if run.is_complete else None  # also where the stop met an evaluation
     return evaluation
 
 
