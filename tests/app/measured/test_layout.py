@@ -53,6 +53,20 @@ def takes(monkeypatch, seconds):
 
 
 @needs_kernels
+def test_measuring_that_takes_too_long_ends_with_the_default_and_is_repeated_in_the_next_run(monkeypatch):
+    """The other workers wait for rank 0, and give up after a time."""
+    asked, warnings = takes(monkeypatch, {FUSED: 3.0, TORCH_LAST: 2.0, NCHW: 1.0}), []
+    clock = iter(range(0, 1000, 60))
+    with monkeypatch.context() as patched:
+        patched.setattr(layout.time, "monotonic", lambda: next(clock))
+        assert choose(warn=warnings.append) == WAYS[FUSED]
+    assert asked == [NCHW]
+    assert len(warnings) == 1
+    assert "timing kernels took over 100 s" in warnings[0]
+    assert choose() == WAYS[NCHW]
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("seconds", "fastest"),
     [

@@ -28,6 +28,8 @@ ADVANTAGE = 0.95
 """Another way is chosen if it takes less than this share of the default's time: noise should not decide."""
 SECONDS = 2.0
 """Time for repeated runs of one way, of which the shortest counts."""
+LONGEST_S = 100.0
+"""Time after which no further way is timed: the other workers wait, for at most `Runtime.timeout_s`."""
 TOLERANCE = {"fp32": 1e-2, "bf16": 0.5}
 """Largest relative difference between a way's gradients and those of torch's kernels."""
 
@@ -89,7 +91,7 @@ def _fastest(
     task = f"{recipe.model}, {precision.name}: {' or '.join(ways)}"
     table = tuning.table().beside(timed(comparison.seconds))
     chosen = table.choose(task, sizes, torch.empty(0, device=device), trials)
-    return default if chosen not in ways or comparison.all_failed() else chosen
+    return default if chosen not in ways or comparison.is_overdue or comparison.all_failed() else chosen
 
 
 class _Comparison:
@@ -101,10 +103,23 @@ class _Comparison:
         self._names, self._default, self._tolerance, self._warn = names, default, tolerance, warn
         self._expected: Tensor | None = None
         self._fastest_s = float("inf")
+        self._started = time.monotonic()
+        self.is_overdue = False
 
     def seconds(self, trial: GradientTrial) -> float:
-        """Seconds of the trial, those of the default in its favour; raises ArithmeticError for other gradients."""
+        """Seconds of the trial, those of the default in its favour.
+
+        Raises:
+            ArithmeticError: its gradients are other ones.
+            OverdueError: the trials before it took too long.
+        """
         name = self._names[trial]
+        if time.monotonic() - self._started > LONGEST_S:
+            self.is_overdue = True
+            self._warn(
+                f"timing kernels took over {LONGEST_S:g} s; {self._default} will run, and the next run tries again"
+            )
+            raise tuning.OverdueError
         found = cpu_seconds(trial, at_most_s=1.5 * self._fastest_s)
         gradient = trial.gradient()
         self._expected = gradient if self._expected is None else self._expected

@@ -38,6 +38,10 @@ REPEATS = 5
 _LAUNCHES_CYCLES = 2_000_000  # GPU clock cycles, about 1 ms: longer than Python needs to launch what is timed
 
 
+class OverdueError(Exception):
+    """Measuring takes too long, as on a busy processor; nothing was decided."""
+
+
 class Table:
     """Choices of the fastest candidate per device, task, dtype and sizes. Safe for several threads and processes.
 
@@ -67,7 +71,7 @@ class Table:
         """Returns the name of the fastest candidate. One that raises an error is never the fastest.
 
         Returns `PLAIN`, without recording it, without a timer, if memory runs out, as another candidate may win beside
-        a smaller model, and if all raise an error, which `PLAIN` shows.
+        a smaller model, if the timer raises OverdueError, and if all raise an error, which `PLAIN` shows.
         """
         if len(candidates) == 1:
             return PLAIN
@@ -84,7 +88,7 @@ class Table:
             try:
                 with on_device(like):
                     seconds = {name: _seconds(self.timer, work) for name, work in candidates.items()}
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, OverdueError):
                 return PLAIN
             if min(seconds.values()) == float("inf"):
                 return PLAIN
@@ -188,7 +192,7 @@ def _seconds(timer: Timer, work: Callable[[], object]) -> float:
     """Time of one candidate; infinite if it raises, e.g. because it needs more shared memory than the GPU has."""
     try:
         return timer(work)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OverdueError):
         raise
     except Exception:  # noqa: BLE001  # Triton's errors have no common base; if all fail, running PLAIN raises its own
         return float("inf")
