@@ -51,7 +51,7 @@ def test_the_best_draw_on_held_out_images_is_trained_with_every_seed_and_nothing
             self.stdout = "warning: x\n" + json.dumps({"top1": 1 / (1 + rate), "updates": 74, "seconds": 1.0})
 
     monkeypatch.setattr(large_batch.subprocess, "run", lambda command, **_: Done(json.loads(command[-1])))
-    budget = {"trials": 6, "seeds": 3, "parallel": 2}
+    budget = {"trials": 6, "seeds": 3, "parallel": 2, "changed": {}}
     row = large_batch.study(large_batch.Runs(tmp_path / "runs.jsonl"), "LARS", 8192, 10.0, **budget)
     rates = [float(large_batch.draw("LARS", 8192, 10.0, trial)["peak_lr"]) for trial in range(6)]
     assert float(row["settings"]["peak_lr"]) == min(rates)
@@ -67,6 +67,11 @@ def test_the_best_draw_on_held_out_images_is_trained_with_every_seed_and_nothing
         assert changed <= changes.keys()
         override(recipes.get("fashion_mnist"), ablation["settings"])
     assert "| LARS | 8,192 | 10 | 74 |" in large_batch.table([row])
+    pooled = large_batch.study(
+        large_batch.Runs(tmp_path / "pooled"), "LARS", 8192, 10.0, **budget | {"changed": {"stem": "pooled"}}
+    )
+    assert pooled["method"] == "LARS, stem=pooled"
+    assert {call["settings"]["stem"] for call in calls[-9:]} == {"pooled"}
     large_batch.plot([row], tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
