@@ -142,7 +142,7 @@ def _completed(terminal: int, folder: Path, words: str) -> str:
         ("megabatch train photos --set optimizer=sh", "megabatch train photos --set optimizer=shampoo |"),
         ("megabatch train photos --set seed=1 --set peak_l", "megabatch train photos --set seed=1 --set peak_lr=|"),
         ("megabatch train photos --precision=b", "megabatch train photos --precision=bf16 |"),
-        ("megabatch bench step cif", "megabatch bench step cifar10 |"),
+        ("megabatch bench step cifar10_", "megabatch bench step cifar10_2000 |"),
     ],
 )
 def test_bash_completes_the_line(bash, words, line):
