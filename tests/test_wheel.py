@@ -29,7 +29,7 @@ COMMANDS = {  # verb and arguments: exit code, and words that are printed
     "export run --format torch-export": (0, "model.pt2"),
     "recipes": (0, "photos"),
     "recipes photos --format toml": (0, "peak_lr = "),
-    "plan mlperf_32768": (0, "dgx_h100"),
+    "plan mlperf_32768": (0, "NVIDIA DGX H100"),
     "report run": (0, "report.html"),
     "watch run": (0, "top1"),
     "doctor": (0, "CPU kernels      compiled"),

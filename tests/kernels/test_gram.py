@@ -229,9 +229,16 @@ def test_the_kernels_have_the_errors_of_rounding_once(interpreter: None, span: i
         assert error(found[name], values) < (5e-3 if name == "dnext" else 5e-4), name
 
 
+class AllRight(dict[object, bool]):
+    """Verdicts as if every kernel had been compared with torch's operations and found right."""
+
+    def get(self, *_: object) -> bool:  # type: ignore[override]
+        return True
+
+
 def test_a_step_with_its_statistics_can_be_captured_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(checked, "TOLERANCE", torch.inf)  # launches on a stand-in compute nothing
+    monkeypatch.setattr(checked, "_is_right", AllRight())  # launches on a stand-in compute nothing
     launched: list[str] = []
     with StandInGpu(launch=lambda kernel, *_: launched.append(kernel)):
         given = Inputs(*(t.to("cuda:0") for t in draw(6, 16, 32, 4, dtype=torch.float16)))
