@@ -105,10 +105,13 @@ def test_images_that_come_padded_give_the_bits_of_those_that_do_not(autocast: bo
 
 def test_where_the_stem_runs_plain_the_zero_channels_are_left_out() -> None:
     torch.manual_seed(0)
-    conv, x = convolution(3, 16, 7, 2), torch.randn(2, 3, 8, 8)
+    conv, x = convolution(3, 16, 7, 2).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16()
     padded = nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
+    hook = conv.register_forward_hook(lambda *_: None)  # a convolution with a hook runs plain
     assert torch.equal(stem_convolution(conv, padded, "reference"), conv(x))
-    with pytest.raises(RuntimeError, match="expected input"):
-        stem_convolution(conv, torch.randn(2, 5, 8, 8), "reference")
-    of_four = convolution(4, 16, 7, 2)
+    hook.remove()
+    for others in (torch.randn(2, 5, 8, 8).bfloat16(), torch.randn(2, 4, 8, 8)):  # four float32 channels are no padding
+        with pytest.raises(RuntimeError, match="expected input"), torch.autocast("cpu"):
+            stem_convolution(conv.float(), others, "reference")
+    of_four = convolution(4, 16, 7, 2).bfloat16()
     assert torch.equal(stem_convolution(of_four, padded, "reference"), of_four(padded))

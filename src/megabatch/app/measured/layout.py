@@ -60,7 +60,7 @@ def _possible(recipe: Recipe, runtime: Runtime, device: torch.device) -> dict[st
     if device.type == "cpu" and wanted is None and unsafe_convolution(recipe, runtime.model):
         wanted = False
     if device.type == "mps" and wanted is None:
-        wanted = False  # torch's Metal kernels are written for NCHW
+        wanted = False  # torch's default layout; nothing was measured there
     if device.type != "cpu" or runtime.compile or wanted is False:
         return {"": (wanted is not False, runtime.fusion)}
     ways = dict(WAYS)

@@ -20,11 +20,13 @@ WIDTH = 4
 def stem_convolution(conv: nn.Conv2d, x: Tensor, backend: Backend) -> Tensor:
     """conv(x); in 16 bit, where the GPU kernels run, with zero channels added to x and the weight, up to `WIDTH`.
 
-    Images that come with `WIDTH` channels are taken to be padded already, as a loader's `padded_channels` does.
+    16-bit images with `WIDTH` channels are taken to be padded already, as a loader's `padded_channels` does.
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if not supports(x, backend) or dtype == torch.float32 or type(conv) is not nn.Conv2d or is_hooked(conv):
-        is_padded = isinstance(conv, nn.Conv2d) and conv.in_channels < x.shape[1] == WIDTH
+    is_padded = isinstance(conv, nn.Conv2d) and conv.in_channels < x.shape[1] == WIDTH and x.element_size() == 2
+    fits = is_padded or (isinstance(conv, nn.Conv2d) and x.shape[1] == conv.in_channels)  # else torch names the fault
+    can_pad = supports(x, backend) and dtype != torch.float32 and type(conv) is nn.Conv2d and not is_hooked(conv)
+    if not (fits and can_pad):
         return convolve(conv, x[:, : conv.in_channels] if is_padded else x, backend)
     is_last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if is_last else torch.contiguous_format
